@@ -1,0 +1,203 @@
+"""Every option of a run, as three dataclasses that `HfArgumentParser` understands.
+
+`ModelArguments` and `DataArguments` are ours. `TrainArguments` is transformers' `TrainingArguments` with the defaults
+of the Mask2Former literature and one knob, `checkpointing_steps`, that keeps saving and evaluation together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from m2f_trainer.errors import RecipeError
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text; a list default is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: backbone, neck, head, and which part of the backbone moves."""
+
+    _argument_group_name = "model"
+
+    backbone: str = option("dinov3-vits16plus", "A name of the backbone table, a Hub id or a local folder.")
+    neck: Literal["pyramid", "plain"] = option(
+        "pyramid", "pyramid: maps at strides 4/8/16/32; plain: every map at the patch stride."
+    )
+    tune: Literal["frozen", "lora", "full"] = option(
+        "frozen", "How the backbone is trained. Neck and head are always trained."
+    )
+    head_checkpoint: str | None = option(
+        None, "A Mask2Former checkpoint (Hub id or folder) whose pixel and transformer decoders start the head."
+    )
+    init_from: str | None = option(None, "A model of ours to start a new run from; the classes may differ.")
+    num_queries: int = option(100, "Queries, so the most instances that one image can have.")
+    pyramid_taps: list[int] | None = option(None, "Backbone layers the neck reads, from 1. Default: the last one.")
+    lora_rank: int = option(16, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(32, "LoRA scale; the update is multiplied by lora_alpha / lora_rank.")
+    lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
+    lora_targets: Literal["attention", "attention+mlp"] = option("attention", "Backbone layers that get LoRA matrices.")
+    backbone_config: dict[str, Any] | str | None = option(
+        None, "A transformers configuration (with its model_type) for a small, randomly initialised backbone."
+    )
+    head_config: dict[str, Any] | str | None = option(
+        None, "Mask2FormerConfig fields to set, such as hidden_dim, encoder_layers or decoder_layers."
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"num_queries": (1, None), "lora_rank": (1, None), "lora_alpha": (1, None)})
+        check_ranges(self, {"lora_dropout": (0, 1)})
+        if self.head_checkpoint and self.init_from:
+            raise RecipeError("head_checkpoint and init_from are both set, and each starts the head. Keep one of them.")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on: a COCO dataset, the size images are brought to, and the augmentation."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = option(None, "Folder of a COCO dataset.")
+    image_height: int = option(1024, "Height images are resized and padded to; a multiple of the patch size.")
+    image_width: int = option(1024, "Width images are resized and padded to; a multiple of the patch size.")
+    lsj_min_scale: float = option(0.1, "Large-scale jitter: smallest factor an image is scaled by.")
+    lsj_max_scale: float = option(2.0, "Large-scale jitter: largest factor an image is scaled by.")
+    horizontal_flip: bool = option(True, "Mirror half of the training images.")
+    color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation; 0 is off.")
+    max_train_samples: int | None = option(None, "Use the first so many training images only.")
+    max_eval_samples: int | None = option(None, "Use the first so many validation and test images only.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"image_height": (1, None), "image_width": (1, None), "color_jitter": (0, 1)})
+        check_ranges(self, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
+        check_ranges(self, {"lsj_min_scale": (0.01, self.lsj_max_scale), "lsj_max_scale": (0.01, 10)})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """How it is trained: every `TrainingArguments` field, with our defaults and four fields of our own.
+
+    Raises RecipeError where a saving or evaluation field contradicts `checkpointing_steps`.
+    """
+
+    _argument_group_name = "training"
+
+    checkpointing_steps: str = option(
+        "epoch", 'Save and evaluate every so many optimiser steps, or after each "epoch". Sets both together.'
+    )
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations in a row without a better metric_for_best_model."
+    )
+    backbone_lr_multiplier: float = option(0.1, "Learning rate of the backbone, as a share of learning_rate.")
+
+    output_dir: str | None = option("runs/m2f", "Folder for checkpoints, metrics and the final model.")
+    learning_rate: float = option(1e-4, "Learning rate of neck and head, meant for 16 images an optimiser step.")
+    weight_decay: float = option(0.05, "AdamW weight decay; 0 on norms, biases, queries and level embeddings.")
+    max_grad_norm: float = option(0.01, "Gradients are clipped to this norm over the full model.")
+    warmup_steps: float = option(0.05, "Warm-up steps; below 1, a share of the run.")
+    lr_scheduler_type: str = option("polynomial", "Learning rate schedule; polynomial decays with power 0.9 to 0.")
+    bf16: bool | None = option(None, "bfloat16. Default: where the GPU has it.")  # type: ignore[assignment]
+    per_device_train_batch_size: int = option(4, "Training images a device holds at once.")
+    per_device_eval_batch_size: int = option(4, "Evaluation images a device holds at once.")
+    logging_steps: float = option(20, "Log every so many optimiser steps; below 1, a share of the run.")
+    report_to: None | str | list[str] = option(  # noqa: RUF036 (HfArgumentParser takes the second type)
+        None, "Loggers. Default: tensorboard where installed."
+    )
+    save_total_limit: int | None = option(3, "Checkpoints kept, the best one among them.")
+    load_best_model_at_end: bool = option(True, "End with the checkpoint that scored best.")
+    metric_for_best_model: str | None = option("eval_map", "The evaluation figure that picks the best checkpoint.")
+    greater_is_better: bool | None = option(True, "Whether a larger metric_for_best_model is better.")
+    dataloader_num_workers: int = option(4, "Processes a device that load and augment images.")
+    dataloader_persistent_workers: bool = option(True, "Keep those processes from epoch to epoch.")
+    remove_unused_columns: bool = option(False, "Must stay false: the batch carries more than the model's arguments.")
+    label_names: list[str] | None = option(["mask_labels", "class_labels"], "Batch keys that hold the truth.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder to go on from, or true for the newest complete one of output_dir."
+    )
+    save_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
+    save_steps: float | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
+    eval_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
+    eval_steps: float | None = option(None, "Follows checkpointing_steps.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"early_stopping_patience": (1, None), "backbone_lr_multiplier": (0, None)})
+        if self.remove_unused_columns:
+            raise RecipeError(
+                "remove_unused_columns must stay false: the batch carries more than the model's arguments."
+            )
+        self._refuse_token()
+        self._align_checkpointing()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
+        if self.report_to is None:
+            self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def resume(self) -> bool | str:
+        """What `Trainer.train` takes: True for the newest checkpoint, a folder, or False for a fresh run."""
+        named = self.resume_from_checkpoint
+        return {"none": False, "false": False, "true": True}.get(str(named).lower(), named or False)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """As transformers', but below the length of the run: its polynomial schedule divides by the difference."""
+        steps = int(super().get_warmup_steps(num_training_steps))
+        return max(0, min(steps, num_training_steps - 1))
+
+    def _refuse_token(self) -> None:
+        if self.hub_token is not None:
+            raise RecipeError(
+                "hub_token: a token was given, and tokens belong in no recipe, command line or file. "
+                "Set the environment variable HF_TOKEN or run `hf auth login` instead."
+            )
+
+    def _align_checkpointing(self) -> None:
+        """Derive the four saving and evaluation fields; one that was given must say the same."""
+        every = parse_checkpointing_steps(self.checkpointing_steps)
+        self.checkpointing_steps = str(every)
+        strategy, steps = ("epoch", None) if every == "epoch" else ("steps", every)
+        for kind in ("save", "eval"):
+            for name, derived in ((f"{kind}_strategy", strategy), (f"{kind}_steps", steps)):
+                given = vars(self)[name]
+                if given not in (None, derived):
+                    raise RecipeError(
+                        f"{name}={given} contradicts checkpointing_steps={every}, which sets saving and evaluation "
+                        f"together. Leave {name} out, or set checkpointing_steps to a number of steps or 'epoch'."
+                    )
+                setattr(self, name, derived)
+
+
+def check_ranges(arguments: object, ranges: Mapping[str, tuple[float, float | None]]) -> None:
+    """Raise RecipeError unless each named field is None or between its bounds, both of them allowed."""
+    for name, (low, high) in ranges.items():
+        value = vars(arguments)[name]
+        if value is not None and not low <= value <= (value if high is None else high):
+            wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise RecipeError(f"{name}: expected {wanted}, got {value}.")
+
+
+def parse_checkpointing_steps(value: str | int) -> int | str:
+    """'epoch', or a number of optimiser steps of at least 1. Raises RecipeError."""
+    text = str(value)
+    if text == "epoch":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise RecipeError(f'checkpointing_steps: expected a whole number of steps from 1 on or "epoch", got {value!r}.')
+
+
+def computes_in_bf16() -> bool:
+    """Whether the GPU has bfloat16 units; emulation would be slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,229 @@
+"""The `m2f` command: one function a command, each of which imports what it needs and ends by telling the next step."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2f_trainer import __version__
+from m2f_trainer.errors import M2FError
+
+ABOUT = """\
+Fine-tune Mask2Former on DINOv3 backbones for instance segmentation.
+
+start
+  demo       train, evaluate and predict on a small made-up dataset, in minutes
+  check      look a COCO dataset over before training on it
+
+train
+  train      train from a recipe (JSON) and options
+  evaluate   COCO mask and box AP of a model on a dataset
+
+use
+  predict    pictures and COCO results of a model for any images
+  push       upload a model with its card to the Hugging Face Hub
+"""
+
+EXAMPLES = {
+    "demo": "m2f demo --output_dir runs/demo",
+    "check": "m2f check my_coco",
+    "train": "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
+    "evaluate": "m2f evaluate runs/first my_coco --split test",
+    "predict": "m2f predict runs/first photos/ --recursive --threshold 0.5",
+    "push": "m2f push runs/first my-name/my-model --private",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 after an error with advice, 2 after wrong usage, 130 after Ctrl-C."""
+    parser = build_parser()
+    arguments, options = parser.parse_known_args(argv)
+    if options and arguments.command != "train":
+        parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
+    try:
+        COMMANDS[arguments.command](arguments, options)
+    except KeyboardInterrupt:
+        say("Interrupted.", stream="error")
+        return 130
+    except Exception as error:
+        if not is_advice(error):
+            raise
+        say(f"m2f {arguments.command}: {error}", stream="error")
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `train` leaves its options to the recipe."""
+    parser = argparse.ArgumentParser(
+        "m2f",
+        description=ABOUT,
+        epilog=f"m2f COMMAND --help tells more. A first run: {EXAMPLES['demo']}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"m2f_trainer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help="one of the above")
+    for name, add_options in OPTIONS.items():
+        command = commands.add_parser(
+            name,
+            epilog=f"example: {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=name != "train",
+        )
+        add_options(command)
+    return parser
+
+
+def demo_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Write a small made-up dataset, train on it, evaluate, and draw predictions."
+    command.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where it all goes [%(default)s]")
+    command.add_argument("--backbone", help="a pretrained one, such as dinov2-small, instead of a small random one")
+
+
+def check_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Read a COCO dataset with its images and say what training would stumble over."
+    command.add_argument("dataset", help="folder of a COCO dataset")
+
+
+def train_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Train. Options are the recipe's fields and override it; unknown ones are errors."
+    command.usage = "m2f train [RECIPE.json] [--field value ...]"
+    command.add_argument("-h", "--help", action="store_true", help="show this and every field")
+
+
+def evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Score a model against a dataset's untouched annotations, as pycocotools does."
+    command.add_argument("model", help="folder or Hub id of a model")
+    command.add_argument("dataset", help="folder of a COCO dataset")
+    command.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="[%(default)s]")
+    command.add_argument("--output_dir", type=Path, help="where metrics.json and predictions.json go")
+    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+
+
+def predict_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Draw a model's instances over images, and write them in COCO results form."
+    command.add_argument("model", help="folder or Hub id of a model")
+    command.add_argument("inputs", nargs="+", type=Path, metavar="image_or_folder", help="images, or folders of images")
+    command.add_argument("--recursive", action="store_true", help="look into folders of folders too")
+    command.add_argument("--threshold", type=float, default=0.5, help="lowest score that is kept [%(default)s]")
+    command.add_argument(
+        "--output_dir", type=Path, default=Path("predictions"), help="where the results go [%(default)s]"
+    )
+    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+
+
+def push_options(command: argparse.ArgumentParser) -> None:
+    command.description = "Upload a model, its card and its licences. The token comes from HF_TOKEN or `hf auth login`."
+    command.add_argument("model", type=Path, help="folder of a model")
+    command.add_argument("repo_id", help="where to: name/model")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.training.run import demo as run_demo
+
+    run_demo(arguments.output_dir, arguments.backbone, say)
+    advise(EXAMPLES["train"])
+
+
+def check(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.data.check import check_dataset
+    from m2f_trainer.data.coco import load_coco
+
+    splits = load_coco(arguments.dataset)
+    check_dataset(splits, evaluation=[name for name in splits if name != "train"] or ["valid"])
+    for split, rows in splits.items():
+        say(f"{split}: {len(rows)} images, no errors")
+    advise(f"m2f train dinov3_vits16plus_1024 --dataset_name {shlex.quote(arguments.dataset)}")
+
+
+def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
+    from m2f_trainer.recipe import describe_fields, load_recipe
+
+    if arguments.help:
+        say(f"{subparser_help('train')}\n{describe_fields()}")
+        return
+    recipe = load_recipe(options)
+    from m2f_trainer.training.run import train as run_training
+
+    run_training(recipe)
+    folder = shlex.quote(str(recipe.train.output_dir))
+    advise(f"m2f evaluate {folder} {shlex.quote(str(recipe.data.dataset_name))}", f"m2f predict {folder} IMAGES")
+
+
+def evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.evaluation.curves import metrics_table
+    from m2f_trainer.training.run import evaluate_folder
+
+    metrics = evaluate_folder(
+        arguments.model, arguments.dataset, arguments.split, arguments.output_dir, arguments.batch_size
+    )
+    say(metrics_table(metrics, "eval_"))
+    advise(f"m2f predict {shlex.quote(arguments.model)} IMAGES")
+
+
+def predict(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.inference.folder import predict_folder
+
+    results = predict_folder(
+        arguments.model,
+        arguments.inputs,
+        arguments.output_dir,
+        arguments.threshold,
+        arguments.recursive,
+        arguments.batch_size,
+    )
+    say(f"Pictures and predictions are in {results}.")
+    advise(f"m2f push {shlex.quote(arguments.model)} NAME/MODEL")
+
+
+def push(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.sharing.upload import push as upload
+
+    address = upload(arguments.model, arguments.repo_id, private=arguments.private)
+    say(f"Uploaded to {address}.")
+    advise(f"m2f predict {shlex.quote(arguments.repo_id)} IMAGES")
+
+
+OPTIONS = {
+    "demo": demo_options,
+    "check": check_options,
+    "train": train_options,
+    "evaluate": evaluate_options,
+    "predict": predict_options,
+    "push": push_options,
+}
+COMMANDS = {"demo": demo, "check": check, "train": train, "evaluate": evaluate, "predict": predict, "push": push}
+
+
+def is_advice(error: Exception) -> bool:
+    """Whether an error's message is for the user; the model package, which stands alone, has an error of its own."""
+    backbones = sys.modules.get("m2f_trainer.model.backbones")
+    return isinstance(error, M2FError) or (backbones is not None and isinstance(error, backbones.ModelError))
+
+
+def subparser_help(name: str) -> str:
+    """The help text of one command."""
+    command = argparse.ArgumentParser(
+        epilog=f"example: {EXAMPLES[name]}", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    OPTIONS[name](command)
+    return command.format_help()
+
+
+def advise(*commands: str) -> None:
+    """Tell what to do next."""
+    say("\n".join(["", "Next:", *(f"  {command}" for command in commands)]))
+
+
+def say(text: str, stream: str = "output") -> None:
+    """Print; of several processes only the first speaks, but each tells its own errors."""
+    rank = os.environ.get("RANK", "0")
+    if stream == "error":
+        print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr)
+    elif rank == "0":
+        print(text)

@@ -1,0 +1,75 @@
+"""What training would refuse, found before it starts: annotations are checked as they are read, images here."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import datasets
+
+from m2f_trainer.data.images import open_image
+from m2f_trainer.data.transforms import describe
+from m2f_trainer.errors import DataError, ImageError
+
+_THREADS = 8  # Pillow decodes without the interpreter's lock
+_LISTED = 10
+
+
+def check_dataset(
+    splits: datasets.DatasetDict, *, train: str = "train", evaluation: Iterable[str] = ("valid",)
+) -> None:
+    """The error part of `m2f check`: every split asked for is there, has objects, and every image can be read.
+
+    Args:
+        train: the split to train on, "" for none
+        evaluation: the splits to score on
+
+    Raises:
+        DataError: naming every kind of problem with the first ten images
+    """
+    for name in [train] * bool(train) + list(evaluation):
+        check_split(splits, name)
+    if train and not _has_targets(splits[train]):
+        raise DataError(
+            f"split {train!r}: expected objects to train on, found only crowd regions or none. Annotate objects in it."
+        )
+
+
+def check_split(splits: datasets.DatasetDict, name: str) -> None:
+    """One split is there, and all its images can be read and have the size their annotations say.
+
+    Raises:
+        DataError: the split is missing or empty, or images are bad
+    """
+    if name not in splits or not len(splits[name]):
+        raise DataError(
+            f"expected a split {name!r} with images, found {', '.join(splits) or 'none'}."
+            f" Add it to the dataset folder, or name another split."
+        )
+    problems = list(image_problems(splits[name]))
+    if problems:
+        more = f"\n... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "\n".join(problems[:_LISTED])
+        raise ImageError(f"split {name!r}: {len(problems)} image(s) can't be used:\n{listed}{more}")
+
+
+def image_problems(rows: datasets.Dataset) -> Iterator[str]:
+    """A message for each image that can't be decoded or has another size than its annotations say."""
+    light = rows.select_columns(["image", "image_id", "height", "width"])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(light), 1024):
+            batch = [light[i] for i in range(start, min(start + 1024, len(light)))]
+            yield from (problem for problem in pool.map(_image_problem, batch) if problem)
+
+
+def _image_problem(row: Mapping[str, Any]) -> str | None:
+    try:
+        open_image(row["image"], describe(row), size=(row["height"], row["width"]))
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def _has_targets(rows: datasets.Dataset) -> bool:
+    """Whether any annotation isn't a crowd region, read column-wise."""
+    objects = rows.data.column("objects").combine_chunks().flatten()
+    return any(not crowd for crowd in objects.field("iscrowd").to_pylist())

@@ -1,0 +1,148 @@
+"""Where a COCO dataset keeps its annotations and images: found by itself, or told.
+
+Found layouts, in this order:
+
+    {train,valid,val,test}/_annotations.coco.json      images beside it (Roboflow)
+    annotations/instances_{train2017,val2017}.json     images in [images/]train2017, images or . (COCO, CVAT)
+    {_annotations.coco,annotations,result,labels}.json one split, images in ., images or data (Label Studio)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2f_trainer.errors import DataError
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
+_BESIDE = ("_annotations.coco.json", "_annotations.coco-segmentation.json", "_annotations.json")
+_SINGLE = ("_annotations.coco.json", "annotations.json", "result.json", "labels.json", "instances_default.json")
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """One split: its annotation file, and the folders its images may be in, the likeliest first."""
+
+    split: str
+    annotations: Path
+    image_folders: tuple[Path, ...]
+
+
+def find_layout(root: str | Path) -> tuple[SplitFiles, ...]:
+    """The splits of a dataset folder, in the order train, valid, test.
+
+    Raises:
+        DataError: no folder, no annotation file of a known layout, or two for one split
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a dataset folder, found {_kind(folder)}. Check `dataset_name`.")
+    for layout in (_split_folders, _annotations_folder, _single_file):
+        found = tuple(layout(folder))
+        if found:
+            return _in_order(found)
+    raise DataError(
+        f"{folder}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
+        f" annotations/instances_train*.json with image folders, or one of {', '.join(_SINGLE)};"
+        f" the folder holds {_listing(folder)}. Give `annotations` and `images` for each split otherwise."
+    )
+
+
+def given_layout(
+    root: str | Path, annotations: Mapping[str, str | Path], images: Mapping[str, str | Path] | None = None
+) -> tuple[SplitFiles, ...]:
+    """The layout told split by split, paths relative to `root`; images default to the annotation file's folder.
+
+    Raises:
+        DataError: an unknown split, or a file or folder that isn't there
+    """
+    folder, images = Path(root), images or {}
+    for name in [*annotations, *images]:
+        if name not in SPLITS or name not in annotations:
+            raise DataError(f"split {name!r}: expected annotations for one of {', '.join(SPLITS)}. Correct its name.")
+    found = []
+    for name, path in annotations.items():
+        file = folder / path
+        if not file.is_file():
+            raise DataError(
+                f"{file}: expected the annotation file of split {name!r}, found {_kind(file)}. Correct its path."
+            )
+        beside = folder / images[name] if name in images else file.parent
+        if not beside.is_dir():
+            raise DataError(
+                f"{beside}: expected the image folder of split {name!r}, found {_kind(beside)}. Correct its path."
+            )
+        found.append(SplitFiles(SPLITS[name], file, (beside,)))
+    return _in_order(tuple(found))
+
+
+def _split_folders(root: Path) -> Iterator[SplitFiles]:
+    for name, split in SPLITS.items():
+        for beside in _BESIDE:
+            file = root / name / beside
+            if file.is_file():
+                yield SplitFiles(split, file, (file.parent, file.parent / "images"))
+                break
+
+
+def _annotations_folder(root: Path) -> Iterator[SplitFiles]:
+    files = sorted((root / "annotations").glob("instances_*.json")) or sorted((root / "annotations").glob("*.json"))
+    for file in files:
+        stem = file.stem.removeprefix("instances_")
+        split = _split_of(stem) or ("train" if len(files) == 1 else None)
+        if split is not None:
+            folders = [
+                root / "images" / stem,
+                root / stem,
+                root / "images" / split,
+                root / split,
+                root / "images",
+                root,
+            ]
+            yield SplitFiles(split, file, tuple(dict.fromkeys(folders)))
+
+
+def _single_file(root: Path) -> Iterator[SplitFiles]:
+    for name in _SINGLE:
+        file = root / name
+        if file.is_file():
+            yield SplitFiles("train", file, (root, root / "images", root / "data"))
+            return
+
+
+def _split_of(stem: str) -> str | None:
+    """The split of names such as train2017, val-v2, test."""
+    word = next((part for part in stem.lower().replace("-", "_").split("_") if part), "")
+    return SPLITS.get(word.rstrip("0123456789"))
+
+
+def _in_order(found: tuple[SplitFiles, ...]) -> tuple[SplitFiles, ...]:
+    order = list(dict.fromkeys(SPLITS.values()))
+    by_split: dict[str, SplitFiles] = {}
+    for files in found:
+        if files.split in by_split:
+            first = by_split[files.split].annotations
+            raise DataError(
+                f"two annotation files for split {files.split!r}: {first} and {files.annotations}."
+                " Remove one, or name one as `annotations`."
+            )
+        by_split[files.split] = files
+    return tuple(by_split[split] for split in order if split in by_split)
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return "a file" if path.exists() else "nothing"
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"

@@ -1,0 +1,50 @@
+"""Every error a user can meet, as one tree. Each message says what was expected, what was found, where, and what to do.
+
+    M2FError
+    ├── RecipeError          an option, a recipe file, or two options that contradict each other
+    ├── DataError            a dataset folder or its annotations
+    │   ├── ImageError       an image that can't be read as it is
+    │   └── MaskError        a polygon or an RLE that doesn't describe a mask
+    ├── ModelFolderError     a model folder that can't be used for what was asked
+    ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
+    ├── TrainingError        a run that can't go on (non-finite loss, a dead worker, a full disk)
+    └── SharingError         an upload that was refused or failed
+
+`model/` travels to the Hub on its own and so raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
+"""
+
+
+class M2FError(Exception):
+    """Base of all: the command line prints its message without a traceback and exits with a non-zero status."""
+
+
+class RecipeError(M2FError):
+    """A recipe or an option is wrong: unknown, duplicate, of the wrong type, or contradicting another."""
+
+
+class DataError(M2FError):
+    """A dataset folder or its annotations can't be used as they are."""
+
+
+class ImageError(DataError):
+    """An image is missing, unreadable, or not of the form its annotations describe."""
+
+
+class MaskError(DataError):
+    """A polygon or an RLE does not describe a mask of its image."""
+
+
+class ModelFolderError(M2FError):
+    """A model folder can't be used for what was asked."""
+
+
+class CheckpointError(M2FError):
+    """A checkpoint is incomplete, damaged or belongs to another run."""
+
+
+class TrainingError(M2FError):
+    """A run can't go on."""
+
+
+class SharingError(M2FError):
+    """An upload was refused or failed; the local result is untouched."""

@@ -1,0 +1,207 @@
+"""Instances of all ranks -> the official COCO mask and box figures.
+
+The ground truth is the dataset's rows as the annotation file had them: every object, crowd regions as ignore regions,
+the file's own areas. Two engines give the same arrays: hotcoco where it is installed, pycocotools otherwise. The
+figures are then computed here, from those arrays, as pycocotools' summary does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from m2f_trainer.data.coco import Category, categories_of
+from m2f_trainer.errors import DataError
+from m2f_trainer.evaluation.instances import Instances
+
+Engine = Literal["auto", "hotcoco", "pycocotools"]
+Kind = Literal["segm", "bbox"]
+Chunk = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
+"""Images, annotations and results entries, as COCO files hold them."""
+Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""precision (10 thresholds, 101 recalls, K, 4 areas, 3 limits) and recall (10, K, 4, 3); -1 where there is no truth."""
+
+IOU_50, IOU_75 = 0, 5
+AREAS = ("", "_small", "_medium", "_large")
+LIMITS = (1, 10, 100)
+IMAGES_AT_ONCE = 256
+
+
+class CocoMap:
+    """Scores predictions against one split: `CocoMap(dataset)(instances)`.
+
+    Args:
+        dataset: rows of `load_coco`.
+        categories: the scored categories; those of the dataset unless given.
+        engine: "auto" is hotcoco where it can be imported, else pycocotools.
+    """
+
+    def __init__(
+        self, dataset: Dataset, categories: Sequence[Category] | None = None, *, engine: Engine = "auto"
+    ) -> None:
+        chosen = categories_of(dataset) if categories is None else categories
+        self.categories = tuple(sorted(chosen, key=lambda category: category.id))
+        self.engine = (
+            ("hotcoco" if importlib.util.find_spec("hotcoco") else "pycocotools") if engine == "auto" else engine
+        )
+        columns = dataset.select_columns(["image_id", "height", "width", "objects"]).with_format(None)
+        rows = sorted(columns, key=lambda row: int(row["image_id"]))
+        self.sizes = {int(row["image_id"]): (int(row["height"]), int(row["width"])) for row in rows}
+        self._numbers = {image_id: number for number, image_id in enumerate(self.sizes, 1)}
+        self._truth = [self._objects_of(row) for row in rows]
+
+    def _objects_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The ground truth of one row. Images are numbered in the order of their ids: hotcoco refuses negative ones."""
+        known = {category.id for category in self.categories}
+        return [
+            {
+                "image_id": self._numbers[row["image_id"]],
+                "category_id": item["category_id"],
+                "segmentation": {"size": [row["height"], row["width"]], "counts": item["counts"]},
+                "bbox": list(item["bbox"]),
+                "area": item["area"],
+                "iscrowd": int(item["iscrowd"]),
+            }
+            for item in row["objects"]
+            if item["category_id"] in known
+        ]
+
+    def __call__(self, instances: Iterable[Instances]) -> dict[str, float]:
+        """COCO's twelve figures for masks and, after "box_", for boxes, and `map_class/<name>` for every class.
+
+        `map`, `map_50`, `map_75`, `map_small`, `map_medium`, `map_large`, `mar_1`, `mar_10`, `mar_100`, `mar_small`,
+        `mar_medium`, `mar_large`. A figure without any truth is -1, as pycocotools has it. Boxes are the tight boxes
+        of the predicted masks. Images given twice, as a distributed sampler does to fill up its last batch, count once.
+
+        Raises:
+            DataError: a prediction for an image that the dataset doesn't have, or of another size.
+        """
+        found = self._by_image(instances)
+        masks = self._arrays("segm", found)
+        metrics = summarize(*masks)
+        metrics |= {f"box_{key}": value for key, value in summarize(*self._arrays("bbox", found)).items()}
+        for index, name in enumerate(self.class_names()):
+            metrics[f"map_class/{name}"] = _mean(masks[0][:, :, index, 0, -1])
+        return metrics
+
+    def class_names(self) -> list[str]:
+        """The names of the categories; where two share one, each carries its id."""
+        names = [category.name for category in self.categories]
+        return [
+            category.name if names.count(category.name) == 1 else f"{category.name} ({category.id})"
+            for category in self.categories
+        ]
+
+    def _by_image(self, instances: Iterable[Instances]) -> dict[int, Instances]:
+        found: dict[int, Instances] = {}
+        for item in instances:
+            if item.image_id not in self.sizes:
+                raise DataError(
+                    f"Expected predictions for the dataset's {len(self.sizes)} images alone, found image_id "
+                    f"{item.image_id}. Score against the split that was predicted."
+                )
+            size = self.sizes[item.image_id]
+            if len(item) and tuple(item.size) != size:
+                raise DataError(
+                    f"Expected masks of image_id {item.image_id} at its original size {size} (height, width), found "
+                    f"{tuple(item.size)}. Pass the original sizes to `to_instances`."
+                )
+            found.setdefault(item.image_id, item)
+        return found
+
+    def _arrays(self, kind: Kind, found: Mapping[int, Instances]) -> Arrays:
+        chunks = (self._chunk(start, kind, found) for start in range(0, len(self._truth), IMAGES_AT_ONCE))
+        score = _hotcoco_arrays if self.engine == "hotcoco" else _pycocotools_arrays
+        return score(chunks, [{"id": category.id, "name": category.name} for category in self.categories], kind)
+
+    def _chunk(self, start: int, kind: Kind, found: Mapping[int, Instances]) -> Chunk:
+        """Some images, their truth with ids of its own, and their predictions, made afresh: engines write into them.
+
+        pycocotools takes an annotation whose id is 0 for unmatched, so that the file's ids can't be used.
+        """
+        known = {category.id for category in self.categories}
+        images, truth, predicted = [], [], []
+        for image_id, (height, width) in islice(self.sizes.items(), start, start + IMAGES_AT_ONCE):
+            number = self._numbers[image_id]
+            images.append({"id": number, "height": height, "width": width})
+            truth += [dict(item) for item in self._truth[number - 1]]
+            if image_id in found:
+                entries = _entries(found[image_id], kind)
+                predicted += [entry | {"image_id": number} for entry in entries if entry["category_id"] in known]
+        first = 1 + sum(map(len, self._truth[:start]))
+        return images, [item | {"id": id_} for id_, item in enumerate(truth, first)], predicted
+
+
+def summarize(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
+    """The twelve figures of pycocotools' summary from its arrays."""
+    metrics = {"map": _mean(precision[:, :, :, 0, -1])}
+    metrics["map_50"] = _mean(precision[IOU_50, :, :, 0, -1])
+    metrics["map_75"] = _mean(precision[IOU_75, :, :, 0, -1])
+    for index, area in list(enumerate(AREAS))[1:]:
+        metrics[f"map{area}"] = _mean(precision[:, :, :, index, -1])
+    for index, limit in enumerate(LIMITS):
+        metrics[f"mar_{limit}"] = _mean(recall[:, :, 0, index])
+    for index, area in list(enumerate(AREAS))[1:]:
+        metrics[f"mar{area}"] = _mean(recall[:, :, index, -1])
+    return metrics
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """The mean over what has truth; -1 where nothing has."""
+    present = values[values > -1]
+    return float(np.mean(present)) if present.size else -1.0
+
+
+def _entries(instances: Instances, kind: Kind) -> list[dict[str, Any]]:
+    """Results entries of one image; a box entry has no mask and the other way round (see `Instances.to_coco`)."""
+    entries = instances.to_coco()
+    if kind == "bbox":
+        for entry, box in zip(entries, instances.boxes.tolist(), strict=True):
+            del entry["segmentation"]
+            entry["bbox"] = box
+    return entries
+
+
+def _hotcoco_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], kind: Kind) -> Arrays:
+    """By hotcoco's streaming evaluator, which keeps matches alone, so that memory stays flat."""
+    from hotcoco import StreamingEval
+
+    streaming = StreamingEval(categories, iou_type=kind)
+    for images, truth, predicted in chunks:
+        streaming.update(images, truth, predicted)
+    evaluator = streaming.finalize()
+    evaluator.accumulate()
+    return _precision_and_recall(evaluator.eval)
+
+
+def _pycocotools_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], kind: Kind) -> Arrays:
+    """By pycocotools itself, with its chatter muted."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    images, annotations, predicted = (list(chain.from_iterable(part)) for part in zip(*chunks, strict=True))
+    truth, empty = COCO(), COCO()
+    truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    empty.dataset = {"images": images, "annotations": [], "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        empty.createIndex()
+        # `loadRes` fails on an empty list.
+        evaluator = COCOeval(truth, truth.loadRes(predicted) if predicted else empty, kind)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return _precision_and_recall(evaluator.eval)
+
+
+def _precision_and_recall(arrays: Mapping[str, Any] | None) -> Arrays:
+    if arrays is None:
+        raise RuntimeError("The scoring engine returned no arrays.")
+    return np.asarray(arrays["precision"], np.float64), np.asarray(arrays["recall"], np.float64)

@@ -1,0 +1,53 @@
+"""Figures for people and for programs: a table for the console, a JSON file beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+COLUMNS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+TITLES = ("AP", "AP50", "AP75", "small", "medium", "large", "AR100")
+CLASS_KEY = "map_class/"
+
+
+def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
+    """The COCO figures in percent, masks and boxes, and then the mask AP of every class, best first.
+
+    "-" stands for a figure without any truth (-1 in the metrics).
+
+    Args:
+        metrics: what `CocoMap` returns, its keys with `prefix` before them ("eval_" in the Trainer's).
+    """
+    lines = [f"{'':8}" + "".join(f"{title:>8}" for title in TITLES)]
+    for label, kind in (("masks", ""), ("boxes", "box_")):
+        values = [metrics.get(f"{prefix}{kind}{column}", -1.0) for column in COLUMNS]
+        lines.append(f"{label:8}" + "".join(f"{_percent(value):>8}" for value in values))
+    start = prefix + CLASS_KEY
+    classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
+    width = max([len("class"), *map(len, classes)]) + 2
+    if classes:
+        lines += ["", f"{'class':{width}}{'AP':>8}"]
+    ranked = sorted(classes.items(), key=lambda item: -item[1])
+    return "\n".join(lines + [f"{name:{width}}{_percent(value):>8}" for name, value in ranked])
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
+def write_metrics(metrics: Mapping[str, float], path: str | Path) -> Path:
+    """Write the metrics as JSON, every digit kept, whole or not at all; returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(dict(metrics), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.replace(target)
+    return target
+
+
+def read_metrics(path: str | Path) -> dict[str, float]:
+    """The inverse of `write_metrics`."""
+    metrics: dict[str, float] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return metrics

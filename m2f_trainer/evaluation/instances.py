@@ -1,0 +1,193 @@
+"""What a model found in an image, and the one way from its logits to that.
+
+Three frames: *logits* (h, w), *padded* (the network's input) and *original* (the image as it came). As in the original
+Mask2Former, mask logits are resized to the padded frame, the padding is cropped, the rest is resized to the original
+frame, and only then thresholded at zero; the score is class probability x mean mask probability inside that mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from m2f_trainer.data.masks import decode, to_counts
+from m2f_trainer.errors import MaskError
+from m2f_trainer.evaluation.mask_runs import encode_runs, mask_runs
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """The n instances predicted in one image, best first, all in the original frame.
+
+    Attributes:
+        image_id: the dataset's id of the image.
+        category_ids: (n,) int64, the dataset's own category ids.
+        scores: (n,) float64 in [0, 1].
+        rles: n COCO run-length encodings, `{"size": [H, W], "counts": bytes}`, column-major and compressed.
+        boxes: (n, 4) float64, x, y, width, height: the tight boxes of the masks.
+        size: (H, W) of the original image.
+    """
+
+    image_id: int
+    category_ids: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    rles: list[dict[str, Any]]
+    boxes: NDArray[np.float64]
+    size: Size
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def above(self, threshold: float) -> Instances:
+        """Those whose score is greater than `threshold`; zero drops the empty masks alone."""
+        kept = np.flatnonzero(self.scores > threshold)
+        rles = [self.rles[index] for index in kept]
+        return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """(H, W) of zeros and ones."""
+        return decode(self.rles[index]["counts"].decode("ascii"), *self.size)
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """COCO results entries, made afresh at each call, since scorers write into them.
+
+        They carry no `bbox`: with one, pycocotools takes the box's area for the small, medium and large ranges.
+        """
+        return [
+            {
+                "image_id": self.image_id,
+                "category_id": int(category_id),
+                "segmentation": {"size": list(self.size), "counts": rle["counts"].decode("ascii")},
+                "score": float(score),
+            }
+            for category_id, score, rle in zip(self.category_ids, self.scores, self.rles, strict=True)
+        ]
+
+    @classmethod
+    def from_coco(cls, results: Iterable[Mapping[str, Any]]) -> list[Instances]:
+        """The inverse of `to_coco` for the entries of many images, in the order in which the images first appear.
+
+        Raises:
+            MaskError: an entry's run lengths don't fill its image, or the sizes within one image disagree.
+        """
+        by_image: dict[int, list[Mapping[str, Any]]] = {}
+        for result in results:
+            by_image.setdefault(int(result["image_id"]), []).append(result)
+        return [_instances_of(image_id, entries) for image_id, entries in by_image.items()]
+
+    def overlay(self, image: Image.Image, names: Mapping[int, str] | None = None) -> Image.Image:
+        """A copy of `image` with these instances drawn on it; `names` maps category ids to words."""
+        from m2f_trainer.evaluation.overlays import draw_instances
+
+        return draw_instances(image, self, names or {})
+
+
+def _instances_of(image_id: int, entries: Sequence[Mapping[str, Any]]) -> Instances:
+    sizes = {(int(entry["segmentation"]["size"][0]), int(entry["segmentation"]["size"][1])) for entry in entries}
+    if len(sizes) != 1:
+        raise MaskError(
+            f"Expected every prediction of image_id {image_id} to have one mask size, found {sorted(sizes)}. "
+            "Write the predictions again at the size of the original image."
+        )
+    size = sizes.pop()
+    where = f"a prediction of image_id {image_id}"
+    counts = [to_counts(entry["segmentation"], *size, where) for entry in entries]
+    scores = np.array([entry["score"] for entry in entries], np.float64)
+    order = np.argsort(-scores, kind="stable")
+    rles = [{"size": list(size), "counts": counts[index].encode("ascii")} for index in order]
+    category_ids = np.array([entry["category_id"] for entry in entries], np.int64)
+    return Instances(image_id, category_ids[order], scores[order], rles, tight_boxes(rles), size)
+
+
+def tight_boxes(rles: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """(n, 4) x, y, width, height; zeros for an empty mask."""
+    if not rles:
+        return np.zeros((0, 4))
+    return np.asarray(coco_mask.toBbox(rles), np.float64)
+
+
+@torch.no_grad()
+def to_instances(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    *,
+    image_ids: Sequence[int] | Tensor,
+    original_sizes: Sequence[Size] | Tensor,
+    resized_sizes: Sequence[Size] | Tensor,
+    padded_size: Size,
+    category_ids: Sequence[int],
+    top_k: int = 100,
+) -> list[Instances]:
+    """The `top_k` best (query, class) pairs of each image as Instances, as in the original Mask2Former.
+
+    The work is done where the logits are; class choices, mask boundaries and scores alone cross to the host. A pair
+    whose mask has no pixel scores 0 and keeps its empty mask. A score that is not a number counts as 0.
+
+    Args:
+        class_logits: (B, Q, K+1), the last one being "no object".
+        mask_logits: (B, Q, h, w) in the logits frame, which covers the padded frame.
+        image_ids: B ids.
+        original_sizes: B sizes (H, W) of the images as they came.
+        resized_sizes: B sizes (H, W) of the images within the padded frame, at its top left.
+        padded_size: (H, W) of the network's input.
+        category_ids: K ids: class k of the model is the dataset's category `category_ids[k]`.
+    """
+    ids, originals, resized = (_to_list(value) for value in (image_ids, original_sizes, resized_sizes))
+    probabilities, classes, queries = _best_pairs(class_logits, top_k)
+    dtype = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
+    return [
+        _image_instances(
+            mask_logits[index].to(dtype),
+            (probabilities[index], classes[index], queries[index]),
+            int(ids[index]),
+            ((originals[index][0], originals[index][1]), (resized[index][0], resized[index][1]), padded_size),
+            np.asarray(category_ids, np.int64),
+        )
+        for index in range(len(ids))
+    ]
+
+
+def _to_list(values: Sequence[Any] | Tensor) -> list[Any]:
+    return list(values.tolist()) if isinstance(values, Tensor) else list(values)
+
+
+def _best_pairs(class_logits: Tensor, top_k: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Probability, class and query, each (B, k), of the best pairs of each image, from (B, Q, K+1) logits."""
+    dtype = torch.float64 if class_logits.dtype == torch.float64 else torch.float32
+    probabilities = class_logits.to(dtype).softmax(-1)[..., :-1]
+    num_classes = probabilities.shape[-1]
+    pairs = probabilities.flatten(1)  # (B, Q*K)
+    best, index = pairs.topk(min(top_k, pairs.shape[1]), dim=1)
+    host = index.cpu().numpy()
+    return best.double().cpu().numpy(), host % num_classes, host // num_classes
+
+
+def _image_instances(
+    mask_logits: Tensor,
+    pairs: tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]],
+    image_id: int,
+    sizes: tuple[Size, Size, Size],
+    category_ids: NDArray[np.int64],
+) -> Instances:
+    """One image: (Q, h, w) logits and its best pairs; `sizes` are its original, resized and padded (H, W)."""
+    probabilities, classes, queries = pairs
+    unique, position = np.unique(queries, return_inverse=True)
+    mask_scores, runs = mask_runs(mask_logits, unique, *sizes)
+    encoded = [{"size": list(sizes[0]), "counts": counts} for counts in encode_runs(runs)]
+    boxes = tight_boxes(encoded)
+    scores = np.nan_to_num(probabilities * mask_scores[position])
+    order = np.argsort(-scores, kind="stable")
+    rles = [encoded[index] for index in position[order]]
+    return Instances(
+        image_id, category_ids[classes[order]], scores[order], rles, boxes[position[order]].reshape(-1, 4), sizes[0]
+    )

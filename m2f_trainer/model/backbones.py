@@ -1,0 +1,134 @@
+"""Backbones as data: one table of names, and the one way to load any of them (or any Hub id or folder)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+
+class ModelError(ValueError):
+    """A backbone, head or model folder can't be had or doesn't fit. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class BackboneRow:
+    """One known backbone: where its weights are, and what its geometry asks of the images."""
+
+    hub_id: str
+    stride: int  # image sides must be multiples of it: the patch size of a ViT, 32 for a ConvNeXt
+    depth: int  # transformer layers, or stages of a ConvNeXt
+    licence: str
+
+
+def _dinov3(name: str, stride: int, depth: int) -> BackboneRow:
+    return BackboneRow(f"facebook/dinov3-{name}-pretrain-lvd1689m", stride, depth, "dinov3-license")
+
+
+def _dinov2(name: str, depth: int) -> BackboneRow:
+    return BackboneRow(f"facebook/dinov2-{name}", 14, depth, "apache-2.0")
+
+
+BACKBONES: Mapping[str, BackboneRow] = {
+    "dinov3-vits16": _dinov3("vits16", 16, 12),
+    "dinov3-vits16plus": _dinov3("vits16plus", 16, 12),
+    "dinov3-vitb16": _dinov3("vitb16", 16, 12),
+    "dinov3-vitl16": _dinov3("vitl16", 16, 24),
+    "dinov3-vith16plus": _dinov3("vith16plus", 16, 32),
+    "dinov3-vit7b16": _dinov3("vit7b16", 16, 40),
+    "dinov3-convnext-tiny": _dinov3("convnext-tiny", 32, 4),
+    "dinov3-convnext-small": _dinov3("convnext-small", 32, 4),
+    "dinov3-convnext-base": _dinov3("convnext-base", 32, 4),
+    "dinov3-convnext-large": _dinov3("convnext-large", 32, 4),
+    "dinov2-small": _dinov2("small", 12),
+    "dinov2-base": _dinov2("base", 12),
+    "dinov2-large": _dinov2("large", 24),
+    "dinov2-giant": _dinov2("giant", 40),
+    "dinov2-with-registers-small": _dinov2("with-registers-small", 12),
+    "dinov2-with-registers-base": _dinov2("with-registers-base", 12),
+    "dinov2-with-registers-large": _dinov2("with-registers-large", 24),
+    "dinov2-with-registers-giant": _dinov2("with-registers-giant", 40),
+}
+
+
+def hub_id(backbone: str) -> str:
+    """Return the Hub id of a table name; a Hub id or a folder is returned as it is."""
+    return BACKBONES[backbone].hub_id if backbone in BACKBONES else backbone
+
+
+def read_config(backbone: str | Mapping[str, Any], taps: tuple[int, ...] = ()) -> PreTrainedConfig:
+    """Return the backbone's configuration, set to give the maps that the neck needs.
+
+    `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
+    `taps` are 1-based depths of a ViT whose maps are used (default: the last one); a ConvNeXt gives its four stages.
+
+    Raises ModelError when the configuration can't be read, naming the steps that give access.
+    """
+    if isinstance(backbone, str):
+        config = _from_pretrained(AutoConfig, backbone)
+    else:
+        fields = dict(backbone)
+        if "model_type" not in fields:
+            raise ModelError(f'a backbone configuration needs "model_type" (such as "dinov3_vit"); got {json.dumps(fields)}')
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    stages = config.stage_names
+    if is_pyramidal(config):
+        config.out_features = list(stages[-4:])
+        return config
+    depth = len(stages) - 1
+    wrong = [tap for tap in taps if not 1 <= tap <= depth]
+    if wrong:
+        raise ModelError(f"pyramid_taps {wrong}: this backbone has {depth} layers, so a tap is between 1 and {depth}")
+    config.out_features = [stages[tap] for tap in sorted(set(taps or (depth,)))]
+    if "pos_embed_rescale" in config.to_dict():
+        config.pos_embed_rescale = None  # DINOv3 rescales RoPE at random in training mode; here only if asked for
+    return config
+
+
+def is_pyramidal(config: PreTrainedConfig) -> bool:
+    """Tell whether the backbone itself gives strides 4, 8, 16 and 32 (a ConvNeXt), rather than one stride (a ViT)."""
+    return "hidden_sizes" in config.to_dict()
+
+
+def stride_of(config: PreTrainedConfig) -> int:
+    """Return the number that image sides must be multiples of: a ViT's patch size, 32 for a pyramid of stages."""
+    patch = 32 if is_pyramidal(config) else config.patch_size
+    return int(patch) if isinstance(patch, int) else int(max(patch))
+
+
+def load_pretrained(backbone: str, config: PreTrainedConfig) -> nn.Module:
+    """Return the pretrained backbone with `config`'s taps.
+
+    The class is looked up by the configuration: `AutoBackbone.from_pretrained` asks the Hub even for a local folder.
+    Raises ModelError when the weights can't be had, or don't fill the backbone.
+    """
+    loader = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+    model, report = _from_pretrained(loader, backbone, config=config, output_loading_info=True)
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith("mask_token"))
+    if missing:
+        raise ModelError(f"{hub_id(backbone)!r} lacks {len(missing)} of the backbone's tensors, such as {missing[:3]}")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _from_pretrained(auto_class: Any, backbone: str, **kwargs: Any) -> Any:
+    source = hub_id(backbone)
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(_advice(backbone, source, error)) from error
+
+
+def _advice(backbone: str, source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    steps = [f"the backbone {backbone!r} could not be loaded from {source!r}: {first}"]
+    if "dinov3" in source.lower():
+        steps.append(
+            f"DINOv3 weights are gated: accept the licence at https://huggingface.co/{source}, then run `hf auth login` "
+            "(or set HF_TOKEN); or use a DINOv2 backbone (such as dinov2-small), which needs no access"
+        )
+    steps.append(f"known names: {', '.join(BACKBONES)}; any Hub id or local folder of a transformers backbone works too")
+    return "\n  ".join(steps)

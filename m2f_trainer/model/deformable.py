@@ -1,0 +1,70 @@
+"""Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, equation 3) that keeps no samples.
+
+transformers' version keeps every sampled value for the backward pass. Here the samples are taken again in backward:
+what is kept falls to the inputs, and level after level is sampled instead of one large stack.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BILINEAR, ZEROS, ALIGN_CORNERS = 0, 0, False
+
+
+class DeformableSampling(torch.autograd.Function):
+    """The weighted sum of samples as one differentiable step; samples live only while one level is at work."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grid: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Value (N, D, S), grid (N, S, L, P, 2) in [-1, 1], weights (N, S, L, P) -> (N, D, S); N = batch x heads."""
+        ctx.save_for_backward(value, grid, weights)
+        ctx.shapes = shapes
+        output = torch.zeros_like(value)
+        for level, plane in enumerate(_planes(value, shapes)):
+            samples = F.grid_sample(plane, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+            output += torch.einsum("ndsp,nsp->nds", samples, weights[:, :, level])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Sample again and return the gradients of value, grid and weights, in their shapes."""
+        value, grid, weights = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad_grid, grad_weights = torch.empty_like(grid), torch.empty_like(weights)
+        grad_planes = []
+        for level, plane in enumerate(_planes(value, ctx.shapes)):
+            points = grid[:, :, level].contiguous()
+            samples = F.grid_sample(plane, points, mode="bilinear", padding_mode="zeros", align_corners=False)
+            grad_weights[:, :, level] = torch.einsum("ndsp,nds->nsp", samples, grad_output)
+            grad_samples = grad_output.unsqueeze(-1) * weights[:, :, level].unsqueeze(1)
+            grad_plane, grad_points = torch.ops.aten.grid_sampler_2d_backward(
+                grad_samples, plane, points, BILINEAR, ZEROS, ALIGN_CORNERS, [True, True]
+            )
+            grad_planes.append(grad_plane.flatten(2))
+            grad_grid[:, :, level] = grad_points
+        return torch.cat(grad_planes, dim=2), grad_grid, grad_weights, None
+
+
+def _planes(value: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(N, D, S) -> one (N, D, h, w) a level."""
+    parts = value.split([height * width for height, width in shapes], dim=2)
+    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def deformable_attention(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Return the attended values (B, S, heads x D).
+
+    value (B, S, heads, D); locations (B, S, heads, L, P, 2) as (x, y) in [0, 1]; weights (B, S, heads, L, P), summing
+    to 1 over L x P. S runs over all positions of all levels, in the order of `shapes`.
+    """
+    batch, length, heads, dim = value.shape
+    flat_value = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, length)
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P, 2)
+    flat_weights = weights.transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P)
+    output: Tensor = DeformableSampling.apply(flat_value, grid, flat_weights, shapes)  # type: ignore[no-untyped-call]
+    return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).reshape(batch, length, heads * dim)

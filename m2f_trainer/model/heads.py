@@ -1,0 +1,104 @@
+"""Starting from other weights: a published Mask2Former head, or a model of ours with other classes."""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Mask2FormerForUniversalSegmentation
+
+from .backbones import ModelError
+
+logger = logging.getLogger(__name__)
+
+HEAD_FIELDS = (
+    "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "encoder_layers", "decoder_layers",
+    "num_attention_heads", "dim_feedforward", "num_queries", "enforce_input_projection", "common_stride",
+)  # fmt: skip
+ENCODER = "model.pixel_level_module.encoder."
+CLASS_HEAD = "class_predictor."
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Which tensors were loaded, which stay new in the model, and which of the source were not used."""
+
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for the log, with the first names of what did not fit."""
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for word, names in (("new", self.new), ("unused", self.unused)):
+            some = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+            parts.append(f"{len(names)} {word}{some}")
+        return "; ".join(parts)
+
+
+@lru_cache(maxsize=1)
+def _source(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
+    try:
+        return Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a transformers Mask2Former model with "
+            "safetensors weights, such as facebook/mask2former-swin-small-coco-instance, or a local copy of one"
+        ) from error
+
+
+def head_fields(checkpoint: str) -> dict[str, Any]:
+    """Return the configuration a head was trained with, and the channels its four maps need, fine to coarse."""
+    source = _source(checkpoint)
+    decoder = source.model.pixel_level_module.decoder
+    finest = [sequence[0].in_channels for sequence in decoder.lateral_convolutions[::-1]]
+    coarser = [projection[0].in_channels for projection in decoder.input_projections][::-1]
+    fields = {name: source.config.to_dict()[name] for name in HEAD_FIELDS}
+    return {**fields, "neck_channels": [*finest, *coarser][-4:]}
+
+
+def load_head(model: nn.Module, checkpoint: str) -> LoadReport:
+    """Copy every head tensor that fits by name and shape; the backbone and neck are left alone.
+
+    The class head is taken only when the number of classes is the same.
+    """
+    source = {name: tensor for name, tensor in _source(checkpoint).state_dict().items() if not name.startswith(ENCODER)}
+    source = {name: tensor for name, tensor in source.items() if not name.startswith("criterion.")}
+    report = _copy_matching(model, source, skip=ENCODER)
+    _source.cache_clear()
+    logger.warning("head from %s: %s", checkpoint, report)
+    return report
+
+
+def load_model_weights(model: Any, source: Any) -> LoadReport:
+    """Copy everything that fits from a model of ours; class scores follow the category's name."""
+    report = _copy_matching(model, source.state_dict())
+    _copy_classes(model, source)
+    logger.warning("weights from %s: %s", source.config.name_or_path, report)
+    return report
+
+
+@torch.no_grad()
+def _copy_matching(model: nn.Module, source: dict[str, Tensor], skip: str = "\0") -> LoadReport:
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(skip)}
+    fitting = [name for name in own if name in source and source[name].shape == own[name].shape]
+    for name in fitting:
+        own[name].copy_(source[name])
+    loaded = set(fitting)
+    return LoadReport(
+        tuple(fitting), tuple(name for name in own if name not in loaded), tuple(n for n in source if n not in loaded)
+    )
+
+
+@torch.no_grad()
+def _copy_classes(model: Any, source: Any) -> None:
+    """Give each class the scores that the category of the same name had; the no-object row goes along."""
+    rows = {category["name"]: row for row, category in enumerate(source.config.categories)}
+    rows[None] = len(rows)
+    for row, name in enumerate([*(category["name"] for category in model.config.categories), None]):
+        if name in rows:
+            model.class_predictor.weight[row].copy_(source.class_predictor.weight[rows[name]])
+            model.class_predictor.bias[row].copy_(source.class_predictor.bias[rows[name]])

@@ -1,0 +1,149 @@
+"""Hungarian matching of all decoder outputs at once, and the targets it matches, kept as compact bitmaps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompactMasks:
+    """The T binary masks of a batch, each as a bitmap of its own box: memory follows the objects' area.
+
+    values  uint8 (V,), 0 or 1: all bitmaps one after another, row by row
+    boxes   int64 (T, 4): x0, y0, x1, y1 of each bitmap in the padded frame; the outermost rows and columns of a bitmap
+            are zero (they may lie one pixel outside the frame), so that a point outside reads the border's zero
+    offsets int64 (T,): where each bitmap starts in `values`
+    size    (H, W) of the padded frame
+    """
+
+    values: Tensor
+    boxes: Tensor
+    offsets: Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def from_dense(cls, masks: Sequence[Tensor]) -> "CompactMasks":
+        """Take dense masks, one (N, H, W) an image, as transformers' models do."""
+        dense = torch.cat([F.pad(mask.to(torch.uint8), (1, 1, 1, 1)) for mask in masks])
+        count, height, width = dense.shape
+        box = torch.tensor([-1, -1, width - 1, height - 1], device=dense.device)
+        starts = torch.arange(count, device=dense.device) * (height * width)
+        return cls(dense.flatten(), box.expand(count, 4), starts, (height - 2, width - 2))
+
+    def sample(self, which: Tensor, points: Tensor) -> Tensor:
+        """Bilinear values of masks `which` (M,) at points (M, P, 2), x and y in [0, 1] -> (M, P) in [0, 1].
+
+        Equal to torch's grid_sample(align_corners=False, padding_mode="zeros") on the dense masks.
+        """
+        boxes, start = self.boxes[which], self.offsets[which].unsqueeze(1)
+        width = (boxes[:, 2] - boxes[:, 0]).unsqueeze(1)
+        left, right, x_part = _neighbours(points[..., 0], self.size[1], boxes[:, 0], boxes[:, 2])
+        top, bottom, y_part = _neighbours(points[..., 1], self.size[0], boxes[:, 1], boxes[:, 3])
+        top, bottom = start + top * width, start + bottom * width
+        dtype = points.dtype
+        upper = torch.lerp(self.values[top + left].to(dtype), self.values[top + right].to(dtype), x_part)
+        lower = torch.lerp(self.values[bottom + left].to(dtype), self.values[bottom + right].to(dtype), x_part)
+        return torch.lerp(upper, lower, y_part)
+
+
+def _neighbours(unit: Tensor, side: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two pixels beside each coordinate, counted from the bitmap's edge, and the second one's share."""
+    place = unit * side - 0.5
+    first = place.floor()
+    low, last = low.unsqueeze(1), (high - low).unsqueeze(1) - 1
+    index = first.long() - low
+    zero = torch.zeros_like(last)
+    return index.clamp(zero, last), (index + 1).clamp(zero, last), place - first
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The M matched pairs of all L decoder outputs, ordered by image; each tensor is int64 (M,)."""
+
+    level: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor  # index into the batch's T targets
+    per_image: list[int]  # how many of the M pairs each image has, known without asking the device
+
+
+@torch.no_grad()
+def pair_costs(
+    logits: Tensor, probabilities: Tensor, targets: Tensor, classes: Tensor, weights: Mapping[str, float]
+) -> Tensor:
+    """Cost of giving each query each target, for all outputs of one image -> (L, Q, N).
+
+    logits (L, Q, P) and targets (N, P) at the same points, probabilities (L, Q, K + 1), classes (N,). As the original
+    matcher (Cheng et al. 2022, https://arxiv.org/abs/2112.01527, and its matcher.py): weighted sum of -p(class), mean
+    binary cross entropy, and dice. With x the logit and t the target, the cross entropy is softplus(x) - x t.
+    """
+    points = logits.shape[-1]
+    overlap = logits @ targets.T
+    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - overlap) / points
+    inside = logits.sigmoid()
+    union = inside.sum(-1, keepdim=True) + targets.sum(-1)
+    dice = 1 - (2 * (inside @ targets.T) + 1) / (union + 1)
+    return (
+        weights["mask"] * cross_entropy - weights["class"] * probabilities[..., classes] + weights["dice"] * dice
+    )
+
+
+@torch.no_grad()
+def match(
+    embeddings: Tensor,
+    features: Tensor,
+    class_logits: Tensor,
+    masks: CompactMasks,
+    class_labels: Sequence[Tensor],
+    points: Tensor,
+    weights: Mapping[str, float],
+) -> Matches:
+    """Match every decoder output to the targets, with one copy to the host and one back.
+
+    embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), points (B, P, 2) in [0, 1]: queries
+    and targets of an image are compared at the same points, shared by all outputs. Costs are float32 also under
+    autocast. Non-finite costs are matched last, as transformers does.
+    """
+    sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, C, P)
+    probabilities = class_logits.softmax(-1)
+    costs, start = [], 0
+    for image, classes in enumerate(class_labels):
+        count = len(classes)
+        if count:
+            which = torch.arange(start, start + count, device=points.device)
+            truth = masks.sample(which, points[image].expand(count, -1, -1))
+            logits = embeddings[:, image] @ sampled[image]
+            costs.append(pair_costs(logits, probabilities[:, image], truth, classes, weights))
+        start += count
+    return _assign(costs, [len(classes) for classes in class_labels], class_logits)
+
+
+def _assign(costs: list[Tensor], counts: list[int], like: Tensor) -> Matches:
+    """Solve the assignments on the host: costs of the images with targets, (L, Q, N) each."""
+    if not costs:
+        empty = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return Matches(empty, empty, empty, empty, [0] * len(counts))
+    worst = torch.finfo(torch.float32).max
+    flat = torch.cat([cost.flatten() for cost in costs]).float()
+    host = torch.nan_to_num(flat, nan=worst, posinf=worst, neginf=worst).cpu().numpy()
+    levels, _, queries, _ = like.shape
+    rows: list[Tensor] = []
+    read, start = 0, 0
+    for image, count in enumerate(counts):
+        if count:
+            block = host[read : read + levels * queries * count].reshape(levels, queries, count)
+            read += block.size
+            for level in range(levels):
+                query, target = (torch.from_numpy(index) for index in linear_sum_assignment(block[level]))
+                place = torch.tensor([level, image]).unsqueeze(1).expand(2, len(query))
+                rows.append(torch.cat([place, query.unsqueeze(0), target.unsqueeze(0) + start]))
+        start += count
+    pairs = torch.cat(rows, dim=1)
+    if like.is_cuda:
+        pairs = pairs.pin_memory()
+    level, image, query, target = pairs.to(like.device, non_blocking=True)
+    return Matches(level, image, query, target, [levels * min(count, queries) for count in counts])

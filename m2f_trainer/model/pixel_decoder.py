@@ -1,0 +1,109 @@
+"""Mask2Former's pixel decoder: transformers' modules and weights, our forward.
+
+The same numbers as transformers' `Mask2FormerPixelDecoder` with less work: positions are made once and not once an
+image, samples are not kept for backward, and nothing waits for the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer,
+)
+
+from .deformable import deformable_attention
+
+Shape = tuple[int, int]
+
+
+def reference_points(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the centre of every position as (S, 2) in [0, 1], x first, and each level's (w, h) as (L, 2).
+
+    Everything is filled on the device: a copy from the host would make each layer wait for it.
+    """
+    centres, sizes = [], []
+    for height, width in shapes:
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1))
+        sizes.append(torch.stack([torch.full((), float(side), device=device) for side in (width, height)]))
+    return torch.cat(centres), torch.stack(sizes)
+
+
+def encoder_layer(
+    layer: Mask2FormerPixelDecoderEncoderLayer,
+    hidden: Tensor,
+    positions: Tensor,
+    references: tuple[Tensor, Tensor],
+    shapes: tuple[Shape, ...],
+) -> Tensor:
+    """One deformable encoder layer, post-norm: hidden (B, S, C), positions (1, S, C) -> (B, S, C)."""
+    attention = layer.self_attn
+    batch, length, _ = hidden.shape
+    heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
+    queries = hidden + positions
+    value = attention.value_proj(hidden).view(batch, length, heads, -1)
+    offsets = attention.sampling_offsets(queries).view(batch, length, heads, levels, points, 2)
+    weights = attention.attention_weights(queries).view(batch, length, heads, levels * points).softmax(-1)
+    weights = weights.view(batch, length, heads, levels, points)
+    centres, sizes = references
+    locations = centres[None, :, None, None, None] + offsets / sizes[None, None, None, :, None]
+    attended = attention.output_proj(deformable_attention(value, shapes, locations, weights))
+    hidden = layer.self_attn_layer_norm(hidden + F.dropout(attended, layer.dropout, layer.training))
+    inner = F.dropout(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout, layer.training)
+    output: Tensor = layer.final_layer_norm(hidden + F.dropout(layer.fc2(inner), layer.dropout, layer.training))
+    return output
+
+
+class PixelDecoder(Mask2FormerPixelDecoder):
+    """Backbone maps -> per-pixel embeddings and three maps for the queries to attend to.
+
+    As in the original, everything here is computed in float32, also under autocast.
+    """
+
+    def __init__(self, config: object, feature_channels: Sequence[int]) -> None:
+        super().__init__(config, feature_channels=list(feature_channels))
+        self.gradient_checkpointing = False
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Four maps, fine to coarse -> mask features (B, C, H/4, W/4) and three maps (B, C, h, w), coarse to fine."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            maps = [feature.float() for feature in features]
+            levels = self._encode(maps[::-1][: self.num_feature_levels])
+            finest = levels[-1]
+            for lateral, output, feature in zip(
+                self.lateral_convolutions,
+                self.output_convolutions,
+                maps[: self.num_fpn_levels][::-1],
+                strict=True,
+            ):
+                side = lateral(feature)
+                finest = output(side + F.interpolate(finest, size=side.shape[-2:], mode="bilinear"))
+            return self.mask_projection(finest), levels
+
+    def _encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Run the deformable encoder over maps, coarse to fine: [(B, C_i, h, w)] -> [(B, C, h, w)]."""
+        inputs = [project(feature) for project, feature in zip(self.input_projections, maps, strict=True)]
+        shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in inputs)
+        positions = [
+            self.position_embedding((1, *feature.shape[1:]), feature.device, feature.dtype).flatten(2).transpose(1, 2)
+            + self.level_embed[level]
+            for level, feature in enumerate(inputs)
+        ]
+        hidden = torch.cat([feature.flatten(2).transpose(1, 2) for feature in inputs], dim=1)  # (B, S, C)
+        flat_positions = torch.cat(positions, dim=1)  # (1, S, C)
+        references = reference_points(shapes, hidden.device)
+        for layer in self.encoder.layers:
+            hidden = self._run(layer, hidden, flat_positions, references, shapes)
+        parts = hidden.split([height * width for height, width in shapes], dim=1)
+        return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _run(self, layer: Mask2FormerPixelDecoderEncoderLayer, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            again: Tensor = self._gradient_checkpointing_func(encoder_layer, layer, *inputs)
+            return again
+        return encoder_layer(layer, *inputs)

@@ -1,0 +1,134 @@
+"""The encoder of Mask2Former: a DINO backbone and the neck that gives Mask2Former its four maps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedConfig
+
+from .backbones import ModelError, is_pyramidal
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of a map, as in ViTDet's pyramid: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise each position's channels: (B, C, h, w) -> (B, C, h, w)."""
+        normalised: Tensor = self.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normalised
+
+
+class SimplePyramid(nn.Module):
+    """ViT maps of one stride p -> maps of strides p/4, p/2, p and 2p.
+
+    The simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527, section 3): every scale is
+    made from the last map alone by (transposed) convolution. Several taps are first fused by a learned 1x1 convolution.
+    """
+
+    def __init__(self, dim: int, taps: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(dim * taps, dim, 1) if taps > 1 else nn.Identity()
+        half, quarter = dim // 2, dim // 4
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.ConvTranspose2d(dim, half, 2, 2),
+                    ChannelNorm(half),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(half, quarter, 2, 2),
+                    *_projection(quarter, channels[0]),
+                ),
+                nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), *_projection(half, channels[1])),
+                nn.Sequential(*_projection(dim, channels[2])),
+                nn.Sequential(nn.MaxPool2d(2, 2), *_projection(dim, channels[3])),
+            ]
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Taps of (B, dim, h, w) -> [(B, C0, 4h, 4w), (B, C1, 2h, 2w), (B, C2, h, w), (B, C3, h/2, w/2)]."""
+        fused = self.fuse(torch.cat(tuple(maps), dim=1))
+        return [scale(fused) for scale in self.scales]
+
+
+def _projection(inputs: int, outputs: int) -> list[nn.Module]:
+    """ViTDet's 1x1 and 3x3 convolution, each followed by a norm."""
+    return [
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        ChannelNorm(outputs),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        ChannelNorm(outputs),
+    ]
+
+
+class PlainNeck(nn.Module):
+    """All four maps at the patch stride: the taps as they are, the last one repeated."""
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Taps of (B, dim, h, w), at most four -> four maps of (B, dim, h, w)."""
+        return [*maps, *[maps[-1]] * (4 - len(maps))]
+
+
+class StagesNeck(nn.Module):
+    """A ConvNeXt's own four stages, unchanged."""
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps of strides 4, 8, 16 and 32 -> the same."""
+        return list(maps)
+
+
+def default_channels(dim: int) -> list[int]:
+    """Channels of the pyramid's maps, fine to coarse: dim/4, dim/2, dim, dim, none over 256 (ViTDet's width)."""
+    return [min(width, 256) for width in (dim // 4, dim // 2, dim, dim)]
+
+
+def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | None) -> tuple[nn.Module, list[int]]:
+    """Return the neck and the channels of its four maps, fine to coarse. Raises ModelError for an unknown neck."""
+    if is_pyramidal(backbone):
+        return StagesNeck(), list(backbone.hidden_sizes)[-4:]
+    dim, taps = int(backbone.hidden_size), len(backbone.out_features)
+    if neck == "plain":
+        if taps > 4:
+            raise ModelError(f"neck 'plain' takes at most 4 taps, got {taps}: shorten pyramid_taps or use neck 'pyramid'")
+        return PlainNeck(), [dim] * 4
+    if neck == "pyramid":
+        widths = list(channels or default_channels(dim))
+        return SimplePyramid(dim, taps, widths), widths
+    raise ModelError(f"neck must be 'pyramid' or 'plain', got {neck!r}")
+
+
+class Encoder(nn.Module):
+    """Backbone and neck. `channels` are those of the four maps, fine to coarse.
+
+    A backbone without trainable weights runs in evaluation mode and without a graph.
+    """
+
+    def __init__(self, backbone: PreTrainedConfig, neck: str, neck_channels: Sequence[int] | None) -> None:
+        super().__init__()
+        self.backbone = AutoBackbone.from_config(backbone)
+        self.neck, self.channels = build_neck(neck, backbone, neck_channels)
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith("mask_token"):
+                parameter.requires_grad_(False)  # used in pretraining only
+
+    @property
+    def frozen(self) -> bool:
+        """True when nothing in the backbone trains."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set the mode; a frozen backbone stays in evaluation mode (no drop path, no RoPE jitter)."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) -> four maps, fine to coarse, (B, C_i, h_i, w_i)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.backbone(pixel_values).feature_maps
+        four: list[Tensor] = self.neck(maps)
+        return four

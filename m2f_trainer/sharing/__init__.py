@@ -1,0 +1,1 @@
+"""Passing a model on: its card, its licence chain and its upload."""

@@ -1,0 +1,199 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written into a staging folder. Its manifest (every file's size and SHA-256) is written last, all is
+synced to the disk, and only then is the folder renamed to `checkpoint-N`. So a kill at any moment leaves the finished
+checkpoints as they were; and what was damaged later is found by its manifest before it is trusted.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer
+
+from m2f_trainer.errors import CheckpointError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
+STAGING = ".staging"
+
+
+def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """All `checkpoint-N` folders with their steps, oldest step first; whether they are complete is not asked."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file of the folder, and see all of it onto the disk; the manifest itself comes last."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
+        _sync(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    _sync(manifest)
+    _sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint, naming the file; None when it is just as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: its writing was cut short"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+        if digest(path) != entry["sha256"]:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_resume(resume: bool | str, output_dir: Path) -> Path | None:
+    """Return the checkpoint to go on from: the newest complete one for True, the named one if it is sound.
+
+    Raises CheckpointError when the named one is damaged, or when there is none; says which ones were passed over.
+    """
+    if resume is False:
+        return None
+    if resume is not True:
+        return _sound(Path(resume))
+    for _, folder in reversed(checkpoints(output_dir)):
+        reason = damage(folder)
+        if reason is None:
+            logger.warning("resuming from %s", folder)
+            return folder
+        logger.warning("passed over %s: %s", folder, reason)
+    raise CheckpointError(
+        f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or name a "
+        "checkpoint elsewhere"
+    )
+
+
+def _sound(folder: Path) -> Path:
+    reason = damage(folder) if folder.is_dir() else "there is no such folder"
+    if reason is not None:
+        raise CheckpointError(f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint")
+    return folder
+
+
+@contextmanager
+def staged(trainer: Trainer) -> Iterator[Path]:
+    """Let the Trainer write its checkpoint into a staging folder; complete it and move it into place at the end.
+
+    Yields the folder being written, for what else belongs in it. All ranks take part. Raises TrainingError when the
+    disk is too full; the checkpoints that were there stay.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    output = Path(str(args.output_dir))
+    staging = output / STAGING
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+        require_space(output, expected_size(trainer))
+    trainer.accelerator.wait_for_everyone()
+    args.output_dir = str(staging)
+    try:
+        yield staging / f"checkpoint-{step}"
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(f"checkpoint {step} could not be written ({error}): {_space(output)}") from error
+    finally:
+        args.output_dir = str(output)
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        rotate(output, args.save_total_limit, trainer.state.best_global_step, step)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _finish(trainer: Trainer, written: Path, final: Path) -> None:
+    """Set the state's paths right, write the manifest, and rename."""
+    state = trainer.state
+    if state.best_global_step:
+        state.best_model_checkpoint = str(final.with_name(f"checkpoint-{state.best_global_step}"))
+    state.save_to_json(str(written / STATE))
+    write_manifest(written)
+    if final.exists():
+        _remove(final)
+    written.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_step: int) -> None:
+    """Keep the checkpoint just written, the best one, and the newest complete others up to `limit`; drop older ones.
+
+    Newer or older is told by the step, never by a file's time. Steps beyond `newest_step` are another branch of the run
+    (one that was resumed from an earlier checkpoint): they are left alone.
+    """
+    if not limit or limit < 0:
+        return
+    older = [(step, folder) for step, folder in checkpoints(output_dir) if step < newest_step]
+    kept = {newest_step} | {step for step, _ in older if step == best_step}
+    for step, folder in reversed(older):
+        if len(kept) < limit and (folder / MANIFEST).is_file():
+            kept.add(step)
+    for step, folder in older:
+        if step not in kept:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; one that is half deleted no longer bears a checkpoint's name."""
+    doomed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def expected_size(trainer: Trainer) -> int:
+    """Bytes that a checkpoint will take: the weights, and two moments of each that trains."""
+    parameters = list(trainer.model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    moments = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+    return weights + (0 if trainer.args.save_only_model else moments)
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raise TrainingError unless `need` bytes and a little more are free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < need * 1.02 + 2**20:
+        raise TrainingError(
+            f"disk full: a checkpoint needs {need / 1e6:.0f} MB, and {_space(folder)}. Free some space, or lower "
+            "save_total_limit, and run again with --resume_from_checkpoint true"
+        )
+
+
+def _space(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"

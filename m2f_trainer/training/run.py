@@ -1,0 +1,206 @@
+"""The story of a run: recipe -> data -> model -> train -> evaluate -> card."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import set_seed
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+
+from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
+from m2f_trainer.data.check import check_dataset, check_split
+from m2f_trainer.data.coco import Category, categories_of, load_coco
+from m2f_trainer.data.collator import InstanceDataset
+from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform
+from m2f_trainer.evaluation.curves import read_metrics, write_metrics
+from m2f_trainer.evaluation.instances import Instances
+from m2f_trainer.inference.folder import predict_folder
+from m2f_trainer.model.adapters import LoraSettings, lora_layers, save_adapter, set_tuning
+from m2f_trainer.model.backbones import BACKBONES
+from m2f_trainer.model.mask2former import M2FConfig, M2FModel, build_model, load_model
+from m2f_trainer.recipe import Recipe, load_recipe, save_recipe
+from m2f_trainer.sharing.card import write_card
+from m2f_trainer.sharing.upload import push
+from m2f_trainer.training.callbacks import run_callbacks
+from m2f_trainer.training.checkpoints import METRICS, RECIPE, find_resume
+from m2f_trainer.training.trainer import M2FTrainer
+
+logger = logging.getLogger(__name__)
+ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
+
+
+def train(recipe: Recipe) -> dict[str, float]:
+    """Run a recipe from data to model card; return the figures of the model it ends with."""
+    set_seed(recipe.train.seed)
+    checkpoint = find_resume(recipe.train.resume, Path(recipe.train.output_dir or "."))
+    splits = load_splits(recipe.data)
+    categories = categories_of(splits["train"])
+    model = build(recipe.model, recipe.data, categories)
+    trainer = M2FTrainer(
+        model,
+        recipe.train,
+        train_dataset=InstanceDataset(splits["train"], train_transform(recipe), categories),
+        eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
+        callbacks=run_callbacks(recipe.train),
+        processing_class=SavedWithModel(recipe, model.config),
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    figures = final_figures(trainer, recipe, splits, categories)
+    finish(trainer, recipe, figures)
+    return figures
+
+
+class SavedWithModel:
+    """What goes beside the weights in every saved folder: the recipe, and transformers' processor configuration."""
+
+    def __init__(self, recipe: Recipe, config: M2FConfig) -> None:
+        self.recipe, self.config = recipe, config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write recipe.json and preprocessor_config.json."""
+        save_recipe(self.recipe, Path(folder, RECIPE))
+        image_processor(self.config).save_pretrained(folder)
+
+
+def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
+    """transformers' processor, for its pipelines: it resizes to the exact frame, so that nothing is padded.
+
+    transformers' post-processing does not undo padding; ours (`Predictor`) keeps the aspect ratio and does.
+    """
+    return Mask2FormerImageProcessorPil(
+        size={"height": config.image_height, "width": config.image_width},
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        do_reduce_labels=False,
+        ignore_index=255,
+    )
+
+
+def load_splits(data: DataArguments) -> DatasetDict:
+    """Load and check the dataset; train and valid must be there. Raises DataError before any model is touched."""
+    splits = load_coco(str(data.dataset_name))
+    check_dataset(splits, evaluation=[name for name in ("valid", "test") if name == "valid" or name in splits])
+    limits = {"train": data.max_train_samples, "valid": data.max_eval_samples, "test": data.max_eval_samples}
+    return DatasetDict({name: first(rows, limits.get(name)) for name, rows in splits.items()})
+
+
+def first(rows: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows, or all."""
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def build(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
+    """The model of a recipe, its backbone frozen, adapted or free as the recipe says."""
+    built = build_model(
+        model.backbone_config or model.backbone,
+        [vars(category) for category in categories],
+        image_size=(data.image_height, data.image_width),
+        taps=model.pyramid_taps or (),
+        head_checkpoint=model.head_checkpoint,
+        init_from=model.init_from,
+        neck=model.neck,
+        num_queries=model.num_queries,
+        **(model.head_config or {}),
+    )
+    lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
+    set_tuning(built, model.tune, lora)
+    return built
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """The augmentation of a recipe."""
+    data = recipe.data
+    return TrainTransform(
+        data.image_height,
+        data.image_width,
+        lsj_min_scale=data.lsj_min_scale,
+        lsj_max_scale=data.lsj_max_scale,
+        flip=data.horizontal_flip,
+        color_jitter=data.color_jitter,
+        seed=recipe.train.data_seed or recipe.train.seed,
+    )
+
+
+def eval_transform(data: DataArguments) -> EvalTransform:
+    """Resize and pad, nothing else."""
+    return EvalTransform(data.image_height, data.image_width)
+
+
+def final_figures(
+    trainer: M2FTrainer, recipe: Recipe, splits: Mapping[str, Dataset], categories: Sequence[Category]
+) -> dict[str, float]:
+    """The figures of the model in the trainer's hands: those of its checkpoint, and of the test split if there is one."""
+    best = trainer.state.best_model_checkpoint if recipe.train.load_best_model_at_end else None
+    figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
+    if "test" in splits:
+        test = InstanceDataset(splits["test"], eval_transform(recipe.data), categories)
+        figures |= trainer.evaluate(test, metric_key_prefix="test")
+    return figures
+
+
+def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) -> None:
+    """Write the final model with figures and card, and upload it where the recipe says so."""
+    output = Path(recipe.train.output_dir or ".")
+    trainer.save_model(str(output), _internal_call=True)
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        write_metrics(figures, output / METRICS)
+        if lora_layers(trainer.model):
+            save_adapter(trainer.model, output / ADAPTER_FOLDER)
+        write_card(output)
+        if recipe.train.push_to_hub:
+            push(output, recipe.train.hub_model_id or output.name, private=bool(recipe.train.hub_private_repo))
+    trainer.accelerator.wait_for_everyone()
+
+
+def evaluate_folder(
+    model: str, dataset: str, split: str = "valid", output_dir: Path | None = None, batch_size: int = 4
+) -> dict[str, float]:
+    """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
+
+    `output_dir` gets metrics.json and predictions.json (COCO results form). Raises DataError for an unknown split.
+    """
+    loaded = load_model(model)
+    splits = load_coco(dataset)
+    check_split(splits, split)
+    size = (loaded.config.image_height, loaded.config.image_width)
+    rows = InstanceDataset(splits[split], EvalTransform(*size), [Category(**c) for c in loaded.config.categories or []])
+    arguments = TrainArguments(
+        output_dir=str(output_dir or "."), per_device_eval_batch_size=batch_size, report_to="none", bf16=False
+    )
+    trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
+    figures = trainer.evaluate()
+    if output_dir is not None:
+        write_metrics(figures, Path(output_dir, METRICS))
+        write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
+    return figures
+
+
+def write_predictions(predictions: Sequence[Instances], path: Path) -> None:
+    """Write predictions in COCO results form."""
+    results = [result for instances in predictions for result in instances.to_coco()]
+    path.write_text(json.dumps(results), encoding="utf-8")
+
+
+def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], None] = logger.warning) -> None:
+    """The whole path on a small made-up dataset: write it, train recipes/quickstart.json, evaluate, draw predictions.
+
+    `backbone`: a pretrained one by name, instead of the small random ViT; it needs the Hub.
+    """
+    data, run, pictures = output_dir / "data", output_dir / "run", output_dir / "pictures"
+    write_sample(data)
+    options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(run)]
+    if backbone is not None:
+        side = str(8 * BACKBONES[backbone].stride if backbone in BACKBONES else 128)
+        options += ["--backbone", backbone, "--backbone_config", "null", "--image_height", side, "--image_width", side]
+    if (run / RECIPE).is_file():
+        shutil.rmtree(run)  # an earlier demo's
+    figures = train(load_recipe(options))
+    predict_folder(str(run), [data / "test"], pictures)
+    say(f"mask AP on the held-out images: {figures['eval_map']:.3f} (valid), {figures['test_map']:.3f} (test)")
+    say(f"model: {run}\npictures of the test images: {pictures}\ndataset: {data}")

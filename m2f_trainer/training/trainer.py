@@ -1,0 +1,157 @@
+"""transformers' Trainer with Mask2Former's loss divisors, parameter groups and COCO evaluation.
+
+Only seams are overridden; each delegates to a plain function that works without a Trainer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from m2f_trainer.arguments import TrainArguments
+from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.evaluation.coco_map import CocoMap
+from m2f_trainer.evaluation.curves import write_metrics
+from m2f_trainer.evaluation.instances import Instances, to_instances
+from m2f_trainer.model.criterion import normalizer
+from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.training.checkpoints import METRICS, staged
+from m2f_trainer.training.optimizer import parameter_groups
+
+Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
+
+
+class M2FTrainer(Trainer):
+    """Trains and evaluates a Mask2Former of ours on `InstanceDataset`s.
+
+    `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns figures; by default
+    it is `CocoMap` on that split. Everything else is the Trainer's.
+    """
+
+    def __init__(
+        self,
+        model: M2FModel,
+        args: TrainArguments,
+        *,
+        train_dataset: InstanceDataset | None = None,
+        eval_dataset: InstanceDataset | None = None,
+        compute_metrics: Scorer | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks),
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+        self.can_return_loss = True
+        self.scorer = compute_metrics
+        self.predictions: list[Instances] = []
+        self.latest_metrics: dict[str, float] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with the original's parameter groups."""
+        if self.optimizer is None:
+            args: TrainArguments = self.args
+            target = model or self.model
+            factory, settings = self.get_optimizer_cls_and_kwargs(args, target)
+            groups = parameter_groups(target, args.learning_rate, args.weight_decay, args.backbone_lr_multiplier)
+            self.optimizer = factory(groups, **settings)
+        return self.optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,)."""
+        config = self.accelerator.unwrap_model(self.model).config
+        if not batch_samples or "class_labels" not in batch_samples[0]:
+            return None
+        parts = [normalizer(b["class_labels"], config.num_queries, config.no_object_weight) for b in batch_samples]
+        total = torch.stack(parts).sum(0).to(device, torch.float32)
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Turn a batch into `Instances` at once; neither logits nor masks are kept or gathered."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
+        categories = self.accelerator.unwrap_model(self.model).config.categories
+        self.predictions += instances_of(outputs, inputs, categories)
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's loop; then the Instances of all ranks are scored once, and every rank gets the figures."""
+        self.predictions = []
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        scorer = self.scorer or CocoMap(split_rows(dataloader.dataset))
+        figures = score_over_ranks(self.predictions, scorer, self.accelerator.is_main_process)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        self.latest_metrics = {**output.metrics, "step": self.state.global_step}
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the Trainer's, without its pickle of the arguments, which would hold the Hub token in plain text."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
+        with staged(self) as folder:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self.latest_metrics.get("step") == self.state.global_step:
+                write_metrics(self.latest_metrics, folder / METRICS)
+
+
+def split_rows(dataset: Dataset[Any]) -> Any:
+    """The dataset rows behind an evaluation dataset. Raises TypeError when there are none to score against."""
+    if not isinstance(dataset, InstanceDataset):
+        raise TypeError(f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics")
+    return dataset.rows
+
+
+def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]) -> list[Instances]:
+    """Model outputs of one batch -> predictions at original size, with the dataset's own category ids."""
+    return to_instances(
+        outputs.class_queries_logits.float(),
+        outputs.masks_queries_logits.float(),
+        image_ids=inputs["image_id"].tolist(),
+        original_sizes=inputs["original_size"].tolist(),
+        resized_sizes=inputs["resized_size"].tolist(),
+        padded_size=tuple(inputs["pixel_values"].shape[-2:]),
+        category_ids=[category["id"] for category in categories],
+    )
+
+
+def score_over_ranks(predictions: Sequence[Instances], scorer: Scorer, main: bool) -> dict[str, float]:
+    """Gather every rank's predictions, drop what the sampler repeated, score once, and tell all ranks.
+
+    Images are scored in the order of their ids, so that the figures don't depend on the number of ranks.
+    """
+    gathered = gather_object(list(predictions))
+    unique = {instances.image_id: instances for instances in gathered}
+    figures = [dict(scorer([unique[image_id] for image_id in sorted(unique)])) if main else None]
+    broadcast_object_list(figures)
+    return figures[0] or {}

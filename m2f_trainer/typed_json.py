@@ -1,0 +1,95 @@
+"""JSON read strictly, and its values checked against Python types: what recipes are made of."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from m2f_trainer.errors import RecipeError
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The one JSON object of a file. Raises RecipeError on broken JSON, duplicate keys and NaN."""
+    try:
+        values = parse(path.read_text(encoding="utf-8-sig"), f"in {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Can't read {path}: {error}.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected one JSON object of options, got {describe(type(values))}.")
+    return values
+
+
+def parse(text: str, where: str) -> Any:
+    """`json.loads` that takes no duplicate key and no NaN or Infinity. Raises RecipeError."""
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(items)
+        for key, _ in items if len(values) < len(items) else []:
+            times = [name for name, _ in items].count(key)
+            if times > 1:
+                raise RecipeError(f"The key {key!r} stands {times} times {where}. Keep one of them.")
+        return values
+
+    def refuse(constant: str) -> NoReturn:
+        raise RecipeError(f"{constant} stands {where}: expected a finite number.")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecipeError(f"Broken JSON {where}: {error}.") from error
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The scalars in nested lists and objects."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list):
+        yield value
+        return
+    for one in value:
+        yield from leaves(one)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no NaN and no infinity hides in a value."""
+    return all(math.isfinite(leaf) for leaf in leaves(value) if isinstance(leaf, float))
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type: an int passes for a float, a bool never for a number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(is_a(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_a(one, inner[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, str)
+    return type(value) is (origin or hint)
+
+
+def takes_object(hint: Any) -> bool:
+    """Whether a JSON object is a valid value of a type."""
+    return is_a({}, hint)
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words: 'a whole number or null'."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(json.dumps(one) for one in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(describe(one) for one in inner))
+    if hint is list or origin is list:
+        return f"a list of {describe(inner[0]).removeprefix('a ')}s" if inner else "a list"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return WORDS[str]
+    return WORDS.get(hint, "an object")

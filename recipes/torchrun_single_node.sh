@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One machine, several GPUs.
+#   bash recipes/torchrun_single_node.sh GPUS RECIPE.json [--field value ...]
+#   bash recipes/torchrun_single_node.sh 4 recipes/dinov3_vitl16_1024.json --dataset_name my_coco
+set -euo pipefail
+
+if [ "$#" -lt 2 ]; then
+    echo "usage: bash $0 GPUS RECIPE.json [--field value ...]" >&2
+    exit 2
+fi
+gpus=$1
+shift
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+exec torchrun --standalone --nproc_per_node "$gpus" -m m2f_trainer train "$@"

@@ -1,0 +1,149 @@
+"""Images come out as 8-bit RGB in stored orientation, or are refused with advice, and nothing unsafe is opened."""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data.images import image_size, open_image
+from m2f_trainer.errors import ImageError
+
+RAMP = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
+
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_png_modes_keep_their_colours(mode, tmp_path):
+    grey = Image.fromarray(RAMP)
+    image = Image.fromarray(RAMP.astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    opened = open_image(save(image, tmp_path / "a.png"), "a.png")
+    expected = grey.convert("1").convert("L") if mode == "1" else grey
+    assert opened.mode == "RGB"
+    assert np.array_equal(np.asarray(opened), np.repeat(np.asarray(expected)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("CMYK", "jpg"), ("RGB", "jpg"), ("L", "bmp"), ("RGB", "webp"), ("P", "gif")]
+)
+def test_other_formats_are_read_as_pillow_reads_them(mode, suffix, tmp_path):
+    path = save(Image.fromarray(RAMP).convert(mode), tmp_path / f"a.{suffix}")
+    with Image.open(path) as expected:
+        assert np.array_equal(np.asarray(open_image(path, "a")), np.asarray(expected.convert("RGB")))
+
+
+def test_a_palette_with_transparency_keeps_its_colours(tmp_path):
+    path = save(Image.fromarray(RAMP).convert("P"), tmp_path / "a.png", transparency=0)
+    assert np.array_equal(np.asarray(open_image(path, "a"))[..., 0], RAMP)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(path, "a").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_left_alone_as_annotations_are_in_stored_pixels(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(RAMP), tmp_path / "a.png", exif=exif)
+    assert image_size(path, "a") == (12, 16)
+    assert np.array_equal(np.asarray(open_image(path, "a"))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones((4, 4), np.float32), np.full((4, 4), 70_000, np.int32), np.full((4, 4), -1, np.int32)]
+)
+def test_pixels_without_one_right_conversion_are_refused(array, tmp_path):
+    path = save(Image.fromarray(array), tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"no one right conversion|expected greys of 0 to 65535"):
+        open_image(path, "a.tif")
+
+
+def test_paths_bytes_pictures_and_arrays_are_all_images(tmp_path):
+    path = save(Image.fromarray(RAMP).convert("RGB"), tmp_path / "a.png")
+    expected = np.asarray(open_image(path, "a"))
+    sources = [str(path), {"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}]
+    for source in [*sources, Image.fromarray(expected), expected, expected[..., 0]]:
+        assert np.array_equal(np.asarray(open_image(source, "a")), expected)
+    for wrong in (expected / 255.0, expected.transpose(2, 0, 1), expected[0, 0]):
+        with pytest.raises(ImageError, match=r"expected an array \(H, W\)"):
+            open_image(wrong, "a")
+    with pytest.raises(ImageError, match="got neither"):
+        open_image({"path": None, "bytes": None}, "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page: the download failed"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
+        (os.urandom(16), "not an image of a known format"),
+    ],
+)
+def test_files_that_are_no_image_are_refused_with_what_they_look_like(content, message, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=message):
+        open_image(tmp_path / "a.jpg", "image 3")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_truncated_file_is_refused(suffix, tmp_path):
+    path = save(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)),
+        tmp_path / f"a.{suffix}",
+    )
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ImageError, match="image 3: the image data is damaged"):
+        open_image(path, "image 3")
+
+
+def test_missing_files_folders_and_pipes_are_refused_without_opening_them(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_image(tmp_path / "pipe.png", "a")
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_image(tmp_path, "a")
+    for path in (tmp_path / "none.png", "a\0b.png"):
+        with pytest.raises(ImageError, match="can't be read"):
+            open_image(path, "a")
+
+
+@pytest.mark.parametrize("side", [13_000, 100_000])
+def test_decompression_bombs_are_refused_by_their_header(side, tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    for read in (open_image, image_size):
+        with pytest.raises(ImageError, match="expected at most 89,478,485 pixels"):
+            read(tmp_path / "a.png", "a")
+
+
+def test_another_size_than_the_annotations_is_refused_and_a_turned_one_explained(tmp_path):
+    path = save(Image.fromarray(RAMP), tmp_path / "a.png")
+    assert open_image(path, "a", size=(12, 16)).size == (16, 12)
+    with pytest.raises(ImageError, match="expected 8x6 pixels as its annotations say, got 16x12"):
+        open_image(path, "a", size=(6, 8))
+    with pytest.raises(ImageError, match="It is turned"):
+        open_image(path, "a", size=(16, 12))
+
+
+def test_a_jpeg_is_decoded_small_only_as_far_as_asked():
+    buffer = io.BytesIO()
+    Image.new("RGB", (640, 480), "red").save(buffer, "JPEG")
+    source = {"path": None, "bytes": buffer.getvalue()}
+    assert open_image(source, "a", size=(480, 640), shrink_to=(100, 140)).size == (160, 120)
+    assert open_image(source, "a", size=(480, 640), shrink_to=(400, 600)).size == (640, 480)

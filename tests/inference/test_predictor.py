@@ -1,0 +1,118 @@
+"""A predictor takes any image and gives what evaluation would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+
+from m2f_trainer.errors import ImageError
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.mask2former import M2FConfig
+from tests.model.tiny import tiny_model
+
+
+class BrightnessModel(torch.nn.Module):
+    """Finds what is bright: one query whose mask logits are the image's own grey levels, four pixels to a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        categories = [{"id": 7, "name": "light"}, {"id": 3, "name": "other"}]
+        self.config = M2FConfig(categories=categories, image_height=64, image_width=96)
+        self.device = torch.device("cpu")
+        self.batches: list[int] = []
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Mask2FormerForUniversalSegmentationOutput:
+        self.batches.append(len(pixel_values))
+        grey = pixel_values.float().mean(1, keepdim=True) / 16 - 8
+        masks = torch.nn.functional.avg_pool2d(grey, 4)
+        classes = torch.tensor([[[9.0, 0.0, 0.0]]]).expand(len(pixel_values), 1, 3)
+        return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+
+
+@pytest.fixture
+def predictor() -> Predictor:
+    return Predictor(BrightnessModel())  # type: ignore[arg-type]
+
+
+def picture(height: int = 80, width: int = 60) -> Image.Image:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[20:60, 10:40] = 255
+    return Image.fromarray(pixels)
+
+
+def test_what_is_found_lies_where_it_is_in_the_original_image(predictor: Predictor) -> None:
+    (found,) = predictor(picture())
+    assert len(found) == 1
+    assert found.category_ids.tolist() == [7]
+    assert found.size == (80, 60)
+    assert found.scores[0] > 0.9
+    truth = np.asarray(picture())[:, :, 0] > 0
+    mask = found.mask(0).astype(bool)
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.85
+    assert found.boxes[0] == pytest.approx([10, 20, 30, 40], abs=3)
+
+
+def test_paths_pil_images_and_arrays_give_the_same(predictor: Predictor, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), picture(), np.asarray(picture())]
+    results = [item.to_coco() for item in predictor(images)]
+    assert [entry[0]["image_id"] for entry in results] == [0, 1, 2, 3]
+    assert len({entry[0]["segmentation"]["counts"] for entry in results}) == 1
+    assert len({entry[0]["score"] for entry in results}) == 1
+
+
+def test_batches_of_different_sizes_equal_one_by_one(predictor: Predictor) -> None:
+    images = [picture(80, 60), picture(61, 200), picture(64, 96)]
+    together = predictor(images, batch_size=2)
+    assert predictor.model.batches == [2, 1]
+    for index, image in enumerate(images):
+        (alone,) = predictor(image)
+        assert alone.rles == together[index].rles
+        assert alone.size == (image.height, image.width)
+
+
+def test_a_threshold_keeps_what_is_above_it(predictor: Predictor) -> None:
+    (everything,) = predictor(picture(), threshold=0.0)
+    assert len(everything) == 2
+    assert len(predictor(picture(), threshold=0.99999)[0]) == 0
+    assert len(predictor(picture(), threshold=0.0, top_k=1)[0]) == 1
+
+
+def test_no_images_give_nothing(predictor: Predictor) -> None:
+    assert predictor([]) == []
+
+
+def test_a_stream_reads_no_more_images_than_a_batch(predictor: Predictor) -> None:
+    read = []
+
+    def images():  # type: ignore[no-untyped-def]
+        for number in range(5):
+            read.append(number)
+            yield picture()
+
+    stream = predictor.stream(images(), batch_size=2)
+    next(stream)
+    assert read == [0, 1]
+
+
+def test_an_unreadable_image_is_an_error_with_its_path(predictor: Predictor, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"not an image")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        predictor(path)
+
+
+def test_a_saved_model_predicts_with_its_own_categories(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    predictor = Predictor.from_pretrained(str(tmp_path / "model"), device="cpu")
+    assert predictor.names == {3: "cat", 17: "dog"}
+    (found,) = predictor(picture(50, 90), threshold=0.0)
+    assert found.size == (50, 90)
+    assert set(found.category_ids.tolist()) <= {3, 17}
+    assert not predictor.model.training

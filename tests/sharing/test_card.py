@@ -1,0 +1,143 @@
+"""Model cards: figures in model-index form, harmless names, and the licence chain."""
+
+from pathlib import Path
+
+import pytest
+from folder import CONFIG, write_json, write_model
+from huggingface_hub import ModelCard
+
+from m2f_trainer.errors import SharingError
+from m2f_trainer.sharing.card import escape, write_card
+from m2f_trainer.sharing.licences import AGREEMENT, legal_text
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard(write_card(folder).read_text(encoding="utf-8"), ignore_metadata_errors=False)
+
+
+def test_the_card_tells_task_library_and_figures_in_model_index_form(tmp_path: Path) -> None:
+    data = card_of(write_model(tmp_path / "run")).data
+    assert data.pipeline_tag == "image-segmentation"
+    assert {"image-segmentation", "instance-segmentation", "mask2former", "dinov2"} <= set(data.tags)
+    assert data.library_name == "transformers"
+    assert data.base_model == ["facebook/dinov2-small"]
+    figures = {(one.dataset_split, one.metric_type): one.metric_value for one in data.eval_results}
+    assert figures == {("valid", "map"): 0.5123, ("valid", "map_50"): 0.75, ("valid", "box_map"): 0.6}
+    assert {one.dataset_name for one in data.eval_results} == {"pets"}
+
+
+def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
+    text = write_card(write_model(tmp_path / "run"), "me/pets").read_text(encoding="utf-8")
+    assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 |" in text
+    assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
+    assert "m2f predict me/pets photos/" in text
+    assert 'pipeline("image-segmentation", model="me/pets", trust_remote_code=True)' in text
+    assert "/home/someone" not in text
+
+
+def test_the_test_split_has_a_row_of_its_own(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    write_json(folder / "metrics.json", {"eval_map": 0.5, "test_map": 0.4, "test_map_class/cat": 0.4})
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "| valid | 50.0 |" in text
+    assert "| test | 40.0 |" in text
+    assert "| class (test) | mask AP |" in text
+
+
+def test_a_card_without_figures_or_recipe_is_still_a_card(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", CONFIG)
+    assert "## Results" not in card_of(tmp_path).content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "---\nlicense: mit\n---",
+        "<script>alert(1)</script>",
+        "a|b\n\n# Title",
+        "[x](javascript:1)",
+        "`rm -rf`",
+        "\x1b[31m",
+    ],
+)
+def test_names_from_strangers_stay_text(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / "run", categories=[{"id": 1, "name": name}])
+    write_json(folder / "recipe.json", {"dataset_name": name.replace("/", "")})
+    write_json(folder / "metrics.json", {"eval_map": 0.5, f"eval_map_class/{name}": 0.5})
+    card = card_of(folder)
+    assert card.data.license == "apache-2.0"
+    assert "<script" not in card.text
+    assert "](" not in card.text
+    assert "\n# Title" not in card.text
+    assert "\x1b" not in card.content
+    assert card.text.count("\n| ") == card.text.count(" |\n")
+
+
+def test_escaping_keeps_plain_words_and_one_line() -> None:
+    assert escape("traffic light") == "traffic light"
+    assert escape("a\nb  c") == "a b c"
+    assert escape('x"; import os #', code=True) == "x_; import os #"
+
+
+@pytest.mark.parametrize(
+    ("changes", "licence", "told"),
+    [
+        ({}, ("apache-2.0", None), "| facebook/dinov2\\-small | apache-2.0 |"),
+        (
+            {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("other", "dinov3-license"),
+            "Built with DINOv3.",
+        ),
+        (
+            {"backbone_name": "/models/mine", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("other", "dinov3-license"),
+            "pass a copy of the agreement on",
+        ),
+        (
+            {"head_checkpoint": "facebook/mask2former-swin-small-coco-instance"},
+            ("cc-by-nc-4.0", None),
+            "Not for commercial use",
+        ),
+        (
+            {
+                "backbone_name": "dinov3-vitl16",
+                "backbone_config": {"model_type": "dinov3_vit"},
+                "head_checkpoint": "facebook/mask2former-swin-large-coco-instance",
+            },
+            ("other", "dinov3-license-and-cc-by-nc-4.0"),
+            "Not for commercial use",
+        ),
+        (
+            {"backbone_name": "", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("apache-2.0", None),
+            "random numbers",
+        ),
+        ({"backbone_name": "someone/vit"}, ("other", "see-the-licences-below"), "look it up where it was published"),
+        ({"head_checkpoint": "/heads/mine"}, ("other", "see-the-licences-below"), "that is CC BY-NC 4.0"),
+    ],
+)
+def test_the_licence_follows_from_what_the_weights_started_from(
+    tmp_path: Path, changes: dict[str, object], licence: tuple[str, str | None], told: str
+) -> None:
+    card = card_of(write_model(tmp_path / "run", **changes))
+    assert (card.data.license, card.data.license_name) == licence
+    assert told in card.text
+
+
+def test_the_licences_of_a_model_it_was_started_from_carry_over(tmp_path: Path) -> None:
+    first = write_model(tmp_path / "first", head_checkpoint="facebook/mask2former-swin-small-coco-instance")
+    second = write_model(tmp_path / "second", init_from=str(first))
+    assert card_of(write_model(tmp_path / "third", init_from=str(second))).data.license == "cc-by-nc-4.0"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SharingError, match=r"holds no model: expected config\.json there"):
+        write_card(tmp_path)
+
+
+def test_the_licence_notes_are_found_and_name_the_official_texts() -> None:
+    note = legal_text("DINOV3_LICENSE.md")
+    for part in ("ai.meta.com/resources/models-and-libraries/dinov3-license", "CC BY-NC 4.0", "HF_TOKEN", AGREEMENT):
+        assert part in note
+    assert legal_text("LICENSE").lstrip().startswith("Apache License")
+    assert "Mask2Former" in legal_text("NOTICE")

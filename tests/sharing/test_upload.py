@@ -1,0 +1,216 @@
+"""Uploads through the real huggingface_hub client to a Hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from folder import write_model
+from hub import Hub
+from huggingface_hub import constants
+
+from m2f_trainer.errors import SharingError
+from m2f_trainer.sharing import upload
+from m2f_trainer.sharing.card import write_card
+from m2f_trainer.sharing.licences import AGREEMENT
+
+TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
+DINOV3 = {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}}
+UPLOADED = {
+    "DINOV3_LICENSE.md",
+    "LICENSE",
+    "NOTICE",
+    "README.md",
+    "config.json",
+    "mask2former.py",
+    "metrics.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "recipe.json",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that uploads of this process go to."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        yield server
+
+
+def command(hub: Hub, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`m2f push` in a process of its own, where huggingface_hub takes its address from the environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    home = str(Path(argv[0]).parent / "hf_home")
+    own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": home, **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "m2f_trainer", "push", *argv],
+        env={**inherited, **own},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_uploads_a_model_with_card_and_licences_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    with Hub() as hub:
+        run = command(hub, str(folder), "me/pets")
+    assert run.returncode == 0, run.stderr
+    assert f"Uploaded to {hub.address}/me/pets" in run.stdout
+    assert "m2f predict me/pets IMAGES" in run.stdout
+    assert set(hub.files) == UPLOADED
+    assert hub.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b"m2f predict me/pets photos/" in hub.files["README.md"]
+    assert not any(b"stays here" in body for body in hub.bodies)
+    assert f"Bearer {TOKEN}" in hub.tokens, "the token travels in the header alone"
+    assert not any(TOKEN.encode() in body for body in hub.bodies)
+    assert TOKEN not in run.stdout + run.stderr
+    assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_the_offline_switch_is_told(tmp_path: Path) -> None:
+    with Hub() as hub:
+        run = command(hub, str(write_model(tmp_path / "run")), "me/pets", HF_HUB_OFFLINE="1")
+    assert run.returncode == 1
+    assert run.stderr.startswith("m2f push: Uploading ")
+    assert "HF_HUB_OFFLINE is set: unset it" in run.stderr
+    assert not hub.requests
+
+
+def test_weights_from_dinov3_go_with_the_agreement(tmp_path: Path) -> None:
+    with Hub() as hub:
+        hub.agreement = b"the agreement"
+        run = command(hub, str(write_model(tmp_path / "run", **DINOV3)), "me/pets")
+    assert run.returncode == 0, run.stderr
+    assert set(hub.files) == UPLOADED | {AGREEMENT}
+    assert hub.files[AGREEMENT] == b"the agreement"
+    assert b"Built with DINOv3" in hub.files["README.md"]
+
+
+def test_weights_from_dinov3_do_not_go_without_the_agreement(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise OSError("gated")
+
+    monkeypatch.setattr(upload, "hf_hub_download", refuse)
+    with pytest.raises(SharingError, match=f"run/{AGREEMENT} and push again"):
+        upload.push(write_model(tmp_path / "run", **DINOV3), "me/pets")
+    assert not hub.requests
+
+
+def test_local_folders_stay_at_home(hub: Hub, tmp_path: Path) -> None:
+    upload.push(write_model(tmp_path / "run", init_from=str(tmp_path / "older")), "me/pets")
+    assert json.loads(hub.files["recipe.json"])["dataset_name"] == "pets"
+    assert json.loads(hub.files["config.json"])["init_from"] == "older"
+    assert not any(b"/home/someone" in body or str(tmp_path).encode() in body for body in hub.bodies)
+
+
+def test_a_link_in_the_folder_is_not_followed(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    (tmp_path / "passwords").write_text("secret")
+    (folder / "matching.py").symlink_to(tmp_path / "passwords")
+    upload.push(folder, "me/pets")
+    assert set(hub.files) == UPLOADED
+
+
+def test_an_adapter_goes_along(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/someone/base"}')
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"low rank")
+    upload.push(folder, "me/pets")
+    assert set(hub.files) == UPLOADED | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert b"/home/someone" not in hub.files["adapter/adapter_config.json"]
+
+
+def test_a_card_of_ones_own_is_kept_and_ours_is_renewed(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    write_card(folder)
+    upload.push(folder, "me/pets")
+    assert b"m2f predict me/pets photos/" in hub.files["README.md"]
+    (folder / "README.md").write_text("mine")
+    upload.push(folder, "me/pets")
+    assert hub.files["README.md"] == b"mine"
+
+
+def test_a_private_upload_asks_for_a_private_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.private = True
+    upload.push(write_model(tmp_path / "run"), "me/pets", private=True)
+    assert hub.created[0]["visibility"] == "private"
+
+
+def test_a_private_upload_into_a_public_repository_is_refused(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(SharingError, match="me/pets exists and is public"):
+        upload.push(write_model(tmp_path / "run"), "me/pets", private=True)
+    assert not hub.files
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/commit/"])
+def test_trouble_that_passes_is_tried_again(
+    hub: Hub, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "WAITS", (0.01, 0.01))
+    hub.failures[path] = [500, 500]
+    upload.push(write_model(tmp_path / "run"), "me/pets")
+    assert set(hub.files) == UPLOADED
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(401, "make a new one"), (403, "may not write to me/pets"), (404, "check the name before the slash")],
+)
+def test_a_refusal_is_told_at_once_with_what_to_do(hub: Hub, tmp_path: Path, status: int, told: str) -> None:
+    hub.failures["/api/"] = [status] * 20
+    with pytest.raises(SharingError, match=told):
+        upload.push(write_model(tmp_path / "run"), "me/pets")
+    assert len([path for _, path in hub.requests if path == "/api/repos/create"]) == 1
+
+
+def test_a_name_that_cannot_be_is_told(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(SharingError, match=r"Uploading .* to me/a/b failed: "):
+        upload.push(write_model(tmp_path / "run"), "me/a/b")
+    assert not hub.files
+
+
+def test_without_a_token_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "get_token", lambda: None)
+    with pytest.raises(SharingError, match="set the environment variable HF_TOKEN or run `hf auth login`"):
+        upload.push(write_model(tmp_path / "run"), "me/pets")
+
+
+def test_a_file_that_holds_the_token_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "run", backbone_name=TOKEN)
+    monkeypatch.setattr(upload, "get_token", lambda: TOKEN)
+    with pytest.raises(SharingError, match=r"config\.json holds your Hub token"):
+        upload.operations(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "."])
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "absent" if missing == "." else write_model(tmp_path / "run")
+    (folder / missing).unlink(missing_ok=True)
+    with pytest.raises(SharingError, match=r"holds no model: expected config\.json and model\.safetensors, found"):
+        upload.push(folder, "me/pets")
+
+
+def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, waits = write_model(tmp_path / "run"), []
+
+    def fail(*_: object) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(upload, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(upload, "send", fail)
+    monkeypatch.setattr(upload.time, "sleep", waits.append)
+    with pytest.raises(SharingError, match=r"no route to host\. The model is safe in .*: try again with m2f push "):
+        upload.push(folder, "me/pets")
+    assert waits == list(upload.WAITS)
