@@ -5,6 +5,7 @@ of the Mask2Former literature and one knob, `checkpointing_steps`, that keeps sa
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -150,6 +151,12 @@ class TrainArguments(TrainingArguments):
         """What `Trainer.train` takes: True for the newest checkpoint, a folder, or False for a fresh run."""
         named = self.resume_from_checkpoint
         return {"none": False, "false": False, "true": True}.get(str(named).lower(), named or False)
+
+    def without_upload(self) -> "TrainArguments":
+        """A copy for the Trainer, which would upload all of output_dir by itself: `sharing.push` sends a list of files."""
+        arguments = copy(self)
+        arguments.push_to_hub = False
+        return arguments
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """As transformers', but below the length of the run: its polynomial schedule divides by the difference."""

@@ -24,7 +24,7 @@ def register_with_transformers() -> None:
 
 
 def import_model() -> None:
-    """Import the model, which registers itself; one that is being imported already will do so by itself."""
+    """Import the model, which registers itself; a model package that is being imported will get there by itself."""
     if MODEL_PACKAGE not in sys.modules:
         importlib.import_module(f"{MODEL_PACKAGE}.mask2former")
 

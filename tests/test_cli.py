@@ -161,7 +161,7 @@ def test_predict_and_push_and_demo_hand_over_their_options(
 ) -> None:
     seen: list[object] = []
     record = lambda *values, **named: seen.append((*values, *named.values()))  # noqa: E731
-    stand_in(monkeypatch, "m2f_trainer.inference.predictor", predict_folder=record)
+    stand_in(monkeypatch, "m2f_trainer.inference.folder", predict_folder=record)
     stand_in(monkeypatch, "m2f_trainer.sharing.upload", push=record)
     stand_in(monkeypatch, "m2f_trainer.training.run", demo=record)
     assert cli.main(["predict", "m", "a.png", "b", "--recursive", "--threshold", "0.3"]) == 0

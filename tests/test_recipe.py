@@ -260,6 +260,13 @@ def test_resume_from_checkpoint_takes_true_or_a_folder(tmp_path: Path, value: An
     assert load_recipe([path]).train.resume == resume
 
 
+def test_the_trainer_gets_arguments_that_upload_nothing_by_themselves() -> None:
+    train = load_recipe(["--dataset_name", "coco", "--push_to_hub", "--hub_model_id", "me/pets"]).train
+    assert train.push_to_hub
+    assert not train.without_upload().push_to_hub
+    assert train.without_upload().hub_model_id == "me/pets"
+
+
 @pytest.mark.parametrize("total", [1, 2, 30])
 def test_the_polynomial_schedule_warms_up_and_ends_at_zero_however_short_the_run(total: int) -> None:
     train = TrainArguments()

@@ -23,7 +23,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.class_of = {category.id: k for k, category in enumerate(categories)}
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
+        self._epoch.share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)

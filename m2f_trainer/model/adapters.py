@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .backbones import ModelError
-from .mask2former import M2FConfig, M2FModel, build_model
+from .mask2former import M2FConfig, M2FModel, load_backbone_weights
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -38,7 +38,7 @@ def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> 
 
     Raises ModelError for another word, and for LoRA on a backbone without attention.
     """
-    backbone = model.model.pixel_level_module.encoder.backbone
+    backbone = model.encoder.backbone
     if tune not in ("frozen", "lora", "full"):
         raise ModelError(f"tune must be 'frozen', 'lora' or 'full', got {tune!r}")
     if tune != "full":
@@ -49,14 +49,14 @@ def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> 
 
 def attach_lora(model: M2FModel, settings: LoraSettings) -> None:
     """Put trainable low-rank factors beside the backbone's attention (and feed-forward) matrices."""
-    backbone = model.model.pixel_level_module.encoder.backbone
+    backbone = model.encoder.backbone
     targets = lora_targets(backbone, settings.mlp)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
     )
     inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
-    model.register_state_dict_post_hook(_merge_on_save)
-    model.register_load_state_dict_pre_hook(_keep_base_on_load)
+    model.register_state_dict_post_hook(_merge_on_save)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_keep_base_on_load)  # type: ignore[no-untyped-call]
 
 
 def lora_targets(backbone: nn.Module, mlp: bool) -> list[str]:
@@ -65,7 +65,9 @@ def lora_targets(backbone: nn.Module, mlp: bool) -> list[str]:
     words = ("attention", "mlp") if mlp else ("attention",)
     targets = [name for name in linears if any(word in name.split(".") for word in words)]
     if not targets:
-        raise ModelError("tune 'lora' needs a backbone with attention layers (a ViT); use 'frozen' or 'full' with this one")
+        raise ModelError(
+            "tune 'lora' needs a backbone with attention layers (a ViT); use 'frozen' or 'full' with this one"
+        )
     return targets
 
 
@@ -105,8 +107,8 @@ def _check_base(name: str, merged: Tensor, base: Tensor, scale: float, state: di
     expected = base.detach().cpu().float() + scale * (up.float() @ down.float()).cpu()
     if not torch.allclose(merged.cpu().float(), expected, rtol=1e-3, atol=1e-4):
         raise ModelError(
-            f"{name}: the checkpoint's merged weights don't come from this backbone's: it was trained on other pretrained "
-            "weights. Start from the same backbone, or from this checkpoint with init_from"
+            f"{name}: the checkpoint's merged weights don't come from this backbone's: it was trained on other "
+            "pretrained weights. Start from the same backbone, or from this checkpoint with init_from"
         )
 
 
@@ -132,7 +134,7 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in base | frozen}
     save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-    config = model.model.pixel_level_module.encoder.backbone.peft_config[ADAPTER].to_dict()
+    config = model.encoder.backbone.peft_config[ADAPTER].to_dict()
     listed = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(listed, indent=2, default=str) + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
@@ -140,17 +142,12 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
 
 def load_adapter(folder: Path) -> M2FModel:
     """Load what `save_adapter` wrote, on the backbone it was trained on (fetched from where it came from)."""
-    config = M2FConfig.from_pretrained(folder)
-    fields = config.to_dict()
-    kept = {key: fields[key] for key in ("neck", "neck_channels", "num_queries", "hidden_dim", "feature_size")}
-    kept |= {key: fields[key] for key in ("mask_feature_size", "encoder_layers", "decoder_layers")}
-    kept |= {key: fields[key] for key in ("encoder_feedforward_dim", "dim_feedforward", "num_attention_heads")}
-    taps = [config.backbone_config.stage_names.index(stage) for stage in config.backbone_config.out_features]
-    size = (config.image_height, config.image_width)
-    model = build_model(config.backbone_name, config.categories or [], image_size=size, taps=taps, **kept)
+    model = M2FModel(M2FConfig.from_pretrained(folder))
+    load_backbone_weights(model)
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     mlp = any("mlp" in target for target in settings["target_modules"])
     attach_lora(model, LoraSettings(settings["r"], settings["lora_alpha"], settings["lora_dropout"], mlp))
     model.load_state_dict(load_file(folder / ADAPTER_WEIGHTS), strict=False)
     merge(model)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -68,15 +68,19 @@ def read_config(backbone: str | Mapping[str, Any], taps: tuple[int, ...] = ()) -
     Raises ModelError when the configuration can't be read, naming the steps that give access.
     """
     if isinstance(backbone, str):
-        config = _from_pretrained(AutoConfig, backbone)
+        config: PreTrainedConfig = _from_pretrained(AutoConfig, backbone)
     else:
         fields = dict(backbone)
         if "model_type" not in fields:
-            raise ModelError(f'a backbone configuration needs "model_type" (such as "dinov3_vit"); got {json.dumps(fields)}')
+            raise ModelError(
+                f'a backbone configuration needs "model_type" (such as "dinov3_vit"); got {json.dumps(fields)}'
+            )
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    stages = config.stage_names
+    stages = list(config.to_dict().get("stage_names", ()))
+    if not stages:
+        raise ModelError(f"{config.model_type!r} is no backbone of transformers: it has no stages to take maps from")
     if is_pyramidal(config):
-        config.out_features = list(stages[-4:])
+        config.out_features = stages[-4:]
         return config
     depth = len(stages) - 1
     wrong = [tap for tap in taps if not 1 <= tap <= depth]
@@ -130,5 +134,7 @@ def _advice(backbone: str, source: str, error: Exception) -> str:
             f"DINOv3 weights are gated: accept the licence at https://huggingface.co/{source}, then run `hf auth login` "
             "(or set HF_TOKEN); or use a DINOv2 backbone (such as dinov2-small), which needs no access"
         )
-    steps.append(f"known names: {', '.join(BACKBONES)}; any Hub id or local folder of a transformers backbone works too")
+    steps.append(
+        f"known names: {', '.join(BACKBONES)}; any Hub id or local folder of a transformers backbone works too"
+    )
     return "\n  ".join(steps)

@@ -133,7 +133,7 @@ def matched_logits(embeddings: Tensor, features: Tensor, matches: Matches) -> Te
     """Mask logits of the matched pairs alone -> (M, h, w): the only dense masks of a training step."""
     chosen = embeddings[matches.level, matches.image, matches.query]  # (M, C)
     per_image = zip(chosen.split(matches.per_image), features.flatten(2), strict=True)
-    return torch.cat([pairs @ feature for pairs, feature in per_image]).unflatten(1, features.shape[-2:])
+    return torch.cat([pairs @ feature for pairs, feature in per_image]).view(-1, *features.shape[-2:])
 
 
 def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
@@ -150,7 +150,9 @@ def uncertain_points(logits: Tensor, settings: LossSettings, points: Points) -> 
     uncertain = int(settings.importance_sample_ratio * total)
     candidates, random = points.candidates, points.random
     if candidates is None:
-        candidates = torch.rand(pairs, int(total * settings.oversample_ratio), 2, device=logits.device, dtype=logits.dtype)
+        candidates = torch.rand(
+            pairs, int(total * settings.oversample_ratio), 2, device=logits.device, dtype=logits.dtype
+        )
     if random is None:
         random = torch.rand(pairs, total - uncertain, 2, device=logits.device, dtype=logits.dtype)
     best = sample_logits(logits, candidates).abs().topk(uncertain, dim=1, largest=False).indices

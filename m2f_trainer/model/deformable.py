@@ -24,7 +24,9 @@ class DeformableSampling(torch.autograd.Function):
         ctx.shapes = shapes
         output = torch.zeros_like(value)
         for level, plane in enumerate(_planes(value, shapes)):
-            samples = F.grid_sample(plane, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+            samples = F.grid_sample(
+                plane, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False
+            )
             output += torch.einsum("ndsp,nsp->nds", samples, weights[:, :, level])
         return output
 
@@ -67,4 +69,4 @@ def deformable_attention(
     grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P, 2)
     flat_weights = weights.transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P)
     output: Tensor = DeformableSampling.apply(flat_value, grid, flat_weights, shapes)  # type: ignore[no-untyped-call]
-    return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).reshape(batch, length, heads * dim)
+    return output.view(batch, heads, dim, length).permute(0, 3, 1, 2).reshape(batch, length, heads * dim)

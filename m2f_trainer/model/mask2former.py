@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForUniversalSegmentation,
     Mask2FormerConfig,
     PreTrainedConfig,
+)
+from transformers import (
     initialization as init,
 )
 from transformers.models.mask2former.modeling_mask2former import (
@@ -73,7 +75,7 @@ class PixelLevelModule(nn.Module):
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__()
-        self.encoder = Encoder(config.backbone_config, config.neck, config.neck_channels)
+        self.encoder = Encoder(_backbone(config), config.neck, config.neck_channels)
         self.decoder = PixelDecoder(config, self.encoder.channels)
 
 
@@ -106,11 +108,14 @@ class M2FModel(Mask2FormerPreTrainedModel):
         if config.dropout or config.pre_norm:
             raise ModelError("dropout and pre_norm are not part of Mask2Former as released: leave them at 0 and false")
         self.model = Body(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
-        self.criterion = Criterion(config.num_labels, _loss_settings(config))
+        classes = len(config.categories or [])
+        self.class_predictor = nn.Linear(config.hidden_dim, classes + 1)
+        self.criterion = Criterion(classes, _loss_settings(config))
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         for name in ("mean", "std"):
             self.register_buffer(f"pixel_{name}", torch.zeros(1, 3, 1, 1), persistent=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -147,6 +152,12 @@ class M2FModel(Mask2FormerPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    @property
+    def encoder(self) -> Encoder:
+        """Backbone and neck."""
+        encoder: Encoder = self.model.pixel_level_module.encoder
+        return encoder
+
     def normalise(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
         """Bring uint8 pixels to the backbone's scale on the device, padding to 0; floats pass unchanged."""
         if pixel_values.dtype != torch.uint8:
@@ -154,7 +165,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         scaled = (pixel_values.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         return scaled if pixel_mask is None else scaled * pixel_mask.unsqueeze(1)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As transformers', under the names the modules have.
 
         By default transformers writes a DINOv3 backbone under the names of its first release, which `load_state_dict`,
@@ -180,6 +191,12 @@ class M2FModel(Mask2FormerPreTrainedModel):
             _xavier_linears(module.fc1, module.fc2)
         elif isinstance(module, Mask2FormerMaskedAttentionDecoderLayer):
             _start_decoder_layer(module)
+
+
+def _backbone(config: M2FConfig) -> PreTrainedConfig:
+    if not isinstance(config.backbone_config, PreTrainedConfig):
+        raise ModelError("the configuration holds no backbone_config: build it with build_model, or load a saved one")
+    return config.backbone_config
 
 
 def _compact(mask_labels: Mapping[str, Tensor] | Sequence[Tensor], pixel_values: Tensor) -> CompactMasks:
@@ -231,13 +248,12 @@ def _xavier_linears(*linears: nn.Linear) -> None:
 def _start_pixel_decoder(decoder: PixelDecoder) -> None:
     """msdeformattn.py: input projections xavier with zero bias; lateral, output and mask convolutions c2_xavier_fill."""
     for projection in decoder.input_projections:
-        init.xavier_uniform_(projection[0].weight)
-        init.zeros_(projection[0].bias)
-    convolutions = [sequence[0] for sequence in (*decoder.lateral_convolutions, *decoder.output_convolutions)]
-    for convolution in (*convolutions, decoder.mask_projection):
-        init.kaiming_uniform_(convolution.weight, a=1)
-        if convolution.bias is not None:
-            init.zeros_(convolution.bias)
+        init.xavier_uniform_(next(projection.children()).weight)  # type: ignore[arg-type]
+    filled: list[nn.Sequential] = [*decoder.lateral_convolutions, *decoder.output_convolutions]
+    for convolution in (*(sequence[0] for sequence in filled), decoder.mask_projection):
+        init.kaiming_uniform_(convolution.weight, a=1)  # type: ignore[arg-type]
+    for convolution in (*(next(p.children()) for p in decoder.input_projections), decoder.mask_projection):
+        init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
 
 def _start_decoder_layer(layer: Mask2FormerMaskedAttentionDecoderLayer) -> None:
@@ -287,17 +303,22 @@ def build_model(
         **{**(head_fields(head_checkpoint) if head_checkpoint else {}), **config_fields},
         **_label_fields(categories),
     )
-    _check_size(config.backbone_config, image_size)
+    _check_size(_backbone(config), image_size)
     model = M2FModel(config)
     if init_from:
         load_model_weights(model, load_model(init_from))
         return model
     if isinstance(backbone, str):
-        pretrained = load_pretrained(backbone, config.backbone_config)
-        model.model.pixel_level_module.encoder.backbone.load_state_dict(pretrained.state_dict())
+        load_backbone_weights(model)
     if head_checkpoint:
         load_head(model, head_checkpoint)
     return model
+
+
+def load_backbone_weights(model: M2FModel) -> None:
+    """Fill the backbone with the pretrained weights that the configuration names. Raises ModelError."""
+    pretrained = load_pretrained(model.config.backbone_name, _backbone(model.config))
+    model.encoder.backbone.load_state_dict(pretrained.state_dict())
 
 
 def _check_fields(given: Mapping[str, Any]) -> None:
@@ -324,7 +345,7 @@ def _check_size(backbone: PreTrainedConfig, image_size: tuple[int, int]) -> None
         if side < stride or side % stride:
             below = max(stride, side // stride * stride)
             raise ModelError(
-                f"{name} {side}: this backbone needs a multiple of {stride}; the nearest are {below} and {below + stride}"
+                f"{name} {side}: this backbone needs a multiple of {stride}; nearest are {below} and {below + stride}"
             )
 
 
@@ -340,14 +361,14 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
         raise ModelError(f"no model could be read from {folder_or_hub_id!r}: {first}") from error
     if not isinstance(config, M2FConfig):
         raise ModelError(
-            f"{folder_or_hub_id!r} holds a {config.model_type!r} model, not one of m2f_trainer ({M2FConfig.model_type!r}): "
-            "give a run's folder, one of its checkpoints, or a Hub id of such a model"
+            f"{folder_or_hub_id!r} holds a {config.model_type!r} model, not one of m2f_trainer's "
+            f"({M2FConfig.model_type!r}): give a run's folder, one of its checkpoints, or a Hub id of such a model"
         )
     try:
         model = M2FModel.from_pretrained(folder_or_hub_id, config=config, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder_or_hub_id!r} can't be loaded: {error}") from error
-    loaded: M2FModel = model.eval()
+    loaded: M2FModel = model.eval()  # type: ignore[no-untyped-call]
     return loaded
 
 
@@ -355,8 +376,8 @@ def register() -> None:
     """Tell transformers' Auto classes about this model, and let saved folders carry its code."""
     AutoConfig.register(M2FConfig.model_type, M2FConfig, exist_ok=True)
     AutoModelForUniversalSegmentation.register(M2FConfig, M2FModel, exist_ok=True)
-    M2FConfig.register_for_auto_class("AutoConfig")
-    M2FModel.register_for_auto_class("AutoModelForUniversalSegmentation")
+    M2FConfig.register_for_auto_class("AutoConfig")  # type: ignore[no-untyped-call]
+    M2FModel.register_for_auto_class("AutoModelForUniversalSegmentation")  # type: ignore[no-untyped-call]
 
 
 if __name__.startswith("m2f_trainer."):  # not when this file was loaded from a saved folder as remote code

@@ -87,9 +87,7 @@ def pair_costs(
     inside = logits.sigmoid()
     union = inside.sum(-1, keepdim=True) + targets.sum(-1)
     dice = 1 - (2 * (inside @ targets.T) + 1) / (union + 1)
-    return (
-        weights["mask"] * cross_entropy - weights["class"] * probabilities[..., classes] + weights["dice"] * dice
-    )
+    return weights["mask"] * cross_entropy - weights["class"] * probabilities[..., classes] + weights["dice"] * dice
 
 
 @torch.no_grad()

@@ -4,12 +4,13 @@ The same numbers as transformers' `Mask2FormerPixelDecoder` with less work: posi
 image, samples are not kept for backward, and nothing waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderLayer,
@@ -65,11 +66,14 @@ class PixelDecoder(Mask2FormerPixelDecoder):
     As in the original, everything here is computed in float32, also under autocast.
     """
 
-    def __init__(self, config: object, feature_channels: Sequence[int]) -> None:
+    def __init__(self, config: Mask2FormerConfig, feature_channels: Sequence[int]) -> None:
         super().__init__(config, feature_channels=list(feature_channels))
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor]  # transformers sets it with the flag
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(  # type: ignore[override]
+        self, features: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Four maps, fine to coarse -> mask features (B, C, H/4, W/4) and three maps (B, C, h, w), coarse to fine."""
         with torch.autocast(features[0].device.type, enabled=False):
             maps = [feature.float() for feature in features]
@@ -102,8 +106,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         parts = hidden.split([height * width for height, width in shapes], dim=1)
         return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _run(self, layer: Mask2FormerPixelDecoderEncoderLayer, *inputs: Any) -> Tensor:
+    def _run(self, layer: Any, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            again: Tensor = self._gradient_checkpointing_func(encoder_layer, layer, *inputs)
-            return again
+            return self._gradient_checkpointing_func(encoder_layer, layer, *inputs)
         return encoder_layer(layer, *inputs)

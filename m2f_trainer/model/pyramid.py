@@ -92,7 +92,9 @@ def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | 
     dim, taps = int(backbone.hidden_size), len(backbone.out_features)
     if neck == "plain":
         if taps > 4:
-            raise ModelError(f"neck 'plain' takes at most 4 taps, got {taps}: shorten pyramid_taps or use neck 'pyramid'")
+            raise ModelError(
+                f"neck 'plain' takes at most 4 taps, got {taps}: shorten pyramid_taps or use neck 'pyramid'"
+            )
         return PlainNeck(), [dim] * 4
     if neck == "pyramid":
         widths = list(channels or default_channels(dim))

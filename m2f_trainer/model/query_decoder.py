@@ -5,11 +5,13 @@ embedding times the mask features resized to that level, because resizing and th
 ever made at full resolution to be shrunk. Attention is torch's scaled-dot-product attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerAttention,
     Mask2FormerMaskedAttentionDecoderLayer,
@@ -19,29 +21,24 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Attention of projected (B, Q, C) over (B, S, C), mask (B, 1, Q, S) true where it may look -> (B, Q, C)."""
-    split = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
-    return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+    query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def cross_attention(
     attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 ) -> Tensor:
     """torch's packed attention module, batch first: query (B, Q, C), key and value (B, S, C) -> (B, Q, C)."""
-    projected = [
-        F.linear(tensor, weight, bias)
-        for tensor, weight, bias in zip(
-            (query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
-        )
-    ]
-    return attention.out_proj(attend(*projected, heads=attention.num_heads, mask=mask))
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    query, key, value = (F.linear(t, *pair) for t, *pair in zip((query, key, value), weights, biases, strict=True))
+    output: Tensor = attention.out_proj(attend(query, key, value, attention.num_heads, mask))
+    return output
 
 
 def self_attention(attention: Mask2FormerAttention, hidden: Tensor, positions: Tensor) -> Tensor:
     """Queries among themselves: hidden (B, Q, C), positions (1, Q, C) -> (B, Q, C)."""
     placed = hidden + positions
-    attended = attend(
-        attention.q_proj(placed), attention.k_proj(placed), attention.v_proj(hidden), heads=attention.num_heads
-    )
+    attended = attend(attention.q_proj(placed), attention.k_proj(placed), attention.v_proj(hidden), attention.num_heads)
     output: Tensor = attention.out_proj(attended)
     return output
 
@@ -55,9 +52,7 @@ def decoder_layer(
     mask: Tensor,
 ) -> Tensor:
     """Masked attention, self attention, feed-forward; post-norm. hidden (B, Q, C), memory (B, S, C) -> (B, Q, C)."""
-    crossed = cross_attention(
-        layer.cross_attn, hidden + query_positions, memory + memory_positions, memory, mask
-    )
+    crossed = cross_attention(layer.cross_attn, hidden + query_positions, memory + memory_positions, memory, mask)
     hidden = layer.cross_attn_layer_norm(hidden + crossed)
     hidden = layer.self_attn_layer_norm(hidden + self_attention(layer.self_attn, hidden, query_positions))
     inner = layer.fc2(layer.activation_fn(layer.fc1(hidden)))
@@ -78,11 +73,14 @@ def attention_mask(embeddings: Tensor, features: Tensor) -> Tensor:
 class QueryDecoder(Mask2FormerTransformerModule):
     """Queries -> one hidden state and one mask embedding a query, after each layer."""
 
-    def __init__(self, in_features: int, config: object) -> None:
+    def __init__(self, in_features: int, config: Mask2FormerConfig) -> None:
         super().__init__(in_features=in_features, config=config)
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor]  # transformers sets it with the flag
 
-    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, levels: Sequence[Tensor], mask_features: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Maps (B, C, h, w), coarse to fine, and mask features (B, C, H/4, W/4) -> hidden, embeddings (L, B, Q, C).
 
         L is the number of layers + 1: the queries themselves are the first prediction.
@@ -113,10 +111,9 @@ class QueryDecoder(Mask2FormerTransformerModule):
             positions.append(place.flatten(2).transpose(1, 2))
         return memory, positions
 
-    def _run(self, layer: Mask2FormerMaskedAttentionDecoderLayer, *tensors: Tensor) -> Tensor:
+    def _run(self, layer: Any, *tensors: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            again: Tensor = self._gradient_checkpointing_func(decoder_layer, layer, *tensors)
-            return again
+            return self._gradient_checkpointing_func(decoder_layer, layer, *tensors)
         return decoder_layer(layer, *tensors)
 
 

@@ -12,9 +12,7 @@ from m2f_trainer.evaluation.curves import metrics_table
 class EvaluateAtEverySave(TrainerCallback):
     """Every checkpoint is evaluated, also the one that the Trainer writes at the last step."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for an evaluation where a save was asked for: the Trainer evaluates first, then saves."""
         control.should_evaluate = control.should_evaluate or control.should_save
 

@@ -14,7 +14,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from torch.nn import Parameter
 from transformers import Trainer
 
 from m2f_trainer.errors import CheckpointError, TrainingError
@@ -96,15 +98,17 @@ def find_resume(resume: bool | str, output_dir: Path) -> Path | None:
             return folder
         logger.warning("passed over %s: %s", folder, reason)
     raise CheckpointError(
-        f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or name a "
-        "checkpoint elsewhere"
+        f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or name "
+        "a checkpoint elsewhere"
     )
 
 
 def _sound(folder: Path) -> Path:
     reason = damage(folder) if folder.is_dir() else "there is no such folder"
     if reason is not None:
-        raise CheckpointError(f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint")
+        raise CheckpointError(
+            f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint"
+        )
     return folder
 
 
@@ -179,9 +183,12 @@ def _remove(folder: Path) -> None:
 
 def expected_size(trainer: Trainer) -> int:
     """Bytes that a checkpoint will take: the weights, and two moments of each that trains."""
-    parameters = list(trainer.model.parameters())
+    model: Any = trainer.model
+    parameters: list[Parameter] = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    moments = sum(2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+    moments = sum(
+        2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+    )
     return weights + (0 if trainer.args.save_only_model else moments)
 
 

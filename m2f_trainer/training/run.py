@@ -5,7 +5,6 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
@@ -105,7 +104,7 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
         init_from=model.init_from,
         neck=model.neck,
         num_queries=model.num_queries,
-        **(model.head_config or {}),
+        **(model.head_config if isinstance(model.head_config, dict) else {}),
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
     set_tuning(built, model.tune, lora)
@@ -134,7 +133,7 @@ def eval_transform(data: DataArguments) -> EvalTransform:
 def final_figures(
     trainer: M2FTrainer, recipe: Recipe, splits: Mapping[str, Dataset], categories: Sequence[Category]
 ) -> dict[str, float]:
-    """The figures of the model in the trainer's hands: those of its checkpoint, and of the test split if there is one."""
+    """The figures of the model in the trainer's hands: its checkpoint's, and the test split's if there is one."""
     best = trainer.state.best_model_checkpoint if recipe.train.load_best_model_at_end else None
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
     if "test" in splits:
@@ -146,12 +145,13 @@ def final_figures(
 def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) -> None:
     """Write the final model with figures and card, and upload it where the recipe says so."""
     output = Path(recipe.train.output_dir or ".")
+    model: M2FModel = trainer.accelerator.unwrap_model(trainer.model)
     trainer.save_model(str(output), _internal_call=True)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         write_metrics(figures, output / METRICS)
-        if lora_layers(trainer.model):
-            save_adapter(trainer.model, output / ADAPTER_FOLDER)
+        if lora_layers(model):
+            save_adapter(model, output / ADAPTER_FOLDER)
         write_card(output)
         if recipe.train.push_to_hub:
             push(output, recipe.train.hub_model_id or output.name, private=bool(recipe.train.hub_private_repo))

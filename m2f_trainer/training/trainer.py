@@ -64,10 +64,10 @@ class M2FTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the original's parameter groups."""
         if self.optimizer is None:
-            args: TrainArguments = self.args
-            target = model or self.model
-            factory, settings = self.get_optimizer_cls_and_kwargs(args, target)
-            groups = parameter_groups(target, args.learning_rate, args.weight_decay, args.backbone_lr_multiplier)
+            target: Any = model or self.model
+            factory, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+            multiplier = self.args.backbone_lr_multiplier if isinstance(self.args, TrainArguments) else 1.0
+            groups = parameter_groups(target, self.args.learning_rate, self.args.weight_decay, multiplier)
             self.optimizer = factory(groups, **settings)
         return self.optimizer
 
@@ -108,14 +108,15 @@ class M2FTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         scorer = self.scorer or CocoMap(split_rows(dataloader.dataset))
         figures = score_over_ranks(self.predictions, scorer, self.accelerator.is_main_process)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        self.latest_metrics = {**output.metrics, "step": self.state.global_step}
-        return output
+        metrics = output.metrics or {}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.latest_metrics = {**metrics, "step": self.state.global_step}
+        return output._replace(metrics=metrics)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As the Trainer's, without its pickle of the arguments, which would hold the Hub token in plain text."""
         super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        Path(output_dir or str(self.args.output_dir), "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
@@ -128,7 +129,9 @@ class M2FTrainer(Trainer):
 def split_rows(dataset: Dataset[Any]) -> Any:
     """The dataset rows behind an evaluation dataset. Raises TypeError when there are none to score against."""
     if not isinstance(dataset, InstanceDataset):
-        raise TypeError(f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics")
+        raise TypeError(
+            f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics"
+        )
     return dataset.rows
 
 
@@ -136,7 +139,7 @@ def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[M
     """Model outputs of one batch -> predictions at original size, with the dataset's own category ids."""
     return to_instances(
         outputs.class_queries_logits.float(),
-        outputs.masks_queries_logits.float(),
+        outputs.masks_queries_logits,
         image_ids=inputs["image_id"].tolist(),
         original_sizes=inputs["original_size"].tolist(),
         resized_sizes=inputs["resized_size"].tolist(),

@@ -19,7 +19,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, image_size=64, out_features=names)
     torch.manual_seed(5)
     fields = {**HEAD, "num_queries": 11}
-    Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=2, **fields)).save_pretrained(folder)
+    Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=swin, num_labels=2, **fields)
+    ).save_pretrained(folder)
     return folder
 
 

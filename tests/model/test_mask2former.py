@@ -37,7 +37,9 @@ def test_all_trainable_parameters_get_a_gradient_also_without_any_object() -> No
     model = tiny_model(taps=(1, 2)).train()
     empty = {"mask_labels": [torch.zeros(0, 64, 64)] * 2, "class_labels": [torch.zeros(0, dtype=torch.long)] * 2}
     model(images(), **empty).loss.backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     assert without == []
 
 

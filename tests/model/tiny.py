@@ -32,7 +32,9 @@ def tiny_model(backbone: Any = None, **fields: Any) -> M2FModel:
 
 def images(count: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
     """uint8 noise (B, 3, H, W)."""
-    return torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
 
 
 def labels(height: int = 64, width: int = 64) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Run under torchrun: one optimiser step of M2FTrainer on four images, whose gradients rank 0 writes to a file.
 
-    torchrun --nproc_per_node N -m tests.training.gradients_of_one_step OUT PER_DEVICE_BATCH ACCUMULATION
+torchrun --nproc_per_node N -m tests.training.gradients_of_one_step OUT PER_DEVICE_BATCH ACCUMULATION
 """
 
 import sys

@@ -16,7 +16,9 @@ def gradients(folder: Path, ranks: int, batch: int, accumulation: int) -> dict[s
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *launch, "-m", "tests.training.gradients_of_one_step", out, batch, accumulation]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, torch.Tensor] = torch.load(out)
     return found
