@@ -131,8 +131,8 @@ def _advice(backbone: str, source: str, error: Exception) -> str:
     steps = [f"the backbone {backbone!r} could not be loaded from {source!r}: {first}"]
     if "dinov3" in source.lower():
         steps.append(
-            f"DINOv3 weights are gated: accept the licence at https://huggingface.co/{source}, then run `hf auth login` "
-            "(or set HF_TOKEN); or use a DINOv2 backbone (such as dinov2-small), which needs no access"
+            f"DINOv3 weights are gated: accept the licence at https://huggingface.co/{source}, then run "
+            "`hf auth login` (or set HF_TOKEN); or use a DINOv2 backbone (such as dinov2-small), which needs no access"
         )
     steps.append(
         f"known names: {', '.join(BACKBONES)}; any Hub id or local folder of a transformers backbone works too"

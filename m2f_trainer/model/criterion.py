@@ -44,7 +44,7 @@ def normalizer(class_labels: Sequence[Tensor], num_queries: int, no_object_weigh
     """Return the two divisors of the loss as float64 (2,): number of masks, and total weight of the class terms.
 
     Both follow from the number of targets alone, so they can be summed over ranks and accumulated micro-batches before
-    the first forward pass. Every image gives min(N, Q) matched queries of weight 1; the others weigh `no_object_weight`.
+    the first forward pass. An image has min(N, Q) matched queries of weight 1; the others weigh `no_object_weight`.
     """
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, num_queries) for count in counts)

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, equation 3) that keeps no samples.
+"""Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, eq. 3) that keeps no samples.
 
 transformers' version keeps every sampled value for the backward pass. Here the samples are taken again in backward:
 what is kept falls to the inputs, and level after level is sampled instead of one large stack.

@@ -45,8 +45,8 @@ def _source(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a transformers Mask2Former model with "
-            "safetensors weights, such as facebook/mask2former-swin-small-coco-instance, or a local copy of one"
+            f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a transformers Mask2Former model "
+            "with safetensors weights, such as facebook/mask2former-swin-small-coco-instance, or a local copy of one"
         ) from error
 
 

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -100,8 +100,8 @@ class M2FModel(Mask2FormerPreTrainedModel):
     config_class = M2FConfig
     config: M2FConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Encoder", "PixelDecoder", "QueryDecoder"]
-    _keys_to_ignore_on_load_unexpected = [r"\.lora_[AB]\.", r"^criterion\."]
+    _no_split_modules: ClassVar = ["Encoder", "PixelDecoder", "QueryDecoder"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"\.lora_[AB]\.", r"^criterion\."]
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__(config)
@@ -246,7 +246,7 @@ def _xavier_linears(*linears: nn.Linear) -> None:
 
 
 def _start_pixel_decoder(decoder: PixelDecoder) -> None:
-    """msdeformattn.py: input projections xavier with zero bias; lateral, output and mask convolutions c2_xavier_fill."""
+    """msdeformattn.py: input projections xavier with zero bias; the other convolutions c2_xavier_fill."""
     for projection in decoder.input_projections:
         init.xavier_uniform_(next(projection.children()).weight)  # type: ignore[arg-type]
     filled: list[nn.Sequential] = [*decoder.lateral_convolutions, *decoder.output_convolutions]
