@@ -153,7 +153,7 @@ class TrainArguments(TrainingArguments):
         return {"none": False, "false": False, "true": True}.get(str(named).lower(), named or False)
 
     def without_upload(self) -> "TrainArguments":
-        """A copy for the Trainer, which would upload all of output_dir by itself: `sharing.push` sends a list of files."""
+        """A copy for the Trainer, which would upload all of output_dir; `sharing.push` sends the files on its list."""
         arguments = copy(self)
         arguments.push_to_hub = False
         return arguments

@@ -138,7 +138,7 @@ def final_figures(
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
     if "test" in splits:
         test = InstanceDataset(splits["test"], eval_transform(recipe.data), categories)
-        figures |= trainer.evaluate(test, metric_key_prefix="test")
+        figures |= trainer.predict(test, metric_key_prefix="test").metrics or {}
     return figures
 
 
