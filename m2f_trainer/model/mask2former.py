@@ -16,6 +16,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForImageSegmentation,
     AutoModelForUniversalSegmentation,
     Mask2FormerConfig,
     PreTrainedConfig,
@@ -38,6 +39,7 @@ from .pixel_decoder import PixelDecoder
 from .pyramid import ChannelNorm, Encoder, SimplePyramid
 from .query_decoder import QueryDecoder
 
+PIPELINE_CLASS = "AutoModelForImageSegmentation"  # transformers' image-segmentation pipeline asks for this one
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -171,7 +173,17 @@ class M2FModel(Mask2FormerPreTrainedModel):
         By default transformers writes a DINOv3 backbone under the names of its first release, which `load_state_dict`,
         and so a resumed Trainer, takes for unknown: the backbone would silently stay as it was.
         """
+        self.config.auto_map = {PIPELINE_CLASS: f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` leaves loaded weights alone by itself.
+
+        For a class from outside transformers, True, transformers takes every module without parameters of its own for
+        loaded and skips it: the original's start of attention and feed-forward layers would silently not happen.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -375,7 +387,8 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
 def register() -> None:
     """Tell transformers' Auto classes about this model, and let saved folders carry its code."""
     AutoConfig.register(M2FConfig.model_type, M2FConfig, exist_ok=True)
-    AutoModelForUniversalSegmentation.register(M2FConfig, M2FModel, exist_ok=True)
+    for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
+        auto_class.register(M2FConfig, M2FModel, exist_ok=True)
     M2FConfig.register_for_auto_class("AutoConfig")  # type: ignore[no-untyped-call]
     M2FModel.register_for_auto_class("AutoModelForUniversalSegmentation")  # type: ignore[no-untyped-call]
 

@@ -76,7 +76,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
     ) -> tuple[Tensor, list[Tensor]]:
         """Four maps, fine to coarse -> mask features (B, C, H/4, W/4) and three maps (B, C, h, w), coarse to fine."""
         with torch.autocast(features[0].device.type, enabled=False):
-            maps = [feature.float() for feature in features]
+            maps = [feature if feature.dtype == torch.float64 else feature.float() for feature in features]
             levels = self._encode(maps[::-1][: self.num_feature_levels])
             finest = levels[-1]
             for lateral, output, feature in zip(

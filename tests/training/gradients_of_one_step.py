@@ -55,6 +55,13 @@ class KeepGradients(TrainerCallback):
             torch.save(gradients, self.path)
 
 
+class NoSave(TrainerCallback):
+    """The Trainer saves at the last step; here only the gradients matter."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_evaluate = False
+
+
 @contextmanager
 def same_points_for_every_image() -> Iterator[None]:
     """Random points that don't depend on how images are spread over batches and ranks."""
@@ -70,15 +77,19 @@ def same_points_for_every_image() -> Iterator[None]:
 
 def main() -> None:
     out, batch, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    model = tiny_model().double()
     arguments = TrainArguments(
         output_dir=f"{out}.run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         max_steps=1, max_grad_norm=0.0, dataloader_num_workers=0, report_to="none", use_cpu=True, bf16=False,
         checkpointing_steps="1000", load_best_model_at_end=False, disable_tqdm=True,
     )  # fmt: skip
-    trainer = M2FTrainer(model, arguments, train_dataset=FourImages(), callbacks=[KeepGradients(out)])  # type: ignore[arg-type]
-    trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
-    trainer.args.eval_strategy = "no"  # type: ignore[assignment]
+    data: Any = FourImages()
+    trainer = M2FTrainer(
+        tiny_model().double(),
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[KeepGradients(out), NoSave()],
+    )
     with same_points_for_every_image():
         trainer.train()
 

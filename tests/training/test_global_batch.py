@@ -36,4 +36,5 @@ def test_gradients_equal_those_of_one_process_with_the_whole_batch(
     spread = gradients(tmp_path, ranks, batch, accumulation)
     assert spread.keys() == one_process.keys()
     for name, expected in one_process.items():
-        torch.testing.assert_close(spread[name].to(expected), expected, rtol=1e-5, atol=1e-9, msg=name)
+        difference = (spread[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert difference < 1e-5, f"{name}: {difference}"

@@ -1,0 +1,98 @@
+"""One training step, ours against transformers' own model: time, kept activations.
+
+python -m benchmarks.train_step --side 512 --instances 20 --tune full frozen
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import alternate, kept_bytes, parser, report
+from benchmarks.stock import BACKBONES, our_model, scene, stock_model
+from m2f_trainer.model.adapters import set_tuning
+
+
+def main() -> None:
+    """Measure every combination asked for, and print them."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    cases = [(tune, side, count) for side in arguments.side for count in arguments.instances for tune in arguments.tune]
+    rows = [measure(arguments, *case) for case in cases]
+    report("Train step: forward, backward, clipping, AdamW", rows, arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    made = parser(__doc__ or "")
+    made.add_argument("--backbone", default="vits16plus", choices=list(BACKBONES))
+    made.add_argument("--batch", type=int, default=2)
+    made.add_argument("--side", type=int, nargs="+", default=[512])
+    made.add_argument("--instances", type=int, nargs="+", default=[20])
+    made.add_argument("--tune", nargs="+", default=["full"], choices=["full", "lora", "frozen"])
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--bf16", action="store_true", help="autocast")
+    made.add_argument("--compile", action="store_true", help="compile our model, and stock's; the first steps count")
+    return made.parse_args()
+
+
+def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int) -> dict[str, Any]:
+    """One row: ours and stock with the same part trained, and stock with everything trained, on the same batch."""
+    models: dict[str, nn.Module] = {}
+    ours = our_model(arguments.backbone, side)
+    if tune != "full":
+        models["stock full"] = stock_model(ours)
+    set_tuning(ours, tune)
+    models |= {"stock": stock_model(ours), "ours": ours}
+    ours_batch, stock_batch = scene(arguments.batch, side, instances, arguments.device)
+    steps, kept = {}, {}
+    for name, model in models.items():
+        model.to(arguments.device).train()
+        batch = ours_batch if name == "ours" else stock_batch
+        forward = _forward(model, batch, arguments)
+        kept[name] = kept_bytes(forward, model)
+        steps[name] = _step(forward, model)
+    seconds = alternate(steps, arguments.repeats, arguments.device)
+    whole = "stock full" if "stock full" in seconds else "stock"
+    clock = "cpu" if arguments.device == "cpu" else "wall"
+    return {
+        "tune": tune,
+        "side": side,
+        "instances": instances,
+        **{f"{name} {kind} s": seconds[name][kind] for name in ("ours", "stock") for kind in ("cpu", "wall")},
+        "ratio": seconds["stock"][clock] / seconds["ours"][clock],
+        "ratio to stock full": seconds[whole][clock] / seconds["ours"][clock],
+        **{f"{name} kept MB": kept[name] / 1e6 for name in ("ours", "stock")},
+        "kept ratio": kept["ours"] / kept["stock"],
+    }
+
+
+def _forward(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namespace) -> Callable[[], Tensor]:
+    if arguments.compile:
+        model.forward = torch.compile(model.forward)
+
+    def forward() -> Tensor:
+        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bf16):
+            loss: Tensor = model(**batch).loss
+        return loss.sum()
+
+    return forward
+
+
+def _step(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+    def step() -> None:
+        forward().backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trained, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

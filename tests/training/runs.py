@@ -1,0 +1,44 @@
+"""Small real runs for tests: the sample dataset, a tiny random model, a few steps on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from m2f_trainer.data.sample import write_sample
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "backbone_config": {
+        "model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "patch_size": 16,
+    },
+    "head_config": {
+        "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "encoder_layers": 1, "decoder_layers": 3,
+        "encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 2, "train_num_points": 128,
+    },
+    "tune": "full", "num_queries": 10, "image_height": 64, "image_width": 64, "max_steps": 4, "checkpointing_steps": 2,
+    "per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "learning_rate": 1e-3, "max_grad_norm": 1.0,
+    "dataloader_num_workers": 0, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+
+
+def write_tiny(folder: Path, **fields: object) -> Path:
+    """Write a sample dataset (9 images) and a recipe for it; return the recipe."""
+    data = write_sample(folder / "data", images=(4, 3, 2))
+    recipe = folder / "recipe.json"
+    given = {**TINY, "dataset_name": str(data), "output_dir": str(folder / "run"), **fields}
+    recipe.write_text(json.dumps(given), encoding="utf-8")
+    return recipe
+
+
+def m2f(*arguments: object, ranks: int = 0, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
+    """Run `m2f ...` in a process of its own, or in `ranks` processes."""
+    launch = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
+        "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(ranks)],
+    }[launcher]
+    command = [sys.executable, *(launch if ranks else []), "-m", "m2f_trainer", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

@@ -1,0 +1,177 @@
+"""A run from recipe to model card, and everything that can be done with what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2f_trainer.data.coco import load_coco
+from m2f_trainer.data.images import open_image
+from m2f_trainer.errors import DataError
+from m2f_trainer.evaluation.curves import read_metrics
+from m2f_trainer.inference.folder import predict_folder
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.recipe import load_recipe
+from m2f_trainer.training.run import evaluate_folder, train
+from tests.training.runs import m2f, write_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps with checkpoints after two and four."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(load_recipe([str(write_tiny(folder))]))
+    return folder
+
+
+def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(folder: Path) -> None:
+    for step in (2, 4):
+        checkpoint = folder / "run" / f"checkpoint-{step}"
+        names = {path.name for path in checkpoint.iterdir()}
+        assert {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.json", "metrics.json"} <= names
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"} <= names
+        assert "training_args.bin" not in names
+        figures = read_metrics(checkpoint / "metrics.json")
+        assert figures["step"] == step
+        wanted = {"eval_map", "eval_map_50", "eval_map_75", "eval_map_small", "eval_map_medium", "eval_map_large"}
+        assert wanted | {"eval_box_map", "eval_map_class/circle", "eval_map_class/square"} <= figures.keys()
+
+
+def test_the_final_folder_is_the_best_checkpoint_with_test_figures_and_a_card(folder: Path) -> None:
+    run = folder / "run"
+    state = json.loads((run / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    figures = read_metrics(run / "metrics.json")
+    assert figures["eval_map"] == read_metrics(best / "metrics.json")["eval_map"] == state["best_metric"]
+    assert "test_map" in figures
+    assert (run / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    assert "mask AP" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize("where", ["checkpoint-2", "checkpoint-4"])
+def test_evaluating_a_checkpoint_again_gives_the_figures_it_holds(folder: Path, tmp_path: Path, where: str) -> None:
+    checkpoint = folder / "run" / where
+    again = evaluate_folder(str(checkpoint), str(folder / "data"), output_dir=tmp_path, batch_size=1)
+    held = {key: value for key, value in read_metrics(checkpoint / "metrics.json").items() if "map" in key}
+    assert held
+    for key, value in held.items():
+        assert again[key] == pytest.approx(value, abs=1e-9), key
+    assert read_metrics(tmp_path / "metrics.json")["eval_map"] == again["eval_map"]
+
+
+def test_test_figures_are_of_the_test_split(folder: Path) -> None:
+    again = evaluate_folder(str(folder / "run"), str(folder / "data"), "test", batch_size=1)
+    held = read_metrics(folder / "run" / "metrics.json")
+    assert held["test_mar_100"] == pytest.approx(again["eval_mar_100"], abs=1e-9)
+    assert held["test_box_mar_100"] == pytest.approx(again["eval_box_mar_100"], abs=1e-9)
+
+
+def test_written_predictions_score_what_pycocotools_says(folder: Path, tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    figures = evaluate_folder(str(folder / "run"), str(folder / "data"), output_dir=tmp_path, batch_size=1)
+    truth = COCO(str(folder / "data" / "valid" / "_annotations.coco.json"))
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results
+    scorer = COCOeval(truth, truth.loadRes(results), "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
+    assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+
+
+def test_predict_draws_every_image_and_writes_results_with_the_files_category_ids(folder: Path, tmp_path: Path) -> None:
+    out = predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "out", threshold=0.0, recursive=True)
+    results = json.loads((out / "predictions.json").read_text())
+    used = {row["category_id"] for row in results}
+    assert used <= {category["id"] for category in load_model(str(folder / "run")).config.categories or []}
+    assert len(list(out.glob("*.png"))) == 9
+    assert {"image_id", "category_id", "segmentation", "score", "file_name"} <= results[0].keys()
+    with pytest.raises(DataError, match="--recursive"):
+        predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "none")
+
+
+def test_the_predictor_gives_what_the_evaluation_gave(folder: Path, tmp_path: Path) -> None:
+    evaluate_folder(str(folder / "run"), str(folder / "data"), output_dir=tmp_path, batch_size=1)
+    written = json.loads((tmp_path / "predictions.json").read_text())
+    row = load_coco(folder / "data")["valid"][0]
+    (found,) = Predictor(load_model(str(folder / "run")))([open_image(row["image"], "")], threshold=-1)
+    theirs = [entry for entry in written if entry["image_id"] == row["image_id"]]
+    mine = found.to_coco()
+    assert [entry["segmentation"] for entry in mine] == [entry["segmentation"] for entry in theirs]
+    assert [entry["score"] for entry in mine] == pytest.approx([entry["score"] for entry in theirs], abs=1e-12)
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    checkpoint = folder / "run" / "checkpoint-2"
+    options = ["--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(checkpoint)]
+    train(load_recipe([str(folder / "recipe.json"), *options]))
+    resumed = load_model(str(tmp_path / "again" / "checkpoint-4")).state_dict()
+    for name, tensor in load_model(str(folder / "run" / "checkpoint-4")).state_dict().items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks_score_what_one_process_scores(folder: Path, tmp_path: Path, launcher: str) -> None:
+    done = m2f("evaluate", folder / "run", folder / "data", "--output_dir", tmp_path, "--batch_size", 1,
+               ranks=2, launcher=launcher)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = evaluate_folder(str(folder / "run"), str(folder / "data"), batch_size=1)
+    two = read_metrics(tmp_path / "metrics.json")
+    for key in (key for key in one if "map" in key or "mar" in key):
+        assert two[key] == pytest.approx(one[key], abs=1e-12), key
+
+
+def test_a_run_under_torchrun_leaves_a_loadable_model(tmp_path: Path) -> None:
+    done = m2f("train", write_tiny(tmp_path, max_steps=2), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load_model(str(tmp_path / "run")).config.num_queries == 10
+    assert read_metrics(tmp_path / "run" / "metrics.json")["step"] == 2
+
+
+def test_a_lora_run_leaves_a_plain_model_and_an_adapter(tmp_path: Path) -> None:
+    recipe = write_tiny(tmp_path, tune="lora", lora_rank=2, max_steps=2)
+    train(load_recipe([str(recipe)]))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    figures = evaluate_folder(str(tmp_path / "run"), str(tmp_path / "data"), batch_size=1)
+    held = read_metrics(tmp_path / "run" / "metrics.json")
+    assert figures["eval_mar_100"] == pytest.approx(held["eval_mar_100"], abs=1e-6)
+
+
+PIPELINE = """
+import sys
+from transformers import pipeline
+segment = pipeline("image-segmentation", model=sys.argv[1], trust_remote_code=True, device="cpu")
+found = segment(sys.argv[2], subtask="instance", threshold=0.0)
+assert not any(name.startswith("m2f_trainer") for name in sys.modules)
+assert all({"label", "mask", "score"} <= set(part) for part in found)
+print("parts", len(found), {part["mask"].size for part in found})
+"""
+
+
+def test_the_folder_works_in_transformers_pipeline_without_the_package(folder: Path, tmp_path: Path) -> None:
+    picture = sorted((folder / "data" / "test").glob("*.jpg"))[0]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PIPELINE, str(folder / "run"), str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "parts" in done.stdout
+
+
+def test_a_dataset_without_a_valid_split_is_refused_before_training(tmp_path: Path) -> None:
+    import shutil
+
+    recipe = write_tiny(tmp_path)
+    shutil.rmtree(tmp_path / "data" / "valid")
+    done = m2f("train", recipe)
+    assert done.returncode == 1
+    assert "valid" in done.stderr
+    assert "Traceback" not in done.stderr
