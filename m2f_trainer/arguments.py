@@ -7,6 +7,7 @@ of the Mask2Former literature and one knob, `checkpointing_steps`, that keeps sa
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from os import cpu_count
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -60,31 +61,62 @@ class ModelArguments:
             raise RecipeError("head_checkpoint and init_from are both set, and each starts the head. Keep one of them.")
 
 
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "none": {"lsj_min_scale": 1.0, "lsj_max_scale": 1.0, "horizontal_flip": False},
+    "light": {"lsj_min_scale": 0.8, "lsj_max_scale": 1.25, "color_jitter": 0.2},
+    "lsj": {},
+    "strong": {"color_jitter": 0.4, "rotate90": True, "copy_paste": 0.5},
+}
+"""Preset -> what it sets other than `lsj`, the original Mask2Former's."""
+
+_LSJ = {
+    "lsj_min_scale": 0.1,
+    "lsj_max_scale": 2.0,
+    "horizontal_flip": True,
+    "rotate90": False,
+    "color_jitter": 0.0,
+    "copy_paste": 0.0,
+}
+
+
 @dataclass
 class DataArguments:
-    """What it is trained on: a COCO dataset, the size images are brought to, and the augmentation."""
+    """What it is trained on: a dataset, the size images are brought to, and the augmentation."""
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = option(None, "Folder of a COCO dataset.")
+    dataset_name: str | None = option(None, "Folder of a COCO or YOLO dataset, or a dataset on the Hub: user/name.")
     image_height: int = option(1024, "Height images are resized and padded to; a multiple of the patch size.")
     image_width: int = option(1024, "Width images are resized and padded to; a multiple of the patch size.")
-    lsj_min_scale: float = option(0.1, "Large-scale jitter: smallest factor an image is scaled by.")
-    lsj_max_scale: float = option(2.0, "Large-scale jitter: largest factor an image is scaled by.")
-    horizontal_flip: bool = option(True, "Mirror half of the training images.")
-    color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation; 0 is off.")
+    augmentation: Literal["none", "light", "lsj", "strong"] = option(
+        "lsj", "Preset of the six fields below; each can be set by itself too. none never mirrors."
+    )
+    lsj_min_scale: float | None = option(None, "Large-scale jitter: smallest factor an image is scaled by.")
+    lsj_max_scale: float | None = option(None, "Large-scale jitter: largest factor an image is scaled by.")
+    horizontal_flip: bool = option(True, "Mirror half of the images; false where left and right matter.")
+    rotate90: bool | None = option(None, "Turn images by random quarter turns.")
+    color_jitter: float | None = option(None, "Strength of random brightness, contrast and saturation; 0 is off.")
+    copy_paste: float | None = option(None, "Share of images that get instances of another image; 0 is off.")
+    min_instance_area: int = option(1, "Training instances of fewer pixels at the input size are left out.")
     max_train_samples: int | None = option(None, "Use the first so many training images only.")
     max_eval_samples: int | None = option(None, "Use the first so many validation and test images only.")
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"image_height": (1, None), "image_width": (1, None), "color_jitter": (0, 1)})
+        check_ranges(self, {"image_height": (1, None), "image_width": (1, None), "min_instance_area": (1, None)})
+        check_ranges(self, {"color_jitter": (0, 1), "copy_paste": (0, 1)})
         check_ranges(self, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
-        check_ranges(self, {"lsj_min_scale": (0.01, self.lsj_max_scale), "lsj_max_scale": (0.01, 10)})
+        check_ranges(self, {"lsj_min_scale": (0.01, self.augment()["lsj_max_scale"]), "lsj_max_scale": (0.01, 10)})
+
+    def augment(self) -> dict[str, Any]:
+        """The six augmentation fields with the preset's values where they are not set."""
+        preset = {**_LSJ, **AUGMENTATIONS.get(self.augmentation, {})}
+        given = {key: vars(self)[key] for key in preset if vars(self)[key] is not None}
+        return {**preset, **given, "horizontal_flip": preset["horizontal_flip"] and self.horizontal_flip}
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """How it is trained: every `TrainingArguments` field, with our defaults and four fields of our own.
+    """How it is trained: every `TrainingArguments` field, with our defaults and a few fields of our own.
 
     Raises RecipeError where a saving or evaluation field contradicts `checkpointing_steps`.
     """
@@ -116,13 +148,22 @@ class TrainArguments(TrainingArguments):
     load_best_model_at_end: bool = option(True, "End with the checkpoint that scored best.")
     metric_for_best_model: str | None = option("eval_map", "The evaluation figure that picks the best checkpoint.")
     greater_is_better: bool | None = option(True, "Whether a larger metric_for_best_model is better.")
-    dataloader_num_workers: int = option(4, "Processes a device that load and augment images.")
+    dataloader_num_workers: int = option(min(4, cpu_count() or 1), "Processes a device that load and augment images.")
     dataloader_persistent_workers: bool = option(True, "Keep those processes from epoch to epoch.")
     remove_unused_columns: bool = option(False, "Must stay false: the batch carries more than the model's arguments.")
     label_names: list[str] | None = option(["mask_labels", "class_labels"], "Batch keys that hold the truth.")
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder to go on from, or true for the newest complete one of output_dir."
+        None,
+        "A checkpoint folder to go on from; true for the newest complete one of output_dir; auto for the same, or a "
+        "fresh start where there is none.",
     )
+    allow_changes: bool = option(
+        False, "Resume although dataset, batch size, world size or settings differ; goes on at the same sample count."
+    )
+    overwrite_output_dir: bool = option(False, "Delete another run's checkpoints in output_dir and start anew.")
+    dataloader_timeout: int = option(600, "Seconds to wait for a batch before a worker counts as hung; 0 is for ever.")
+    logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
+    restore_callback_states_from_checkpoint: bool = option(True, "Resume early stopping's patience too.")
     save_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
     save_steps: float | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
     eval_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
@@ -134,6 +175,9 @@ class TrainArguments(TrainingArguments):
             raise RecipeError(
                 "remove_unused_columns must stay false: the batch carries more than the model's arguments."
             )
+        check_ranges(self, {"dataloader_timeout": (0, None)})
+        if self.logging_nan_inf_filter:
+            raise RecipeError("logging_nan_inf_filter must stay false: it hides a loss that is not finite.")
         self._refuse_token()
         self._align_checkpointing()
         if self.bf16 is None:
@@ -148,9 +192,10 @@ class TrainArguments(TrainingArguments):
 
     @property
     def resume(self) -> bool | str:
-        """What `Trainer.train` takes: True for the newest checkpoint, a folder, or False for a fresh run."""
+        """True for the newest checkpoint, "auto" for it or a fresh run, a folder, or False for a fresh run."""
         named = self.resume_from_checkpoint
-        return {"none": False, "false": False, "true": True}.get(str(named).lower(), named or False)
+        words: dict[str, bool | str] = {"none": False, "false": False, "true": True, "auto": "auto"}
+        return words.get(str(named).lower(), named or False)
 
     def without_upload(self) -> "TrainArguments":
         """A copy for the Trainer, which would upload all of output_dir; `sharing.push` sends the files on its list."""

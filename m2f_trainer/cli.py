@@ -4,11 +4,15 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m2f_trainer import __version__
-from m2f_trainer.errors import M2FError
+from m2f_trainer.errors import M2FError, RunStopped
+
+if TYPE_CHECKING:
+    from m2f_trainer.data.doctor import Examination
 
 ABOUT = """\
 Fine-tune Mask2Former on DINOv3 backbones for instance segmentation.
@@ -37,13 +41,20 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 after an error with advice, 2 after wrong usage, 130 after Ctrl-C."""
+    """Run one command.
+
+    The exit status is 0; 1 after an error with advice; 2 after wrong usage; 75 where a signal stopped a training that
+    can be resumed, so that a scheduler can queue it again; 130 after Ctrl-C elsewhere.
+    """
     parser = build_parser()
     arguments, options = parser.parse_known_args(argv)
     if options and arguments.command != "train":
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     try:
-        COMMANDS[arguments.command](arguments, options)
+        status = COMMANDS[arguments.command](arguments, options)
+    except RunStopped as stop:
+        say(f"m2f {arguments.command}: {stop}", stream="error")
+        return stop.status
     except KeyboardInterrupt:
         say("Interrupted.", stream="error")
         return 130
@@ -52,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"m2f {arguments.command}: {error}", stream="error")
         return 1
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,8 +96,21 @@ def demo_options(command: argparse.ArgumentParser) -> None:
 
 
 def check_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Read a COCO dataset with its images and say what training would stumble over."
-    command.add_argument("dataset", help="folder of a COCO dataset")
+    command.description = (
+        "Look a dataset over with all its images: figures, then what training would refuse (errors) and what should be"
+        " looked at (warnings). Exit status: 0 no errors, 1 errors, 2 nothing in it can be used."
+    )
+    command.add_argument("dataset", help="folder of a COCO or YOLO dataset, or user/name on the Hub")
+    command.add_argument("--json", action="store_true", help="write the result as JSON instead of text")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures too")
+    command.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
+    command.add_argument("--preview", type=int, metavar="N", help="draw N augmented training samples into preview/")
+    command.add_argument(
+        "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
+    )
+    command.add_argument("--num_queries", type=int, default=100, help="queries of the model [%(default)s]")
+    command.add_argument("--image_height", type=int, default=1024, help="input size of the model [%(default)s]")
+    command.add_argument("--image_width", type=int, default=1024, help="[%(default)s]")
 
 
 def train_options(command: argparse.ArgumentParser) -> None:
@@ -130,15 +154,44 @@ def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     advise(EXAMPLES["train"])
 
 
-def check(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    from m2f_trainer.data.check import check_dataset
-    from m2f_trainer.data.coco import load_coco
+def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from m2f_trainer.data.doctor import examine
+    from m2f_trainer.data.inspection import Settings
+    from m2f_trainer.data.summary import to_json, to_text
 
-    splits = load_coco(arguments.dataset)
-    check_dataset(splits, evaluation=[name for name in splits if name != "train"] or ["valid"])
-    for split, rows in splits.items():
-        say(f"{split}: {len(rows)} images, no errors")
-    advise(f"m2f train dinov3_vits16plus_1024 --dataset_name {shlex.quote(arguments.dataset)}")
+    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
+    result = examine(arguments.dataset, settings)
+    say(to_json(result) if arguments.json else to_text(result))
+    written = write_check(arguments, result)
+    if not arguments.json:
+        say("\n".join(written))
+        train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {shlex.quote(arguments.dataset)}"
+        advise(f"m2f check {shlex.quote(arguments.dataset)} --fix corrected" if result.status else train_it)
+    return result.status
+
+
+def write_check(arguments: argparse.Namespace, result: "Examination") -> list[str]:
+    """Write what was asked for beside the text: page, corrected copy, pictures. Return what to say about it."""
+    from m2f_trainer.data.page import render
+    from m2f_trainer.data.pictures import preview
+    from m2f_trainer.data.repair import repair
+
+    told = []
+    if arguments.html:
+        arguments.html.write_text(render(result), encoding="utf-8")
+        told.append(f"page: {arguments.html}")
+    if arguments.fix:
+        changes = repair(result, arguments.fix)
+        told.append(f"corrected copy: {arguments.fix}, {len(changes)} change(s) listed in changes.json")
+    if arguments.preview and result.status != 2:
+        from m2f_trainer.arguments import DataArguments
+        from m2f_trainer.data.transforms import TrainTransform
+
+        augment = DataArguments(augmentation=arguments.augmentation).augment()
+        flip, size = augment.pop("horizontal_flip"), (arguments.image_height, arguments.image_width)
+        paths = preview(result, arguments.preview, TrainTransform(*size, flip=flip, **augment), Path("preview"))
+        told.append(f"{len(paths)} augmented samples: {paths[0].parent}")
+    return told
 
 
 def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
@@ -197,7 +250,14 @@ OPTIONS = {
     "predict": predict_options,
     "push": push_options,
 }
-COMMANDS = {"demo": demo, "check": check, "train": train, "evaluate": evaluate, "predict": predict, "push": push}
+COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
+    "demo": demo,
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "push": push,
+}
 
 
 def is_advice(error: Exception) -> bool:

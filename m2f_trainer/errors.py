@@ -48,3 +48,12 @@ class TrainingError(M2FError):
 
 class SharingError(M2FError):
     """An upload was refused or failed; the local result is untouched."""
+
+
+class RunStopped(KeyboardInterrupt):
+    """A signal asked the run to stop; what it had learned is saved, and it can be resumed.
+
+    Outside the tree, as KeyboardInterrupt is, so that no `except Exception` on the way takes it for a failure.
+    """
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again later

@@ -7,17 +7,20 @@ The used categories travel in the dataset's info.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 
-from m2f_trainer.data.annotations import AnnotationFile, read_annotations
-from m2f_trainer.data.layouts import SplitFiles, find_layout, given_layout
+from m2f_trainer.data.annotations import AnnotationFile
+from m2f_trainer.data.findings import Report, refuse
+from m2f_trainer.data.layouts import SplitFiles
+from m2f_trainer.data.sources import contents_of, find_splits, read_split
 from m2f_trainer.errors import DataError
 
 FEATURES = datasets.Features(
@@ -38,7 +41,8 @@ FEATURES = datasets.Features(
         ),
     }
 )
-_ROW_FORMAT = "1"  # raise it when rows change, so that older caches are left behind
+_BATCH = 1000  # rows a table
+_ROW_FORMAT = "2"  # raise it when rows change, so that older caches are left behind
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ def load_coco(
     """The splits of a COCO folder, under the names train, valid and test.
 
     Args:
-        root: the dataset folder, in one of the layouts of `find_layout`
+        root: the dataset folder, in one of the layouts of `find_layout`, or a YOLO folder with a data.yaml
         cache_dir: where the rows are kept; datasets' own cache by default
         annotations, images: annotation file and image folder by split, relative to `root`, where it has another layout
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
     """
-    layout = given_layout(root, annotations, images) if annotations else find_layout(root)
+    layout = find_splits(root, annotations, images)
     builder = CocoBuilder(
         cache_dir=None if cache_dir is None else str(cache_dir),
         dataset_name="coco",
@@ -81,6 +85,17 @@ def load_coco(
             raise error.__cause__ from None
         raise
     return builder.as_dataset()
+
+
+def features_of(categories: Sequence[Category]) -> datasets.Features:
+    """A row's features, which carry the categories too: of a dataset's info, the Hub keeps nothing else."""
+    names = [json.dumps([category.id, category.name], ensure_ascii=False) for category in categories]
+    return datasets.Features({**FEATURES, "categories": datasets.ClassLabel(names=names)})
+
+
+def describe_categories(categories: Sequence[Category]) -> str:
+    """The categories as a dataset's info holds them."""
+    return json.dumps({"categories": [{"id": one.id, "name": one.name} for one in categories]})
 
 
 def categories_of(dataset: datasets.Dataset) -> tuple[Category, ...]:
@@ -106,7 +121,7 @@ class CocoConfig(datasets.BuilderConfig):  # type: ignore[misc]
     layout: tuple[SplitFiles, ...] = field(default=())
 
 
-class CocoBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
+class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
     """Writes the rows of every split to the cache, once."""
 
     BUILDER_CONFIG_CLASS = CocoConfig
@@ -116,17 +131,26 @@ class CocoBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         return datasets.DatasetInfo(features=FEATURES)
 
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
-        files = {layout.split: read_annotations(layout) for layout in self.config.layout}
-        categories = [{"id": category.id, "name": category.name} for category in _used_categories(files)]
-        self.info.description = json.dumps({"categories": categories})
+        files = {layout.split: read_split(layout) for layout in self.config.layout}
+        categories = used_categories(files)
+        self.info.description = describe_categories(categories)
+        self.info.features = features_of(categories)
         return [datasets.SplitGenerator(name=split, gen_kwargs={"file": file}) for split, file in files.items()]
 
-    def _generate_examples(self, file: AnnotationFile) -> Any:
-        yield from enumerate(file.rows())
+    def _generate_tables(self, file: AnnotationFile) -> Iterator[tuple[int, pa.Table]]:
+        rows = file.rows()
+        for number in count():
+            batch = list(islice(rows, _BATCH))
+            if not batch:
+                return
+            yield number, pa.Table.from_pylist(batch, schema=self.info.features.arrow_schema)
 
 
-def _used_categories(files: Mapping[str, AnnotationFile]) -> list[Category]:
-    """Those with an annotation in any split, by id; a Roboflow super-category has none and goes."""
+def used_categories(files: Mapping[str, AnnotationFile], report: Report = refuse) -> list[Category]:
+    """Those with an annotation in any split, by id; a Roboflow super-category has none and goes.
+
+    Reports an id with two names, and a dataset without annotations.
+    """
     names: dict[int, tuple[str, Path]] = {}
     used: set[int] = set()
     for file in files.values():
@@ -134,13 +158,14 @@ def _used_categories(files: Mapping[str, AnnotationFile]) -> list[Category]:
         for key, name in file.categories.items():
             first, where = names.setdefault(key, (name, file.path))
             if first != name:
-                raise DataError(
+                message = (
                     f"category {key} is {first!r} in {where} but {name!r} in {file.path}."
                     " Give it one name in all splits, or two ids."
                 )
+                report("renamed-category", file.path, [key], message)
     if not used:
         listed = ", ".join(str(file.path) for file in files.values())
-        raise DataError(f"expected annotated objects, found none in {listed}. Add annotations.")
+        report("no-objects", listed, [], f"expected annotated objects, found none in {listed}. Add annotations.")
     return [Category(key, names[key][0]) for key in sorted(used)]
 
 
@@ -160,9 +185,6 @@ def _fingerprint(layout: tuple[SplitFiles, ...]) -> str:
             *((folder.resolve(), folder.is_dir()) for folder in files.image_folders),
         ]
         digest.update(repr(place).encode())
-        try:
-            with files.annotations.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{files.annotations}: can't be read ({error}). Check path and permissions.") from error
+        for part in contents_of(files):
+            digest.update(part)
     return digest.hexdigest()[:32]

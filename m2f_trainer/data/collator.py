@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import Dataset
 
 from m2f_trainer.data.coco import Category
-from m2f_trainer.data.transforms import Sample
+from m2f_trainer.data.samples import Sample
 from m2f_trainer.errors import DataError
 
-Transform: TypeAlias = Callable[[Mapping[str, Any], int, int], Sample]
+Transform: TypeAlias = Callable[[Mapping[str, Any], int, int, Sequence[Mapping[str, Any]]], Sample]
 
 
 class InstanceDataset(Dataset[dict[str, Any]]):
@@ -39,7 +39,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
             DataError: the image can't be read, or a category isn't one of the model's
         """
         row = self.rows[index]
-        sample: dict[str, Any] = {**self.transform(row, int(self._epoch), index)}
+        sample: dict[str, Any] = {**self.transform(row, int(self._epoch), index, self.rows)}
         ids = sample.pop("category_ids").tolist()
         unknown = sorted(set(ids) - set(self.class_of))
         if unknown:

@@ -40,7 +40,7 @@ def open_image(
     Raises:
         ImageError: missing, not a regular file, damaged, too large, of another size, or not convertible to RGB
     """
-    image = _open(source, where)
+    image = open_stored(source, where)
     check_pixels(image.size, where)
     if size is not None:
         check_size((image.height, image.width), size, where)
@@ -95,7 +95,12 @@ def check_size(found: tuple[int, int], expected: tuple[int, int], where: str) ->
         )
 
 
-def _open(source: ImageSource, where: str) -> Image.Image:
+def open_stored(source: ImageSource, where: str) -> Image.Image:
+    """The image in its stored mode, its header read and its pixels not yet.
+
+    Raises:
+        ImageError: missing, not a regular file, or of no known format
+    """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):

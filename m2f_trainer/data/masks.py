@@ -6,6 +6,7 @@ compressed RLE known to fill its image: safe to hand to pycocotools, and what `d
 """
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,22 +73,29 @@ def _counts_of_polygons(polygons: Sequence[object], height: int, width: int, whe
     if not polygons:
         raise MaskError(f"{where}: the segmentation is empty. Add the outline of the object, or remove the annotation.")
     parts = [_check_polygon(part, height, width, f"{where}, polygon {i}") for i, part in enumerate(polygons)]
-    if sum(map(_outline, parts)) > _MAX_OUTLINE:
+    if min(height, width) > 2 and _are_shares(parts):
         raise MaskError(
-            f"{where}: the outline is {sum(map(_outline, parts)):,} pixels long, more than {_MAX_OUTLINE:,}."
+            f"{where}: all coordinates lie between 0 and 1: they are shares of the image's sides, where pixels are"
+            " expected. Multiply x by the width and y by the height."
+        )
+    longest = _REACH * 2 * max(height, width) * sum(map(len, parts))  # no edge is longer than the reach both ways
+    if longest > _MAX_OUTLINE and (length := sum(map(_outline, parts))) > _MAX_OUTLINE:
+        raise MaskError(
+            f"{where}: the outline is {length:,.0f} pixels long, more than {_MAX_OUTLINE:,}."
             " Correct the polygon, or write the mask as an RLE."
         )
-    encoded = coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
-    return str(encoded["counts"], "ascii")
+    encoded = coco_mask.frPyObjects(parts, height, width)
+    whole = encoded[0] if len(encoded) == 1 else coco_mask.merge(encoded)
+    return str(whole["counts"], "ascii")
 
 
 def _check_polygon(part: object, height: int, width: int, where: str) -> list[float]:
     """The polygon's numbers as pycocotools takes them: x0, y0, x1, y1, ..."""
-    if not isinstance(part, list | tuple):
+    if not isinstance(part, list | tuple | array):
         raise MaskError(
             f"{where}: expected a list of numbers [x, y, x, y, ...], got {brief(part)}. Correct the polygon."
         )
-    if not {type(value) for value in part} <= {int, float}:
+    if not isinstance(part, array) and not {type(value) for value in part} <= {int, float}:
         odd = next(value for value in part if type(value) not in (int, float))
         raise MaskError(f"{where}: expected numbers x, y, x, y, ..., got {brief(odd)} among them. Correct the polygon.")
     if len(part) < 6 or len(part) % 2:
@@ -104,6 +112,12 @@ def _check_polygon(part: object, height: int, width: int, where: str) -> list[fl
             f" got {brief(_worst(part, reach))}. Correct the polygon."
         )
     return list(part)
+
+
+def _are_shares(parts: Sequence[Sequence[float]]) -> bool:
+    if any(max(part) > 1 or min(part) < 0 for part in parts):
+        return False
+    return any(value % 1 for part in parts for value in part)
 
 
 def _worst(part: Sequence[float], reach: int) -> float:

@@ -8,30 +8,19 @@ Only what is seen is computed: the image is cropped and resized in one step, and
 box, so time and memory follow the objects' area and overlapping instances stay apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
-from m2f_trainer.data import rle
 from m2f_trainer.data.images import ImageSource, open_image
-from m2f_trainer.data.views import Size, View, see_image, see_mask
+from m2f_trainer.data.samples import Sample, at_least, paste
+from m2f_trainer.data.views import Pixels, Size, View, orient, see_image, see_mask
 
-
-class Sample(TypedDict):
-    """One image ready for `collate`, all in the padded frame (H, W) but for the two sizes."""
-
-    pixel_values: torch.Tensor  # uint8 (3, H, W), not normalised, 0 in the padding
-    pixel_mask: torch.Tensor  # bool (H, W), False in the padding
-    masks: list[rle.Bitmap]  # N bitmaps (y1 - y0, x1 - x0) of zeros and ones, cropped to their boxes
-    boxes: torch.Tensor  # int32 (N, 4)
-    category_ids: torch.Tensor  # int64 (N,), the annotation file's own
-    image_id: int
-    original_size: Size
-    resized_size: Size
+Row: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,8 +45,8 @@ class EvalTransform:
     def __init__(self, image_height: int, image_width: int) -> None:
         self.size: Size = (image_height, image_width)
 
-    def __call__(self, row: Mapping[str, Any], epoch: int = 0, index: int = 0) -> Sample:
-        """A sample of one row; `epoch` and `index` are there for `TrainTransform`'s sake.
+    def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
+        """A sample of one row; `epoch`, `index` and `rows` are there for `TrainTransform`'s sake.
 
         Raises:
             ImageError: the image can't be read or isn't of the row's size
@@ -74,14 +63,16 @@ class EvalTransform:
         """
         opened = open_image(image, where)
         geometry = fit((opened.height, opened.width), self.size)
-        return *_pad(see_image(opened, _whole(geometry)), False, self.size), geometry
+        view = _whole(geometry)
+        return *_pad(see_image(opened, view), view, self.size), geometry
 
 
 class TrainTransform:
-    """Large-scale jitter with crop, mirroring and colour jitter, each a function of (seed, epoch, index) alone.
+    """Large-scale jitter with crop, mirroring, quarter turns, colour jitter and copy-paste.
 
     As the original Mask2Former's instance recipe: the image is resized by a factor of `lsj_min_scale` to
     `lsj_max_scale` of the size that fits, then cropped or padded to the recipe's size (Ghiasi et al., 2021).
+    A sample is a function of (seed, epoch, index) alone.
     """
 
     def __init__(
@@ -92,22 +83,35 @@ class TrainTransform:
         lsj_min_scale: float = 0.1,
         lsj_max_scale: float = 2.0,
         flip: bool = True,
+        rotate90: bool = False,
         color_jitter: float = 0.0,
+        copy_paste: float = 0.0,
+        min_area: int = 1,
         seed: int = 0,
     ) -> None:
+        """`copy_paste` is the share of samples that get instances of another image; `min_area` is in input pixels."""
         self.size: Size = (image_height, image_width)
         self.scales = (lsj_min_scale, lsj_max_scale)
-        self.flip = flip
-        self.color_jitter = color_jitter
+        self.flip, self.rotate90 = flip, rotate90
+        self.color_jitter, self.copy_paste = color_jitter, copy_paste
+        self.min_area = min_area
         self.seed = seed
 
-    def __call__(self, row: Mapping[str, Any], epoch: int = 0, index: int = 0) -> Sample:
-        """The sample that image `index` is in epoch `epoch`.
+    def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
+        """The sample that image `index` of `rows` is in epoch `epoch`; copy-paste needs the rows.
 
         Raises:
-            ImageError: the image can't be read or isn't of the row's size
+            ImageError: an image can't be read or isn't of its row's size
         """
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index]))
+        sample = self.draw_sample(row, rng)
+        if len(rows) and rng.random() < self.copy_paste:
+            other = self.draw_sample(rows[int(rng.integers(len(rows)))], rng)
+            sample = paste(sample, other, rng.random(len(other["masks"])) < 0.5)
+        return at_least(self.min_area, sample)
+
+    def draw_sample(self, row: Row, rng: np.random.Generator) -> Sample:
+        """One image alone, with random view and colours."""
         original = (row["height"], row["width"])
         view = self.draw_view(original, rng)
         colors = draw_colors(self.color_jitter, rng)
@@ -115,24 +119,26 @@ class TrainTransform:
         return make_sample(image, row, view, self.size, colors)
 
     def draw_view(self, original: Size, rng: np.random.Generator) -> View:
-        """A random scale, crop and mirroring."""
+        """A random scale, crop, mirroring and turn."""
+        turns = int(rng.integers(4)) if self.rotate90 else 0
+        size = self.size[::-1] if turns % 2 else self.size  # the frame before it is turned
         factor = rng.uniform(*self.scales)
-        target = (max(1, round(self.size[0] * factor)), max(1, round(self.size[1] * factor)))
+        target = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
         height, width = fit(original, target).resized
-        y0 = int(rng.integers(max(0, height - self.size[0]) + 1))
-        x0 = int(rng.integers(max(0, width - self.size[1]) + 1))
-        window = (x0, y0, min(width, x0 + self.size[1]), min(height, y0 + self.size[0]))
-        return View(original, (height, width), window, bool(rng.random() < 0.5) and self.flip)
+        y0 = int(rng.integers(max(0, height - size[0]) + 1))
+        x0 = int(rng.integers(max(0, width - size[1]) + 1))
+        window = (x0, y0, min(width, x0 + size[1]), min(height, y0 + size[0]))
+        return View(original, (height, width), window, bool(rng.random() < 0.5) and self.flip, turns)
 
 
 def make_sample(
-    image: Image.Image, row: Mapping[str, Any], view: View, size: Size, colors: tuple[float, ...] | None = None
+    image: Image.Image, row: Row, view: View, size: Size, colors: tuple[float, ...] | None = None
 ) -> Sample:
     """The sample that shows `view` of a row's image; crowd regions and instances out of view are left out."""
     objects = [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
     looks = ((entry["category_id"], see_mask(entry["counts"], view)) for entry in objects)
     seen = [(category, *look) for category, look in looks if look is not None]
-    pixel_values, pixel_mask = _pad(see_image(image, view, colors), view.flip, size)
+    pixel_values, pixel_mask = _pad(see_image(image, view, colors), view, size)
     return Sample(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
@@ -149,19 +155,20 @@ def _whole(geometry: Geometry) -> View:
     return View(geometry.original, geometry.resized, (0, 0, geometry.resized[1], geometry.resized[0]))
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def describe(row: Row) -> str:
     """A row's name in messages."""
     image = row["image"]
     path = image.get("path") if isinstance(image, Mapping) else None
     return f"image {row['image_id']}" + (f" ({path})" if path else "")
 
 
-def _pad(image: Image.Image, flip: bool, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(pixels: Pixels, view: View, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (3, H, W) and bool (H, W): the image in the top left corner of the padded frame."""
-    pixels = np.asarray(image)  # (h, w, 3)
+    pixels = orient(pixels, view)  # (h, w, 3)
     height, width = pixels.shape[:2]
     values = np.zeros((3, *size), dtype=np.uint8)
-    values[:, :height, :width] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
+    for channel in range(3):  # one at a time: a third of the time of a transposed copy
+        values[channel, :height, :width] = pixels[:, :, channel]
     valid = np.zeros(size, dtype=np.bool_)
     valid[:height, :width] = True
     return torch.from_numpy(values), torch.from_numpy(valid)

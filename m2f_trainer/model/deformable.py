@@ -1,7 +1,8 @@
 """Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, eq. 3) that keeps no samples.
 
 transformers' version keeps every sampled value for the backward pass. Here the samples are taken again in backward:
-what is kept falls to the inputs, and level after level is sampled instead of one large stack.
+what is kept falls to the inputs, and level after level is sampled instead of one large stack. A CPU samples whole rows
+instead of single channels (row_sampling.py).
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .row_sampling import RowSampling
 
 BILINEAR, ZEROS, ALIGN_CORNERS = 0, 0, False
 
@@ -56,17 +59,21 @@ def _planes(value: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def deformable_attention(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
+def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
     """Return the attended values (B, S, heads x D).
 
-    value (B, S, heads, D); locations (B, S, heads, L, P, 2) as (x, y) in [0, 1]; weights (B, S, heads, L, P), summing
-    to 1 over L x P. S runs over all positions of all levels, in the order of `shapes`.
+    value (B, S, heads, D); places (B, S, heads, L, P, 2) as (x, y) in pixels of each level, 0 being the first one's
+    centre; weights (B, S, heads, L, P), summing to 1 over L x P. S runs over all positions of all levels, in the order
+    of `shapes`.
     """
+    output: Tensor
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        output = RowSampling.apply(value, places, weights, shapes)  # type: ignore[no-untyped-call]
+        return output
     batch, length, heads, dim = value.shape
     flat_value = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, length)
-    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P, 2)
+    sizes = torch.stack([torch.stack([value.new_full((), side) for side in shape[::-1]]) for shape in shapes])
+    grid = ((2 * places + 1) / sizes.unsqueeze(1) - 1).transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P, 2)
     flat_weights = weights.transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P)
-    output: Tensor = DeformableSampling.apply(flat_value, grid, flat_weights, shapes)  # type: ignore[no-untyped-call]
+    output = DeformableSampling.apply(flat_value, grid, flat_weights, shapes)  # type: ignore[no-untyped-call]
     return output.view(batch, heads, dim, length).permute(0, 3, 1, 2).reshape(batch, length, heads * dim)

@@ -39,25 +39,42 @@ class CompactMasks:
 
         Equal to torch's grid_sample(align_corners=False, padding_mode="zeros") on the dense masks.
         """
+        values = points.new_empty(points.shape[:-1])
+        for rows in portions(len(which), points.shape[1], points.device):
+            self._sample(which[rows], points[rows], values[rows])
+        return values
+
+    def _sample(self, which: Tensor, points: Tensor, values: Tensor) -> None:
+        """`sample` of some masks into `values`, the places counted in pixels from the bitmap's edge."""
         boxes, start = self.boxes[which], self.offsets[which].unsqueeze(1)
-        width = (boxes[:, 2] - boxes[:, 0]).unsqueeze(1)
-        left, right, x_part = _neighbours(points[..., 0], self.size[1], boxes[:, 0], boxes[:, 2])
-        top, bottom, y_part = _neighbours(points[..., 1], self.size[0], boxes[:, 1], boxes[:, 3])
-        top, bottom = start + top * width, start + bottom * width
-        dtype = points.dtype
-        upper = torch.lerp(self.values[top + left].to(dtype), self.values[top + right].to(dtype), x_part)
-        lower = torch.lerp(self.values[bottom + left].to(dtype), self.values[bottom + right].to(dtype), x_part)
-        return torch.lerp(upper, lower, y_part)
+        sides = boxes[:, 2:] - boxes[:, :2]  # (m, 2)
+        last = (sides - 1).unsqueeze(1).to(points)
+        frame = torch.cat([points.new_full((1,), side) for side in self.size[::-1]])  # filled on the device
+        place = (points * frame).sub_(boxes[:, None, :2] + 0.5)
+        place = torch.minimum(place.clamp_(min=0), last, out=place)
+        first = torch.minimum(place.floor(), last - 1)
+        x, y = place.sub_(first).unbind(-1)
+        kind = torch.int32 if len(self.values) < 2**31 else torch.int64
+        width = sides[:, :1].to(kind)
+        column, row = first.to(kind).unbind(-1)
+        index = torch.addcmul(start.to(kind) + column, row, width)  # of the upper left pixel, (m, P)
+        upper = torch.lerp(self._read(index, values), self._read(index + 1, values), x)
+        index += width
+        lower = torch.lerp(self._read(index, values), self._read(index + 1, values), x)
+        torch.lerp(upper, lower, y, out=values)
+
+    def _read(self, index: Tensor, like: Tensor) -> Tensor:
+        return self.values.index_select(0, index.flatten()).view_as(index).to(like.dtype)
 
 
-def _neighbours(unit: Tensor, side: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two pixels beside each coordinate, counted from the bitmap's edge, and the second one's share."""
-    place = unit * side - 0.5
-    first = place.floor()
-    low, last = low.unsqueeze(1), (high - low).unsqueeze(1) - 1
-    index = first.long() - low
-    zero = torch.zeros_like(last)
-    return index.clamp(zero, last), (index + 1).clamp(zero, last), place - first
+VALUES_AT_ONCE = {"cpu": 2**18, "accelerator": 2**25}
+"""Numbers worked on at once: what a CPU's caches hold, what keeps an accelerator busy."""
+
+
+def portions(count: int, each: int, device: torch.device) -> list[slice]:
+    """Slices of `count` rows of `each` numbers that the device takes at once."""
+    size = max(1, VALUES_AT_ONCE["cpu" if device.type == "cpu" else "accelerator"] // max(1, each))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 @dataclass(frozen=True)
@@ -81,13 +98,16 @@ def pair_costs(
     matcher (Cheng et al. 2022, https://arxiv.org/abs/2112.01527, and its matcher.py): weighted sum of -p(class), mean
     binary cross entropy, and dice. With x the logit and t the target, the cross entropy is softplus(x) - x t.
     """
-    points = logits.shape[-1]
-    overlap = logits @ targets.T
-    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - overlap) / points
-    inside = logits.sigmoid()
-    union = inside.sum(-1, keepdim=True) + targets.sum(-1)
-    dice = 1 - (2 * (inside @ targets.T) + 1) / (union + 1)
-    return weights["mask"] * cross_entropy - weights["class"] * probabilities[..., classes] + weights["dice"] * dice
+    costs = logits.new_empty(*logits.shape[:2], len(targets))
+    area, points = targets.sum(-1), logits.shape[-1]
+    for some in portions(len(logits), logits[0].numel(), logits.device):
+        x = logits[some]
+        inside = x.sigmoid()
+        cross_entropy = (F.softplus(x).sum(-1, keepdim=True) - x @ targets.T) / points
+        dice = 1 - (2 * (inside @ targets.T) + 1) / (inside.sum(-1, keepdim=True) + area + 1)
+        unlikely = -probabilities[some][..., classes]
+        costs[some] = weights["mask"] * cross_entropy + weights["class"] * unlikely + weights["dice"] * dice
+    return costs
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
@@ -21,28 +22,33 @@ from .deformable import deformable_attention
 Shape = tuple[int, int]
 
 
-def reference_points(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the centre of every position as (S, 2) in [0, 1], x first, and each level's (w, h) as (L, 2).
+def reference_places(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
+    """Where each position lies in every level: (S, L, 2) as (x, y) in pixels, 0 being the first one's centre.
 
     Everything is filled on the device: a copy from the host would make each layer wait for it.
     """
-    centres, sizes = [], []
+    centres = []
     for height, width in shapes:
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
         centres.append(torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1))
-        sizes.append(torch.stack([torch.full((), float(side), device=device) for side in (width, height)]))
-    return torch.cat(centres), torch.stack(sizes)
+    unit = torch.cat(centres)
+    return torch.stack([unit * _sides(shape, device) - 0.5 for shape in shapes], dim=1)
+
+
+def _sides(shape: Shape, device: torch.device) -> Tensor:
+    """(2,): width and height."""
+    return torch.stack([torch.full((), float(side), device=device) for side in shape[::-1]])
 
 
 def encoder_layer(
     layer: Mask2FormerPixelDecoderEncoderLayer,
     hidden: Tensor,
     positions: Tensor,
-    references: tuple[Tensor, Tensor],
+    references: Tensor,
     shapes: tuple[Shape, ...],
 ) -> Tensor:
-    """One deformable encoder layer, post-norm: hidden (B, S, C), positions (1, S, C) -> (B, S, C)."""
+    """One deformable layer, post-norm: hidden (B, S, C), positions (1, S, C), references (S, L, 2) -> (B, S, C)."""
     attention = layer.self_attn
     batch, length, _ = hidden.shape
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
@@ -51,13 +57,18 @@ def encoder_layer(
     offsets = attention.sampling_offsets(queries).view(batch, length, heads, levels, points, 2)
     weights = attention.attention_weights(queries).view(batch, length, heads, levels * points).softmax(-1)
     weights = weights.view(batch, length, heads, levels, points)
-    centres, sizes = references
-    locations = centres[None, :, None, None, None] + offsets / sizes[None, None, None, :, None]
-    attended = attention.output_proj(deformable_attention(value, shapes, locations, weights))
+    places = references[None, :, None, :, None] + offsets
+    attended = attention.output_proj(deformable_attention(value, shapes, places, weights))
     hidden = layer.self_attn_layer_norm(hidden + F.dropout(attended, layer.dropout, layer.training))
-    inner = F.dropout(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout, layer.training)
-    output: Tensor = layer.final_layer_norm(hidden + F.dropout(layer.fc2(inner), layer.dropout, layer.training))
+    update = checkpoint(_feed_forward, layer, hidden, use_reentrant=False, preserve_rng_state=layer.dropout > 0)
+    output: Tensor = layer.final_layer_norm(hidden + update)
     return output
+
+
+def _feed_forward(layer: Mask2FormerPixelDecoderEncoderLayer, hidden: Tensor) -> Tensor:
+    """(B, S, C) -> (B, S, C). Recomputed in backward: its inner activations are the largest that a layer has."""
+    inner = F.dropout(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout, layer.training)
+    return F.dropout(layer.fc2(inner), layer.dropout, layer.training)
 
 
 class PixelDecoder(Mask2FormerPixelDecoder):
@@ -100,7 +111,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         ]
         hidden = torch.cat([feature.flatten(2).transpose(1, 2) for feature in inputs], dim=1)  # (B, S, C)
         flat_positions = torch.cat(positions, dim=1)  # (1, S, C)
-        references = reference_points(shapes, hidden.device)
+        references = reference_places(shapes, hidden.device)
         for layer in self.encoder.layers:
             hidden = self._run(layer, hidden, flat_positions, references, shapes)
         parts = hidden.split([height * width for height, width in shapes], dim=1)

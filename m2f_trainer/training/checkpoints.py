@@ -7,23 +7,23 @@ checkpoints as they were; and what was damaged later is found by its manifest be
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch.nn import Parameter
 from transformers import Trainer
 
-from m2f_trainer.errors import CheckpointError, TrainingError
-
-logger = logging.getLogger(__name__)
+from m2f_trainer.errors import TrainingError
 
 METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
+FINGERPRINT, PICKLED_ARGUMENTS = "fingerprint.json", "training_args.bin"
 STAGING = ".staging"
 
 
@@ -44,26 +44,34 @@ def write_manifest(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
         _sync(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(_manifest_text(files), encoding="utf-8")
     _sync(manifest)
     _sync(folder)
+
+
+def _manifest_text(files: Mapping[str, Any]) -> str:
+    return json.dumps({"version": 1, "files": files}, indent=2) + "\n"
 
 
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint, naming the file; None when it is just as it was written."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        whole = bool(files) and text == _manifest_text(files)
     except FileNotFoundError:
         return f"{MANIFEST} is missing: its writing was cut short"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} can't be read ({error})"
+    if not whole:
+        return f"{MANIFEST} is not what was written"
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry.get("size"):
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.get('size')}"
+        if digest(path) != entry.get("sha256"):
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
 
@@ -82,46 +90,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def find_resume(resume: bool | str, output_dir: Path) -> Path | None:
-    """Return the checkpoint to go on from: the newest complete one for True, the named one if it is sound.
-
-    Raises CheckpointError when the named one is damaged, or when there is none; says which ones were passed over.
-    """
-    if resume is False:
-        return None
-    if resume is not True:
-        return _sound(Path(resume))
-    for _, folder in reversed(checkpoints(output_dir)):
-        reason = damage(folder)
-        if reason is None:
-            logger.warning("resuming from %s", folder)
-            return folder
-        logger.warning("passed over %s: %s", folder, reason)
-    raise CheckpointError(
-        f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or name "
-        "a checkpoint elsewhere"
-    )
-
-
-def _sound(folder: Path) -> Path:
-    reason = damage(folder) if folder.is_dir() else "there is no such folder"
-    if reason is not None:
-        raise CheckpointError(
-            f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint"
-        )
-    return folder
-
-
 @contextmanager
 def staged(trainer: Trainer) -> Iterator[Path]:
     """Let the Trainer write its checkpoint into a staging folder; complete it and move it into place at the end.
 
-    Yields the folder being written, for what else belongs in it. All ranks take part. Raises TrainingError when the
-    disk is too full; the checkpoints that were there stay.
+    Yields the folder being written, for what else belongs in it. All ranks take part. Raises TrainingError when a
+    weight is not finite or the disk is too full; the checkpoints that were there stay.
     """
     args, step = trainer.args, trainer.state.global_step
     output = Path(str(args.output_dir))
     staging = output / STAGING
+    require_finite(trainer)
     if args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
         require_space(output, expected_size(trainer))
@@ -129,23 +108,28 @@ def staged(trainer: Trainer) -> Iterator[Path]:
     args.output_dir = str(staging)
     try:
         yield staging / f"checkpoint-{step}"
-    except (OSError, RuntimeError) as error:
+        args.output_dir = str(output)
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise TrainingError(f"checkpoint {step} could not be written ({error}): {_space(output)}") from error
+        raise TrainingError(
+            f"checkpoint {step} could not be written ({error}): {_space(output)}. The checkpoints before it are as "
+            "they were: free some space, or lower save_total_limit, and run again with --resume_from_checkpoint true"
+        ) from error
     finally:
         args.output_dir = str(output)
-    trainer.accelerator.wait_for_everyone()
-    if args.should_save:
-        _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
-        rotate(output, args.save_total_limit, trainer.state.best_global_step, step)
     trainer.accelerator.wait_for_everyone()
 
 
 def _finish(trainer: Trainer, written: Path, final: Path) -> None:
     """Set the state's paths right, write the manifest, and rename."""
     state = trainer.state
-    if state.best_global_step:
-        state.best_model_checkpoint = str(final.with_name(f"checkpoint-{state.best_global_step}"))
+    (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # the Trainer's pickle; recipe.json says the same
+    best = final.with_name(f"checkpoint-{state.best_global_step}")
+    if best == final or best.is_dir():  # else it is in the folder that the run was resumed from
+        state.best_model_checkpoint = str(best)
     state.save_to_json(str(written / STATE))
     write_manifest(written)
     if final.exists():
@@ -179,6 +163,19 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def require_finite(trainer: Trainer) -> None:
+    """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
+    model: Any = trainer.model
+    parameters: dict[str, Parameter] = dict(model.named_parameters())
+    finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]).tolist()
+    broken = [name for name, good in zip(parameters, finite, strict=True) if not good]
+    if broken:
+        raise TrainingError(
+            f"step {trainer.state.global_step}: {broken[0]} and {len(broken) - 1} other parameters are no longer "
+            "finite, so no checkpoint is written. Resume with --resume_from_checkpoint true and a lower learning_rate"
+        )
 
 
 def expected_size(trainer: Trainer) -> int:

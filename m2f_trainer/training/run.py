@@ -14,6 +14,7 @@ from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
 from m2f_trainer.data.check import check_dataset, check_split
 from m2f_trainer.data.coco import Category, categories_of, load_coco
 from m2f_trainer.data.collator import InstanceDataset
+from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.evaluation.curves import read_metrics, write_metrics
@@ -26,7 +27,12 @@ from m2f_trainer.recipe import Recipe, load_recipe, save_recipe
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.upload import push
 from m2f_trainer.training.callbacks import run_callbacks
-from m2f_trainer.training.checkpoints import METRICS, RECIPE, find_resume
+from m2f_trainer.training.checkpoints import METRICS, PICKLED_ARGUMENTS, RECIPE
+from m2f_trainer.training.fingerprint import fingerprint
+from m2f_trainer.training.guards import explained
+from m2f_trainer.training.lock import only_run
+from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
+from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
 
 logger = logging.getLogger(__name__)
@@ -34,23 +40,31 @@ ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
 
 
 def train(recipe: Recipe) -> dict[str, float]:
-    """Run a recipe from data to model card; return the figures of the model it ends with."""
+    """Run a recipe from data to model card; return the figures of the model it ends with.
+
+    Raises RunStopped, a KeyboardInterrupt, when a signal asked it to stop; it is saved by then.
+    """
     set_seed(recipe.train.seed)
-    checkpoint = find_resume(recipe.train.resume, Path(recipe.train.output_dir or "."))
-    splits = load_splits(recipe.data)
-    categories = categories_of(splits["train"])
-    model = build(recipe.model, recipe.data, categories)
-    trainer = M2FTrainer(
-        model,
-        recipe.train,
-        train_dataset=InstanceDataset(splits["train"], train_transform(recipe), categories),
-        eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
-        callbacks=run_callbacks(recipe.train),
-        processing_class=SavedWithModel(recipe, model.config),
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    figures = final_figures(trainer, recipe, splits, categories)
-    finish(trainer, recipe, figures)
+    with StopOnSignal() as stop, only_run(recipe.train):
+        checkpoint = from_main(recipe.train, lambda: find_resume(recipe.train))
+        splits = load_splits(recipe.data)
+        categories = categories_of(splits["train"])
+        facts = fingerprint(recipe, splits, categories)
+        start = from_main(recipe.train, lambda: starting_point(checkpoint, recipe.train, facts))
+        model = build(recipe.model, recipe.data, categories)
+        trainer = M2FTrainer(
+            model,
+            recipe.train.without_upload(),
+            train_dataset=InstanceDataset(splits["train"], train_transform(recipe), categories),
+            eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
+            callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
+            fingerprint=facts,
+            processing_class=SavedWithModel(recipe, model.config),
+        )
+        with explained(trainer.watched, recipe.train.dataloader_timeout):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            figures = final_figures(trainer, recipe, splits, categories)
+        finish(trainer, recipe, figures)
     return figures
 
 
@@ -82,7 +96,7 @@ def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
 
 def load_splits(data: DataArguments) -> DatasetDict:
     """Load and check the dataset; train and valid must be there. Raises DataError before any model is touched."""
-    splits = load_coco(str(data.dataset_name))
+    splits = load_dataset(str(data.dataset_name))
     check_dataset(splits, evaluation=[name for name in ("valid", "test") if name == "valid" or name in splits])
     limits = {"train": data.max_train_samples, "valid": data.max_eval_samples, "test": data.max_eval_samples}
     return DatasetDict({name: first(rows, limits.get(name)) for name, rows in splits.items()})
@@ -113,15 +127,14 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
 
 def train_transform(recipe: Recipe) -> TrainTransform:
     """The augmentation of a recipe."""
-    data = recipe.data
+    data, augment = recipe.data, recipe.data.augment()
     return TrainTransform(
         data.image_height,
         data.image_width,
-        lsj_min_scale=data.lsj_min_scale,
-        lsj_max_scale=data.lsj_max_scale,
-        flip=data.horizontal_flip,
-        color_jitter=data.color_jitter,
+        flip=augment.pop("horizontal_flip"),
+        min_area=data.min_instance_area,
         seed=recipe.train.data_seed or recipe.train.seed,
+        **augment,
     )
 
 
@@ -149,6 +162,7 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
     trainer.save_model(str(output), _internal_call=True)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
+        Path(output, PICKLED_ARGUMENTS).unlink(missing_ok=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)
@@ -175,7 +189,7 @@ def evaluate_folder(
     )
     trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
     figures = trainer.evaluate()
-    if output_dir is not None:
+    if output_dir is not None and trainer.is_world_process_zero():
         write_metrics(figures, Path(output_dir, METRICS))
         write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
     return figures

@@ -3,7 +3,9 @@
 Only seams are overridden; each delegates to a plain function that works without a Trainer.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from m2f_trainer.evaluation.curves import write_metrics
 from m2f_trainer.evaluation.instances import Instances, to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.training.checkpoints import METRICS, staged
+from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
+from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, rotate, staged
+from m2f_trainer.training.guards import FiniteGuard, Watched, watch
 from m2f_trainer.training.optimizer import parameter_groups
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
@@ -44,11 +48,14 @@ class M2FTrainer(Trainer):
         eval_dataset: InstanceDataset | None = None,
         compute_metrics: Scorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        fingerprint: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        arguments = copy(args)
+        arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
         super().__init__(
             model=model,
-            args=args,
+            args=arguments,
             data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -60,6 +67,12 @@ class M2FTrainer(Trainer):
         self.scorer = compute_metrics
         self.predictions: list[Instances] = []
         self.latest_metrics: dict[str, float] = {}
+        self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
+        self.watched: list[Watched] = []
+        self.step_batches: list[dict[str, Any]] = []
+        scaled = self.accelerator.scaler is not None
+        guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
+        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the original's parameter groups."""
@@ -73,6 +86,7 @@ class M2FTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,)."""
+        self.step_batches = batch_samples
         config = self.accelerator.unwrap_model(self.model).config
         if not batch_samples or "class_labels" not in batch_samples[0]:
             return None
@@ -107,16 +121,20 @@ class M2FTrainer(Trainer):
         self.predictions = []
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         scorer = self.scorer or CocoMap(split_rows(dataloader.dataset))
-        figures = score_over_ranks(self.predictions, scorer, self.accelerator.is_main_process)
+        self.predictions = gather_predictions(self.predictions)
+        figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
         return output._replace(metrics=metrics)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As the Trainer's, without its pickle of the arguments, which would hold the Hub token in plain text."""
-        super()._save(output_dir, state_dict)
-        Path(output_dir or str(self.args.output_dir), "training_args.bin").unlink(missing_ok=True)
+    def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """As the Trainer's, with a time limit and with samples that can be named when a worker fails."""
+        if isinstance(dataset, InstanceDataset):
+            dataset = Watched(dataset, self.args.dataloader_num_workers)
+            self.watched.append(dataset)
+        loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
+        return watch(loader, self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
@@ -124,10 +142,17 @@ class M2FTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.latest_metrics.get("step") == self.state.global_step:
                 write_metrics(self.latest_metrics, folder / METRICS)
+            if self.args.should_save and self.fingerprint is not None:
+                (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
+        if self.args.should_save:
+            output, state = Path(str(self.args.output_dir)), self.state
+            rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)
 
 
 def split_rows(dataset: Dataset[Any]) -> Any:
     """The dataset rows behind an evaluation dataset. Raises TypeError when there are none to score against."""
+    if isinstance(dataset, Watched):
+        dataset = dataset.dataset
     if not isinstance(dataset, InstanceDataset):
         raise TypeError(
             f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics"
@@ -148,13 +173,14 @@ def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[M
     )
 
 
-def score_over_ranks(predictions: Sequence[Instances], scorer: Scorer, main: bool) -> dict[str, float]:
-    """Gather every rank's predictions, drop what the sampler repeated, score once, and tell all ranks.
+def gather_predictions(predictions: Sequence[Instances]) -> list[Instances]:
+    """Every rank's predictions, without what the sampler repeated, by image id: the same for any number of ranks."""
+    unique = {instances.image_id: instances for instances in gather_object(list(predictions))}
+    return [unique[image_id] for image_id in sorted(unique)]
 
-    Images are scored in the order of their ids, so that the figures don't depend on the number of ranks.
-    """
-    gathered = gather_object(list(predictions))
-    unique = {instances.image_id: instances for instances in gathered}
-    figures = [dict(scorer([unique[image_id] for image_id in sorted(unique)])) if main else None]
+
+def score_once(predictions: Sequence[Instances], scorer: Scorer, main: bool) -> dict[str, float]:
+    """Score on the main process, and tell all ranks the figures."""
+    figures = [dict(scorer(predictions)) if main else None]
     broadcast_object_list(figures)
     return figures[0] or {}

@@ -35,8 +35,8 @@ def fail() -> None:
 
 FAULTS: dict[Callable[[], None], str] = {
     fail: "image 6 (sample 5) could not be loaded: ValueError: a bug in a transform",
-    die: "is killed by signal: Killed. ) while loading",
-    segfault: "is killed by signal: Segmentation fault. ) while",
+    die: "a data worker died (",
+    segfault: "a data worker died (",
     hang: "no batch came within 3 s (dataloader_timeout): a data worker hangs while loading image 6 (sample 5)",
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,8 @@ class Forked:
 
     def __init__(self, log: Path, arguments: Sequence[str], prepare: Prepare | None = None, ranks: int = 1) -> None:
         self.log = log
+        for former in log.parent.glob(f"{log.name}.?"):
+            former.unlink()
         context = multiprocessing.get_context("fork")
         port = 20000 + (os.getpid() * 7 + int(time.monotonic() * 1000)) % 20000
         self.processes = [
@@ -111,10 +114,11 @@ def _child(log: Path, arguments: list[str], prepare: Prepare | None, rank: int, 
     file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout = sys.stderr = open(file, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = sys.stderr = open(file, "w", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     os.setpgrp()
     warnings.simplefilter("default")
+    logging.basicConfig(force=True, stream=sys.stderr, format="%(message)s")
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),

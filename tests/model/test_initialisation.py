@@ -43,7 +43,8 @@ def test_weights_have_the_originals_spread(model: M2FModel, name: str, std: floa
 
 
 @pytest.mark.parametrize("name", [
-    f"{PIXEL}input_projections.0.0.bias", f"{PIXEL}mask_projection.bias", f"{QUERY}decoder.layers.0.self_attn.q_proj.bias",
+    f"{PIXEL}input_projections.0.0.bias", f"{PIXEL}mask_projection.bias",
+    f"{QUERY}decoder.layers.0.self_attn.q_proj.bias",
     f"{QUERY}decoder.layers.0.self_attn.out_proj.bias", f"{QUERY}decoder.layers.0.cross_attn.in_proj_bias",
     f"{PIXEL}encoder.layers.0.self_attn.sampling_offsets.weight", f"{PIXEL}encoder.layers.0.self_attn.value_proj.bias",
 ])  # fmt: skip

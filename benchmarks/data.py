@@ -1,0 +1,145 @@
+"""One loading worker, ours beside the transformers example's: CPU milliseconds a training sample, and memory.
+
+    python -m benchmarks.data [--instances 20] [--samples 40]
+
+The example's path is its decoding, its mirroring and Mask2FormerImageProcessor on a map of instance ids; the colour
+changes it also makes are left out, so its time is a lower bound. Ours is the training transform: once at the very size
+that the example's samples have, and once as it trains, with large-scale jitter. Both read the same JPEG, in turns.
+"""
+
+import argparse
+import io
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 1024
+
+
+def made_up_row(instances: int, height: int = 480, width: int = 640) -> dict[str, Any]:
+    """A smooth noise photo as a JPEG, and overlapping polygons of 8 to 40 points."""
+    from m2f_trainer.data import masks
+
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, size=(height // 8, width // 8, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    objects = []
+    for k in range(instances):
+        points = int(rng.integers(8, 41))
+        angles = np.sort(rng.uniform(0, 2 * np.pi, points))
+        radii = rng.uniform(0.6, 1, points) * rng.uniform(15, 90)
+        outline = rng.uniform((60, 60), (width - 60, height - 60)) + radii[:, None] * np.stack(
+            [np.cos(angles), np.sin(angles)], axis=1
+        )
+        polygon = outline.clip(0, (width, height)).reshape(-1).tolist()
+        counts = masks.to_counts([polygon], height, width, "benchmark")
+        objects.append({"id": k + 1, "category_id": k % 5, "iscrowd": False, "counts": counts})
+    image = {"path": None, "bytes": buffer.getvalue()}
+    return {"image": image, "image_id": 1, "height": height, "width": width, "objects": objects}
+
+
+class StockPath:
+    """What examples/pytorch/instance-segmentation of transformers does to one image."""
+
+    def __init__(self, side: int = SIDE) -> None:
+        from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+
+        self.processor = Mask2FormerImageProcessorPil(
+            size={"height": side, "width": side}, do_resize=True, do_reduce_labels=False, ignore_index=255
+        )
+
+    def __call__(self, row: dict[str, Any], index: int) -> Any:
+        from m2f_trainer.data import masks
+
+        pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
+        ids = np.zeros((row["height"], row["width"]), dtype=np.int32)
+        for k, one in enumerate(row["objects"]):
+            ids[masks.decode(one["counts"], row["height"], row["width"]) != 0] = k + 1
+        if index % 2:
+            pixels, ids = pixels[:, ::-1], ids[:, ::-1]
+        classes = {0: 255, **{k + 1: one["category_id"] for k, one in enumerate(row["objects"])}}
+        pixels, ids = np.ascontiguousarray(pixels), np.ascontiguousarray(ids)
+        return self.processor(
+            images=[pixels], segmentation_maps=[ids], instance_id_to_semantic_id=classes, return_tensors="pt"
+        )
+
+
+def times(instances: int, samples: int) -> dict[str, float]:
+    """CPU milliseconds a sample of the three, taken in turns."""
+    import torch
+
+    from m2f_trainer.data.transforms import TrainTransform
+
+    torch.set_num_threads(1)
+    row, stock = made_up_row(instances), StockPath()
+    same = TrainTransform(SIDE, SIDE, lsj_min_scale=1.0, lsj_max_scale=1.0)
+    jitter = TrainTransform(SIDE, SIDE)
+    paths = {
+        "stock": lambda k: stock(row, k),
+        "ours, same size": lambda k: same(row, 0, k),
+        "ours, jitter": lambda k: jitter(row, 0, k),
+    }
+    spent = dict.fromkeys(paths, 0.0)
+    for k in range(-2, samples):
+        for name, path in paths.items():
+            start = time.process_time()
+            path(k + 2)
+            spent[name] += (time.process_time() - start) * (k >= 0)
+    return {name: 1000 * seconds / samples for name, seconds in spent.items()}
+
+
+def memory(path: str, instances: int) -> float:
+    """Peak MB that a batch of one image adds, in a process of its own."""
+    from m2f_trainer.data.collator import collate
+    from m2f_trainer.data.transforms import TrainTransform
+
+    few, row = made_up_row(1), made_up_row(instances)
+    if path == "ours":
+        transform = TrainTransform(SIDE, SIDE, lsj_min_scale=1.0, lsj_max_scale=1.0)
+
+        def make(one: dict[str, Any]) -> object:
+            sample = transform(one)
+            return collate([{**sample, "class_labels": sample["category_ids"]}])
+    else:
+        stock = StockPath()
+
+        def make(one: dict[str, Any]) -> object:
+            return stock(one, 0)
+
+    make(few)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory_kb("VmRSS")
+    kept = make(row)
+    assert kept is not None
+    return (memory_kb("VmHWM") - before) / 1e3
+
+
+def memory_kb(name: str) -> int:
+    """A figure of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--instances", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=40)
+    options = parser.parse_args()
+    told = times(options.instances, options.samples)
+    print(f"CPU ms a sample, 640x480 photo with {options.instances} instances -> {SIDE}x{SIDE}, one thread")
+    for name, spent in told.items():
+        print(f"  {name:16} {spent:7.1f} ms   {told['stock'] / spent:5.1f} x")
+    print(f"peak MB that one image of many instances adds at {SIDE}x{SIDE} (stock takes 255 at most)")
+    for name, instances in (("stock", 255), ("ours", 255), ("ours", 400)):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            print(f"  {name:5} {instances:4} {pool.submit(memory, name, instances).result():12.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

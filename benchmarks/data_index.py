@@ -1,0 +1,114 @@
+"""An annotation file the size of COCO train2017, made up: how long it takes to index and to open again, and how much
+memory that and each loading worker need.
+
+    python -m benchmarks.data_index --folder /tmp/train2017 [--images 118287] [--instances 860001]
+
+Polygons have 8 to 40 points, as COCO's. No image is read: indexing doesn't need them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLASSES = 80
+
+
+def write_annotations(path: Path, images: int, instances: int) -> None:
+    """Entry by entry, so that this needs no memory of its own."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": key, "name": f"class {key}"} for key in range(1, CLASSES + 1)]
+    with path.open("w") as file:
+        file.write(f'{{"info": {{}}, "licenses": [], "categories": {json.dumps(categories)}, "images": [')
+        for k in range(images):
+            name = f"{k:012d}.jpg"
+            address = f"http://images.cocodataset.org/train2017/{name}"
+            entry = {"license": 3, "file_name": name, "coco_url": address, "height": 480, "width": 640, "id": k}
+            file.write(", " * (k > 0) + json.dumps({**entry, "date_captured": "2013-11-14 11:18:45"}))
+        file.write('], "annotations": [')
+        for k in range(instances):
+            entry = annotation(rng)
+            file.write(", " * (k > 0) + json.dumps({**entry, "image_id": int(rng.integers(images)), "id": k + 1}))
+        file.write("]}")
+
+
+def annotation(rng: np.random.Generator) -> dict[str, Any]:
+    points = int(rng.integers(8, 41))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, points))
+    radii = rng.uniform(0.6, 1, points) * rng.uniform(8, 110)
+    outline = rng.uniform((60, 60), (580, 420)) + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    outline = outline.clip(0, (640, 480)).round(2)
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    box = [*low.tolist(), *(high - low).round(2).tolist()]
+    made = {"segmentation": [outline.reshape(-1).tolist()], "area": round(0.7 * box[2] * box[3], 2), "iscrowd": 0}
+    return {**made, "bbox": box, "category_id": int(rng.integers(1, CLASSES + 1))}
+
+
+def in_a_process(task: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """What the task measures, in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
+
+
+def index(root: str, cache: str) -> dict[str, float]:
+    """Wall and CPU seconds of `load_coco`, and the peak memory of the process in GB, imports included."""
+    from m2f_trainer.data.coco import load_coco
+
+    start, cpu = time.perf_counter(), time.process_time()
+    rows = load_coco(root, cache_dir=cache)["train"]
+    told = {"images": len(rows), "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return {**told, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def worker_memory(root: str, cache: str) -> dict[str, float]:
+    """Memory in MB that a forked worker writes to and so has to itself while it reads 5,000 random rows."""
+    from m2f_trainer.data.coco import load_coco
+
+    rows = load_coco(root, cache_dir=cache)["train"]
+    reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def read() -> None:
+        before = private_mb()
+        for k in np.random.default_rng(0).integers(len(rows), size=5000).tolist():
+            rows[k]
+        writing.send(private_mb() - before)
+
+    worker = multiprocessing.get_context("fork").Process(target=read)
+    worker.start()
+    added = reading.recv()
+    worker.join()
+    return {"worker_mb": added}
+
+
+def private_mb() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=118_287)
+    parser.add_argument("--instances", type=int, default=860_001)
+    options = parser.parse_args()
+    file, cache = options.folder / "train/_annotations.coco.json", options.folder / "cache"
+    if not file.is_file():
+        write_annotations(file, options.images, options.instances)
+    shutil.rmtree(cache, ignore_errors=True)
+    print(f"annotation file: {file.stat().st_size / 1e6:.0f} MB")
+    for name, task in (("indexed", index), ("opened again", index), ("worker", worker_memory)):
+        told = in_a_process(task, str(options.folder), str(cache))
+        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in told.items()))
+
+
+if __name__ == "__main__":
+    main()

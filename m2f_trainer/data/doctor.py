@@ -1,0 +1,139 @@
+"""The dataset doctor behind `m2f check`: reads all of a dataset, tells all that is wrong, and goes on where it can."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from m2f_trainer.data.annotations import AnnotationFile
+from m2f_trainer.data.coco import Category, used_categories
+from m2f_trainer.data.findings import Finding, Findings, Report, some
+from m2f_trainer.data.hub import annotation_file, is_hub_name, load_hub
+from m2f_trainer.data.inspection import Scan, Settings, scan_split
+from m2f_trainer.data.likeness import same_pictures
+from m2f_trainer.data.sources import find_splits, read_split
+from m2f_trainer.errors import DataError
+
+CLEAN, ERRORS, UNUSABLE = 0, 1, 2
+
+Place: TypeAlias = tuple[str, int]  # split and image id
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the doctor saw: the usable images of each split, the classes, the findings (errors first), and the groups
+    of images that show the same.
+    """
+
+    root: Path
+    settings: Settings
+    files: Mapping[str, AnnotationFile]
+    scans: Mapping[str, list[Scan]]
+    categories: tuple[Category, ...]
+    findings: tuple[Finding, ...]
+    copies: tuple[tuple[Place, ...], ...] = ()
+
+    @property
+    def status(self) -> int:
+        """0 clean (warnings are), 1 errors, 2 nothing in it can be used: the exit status of `m2f check`."""
+        if not any(self.scans.values()):
+            return UNUSABLE
+        return ERRORS if any(finding.severity == "error" for finding in self.findings) else CLEAN
+
+
+def examine(root: str | Path, settings: Settings | None = None) -> Examination:
+    """Reads every annotation and every image of a dataset, a folder or `user/name` on the Hub.
+
+    Nothing is raised: all problems are findings.
+    """
+    settings, report, folder = settings or Settings(), Findings(), Path(root)
+    files = _read(folder, report)
+    scans = {split: scan_split(file, settings, report) for split, file in files.items()}
+    categories = used_categories(files, report) if files else []
+    copies: tuple[tuple[Place, ...], ...] = ()
+    if files:
+        _check_splits(folder, files, scans, report)
+        _check_categories(files, scans, categories, report)
+        copies = _check_copies(files, scans, report)
+    return Examination(folder, settings, files, scans, tuple(categories), tuple(report.listed()), copies)
+
+
+def _read(root: Path, report: Report) -> dict[str, AnnotationFile]:
+    files = {}
+    try:
+        if is_hub_name(root):
+            return {split: annotation_file(str(root), split, rows) for split, rows in load_hub(str(root)).items()}
+        layout = find_splits(root)
+    except DataError as error:
+        report("unusable", root, [], str(error))
+        return {}
+    for part in layout:
+        try:
+            files[part.split] = read_split(part, report)
+        except DataError as error:
+            report("unusable", part.annotations, [], str(error))
+    return files
+
+
+def _check_splits(
+    root: Path, files: Mapping[str, AnnotationFile], scans: Mapping[str, list[Scan]], report: Report
+) -> None:
+    """What training asks of the splits."""
+    for split in ("train", "valid"):
+        if not scans.get(split):
+            found = ", ".join(name for name in scans if scans[name]) or "none"
+            report("missing-split", root, [split], f"expected a split {split!r} with usable images, found {found}.")
+    for split, images in scans.items():
+        if images and not any(scan.targets for scan in images):
+            message = f"split {split!r}: expected objects, found only crowd regions or none."
+            report("no-objects", files[split].path, [split], message)
+
+
+def _check_categories(
+    files: Mapping[str, AnnotationFile],
+    scans: Mapping[str, list[Scan]],
+    categories: list[Category],
+    report: Report,
+) -> None:
+    used = {category.id for category in categories}
+    for split, file in files.items():
+        seen = {one["category_id"] for scan in scans[split] for one in scan.targets}
+        lacking = [category for category in categories if category.id not in seen]
+        if lacking and scans[split] and seen:
+            names = some([category.name for category in lacking])
+            message = f"split {split!r}: no object of {len(lacking)} of {len(categories)} classes: {names}."
+            report("missing-class", file.path, [category.id for category in lacking], message)
+    declared = {key: (name, file.path) for file in files.values() for key, name in file.categories.items()}
+    for key in sorted(set(declared) - used):
+        name, path = declared[key]
+        report("unused-category", path, [key], f"category {key} ({name}) has no annotation in any split.")
+    times = Counter(folded(category.name) for category in categories)
+    for name in [name for name, count in times.items() if count > 1]:
+        ids = [category.id for category in categories if folded(category.name) == name]
+        report("duplicate-category-name", declared[ids[0]][1], ids, f"categories {some(ids)} are all named {name!r}.")
+
+
+def folded(name: str) -> str:
+    """A class name without what people type differently."""
+    return " ".join(name.split()).casefold()
+
+
+def _check_copies(
+    files: Mapping[str, AnnotationFile], scans: Mapping[str, list[Scan]], report: Report
+) -> tuple[tuple[Place, ...], ...]:
+    """Images that show the same, within a split and across, in groups."""
+    found = [(split, scan) for split, images in scans.items() for scan in images]
+    groups: dict[int, list[int]] = {}
+    first_of: dict[int, int] = {}
+    for i, j in same_pictures([scan.look for _, scan in found]):
+        first_of[j] = first_of.get(i, i)
+        groups.setdefault(first_of[j], [first_of[j]]).append(j)
+        (first_split, first), (split, scan) = found[first_of[j]], found[j]
+        kind = "duplicate-image" if split == first_split else "leakage"
+        message = (
+            f"image {scan.entry['id']} ({scan.entry['file_name']}) of {split!r} shows the same as image"
+            f" {first.entry['id']} ({first.entry['file_name']}) of {first_split!r}."
+        )
+        report(kind, files[split].path, [scan.entry["id"]], message, scan.entry["id"])
+    return tuple(tuple((found[k][0], int(found[k][1].entry["id"])) for k in group) for group in groups.values())

@@ -1,0 +1,158 @@
+"""One image with its annotations under the doctor's eye: what is doubtful about each object and about the file."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m2f_trainer.data import rle
+from m2f_trainer.data.annotations import AnnotationFile
+from m2f_trainer.data.entries import Entry
+from m2f_trainer.data.findings import Report
+from m2f_trainer.data.likeness import BadImage, Look, look
+from m2f_trainer.data.transforms import fit
+from m2f_trainer.errors import DataError
+
+_THREADS = 8  # Pillow decodes without the interpreter's lock
+_CELL = 4  # pixels a side of the input that one value of the mask map stands for
+_PLAIN_MODES = ("L", "RGB", "1")
+_LONGEST = 3000  # points of a polygon that is still searched for crossings, edge by edge
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe the findings depend on."""
+
+    image_height: int = 1024
+    image_width: int = 1024
+    num_queries: int = 100
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One usable image: its entry, where its data is, what it is like, and its objects.
+
+    An object is a dataset row's, with `mask_area` and `mask_box` (x, y, width, height) as its mask has them,
+    and `flaws`, the kinds of findings about it.
+    """
+
+    entry: Entry
+    source: Entry
+    look: Look
+    objects: list[Entry]
+
+    @property
+    def targets(self) -> list[Entry]:
+        """The objects that are trained on."""
+        return [one for one in self.objects if not one["iscrowd"]]
+
+    def row(self) -> Entry:
+        """The image as a dataset row."""
+        size = {"height": self.entry["height"], "width": self.entry["width"]}
+        return {"image": self.source, "image_id": self.entry["id"], **size, "objects": self.objects}
+
+
+def scan_split(file: AnnotationFile, settings: Settings, report: Report) -> list[Scan]:
+    """Every image that can be used, with all that is wrong or doubtful reported."""
+    scans = []
+    for entry, source, seen in _looks(file, report):
+        where, number = f"image {entry['id']} ({entry['file_name']})", entry["id"]
+        raw = {one["id"]: one for one in file.annotations.get(number, [])}
+        objects = [_measured(one, raw[one["id"]], entry, settings, report, file) for one in file.objects(entry, report)]
+        if isinstance(seen, BadImage):
+            report(seen.kind, file.path, [number], seen.message)
+            continue
+        if seen.orientation != 1:
+            report("exif-rotation", file.path, [number], f"{where}: EXIF orientation {seen.orientation}.", number)
+        if seen.mode not in _PLAIN_MODES:
+            report("converted-image", file.path, [number], f"{where}: stored in Pillow's mode {seen.mode}.", number)
+        scan = Scan(entry, source, seen, objects)
+        if len(scan.targets) > settings.num_queries:
+            message = f"{where}: {len(scan.targets)} instances, but the model has {settings.num_queries} queries."
+            report("many-instances", file.path, [number], message, number)
+        scans.append(scan)
+    return scans
+
+
+def _looks(file: AnnotationFile, report: Report) -> Iterator[tuple[Entry, Entry, Look | BadImage]]:
+    """Every image with a safe path, and what its data is like, read by several threads."""
+
+    def read(found: tuple[Entry, Entry]) -> Look | BadImage:
+        entry, source = found
+        where = f"image {entry['id']} ({source['path']})"
+        return look(source, where, (entry["height"], entry["width"]))
+
+    safe: list[tuple[Entry, Entry]] = []
+    for entry in file.images:
+        try:
+            safe.append((entry, file.source(entry)))
+        except DataError as error:
+            report("unsafe-path", file.path, [entry["id"]], str(error))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(safe), 256):
+            batch = safe[start : start + 256]
+            yield from ((*found, seen) for found, seen in zip(batch, pool.map(read, batch), strict=True))
+
+
+def _measured(one: Entry, raw: Entry, image: Entry, settings: Settings, report: Report, file: AnnotationFile) -> Entry:
+    """The object with its mask's own area and box, its doubts reported."""
+    runs = rle.read_runs(one["counts"], image["height"], image["width"])
+    x0, y0, x1, y1 = rle.box_of(runs, image["height"])
+    measured = {**one, "mask_area": rle.area(runs), "mask_box": [x0, y0, x1 - x0, y1 - y0], "flaws": []}
+    for kind, what in _doubts(measured, raw.get("segmentation"), image, settings):
+        where = f"annotation {one['id']} of image {image['id']} ({image['file_name']})"
+        report(kind, file.path, [one["id"]], f"{where}: {what}.", image["id"])
+        measured["flaws"].append(kind)
+    return measured
+
+
+def _doubts(one: Entry, segmentation: Any, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:
+    """Kinds of findings about one object, with what was seen."""
+    if not one["mask_area"]:
+        yield "empty-mask", "no pixel of it lies in the image"
+        return
+    box, area, size = one["bbox"], one["area"], one["mask_box"][2:]
+    if not boxes_agree(box, one["mask_box"]):
+        yield "box-mismatch", f"`bbox` {_round(box)}, but its mask spans {one['mask_box']}"
+    if abs(area - one["mask_area"]) > 10 + sum(size) + 0.2 * one["mask_area"]:
+        yield "area-mismatch", f"`area` {area:g}, but its mask has {one['mask_area']} pixels"
+    original = (image["height"], image["width"])
+    scale = fit(original, (settings.image_height, settings.image_width)).resized[0] / image["height"]
+    if not one["iscrowd"] and min(size) * scale < _CELL:
+        at = f"{settings.image_width}x{settings.image_height}"
+        yield "tiny-object", f"{size[0]}x{size[1]} pixels, {size[0] * scale:.1f}x{size[1] * scale:.1f} at {at}"
+    if isinstance(segmentation, list) and any(crosses_itself(part) for part in segmentation):
+        yield "self-intersection", "two edges of its polygon cross"
+
+
+def boxes_agree(box: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether no side of two boxes (x, y, width, height) is off by more than 3 pixels or a tenth of the box."""
+    slack_x, slack_y = (3 + 0.1 * max(box[k], other[k]) for k in (2, 3))
+    left, top = abs(box[0] - other[0]), abs(box[1] - other[1])
+    right, bottom = abs(box[0] + box[2] - other[0] - other[2]), abs(box[1] + box[3] - other[1] - other[3])
+    return max(left, right) <= slack_x and max(top, bottom) <= slack_y
+
+
+def crosses_itself(part: Sequence[float]) -> bool:
+    """Whether two edges of a closed polygon x0, y0, x1, y1, ... cross in their inside."""
+    points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
+    if not 4 <= len(points) <= _LONGEST:
+        return False
+    ends = np.roll(points, -1, axis=0)
+    side = _side(points[:, None], ends[:, None], points[None])  # (n, n): where point j lies of edge i
+    apart = side * np.roll(side, -1, axis=1) < 0  # edge j has its ends on both sides of the line through edge i
+    return bool((apart & apart.T).any())
+
+
+def _side(
+    start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], point: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    edge, way = end - start, point - start
+    return np.asarray(np.sign(edge[..., 0] * way[..., 1] - edge[..., 1] * way[..., 0]))
+
+
+def _round(box: Sequence[float]) -> list[float]:
+    return [round(value, 1) for value in box]

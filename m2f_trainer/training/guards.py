@@ -1,0 +1,239 @@
+"""Faults of a run, stopped early and told clearly: values that aren't finite, data workers, memory."""
+
+import json
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from m2f_trainer.data.collator import InstanceDataset
+from m2f_trainer.errors import M2FError, TrainingError
+from m2f_trainer.training.signals import any_rank
+
+logger = logging.getLogger(__name__)
+LEVERS = (
+    "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
+    "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"
+)
+
+
+class FiniteGuard(TrainerCallback):
+    """Ends the run before an update that isn't finite: weights and checkpoints stay as they were.
+
+    `batches` gives the micro-batches of the step in hand, `loss` the loss since the last log.
+    """
+
+    def __init__(
+        self, batches: Callable[[], Sequence[Mapping[str, Any]]], loss: Callable[[], Tensor], scaled: bool
+    ) -> None:
+        self.batches, self.loss, self.scaled = batches, loss, scaled
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the loss, and the gradients unless a float16 scaler does that."""
+        total = self.loss().detach()
+        if not self.scaled:
+            total = total + gradient_norm(model).to(total)
+        if any_rank(~torch.isfinite(total), total.device):
+            raise TrainingError(self._report(model, Path(str(args.output_dir)), state, args))
+
+    def _report(self, model: nn.Module, output: Path, state: TrainerState, args: TrainingArguments) -> str:
+        step, rank = state.global_step + 1, args.process_index
+        folder = output / f"not-finite-step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, batch in enumerate(self.batches()):
+            write_batch(batch, folder / f"batch-{rank}-{number}.safetensors")
+        images = sorted(gather_object([image for batch in self.batches() for image in batch["image_id"].tolist()]))
+        gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if rank == 0:
+            described = {"step": step, "seed": args.seed, "image_ids": images, "gradients_not_finite": gradients}
+            (folder / "report.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            if all(parameter.isfinite().all() for parameter in model.parameters()):
+                model.save_pretrained(folder)  # type: ignore[operator]
+        what = "loss" if not torch.isfinite(self.loss()) else "gradient"
+        return (
+            f"step {step}: the {what} is not finite. The step's images are {', '.join(map(str, images))}; they, the "
+            f"weights before the step and what was found are in {folder}. Look at these images and their annotations; "
+            "or resume from an earlier checkpoint with a lower learning_rate or without fp16"
+        )
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients: not finite where any of them isn't."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def write_batch(batch: Mapping[str, Any], path: Path) -> None:
+    """Write a collated batch's tensors; `read_batch` is the inverse."""
+    flat: dict[str, Tensor] = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            flat[key] = value
+        else:
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            flat |= {f"{key}.{part}": tensor for part, tensor in parts}
+    save_file({key: tensor.contiguous() for key, tensor in flat.items()}, path)
+
+
+def read_batch(path: Path) -> dict[str, Any]:
+    """Read what `write_batch` wrote: a batch as `collate` makes it, for `model(**batch)`."""
+    batch: dict[str, Any] = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.partition(".")
+        if part:
+            batch.setdefault(name, {})[part] = tensor
+        else:
+            batch[name] = tensor
+    labels = batch.get("class_labels", {})
+    return {**batch, "class_labels": [labels[str(image)] for image in range(len(labels))]}
+
+
+class Watched(Dataset[dict[str, Any]]):
+    """A dataset that notes in shared memory which sample each data worker has in hand, and names it where it fails."""
+
+    def __init__(self, dataset: InstanceDataset, workers: int) -> None:
+        self.dataset = dataset
+        self.in_hand = torch.full((max(workers, 1),), -1, dtype=torch.int64)
+        self.in_hand.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on."""
+        self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample. Raises TrainingError, with the image named, where the dataset raises anything but advice."""
+        worker = get_worker_info()
+        slot = worker.id if worker else 0
+        self.in_hand[slot] = index
+        try:
+            sample = self.dataset[index]
+        except M2FError:
+            raise
+        except Exception as error:
+            raise TrainingError(f"{self.name(index)} could not be loaded: {type(error).__name__}: {error}") from error
+        self.in_hand[slot] = -1
+        return sample
+
+    def name(self, index: int) -> str:
+        """The name of a sample in messages."""
+        return f"image {self.dataset.rows[index]['image_id']} (sample {index})"
+
+    def suspects(self) -> list[str]:
+        """Names of the samples that were begun and not finished."""
+        return [self.name(index) for index in self.in_hand.tolist() if index >= 0]
+
+
+def watch(loader: DataLoader[Any], timeout: int) -> DataLoader[Any]:
+    """Give a data loader a time limit, and workers that leave signals to their trainer."""
+    if loader.num_workers > 0:
+        inner = loader.base_dataloader if isinstance(loader, DataLoaderShard) else loader  # accelerate's is a shell
+        inner.timeout = timeout
+        inner.worker_init_fn = QuietWorker(inner.worker_init_fn)
+        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)  # Python would ask them once, and wait
+    return loader
+
+
+class QuietWorker:
+    """Starts a data worker that outlives a signal sent to all processes of a run, so that its trainer can save."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+        self.asked = False
+
+    def __call__(self, worker: int) -> None:
+        """Runs first in a worker."""
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end_when_asked_twice)
+        if self.then is not None:
+            self.then(worker)
+
+    def _end_when_asked_twice(self, *_: int | FrameType | None) -> None:
+        if self.asked:
+            os._exit(0)
+        self.asked = True
+
+
+@contextmanager
+def explained(datasets: Sequence[Watched], timeout: int) -> Iterator[None]:
+    """Turn what ends a run into a TrainingError that says what to do. `datasets` grows while the run goes on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"the device's memory is full ({str(error).splitlines()[0]}). {LEVERS}") from error
+    except M2FError as error:
+        advice = without_traceback(error)
+        if advice is None:
+            raise
+        raise advice from error
+    except (RuntimeError, OSError, EOFError) as error:
+        forget_workers()
+        fault = worker_fault(error, timeout)
+        if fault is None:
+            raise
+        end_workers()
+        suspects = [name for dataset in datasets for name in dataset.suspects()]
+        raise TrainingError(
+            f"{fault} while loading {' or '.join(suspects) or 'no sample'}. Look at these images and annotations. "
+            "With --dataloader_num_workers 0 the error shows in the training process itself"
+        ) from error
+
+
+def worker_fault(error: Exception, timeout: int) -> str | None:
+    """What an error says of data workers, in our words; None when it says nothing of them.
+
+    Whoever reads what a dead worker has sent may find the connection closed before torch notices the death.
+    """
+    message = str(error).strip()
+    if "DataLoader timed out" in message:
+        return f"no batch came within {timeout} s (dataloader_timeout): a data worker hangs"
+    if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
+        return f"a data worker died ({message.splitlines()[0].strip()})"
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, RuntimeError) and any("multiprocessing" in file for file in files):
+        return f"a data worker died ({type(error).__name__} while its batch was read)"
+    return None
+
+
+def without_traceback(error: M2FError) -> M2FError | None:
+    """What a worker raised, without the traceback that torch puts into its message; None when there is none."""
+    message = str(error)
+    if not message.startswith("Caught "):
+        return None
+    return type(error)(message.rsplit(f"{type(error).__module__}.{type(error).__name__}: ", 1)[-1].strip())
+
+
+def forget_workers() -> None:
+    """Hear no more of workers that end: torch raises an error wherever the process is at that moment."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def end_workers() -> None:
+    """Kill this process's data workers: one that hangs would not heed a request, and hold up the exit."""
+    forget_workers()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+            child.join()

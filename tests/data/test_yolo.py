@@ -1,0 +1,119 @@
+"""YOLO segmentation folders become the same rows as COCO ones, or are refused with file, line and remedy."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data import masks
+from m2f_trainer.data.coco import Category, categories_of, load_coco
+from m2f_trainer.data.doctor import examine
+from m2f_trainer.data.repair import repair
+from m2f_trainer.errors import DataError
+
+LINE = "1 0.1 0.25 0.6 0.25 0.6 0.75 0.1 0.75"
+YAML = "path: .\ntrain: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n"
+
+
+def yolo(root: Path, label: str = LINE, yaml: str = YAML, pattern: str = "images/{}") -> Path:
+    """Two splits of an image with a label and one without."""
+    for k, split in enumerate(("train", "val")):
+        folder = root / pattern.format(split)
+        labels = Path(str(folder).replace("images", "labels"))
+        for made in (folder, labels):
+            made.mkdir(parents=True, exist_ok=True)
+        for j, name in enumerate(("a.jpg", "b.png")):
+            noise = np.random.default_rng(2 * k + j).integers(0, 255, size=(16, 20, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((100, 80), Image.Resampling.NEAREST).save(folder / name)
+        (labels / "a.txt").write_text(label + "\n")
+    (root / "data.yaml").write_text(yaml)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("yaml", "pattern"),
+    [
+        (YAML, "images/{}"),
+        ("train: ../train/images\nval: ../val/images\nnames:\n  0: cat\n  1: dog\n", "{}/images"),  # Roboflow
+        ("train: train\nval: val\nnames: [cat, dog]\n", "{}/images"),
+    ],
+)
+def test_a_folder_becomes_rows_with_masks_in_pixels(yaml, pattern, tmp_path):
+    splits = load_coco(yolo(tmp_path / "set", yaml=yaml, pattern=pattern), cache_dir=tmp_path / "cache")
+    assert list(splits) == ["train", "valid"]
+    first, second = splits["train"]
+    assert Path(first["image"]["path"]).name == "a.jpg"
+    assert (first["image_id"], first["height"], first["width"]) == (1, 80, 100)
+    (one,) = first["objects"]
+    expected = np.zeros((80, 100), dtype=np.uint8)
+    expected[20:60, 10:60] = 1
+    assert np.array_equal(masks.decode(one["counts"], 80, 100), expected)
+    assert (one["category_id"], one["bbox"], one["area"], one["iscrowd"]) == (1, [10, 20, 50, 40], 2000, False)
+    assert second["objects"] == []
+    assert categories_of(splits["train"]) == (Category(1, "dog"),)
+
+
+def test_the_cache_follows_labels_and_images(tmp_path):
+    root = yolo(tmp_path / "set")
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 1
+    (root / "labels/train/a.txt").write_text(f"{LINE}\n{LINE}\n")
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 0.5 0.5 0.2 0.2", "got a box of four numbers. Export it for segmentation"),
+        ("1 0.1 0.1 0.5", "at least three points"),
+        ("1", "at least three points"),
+        ("1 0.1 0.1 0.5 0.1 0.5 0.5 0.3", "got 7 numbers"),
+        ("dog 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
+        ("-1 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
+        ("1.5 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
+        ("7 0.1 0.1 0.5 0.1 0.5 0.5", "class 7 isn't among the 2 names"),
+        ("1 0.1 nan 0.5 0.1 0.5 0.5", "expected shares.*got nan"),
+        ("1 0.1 inf 0.5 0.1 0.5 0.5", "expected shares.*got nan"),
+        ("1 10 20 60 20 60 60", "expected shares.*got 10"),
+        ("1 0.1 0.1 0.5 0.1 0.5 1e400", "expected shares.*got inf"),
+    ],
+)
+def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_path):
+    root = yolo(tmp_path / "set", f"{LINE}\n\n{line}")
+    with pytest.raises(DataError, match=rf"labels/train/a\.txt, line 3: .*{message}"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert {finding.severity for finding in examine(root).findings} >= {"error"}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("names: [cat\n", "can't be read as YAML"),
+        ("!!python/object/apply:os.system ['echo']\n", "can't be read as YAML"),
+        ("- a\n", "got a list"),
+        ("train: images/train\n", "expected `names`"),
+        ("train: images/train\nnames: {a: cat}\n", "expected `names`"),
+        ("train: images/none\nnames: [cat, dog]\n", "isn't there"),
+        ("train: a/../../../..\nnames: [cat, dog]\n", "leads out of"),
+        ("train: /etc\nnames: [cat, dog]\n", "leads out of"),
+        ("train: [a, b]\nnames: [cat, dog]\n", "Name one folder"),
+        ("train: train.txt\nnames: [cat, dog]\n", "Name one folder"),
+    ],
+)
+def test_a_faulty_yaml_is_refused(yaml, message, tmp_path):
+    root = yolo(tmp_path / "set", yaml=yaml)
+    with pytest.raises(DataError, match=message):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert examine(root).status == 2
+
+
+def test_check_works_on_it_and_corrects_it_into_coco(tmp_path):
+    root = yolo(tmp_path / "set", f"{LINE}\n7 0.1 0.1 0.5 0.1 0.5 0.5")
+    (root / "images/train/c.png").write_bytes(b"")
+    examination = examine(root)
+    assert {one.kind for one in examination.findings} == {"unknown-category", "bad-image", "unused-category"}
+    assert len(examination.scans["train"]) == 2
+    repair(examination, tmp_path / "coco")
+    assert examine(tmp_path / "coco").findings == ()
+    rows = load_coco(tmp_path / "coco", cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [1, 0]

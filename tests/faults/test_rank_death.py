@@ -1,0 +1,68 @@
+"""A rank that is killed: the others end, and the run that is started again goes on by itself."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.tiny import Forked, at_step, dataset, losses, options, same_weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Path:
+    output = data.parent / "whole"
+    arguments = options(data, output, per_device_train_batch_size=1)
+    assert [one.status for one in Forked(data.parent / "log", arguments, ranks=2).join()] == [0, 0]
+    return output
+
+
+def die_as_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        at_step(3, partial(os.kill, os.getpid(), signal.SIGKILL))
+
+
+def test_when_one_rank_dies_the_other_ends_and_both_go_on_when_restarted(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = options(data, tmp_path / "run", per_device_train_batch_size=1)
+    ran = Forked(tmp_path / "log", arguments, die_as_rank_1, ranks=2).join(60)
+    assert [one.status for one in ran] == [1, -signal.SIGKILL]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    ran = Forked(tmp_path / "log", arguments, ranks=2).join()
+    assert [one.status for one in ran] == [0, 0], ran[0].text[-3000:]
+    assert same_weights(tmp_path / "run", whole)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("turn", range(10))
+def test_torchrun_restarts_a_run_whose_rank_was_killed(turn: int, data: Path, whole: Path, tmp_path: Path) -> None:
+    recipe = options(data, tmp_path / "run", per_device_train_batch_size=1)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, "-m", "m2f_trainer", *recipe]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
+    text, end = "", time.monotonic() + 200
+    while len(re.findall("'loss'", text)) < 2 + turn % 3 and time.monotonic() < end:
+        text = (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"m2f_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(ranks[turn % 2], signal.SIGKILL)
+    assert run.wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert same_weights(tmp_path / "run", whole)

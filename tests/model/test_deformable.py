@@ -1,0 +1,60 @@
+"""Both ways of deformable attention against transformers' own."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+
+from m2f_trainer.model import row_sampling
+from m2f_trainer.model.deformable import deformable_attention
+from m2f_trainer.model.row_sampling import with_border, without_border
+
+SHAPES = ((3, 5), (6, 4), (1, 1))
+LENGTH = 40
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """value (2, 40, 2, 4), locations from -1 to 2, far outside the maps, and weights."""
+    torch.manual_seed(0)
+    value = torch.randn(2, LENGTH, 2, 4, dtype=dtype)
+    locations = torch.rand(2, LENGTH, 2, 3, 2, 2, dtype=dtype) * 3 - 1
+    weights = torch.rand(2, LENGTH, 2, 3, 2, dtype=dtype)
+    return value.requires_grad_(), locations.requires_grad_(), weights.requires_grad_()
+
+
+def places(locations: Tensor) -> Tensor:
+    """Of [0, 1] in pixels."""
+    sizes = locations.new_tensor([[width, height] for height, width in SHAPES])
+    return locations * sizes.unsqueeze(1) - 0.5
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_deformable_attention_and_its_gradients_are_transformers(
+    by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_sampling, "QUERIES_AT_ONCE", 16)
+    value, locations, weights = inputs()
+    expected = multi_scale_deformable_attention(value, SHAPES, locations, weights)
+    with patch("torch.compiler.is_compiling", return_value=not by_rows):
+        found = deformable_attention(value, SHAPES, places(locations), weights)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (value, locations, weights), gradient),
+        torch.autograd.grad(expected, (value, locations, weights), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_places_that_are_not_numbers_read_nothing() -> None:
+    value, locations, weights = inputs()
+    found = deformable_attention(value, SHAPES, torch.full_like(locations, torch.nan), weights)
+    assert found.eq(0).all()
+
+
+def test_the_border_comes_off_as_it_went_on() -> None:
+    value = torch.randn(LENGTH, 2, 4)
+    assert torch.equal(without_border(with_border(value, SHAPES), SHAPES), value)
