@@ -7,8 +7,8 @@ of the Mask2Former literature and one knob, `checkpointing_steps`, that keeps sa
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from os import cpu_count
 from importlib.util import find_spec
+from os import cpu_count
 from typing import Any, Literal
 
 import torch

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -102,8 +102,8 @@ class M2FModel(Mask2FormerPreTrainedModel):
     config_class = M2FConfig
     config: M2FConfig
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["Encoder", "PixelDecoder", "QueryDecoder"]
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"\.lora_[AB]\.", r"^criterion\."]
+    _no_split_modules = ["Encoder", "PixelDecoder", "QueryDecoder"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\.lora_[AB]\.", r"^criterion\."]  # noqa: RUF012
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__(config)

@@ -12,7 +12,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
 from m2f_trainer.data.check import check_dataset, check_split
-from m2f_trainer.data.coco import Category, categories_of, load_coco
+from m2f_trainer.data.coco import Category, categories_of
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
@@ -180,7 +180,7 @@ def evaluate_folder(
     `output_dir` gets metrics.json and predictions.json (COCO results form). Raises DataError for an unknown split.
     """
     loaded = load_model(model)
-    splits = load_coco(dataset)
+    splits = load_dataset(dataset)
     check_split(splits, split)
     size = (loaded.config.image_height, loaded.config.image_width)
     rows = InstanceDataset(splits[split], EvalTransform(*size), [Category(**c) for c in loaded.config.categories or []])
