@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
@@ -206,6 +207,7 @@ def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], Non
 
     `backbone`: a pretrained one by name, instead of the small random ViT; it needs the Hub.
     """
+    torch.set_num_threads(1)  # tensors this small are slower on several, much slower on a busy machine
     data, run, pictures = output_dir / "data", output_dir / "run", output_dir / "pictures"
     write_sample(data)
     options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(run)]
