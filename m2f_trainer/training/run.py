@@ -38,6 +38,7 @@ from m2f_trainer.training.trainer import M2FTrainer
 
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
+WORTH_WORKERS = 64  # images; starting and ending worker processes takes longer than reading fewer
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -186,8 +187,13 @@ def evaluate_folder(
     size = (loaded.config.image_height, loaded.config.image_width)
     rows = InstanceDataset(splits[split], EvalTransform(*size), [Category(**c) for c in loaded.config.categories or []])
     arguments = TrainArguments(
-        output_dir=str(output_dir or "."), per_device_eval_batch_size=batch_size, report_to="none", bf16=False
+        output_dir=str(output_dir or "."),
+        per_device_eval_batch_size=batch_size,
+        report_to="none",
+        bf16=False,
     )
+    if len(rows) < WORTH_WORKERS:
+        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
     trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
     figures = trainer.evaluate()
     if output_dir is not None and trainer.is_world_process_zero():
