@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.nn import Parameter
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from m2f_trainer.errors import TrainingError
 
@@ -110,6 +110,7 @@ def staged(trainer: Trainer) -> Iterator[Path]:
         yield staging / f"checkpoint-{step}"
         args.output_dir = str(output)
         trainer.accelerator.wait_for_everyone()
+        _point_at_best(trainer.state, output / f"checkpoint-{step}")
         if args.should_save:
             _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -123,13 +124,17 @@ def staged(trainer: Trainer) -> Iterator[Path]:
     trainer.accelerator.wait_for_everyone()
 
 
-def _finish(trainer: Trainer, written: Path, final: Path) -> None:
-    """Set the state's paths right, write the manifest, and rename."""
-    state = trainer.state
-    (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # the Trainer's pickle; recipe.json says the same
+def _point_at_best(state: TrainerState, final: Path) -> None:
+    """Name the best checkpoint by its final place, on every rank: the Trainer has seen it in the staging folder."""
     best = final.with_name(f"checkpoint-{state.best_global_step}")
     if best == final or best.is_dir():  # else it is in the folder that the run was resumed from
         state.best_model_checkpoint = str(best)
+
+
+def _finish(trainer: Trainer, written: Path, final: Path) -> None:
+    """Write state and manifest, and rename."""
+    state = trainer.state
+    (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # the Trainer's pickle; recipe.json says the same
     state.save_to_json(str(written / STATE))
     write_manifest(written)
     if final.exists():
