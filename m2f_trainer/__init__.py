@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from m2f_trainer.data.coco import load_coco
     from m2f_trainer.evaluation.coco_map import CocoMap
     from m2f_trainer.inference.predictor import Predictor
-    from m2f_trainer.model.mask2former import build_model, load_model
+    from m2f_trainer.model.building import build_model
+    from m2f_trainer.model.mask2former import load_model
     from m2f_trainer.training.trainer import M2FTrainer
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ __all__ = ["CocoMap", "M2FTrainer", "Predictor", "__version__", "build_model", "
 
 HOMES = {
     "load_coco": "m2f_trainer.data.coco",
-    "build_model": "m2f_trainer.model.mask2former",
+    "build_model": "m2f_trainer.model.building",
     "load_model": "m2f_trainer.model.mask2former",
     "M2FTrainer": "m2f_trainer.training.trainer",
     "CocoMap": "m2f_trainer.evaluation.coco_map",

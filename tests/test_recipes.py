@@ -10,7 +10,7 @@ import pytest
 
 from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.mask2former import build_model
+from m2f_trainer.model.building import build_model
 from m2f_trainer.recipe import load_recipe, save_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .backbones import ModelError
-from .mask2former import M2FConfig, M2FModel, load_backbone_weights
+from .building import load_backbone_weights
+from .mask2former import M2FConfig, M2FModel
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -1,14 +1,11 @@
-"""Mask2Former on a DINO backbone: configuration, assembly, building, saving and loading.
+"""Mask2Former on a DINO backbone: configuration, assembly, saving and loading. `building` makes one to be trained.
 
 The pixel decoder, transformer decoder and class head keep transformers' names and shapes, so weights interchange with
 any Mask2Former checkpoint. This file and the ones it imports are copied into every saved folder, so that the model
 loads with `trust_remote_code=True` where m2f_trainer isn't installed.
 """
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,17 +23,15 @@ from transformers import (
 )
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerForUniversalSegmentationOutput,
-    Mask2FormerMaskedAttentionDecoderLayer,
-    Mask2FormerPixelDecoderEncoderLayer,
     Mask2FormerPreTrainedModel,
 )
 
-from .backbones import ModelError, load_pretrained, read_config, stride_of
+from .backbones import ModelError
 from .criterion import Criterion, LossSettings
-from .heads import head_fields, load_head, load_model_weights
+from .initialisers import NECK_LAYERS, start_head_layer, start_neck_layer, torch_linear
 from .matching import CompactMasks
 from .pixel_decoder import PixelDecoder
-from .pyramid import ChannelNorm, Encoder, SimplePyramid
+from .pyramid import Encoder
 from .query_decoder import QueryDecoder
 
 PIPELINE_CLASS = "AutoModelForImageSegmentation"  # transformers' image-segmentation pipeline asks for this one
@@ -77,7 +72,7 @@ class PixelLevelModule(nn.Module):
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__()
-        self.encoder = Encoder(_backbone(config), config.neck, config.neck_channels)
+        self.encoder = Encoder(backbone_of(config), config.neck, config.neck_channels)
         self.decoder = PixelDecoder(config, self.encoder.channels)
 
 
@@ -189,23 +184,17 @@ class M2FModel(Mask2FormerPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Start new layers as the original Mask2Former does, not with transformers' std 0.02."""
         if isinstance(module, M2FModel):
-            _torch_linear(module.class_predictor)
+            torch_linear(module.class_predictor)
             for buffer, values in ((self.pixel_mean, self.config.image_mean), (self.pixel_std, self.config.image_std)):
                 init.copy_(buffer, torch.tensor(values).view(1, 3, 1, 1))
-            return
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, SimplePyramid)):
-            _torch_convolution(module)
-            return
-        super()._init_weights(module)
-        if isinstance(module, PixelDecoder):
-            _start_pixel_decoder(module)
-        elif isinstance(module, Mask2FormerPixelDecoderEncoderLayer):
-            _xavier_linears(module.fc1, module.fc2)
-        elif isinstance(module, Mask2FormerMaskedAttentionDecoderLayer):
-            _start_decoder_layer(module)
+        elif isinstance(module, NECK_LAYERS):
+            start_neck_layer(module)
+        else:
+            super()._init_weights(module)
+            start_head_layer(module)
 
 
-def _backbone(config: M2FConfig) -> PreTrainedConfig:
+def backbone_of(config: M2FConfig) -> PreTrainedConfig:
     if not isinstance(config.backbone_config, PreTrainedConfig):
         raise ModelError("the configuration holds no backbone_config: build it with build_model, or load a saved one")
     return config.backbone_config
@@ -229,136 +218,6 @@ def _loss_settings(config: M2FConfig) -> LossSettings:
         config.oversample_ratio,
         config.importance_sample_ratio,
     )
-
-
-def _uniform_bias(bias: Tensor | None, fan_in: int) -> None:
-    if bias is not None:
-        bound = 1 / math.sqrt(fan_in)
-        init.uniform_(bias, -bound, bound)
-
-
-def _torch_linear(linear: nn.Linear) -> None:
-    """torch's default, which the original keeps for its class head."""
-    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    _uniform_bias(linear.bias, linear.in_features)
-
-
-def _torch_convolution(module: nn.Module) -> None:
-    """torch's default for the neck's convolutions, as ViTDet's pyramid."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        _uniform_bias(module.bias, module.weight[0].numel())
-
-
-def _xavier_linears(*linears: nn.Linear) -> None:
-    """msdeformattn.py `_reset_parameters`: matrices xavier; biases stay at torch's default."""
-    for linear in linears:
-        init.xavier_uniform_(linear.weight)
-        _uniform_bias(linear.bias, linear.in_features)
-
-
-def _start_pixel_decoder(decoder: PixelDecoder) -> None:
-    """msdeformattn.py: input projections xavier with zero bias; the other convolutions c2_xavier_fill."""
-    for projection in decoder.input_projections:
-        init.xavier_uniform_(next(projection.children()).weight)  # type: ignore[arg-type]
-    filled: list[nn.Sequential] = [*decoder.lateral_convolutions, *decoder.output_convolutions]
-    for convolution in (*(sequence[0] for sequence in filled), decoder.mask_projection):
-        init.kaiming_uniform_(convolution.weight, a=1)  # type: ignore[arg-type]
-    for convolution in (*(next(p.children()) for p in decoder.input_projections), decoder.mask_projection):
-        init.zeros_(convolution.bias)  # type: ignore[arg-type]
-
-
-def _start_decoder_layer(layer: Mask2FormerMaskedAttentionDecoderLayer) -> None:
-    """mask2former_transformer_decoder.py: xavier everywhere, attention packed as one (3 C, C) matrix, zero biases."""
-    attention = layer.self_attn
-    width = attention.embed_dim
-    bound = math.sqrt(6 / (width + 3 * width))
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        init.uniform_(linear.weight, -bound, bound)
-        init.zeros_(linear.bias)
-    for linear in (attention.out_proj, layer.cross_attn.out_proj):
-        init.zeros_(linear.bias)
-    for linear in (layer.fc1, layer.fc2):
-        _uniform_bias(linear.bias, linear.in_features)
-
-
-def build_model(
-    backbone: str | Mapping[str, Any],
-    categories: Sequence[Mapping[str, Any]],
-    *,
-    image_size: tuple[int, int] = (1024, 1024),
-    taps: Sequence[int] = (),
-    head_checkpoint: str | None = None,
-    init_from: str | None = None,
-    **config_fields: Any,
-) -> M2FModel:
-    """Assemble a model to be trained.
-
-    backbone         a table name, Hub id or folder (pretrained weights), or a configuration dictionary (random weights)
-    categories       the classes in order, each {"id", "name"}
-    image_size       (height, width) of the padded frame
-    taps             1-based depths of a ViT that feed the neck; default the last
-    head_checkpoint  any Mask2Former checkpoint to take the pixel decoder and transformer decoder from
-    init_from        a model of ours to take all weights from, other classes included
-    config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim
-
-    Raises ModelError when a part can't be had or doesn't fit.
-    """
-    _check_fields(config_fields)
-    config = M2FConfig(
-        backbone_config=read_config(backbone, tuple(taps)),
-        backbone_name=backbone if isinstance(backbone, str) else "",
-        head_checkpoint=head_checkpoint,
-        init_from=init_from,
-        image_height=image_size[0],
-        image_width=image_size[1],
-        **{**(head_fields(head_checkpoint) if head_checkpoint else {}), **config_fields},
-        **_label_fields(categories),
-    )
-    _check_size(_backbone(config), image_size)
-    model = M2FModel(config)
-    if init_from:
-        load_model_weights(model, load_model(init_from))
-        return model
-    if isinstance(backbone, str):
-        load_backbone_weights(model)
-    if head_checkpoint:
-        load_head(model, head_checkpoint)
-    return model
-
-
-def load_backbone_weights(model: M2FModel) -> None:
-    """Fill the backbone with the pretrained weights that the configuration names. Raises ModelError."""
-    pretrained = load_pretrained(model.config.backbone_name, _backbone(model.config))
-    model.encoder.backbone.load_state_dict(pretrained.state_dict())
-
-
-def _check_fields(given: Mapping[str, Any]) -> None:
-    known = {field.name for field in fields(M2FConfig)}
-    for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ModelError(f"unknown field {name!r} of the head's configuration: the nearest is {nearest!r}")
-
-
-def _label_fields(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration's three views of the classes: ours, and transformers' two maps."""
-    names = [str(category["name"]) for category in categories]
-    return {
-        "categories": [{"id": int(category["id"]), "name": str(category["name"])} for category in categories],
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-
-
-def _check_size(backbone: PreTrainedConfig, image_size: tuple[int, int]) -> None:
-    stride = stride_of(backbone)
-    for name, side in zip(("image_height", "image_width"), image_size, strict=True):
-        if side < stride or side % stride:
-            below = max(stride, side // stride * stride)
-            raise ModelError(
-                f"{name} {side}: this backbone needs a multiple of {stride}; nearest are {below} and {below + stride}"
-            )
 
 
 def load_model(folder_or_hub_id: str) -> M2FModel:

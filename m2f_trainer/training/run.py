@@ -23,7 +23,8 @@ from m2f_trainer.evaluation.instances import Instances
 from m2f_trainer.inference.folder import predict_folder
 from m2f_trainer.model.adapters import LoraSettings, lora_layers, save_adapter, set_tuning
 from m2f_trainer.model.backbones import BACKBONES
-from m2f_trainer.model.mask2former import M2FConfig, M2FModel, build_model, load_model
+from m2f_trainer.model.building import build_model
+from m2f_trainer.model.mask2former import M2FConfig, M2FModel, load_model
 from m2f_trainer.recipe import Recipe, load_recipe, save_recipe
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.upload import push

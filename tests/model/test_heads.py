@@ -7,6 +7,7 @@ import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.building import build_model
 from m2f_trainer.model.heads import load_head
 from tests.model.tiny import CATEGORIES, HEAD, VIT, tiny_model
 
@@ -26,8 +27,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_pyramid_takes_the_heads_channels_so_that_every_head_tensor_loads(head: Path) -> None:
-    from m2f_trainer.model.mask2former import build_model
-
     model = build_model(VIT, CATEGORIES, image_size=(64, 64), head_checkpoint=str(head))
     assert model.config.num_queries == 11
     assert model.config.neck_channels == [8, 16, 32, 64]
@@ -40,8 +39,6 @@ def test_the_pyramid_takes_the_heads_channels_so_that_every_head_tensor_loads(he
 
 
 def test_another_number_of_classes_keeps_all_but_the_class_head(head: Path) -> None:
-    from m2f_trainer.model.mask2former import build_model
-
     categories = [*CATEGORIES, {"id": 20, "name": "cow"}]
     model = build_model(VIT, categories, image_size=(64, 64), head_checkpoint=str(head))
     report = load_head(model, str(head))

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from m2f_trainer.model.mask2former import M2FModel, build_model
+from m2f_trainer.model.building import build_model
+from m2f_trainer.model.mask2former import M2FModel
 
 VIT = {
     "model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
