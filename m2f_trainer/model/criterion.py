@@ -141,7 +141,8 @@ class PointLosses(torch.autograd.Function):
     """Binary cross entropy and dice of the matched pairs at their points, some pairs at a time.
 
     A pair's mask, its product of embedding and features, lives only while its points are sought. What is kept for
-    backward are the points and what was found there; the mask's gradient is again made some pairs at a time.
+    backward are the points and the probabilities there; the truth is read again, and the mask's gradient is again made
+    some pairs at a time.
     """
 
     @staticmethod
@@ -156,29 +157,29 @@ class PointLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Embeddings of the pairs (M, C) and features (B, C, h, w) -> the two losses of each pair, (M,) each."""
         chosen = pairs.new_empty(len(pairs), settings.num_points, 2)
-        inside, truth = pairs.new_empty(chosen.shape[:2]), pairs.new_empty(chosen.shape[:2])
+        inside = pairs.new_empty(chosen.shape[:2])
         cross_entropy, dice = pairs.new_empty(len(pairs)), pairs.new_empty(len(pairs))
         for image, some in _pieces(matches, features, settings):
             logits = (pairs[some] @ features[image].flatten(1)).view(-1, *features.shape[-2:])
             chosen[some] = uncertain_points(logits, settings, points.of(some))
-            truth[some] = masks.sample(matches.target[some], chosen[some])
+            truth = masks.sample(matches.target[some], chosen[some])
             sampled = sample_logits(logits, chosen[some])
             torch.sigmoid(sampled, out=inside[some])
-            cross_entropy[some] = F.binary_cross_entropy_with_logits(sampled, truth[some], reduction="none").mean(1)
-            overlap, union = _overlap(inside[some], truth[some])
+            cross_entropy[some] = F.binary_cross_entropy_with_logits(sampled, truth, reduction="none").mean(1)
+            overlap, union = _overlap(inside[some], truth)
             dice[some] = 1 - (overlap + 1) / (union + 1)
-        ctx.save_for_backward(pairs, features, chosen, inside, truth)
-        ctx.pieces = _pieces(matches, features, settings)
+        ctx.save_for_backward(pairs, features, chosen, inside)
+        ctx.masks, ctx.targets, ctx.pieces = masks, matches.target, _pieces(matches, features, settings)
         return cross_entropy, dice
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_entropy: Tensor, grad_dice: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the embeddings (M, C) and the features (B, C, h, w)."""
-        pairs, features, chosen, inside, truth = ctx.saved_tensors
+        pairs, features, chosen, inside = ctx.saved_tensors
         grad_pairs, grad_features = torch.empty_like(pairs), torch.zeros_like(features)
         for image, some in ctx.pieces:
-            within, target = inside[some], truth[some]
+            within, target = inside[some], ctx.masks.sample(ctx.targets[some], chosen[some])
             overlap, union = (tensor.unsqueeze(1) for tensor in _overlap(within, target))
             entropy = (grad_entropy[some] / target.shape[1]).unsqueeze(1)
             share = grad_dice[some].unsqueeze(1) / (union + 1)

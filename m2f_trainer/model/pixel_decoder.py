@@ -18,6 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .deformable import deformable_attention
+from .query_decoder import linear_placed
 
 Shape = tuple[int, int]
 
@@ -52,10 +53,11 @@ def encoder_layer(
     attention = layer.self_attn
     batch, length, _ = hidden.shape
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
-    queries = hidden + positions
     value = attention.value_proj(hidden).view(batch, length, heads, -1)
-    offsets = attention.sampling_offsets(queries).view(batch, length, heads, levels, points, 2)
-    weights = attention.attention_weights(queries).view(batch, length, heads, levels * points).softmax(-1)
+    offsets = linear_placed(hidden, positions, attention.sampling_offsets.weight, attention.sampling_offsets.bias)
+    offsets = offsets.view(batch, length, heads, levels, points, 2)
+    weights = linear_placed(hidden, positions, attention.attention_weights.weight, attention.attention_weights.bias)
+    weights = weights.view(batch, length, heads, levels * points).softmax(-1)
     weights = weights.view(batch, length, heads, levels, points)
     places = references[None, :, None, :, None] + offsets
     attended = attention.output_proj(deformable_attention(value, shapes, places, weights))

@@ -25,12 +25,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def linear_placed(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of hidden + positions, (B, S, C) and (1, S, C) -> (B, S, D), as the sum of two products.
+
+    autograd would keep the sum, once a layer; of the two products it keeps `hidden`, which it has anyway.
+    """
+    return F.linear(hidden, weight, bias) + F.linear(positions, weight)
+
+
 def cross_attention(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, positions: Tensor, mask: Tensor
 ) -> Tensor:
-    """torch's packed attention module, batch first: query (B, Q, C), key and value (B, S, C) -> (B, Q, C)."""
+    """torch's packed attention module, batch first: query (B, Q, C), memory (B, S, C) placed -> (B, Q, C)."""
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    query, key, value = (F.linear(t, *pair) for t, *pair in zip((query, key, value), weights, biases, strict=True))
+    query = F.linear(query, weights[0], biases[0])
+    key = linear_placed(memory, positions, weights[1], biases[1])
+    value = F.linear(memory, weights[2], biases[2])
     output: Tensor = attention.out_proj(attend(query, key, value, attention.num_heads, mask))
     return output
 
@@ -52,7 +62,7 @@ def decoder_layer(
     mask: Tensor,
 ) -> Tensor:
     """Masked attention, self attention, feed-forward; post-norm. hidden (B, Q, C), memory (B, S, C) -> (B, Q, C)."""
-    crossed = cross_attention(layer.cross_attn, hidden + query_positions, memory + memory_positions, memory, mask)
+    crossed = cross_attention(layer.cross_attn, hidden + query_positions, memory, memory_positions, mask)
     hidden = layer.cross_attn_layer_norm(hidden + crossed)
     hidden = layer.self_attn_layer_norm(hidden + self_attention(layer.self_attn, hidden, query_positions))
     inner = layer.fc2(layer.activation_fn(layer.fc1(hidden)))
