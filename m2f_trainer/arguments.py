@@ -129,14 +129,28 @@ class TrainArguments(TrainingArguments):
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations in a row without a better metric_for_best_model."
     )
-    backbone_lr_multiplier: float = option(0.1, "Learning rate of the backbone, as a share of learning_rate.")
+    backbone_lr_multiplier: float | None = option(
+        None, "Learning rate of the backbone, as a share of learning_rate. Default: 0.1, or 1 with layer_decay."
+    )
+    layer_decay: float | None = option(
+        None, "What each layer of the backbone has of the rate of the layer above it, such as 0.8. Default: no decay."
+    )
+    head_first_steps: float = option(
+        0.0, "The backbone stands still for so many steps, then warms up; below 1, a share of the run."
+    )
+    lr_milestones: list[float] | None = option(
+        None, "Shares of the run after which the learning rate falls to a tenth. step's default: 0.889 and 0.963."
+    )
 
     output_dir: str | None = option("runs/m2f", "Folder for checkpoints, metrics and the final model.")
     learning_rate: float = option(1e-4, "Learning rate of neck and head, meant for 16 images an optimiser step.")
     weight_decay: float = option(0.05, "AdamW weight decay; 0 on norms, biases, queries and level embeddings.")
     max_grad_norm: float = option(0.01, "Gradients are clipped to this norm over the full model.")
     warmup_steps: float = option(0.05, "Warm-up steps; below 1, a share of the run.")
-    lr_scheduler_type: str = option("polynomial", "Learning rate schedule; polynomial decays with power 0.9 to 0.")
+    lr_scheduler_type: str = option(
+        "polynomial",
+        "Learning rate schedule: polynomial (power 0.9, to 0), cosine, step, or any other of transformers.",
+    )
     bf16: bool | None = option(None, "bfloat16. Default: where the GPU has it.")  # type: ignore[assignment]
     per_device_train_batch_size: int = option(4, "Training images a device holds at once.")
     per_device_eval_batch_size: int = option(4, "Evaluation images a device holds at once.")
@@ -171,6 +185,7 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_ranges(self, {"early_stopping_patience": (1, None), "backbone_lr_multiplier": (0, None)})
+        check_ranges(self, {"layer_decay": (0.01, 1), "head_first_steps": (0, None)})
         if self.remove_unused_columns:
             raise RecipeError(
                 "remove_unused_columns must stay false: the batch carries more than the model's arguments."
@@ -184,8 +199,9 @@ class TrainArguments(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
-        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        self._resolve_schedule()
+        if self.backbone_lr_multiplier is None:
+            self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -207,6 +223,16 @@ class TrainArguments(TrainingArguments):
         """As transformers', but below the length of the run: its polynomial schedule divides by the difference."""
         steps = int(super().get_warmup_steps(num_training_steps))
         return max(0, min(steps, num_training_steps - 1))
+
+    def _resolve_schedule(self) -> None:
+        """Say `step`, which transformers doesn't know, in its words and milestones (the original's)."""
+        if self.lr_scheduler_type == "step":
+            self.lr_scheduler_type = "constant_with_warmup"
+            self.lr_milestones = [0.889, 0.963] if self.lr_milestones is None else self.lr_milestones
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        if not all(0 < share < 1 for share in self.lr_milestones or ()):
+            raise RecipeError(f"lr_milestones: expected shares of the run, between 0 and 1, got {self.lr_milestones}.")
 
     def _refuse_token(self) -> None:
         if self.hub_token is not None:

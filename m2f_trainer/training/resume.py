@@ -16,7 +16,7 @@ from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.training.checkpoints import FINGERPRINT, MANIFEST, STATE, checkpoints, damage
 from m2f_trainer.training.fingerprint import FIXED, differences, same_sample, updates_an_epoch
-from m2f_trainer.training.optimizer import parameter_groups
+from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
 logger = logging.getLogger(__name__)
 ADAPTED = ".resume"
@@ -184,8 +184,7 @@ class NewSettings(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Set the optimiser's groups and the schedule as a fresh run of these settings has them at this step."""
-        multiplier = args.backbone_lr_multiplier if isinstance(args, TrainArguments) else 1.0
-        fresh = parameter_groups(model, args.learning_rate, args.weight_decay, multiplier)
+        fresh = parameter_groups(model, rates_of(args))
         schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
         if isinstance(schedule, LambdaLR):
             schedule.base_lrs = [group["lr"] for group in fresh]

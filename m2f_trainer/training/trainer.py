@@ -27,7 +27,8 @@ from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
 from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, rotate, staged
 from m2f_trainer.training.guards import FiniteGuard, Watched, watch
-from m2f_trainer.training.optimizer import parameter_groups
+from m2f_trainer.training.optimizer import parameter_groups, rates_of
+from m2f_trainer.training.schedule import ShapedRates
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 
@@ -72,16 +73,14 @@ class M2FTrainer(Trainer):
         self.step_batches: list[dict[str, Any]] = []
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
-        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard]
+        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates()]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the original's parameter groups."""
         if self.optimizer is None:
             target: Any = model or self.model
             factory, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-            multiplier = self.args.backbone_lr_multiplier if isinstance(self.args, TrainArguments) else 1.0
-            groups = parameter_groups(target, self.args.learning_rate, self.args.weight_decay, multiplier)
-            self.optimizer = factory(groups, **settings)
+            self.optimizer = factory(parameter_groups(target, rates_of(self.args)), **settings)
         return self.optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:

@@ -1,19 +1,31 @@
 """Parameter groups against a list written by hand."""
 
 import pytest
+import torch
 
+from m2f_trainer.arguments import TrainArguments
+from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.adapters import LoraSettings, set_tuning
-from m2f_trainer.training.optimizer import parameter_groups, undecayed
-from tests.model.tiny import tiny_model
+from m2f_trainer.training.optimizer import Rates, parameter_groups, undecayed
+from tests.model.tiny import CONVNEXT, DINOV2, VIT, tiny_model
 
 UNDECAYED = (
     ".bias", "norm1.weight", "norm2.weight", "layernorm.weight", "layer_norm.weight", "queries_embedder.weight",
     "queries_features.weight", "level_embed", "level_embed.weight", "cls_token", "mask_token", "lambda1",
+    "position_embeddings", "register_tokens", "gamma",
 )  # fmt: skip
+ORIGINAL = Rates(1e-4, 0.05, 0.1)
 
 
-def test_norms_biases_queries_levels_positions_and_layer_scale_are_not_decayed() -> None:
-    model = tiny_model()
+def rates(model: torch.nn.Module, settings: Rates) -> dict[str, float]:
+    """Learning rate of every trainable parameter, by name."""
+    of = {id(parameter): group["lr"] for group in parameter_groups(model, settings) for parameter in group["params"]}
+    return {name: of[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(("backbone", "side"), [(VIT, 64), (DINOV2, 56), (CONVNEXT, 64)])
+def test_norms_biases_queries_levels_positions_and_layer_scale_are_not_decayed(backbone: object, side: int) -> None:
+    model = tiny_model(backbone, image_size=(side, side))
     plain = undecayed(model)
     for name, _ in model.named_parameters():
         if name.endswith(UNDECAYED):
@@ -24,22 +36,58 @@ def test_norms_biases_queries_levels_positions_and_layer_scale_are_not_decayed()
 
 def test_the_backbone_learns_slower_and_every_trainable_parameter_is_in_one_group() -> None:
     model = tiny_model()
-    groups = parameter_groups(model, 1e-4, 0.05, 0.1)
+    groups = parameter_groups(model, ORIGINAL)
     assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [
         (pytest.approx(1e-5), 0.0), (pytest.approx(1e-5), 0.05), (1e-4, 0.0), (1e-4, 0.05),
     ]  # fmt: skip
+    assert groups[0]["lr"] == 1e-4, "the rate that the Trainer logs is the first group's"
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert rates[id(parameter)] == pytest.approx(1e-5 if "encoder.backbone." in name else 1e-4), name
+    for name, rate in rates(model, ORIGINAL).items():
+        assert rate == pytest.approx(1e-5 if "encoder.backbone." in name else 1e-4), name
 
 
 def test_lora_factors_learn_at_the_full_rate_and_a_frozen_backbone_is_left_out() -> None:
     adapted, frozen = tiny_model(), tiny_model()
     set_tuning(adapted, "lora", LoraSettings(rank=2))
     set_tuning(frozen, "frozen")
-    assert {group["lr"] for group in parameter_groups(adapted, 1e-4, 0.05, 0.1)} == {1e-4}
-    assert {group["lr"] for group in parameter_groups(frozen, 1e-4, 0.05, 0.1)} == {1e-4}
+    assert {group["lr"] for group in parameter_groups(adapted, ORIGINAL)} == {1e-4}
+    assert {group["lr"] for group in parameter_groups(frozen, ORIGINAL)} == {1e-4}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shares"),
+    [
+        (VIT, {"embeddings.cls_token": 0.64, "layer.0.norm1.weight": 0.8, "layer.1.norm1.weight": 1, "norm.weight": 1}),
+        (
+            DINOV2,
+            {"position_embeddings": 0.64, "layer.0.mlp.fc1.bias": 0.8, "layer.1.norm2.bias": 1, "layernorm.bias": 1},
+        ),
+        (
+            CONVNEXT,
+            {"stages.0.layers.0.gamma": 0.512, "stages.1.downsample_layers.1.bias": 0.64, "stages.3.layers.0.gamma": 1},
+        ),
+    ],
+)
+def test_with_layer_decay_each_layer_learns_slower_than_the_one_above_and_the_embeddings_slowest(
+    backbone: object, shares: dict[str, float]
+) -> None:
+    model = tiny_model(backbone, image_size=(56, 56) if backbone is DINOV2 else (64, 64))
+    found = rates(model, Rates(1e-4, 0.05, 0.5, layer_decay=0.8))
+    for ending, share in shares.items():
+        (name,) = (name for name in found if "backbone." in name and name.endswith("." + ending))
+        assert found[name] == pytest.approx(0.5e-4 * share), name
+    assert found["class_predictor.weight"] == 1e-4
+    assert min(found.values()) == pytest.approx(0.5e-4 * min(shares.values()))
+
+
+def test_layer_decay_starts_from_the_full_rate_unless_a_multiplier_is_given() -> None:
+    wanted = [({}, 0.1), ({"layer_decay": 0.8}, 1.0), ({"layer_decay": 0.8, "backbone_lr_multiplier": 0.5}, 0.5)]
+    for given, multiplier in wanted:
+        assert TrainArguments(use_cpu=True, report_to="none", **given).backbone_lr_multiplier == multiplier  # type: ignore[arg-type]
+
+
+def test_layer_decay_without_layers_is_refused() -> None:
+    with pytest.raises(RecipeError, match="layer_decay needs a backbone of layers or stages"):
+        parameter_groups(torch.nn.Linear(2, 2), Rates(1e-4, 0.05, layer_decay=0.8))
