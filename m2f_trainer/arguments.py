@@ -138,6 +138,9 @@ class TrainArguments(TrainingArguments):
     head_first_steps: float = option(
         0.0, "The backbone stands still for so many steps, then warms up; below 1, a share of the run."
     )
+    ema_decay: float | None = option(
+        None, "Decay of a running average of the weights, which is what is evaluated and saved. Default: none is kept."
+    )
     lr_milestones: list[float] | None = option(
         None, "Shares of the run after which the learning rate falls to a tenth. step's default: 0.889 and 0.963."
     )
@@ -186,6 +189,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_ranges(self, {"early_stopping_patience": (1, None), "backbone_lr_multiplier": (0, None)})
         check_ranges(self, {"layer_decay": (0.01, 1), "head_first_steps": (0, None)})
+        check_ranges(self, {"ema_decay": (0, 1)})
         if self.remove_unused_columns:
             raise RecipeError(
                 "remove_unused_columns must stay false: the batch carries more than the model's arguments."

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch.nn import Parameter
 from transformers import Trainer, TrainerState
 
+from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import TrainingError
 
 METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
@@ -184,12 +185,13 @@ def require_finite(trainer: Trainer) -> None:
 
 
 def expected_size(trainer: Trainer) -> int:
-    """Bytes that a checkpoint will take: the weights, and two moments of each that trains."""
+    """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept."""
     model: Any = trainer.model
     parameters: list[Parameter] = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    slots = 3 if isinstance(trainer.args, TrainArguments) and trainer.args.ema_decay is not None else 2
     moments = sum(
-        2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+        slots * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
     )
     return weights + (0 if trainer.args.save_only_model else moments)
 

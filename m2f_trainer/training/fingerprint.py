@@ -20,7 +20,7 @@ TRAIN_FIELDS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs",
     "max_steps", "optim", "bf16", "fp16", "backbone_lr_multiplier", "layer_decay", "head_first_steps", "lr_milestones",
-    "dataloader_drop_last",
+    "ema_decay", "dataloader_drop_last",
 )  # fmt: skip
 FIXED = {*MODEL_FIELDS, "categories"}
 """What no checkpoint can be carried over to: another model starts a new run, with init_from."""

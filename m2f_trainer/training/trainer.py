@@ -26,6 +26,7 @@ from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
 from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, rotate, staged
+from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.guards import FiniteGuard, Watched, watch
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 from m2f_trainer.training.schedule import ShapedRates
@@ -74,6 +75,8 @@ class M2FTrainer(Trainer):
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
         self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates()]
+        if args.ema_decay is not None:
+            self.add_callback(Average(args.ema_decay))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the original's parameter groups."""
@@ -118,7 +121,8 @@ class M2FTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The Trainer's loop; then the Instances of all ranks are scored once, and every rank gets the figures."""
         self.predictions = []
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with averaged(self.optimizer):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         scorer = self.scorer or CocoMap(split_rows(dataloader.dataset))
         self.predictions = gather_predictions(self.predictions)
         figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
@@ -137,7 +141,7 @@ class M2FTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
-        with staged(self) as folder:
+        with staged(self) as folder, averaged(self.optimizer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.latest_metrics.get("step") == self.state.global_step:
                 write_metrics(self.latest_metrics, folder / METRICS)

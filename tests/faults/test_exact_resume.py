@@ -13,7 +13,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # fields, ste
     "full": ({}, (2, 4), 1),
     "frozen": ({"tune": "frozen"}, (2, 4), 1),
     "lora": (LORA, (2, 4), 1),
-    "lora, workers": ({**LORA, "dataloader_num_workers": 2}, (2, 4), 1),
+    "lora, workers, averaged": ({**LORA, "dataloader_num_workers": 2, "ema_decay": 0.9}, (2, 4), 1),
+    "averaged, head first, layer decay": (
+        {"ema_decay": 0.9, "head_first_steps": 3, "layer_decay": 0.8, "lr_scheduler_type": "step"}, (2, 4), 1
+    ),
+    "two ranks, averaged": ({"per_device_train_batch_size": 1, "ema_decay": 0.9}, (2,), 2),
     "workers": ({"dataloader_num_workers": 2, "dataloader_persistent_workers": False}, (2, 4), 1),
     "persistent workers": ({"dataloader_num_workers": 2}, (2, 4), 1),
     "accumulation": (
@@ -53,7 +57,7 @@ def check(name: str, steps: tuple[int, ...], data: Path, folder: Path) -> None:
         assert same_weights(resumed, whole)
 
 
-@pytest.mark.parametrize("name", ["lora, workers"])
+@pytest.mark.parametrize("name", ["lora, workers, averaged"])
 def test_a_resumed_run_equals_the_uninterrupted_one(name: str, data: Path, tmp_path: Path) -> None:
     check(name, (2,), data, tmp_path)
 
