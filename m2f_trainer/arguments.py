@@ -209,6 +209,7 @@ class TrainArguments(TrainingArguments):
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
 
     @property
     def resume(self) -> bool | str:

@@ -94,6 +94,8 @@ def any_rank(flag: bool | torch.Tensor, device: torch.device) -> bool:
     """Whether the flag is set on any rank; all ranks must ask at the same point."""
     if not dist.is_initialized():
         return bool(flag)
-    vote = torch.as_tensor(flag, device=device).to(torch.float32)
+    vote = (
+        flag.to(device, torch.float32) if isinstance(flag, torch.Tensor) else torch.full((), float(flag), device=device)
+    )
     dist.all_reduce(vote, dist.ReduceOp.MAX)
     return bool(vote)

@@ -93,7 +93,8 @@ class M2FTrainer(Trainer):
         if not batch_samples or "class_labels" not in batch_samples[0]:
             return None
         parts = [normalizer(b["class_labels"], config.num_queries, config.no_object_weight) for b in batch_samples]
-        total = torch.stack(parts).sum(0).to(device, torch.float32)
+        total = torch.stack(parts).sum(0).float()
+        total = (total.pin_memory() if device.type == "cuda" else total).to(device, non_blocking=True)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def prediction_step(
