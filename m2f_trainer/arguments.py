@@ -7,6 +7,7 @@ of the Mask2Former literature and one knob, `checkpointing_steps`, that keeps sa
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.util import find_spec
 from os import cpu_count
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.rendezvous import meet_afresh
 
 
 def option(default: Any, text: str) -> Any:
@@ -208,6 +210,7 @@ class TrainArguments(TrainingArguments):
             self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        meet_afresh(self.ddp_backend or ("gloo" if self.use_cpu else None), timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
 

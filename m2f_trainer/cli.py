@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     try:
         status = COMMANDS[arguments.command](arguments, options)
+        leave_together()
     except RunStopped as stop:
         say(f"m2f {arguments.command}: {stop}", stream="error")
+        leave_together()
         return stop.status
     except KeyboardInterrupt:
         say("Interrupted.", stream="error")
@@ -258,6 +260,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] =
     "predict": predict,
     "push": push,
 }
+
+
+def leave_together() -> None:
+    """End what binds this process to other ranks, if any; a rank that fails does not, since the others may be stuck."""
+    rendezvous = sys.modules.get("m2f_trainer.rendezvous")
+    if rendezvous is not None:
+        rendezvous.leave()
 
 
 def is_advice(error: Exception) -> bool:

@@ -14,6 +14,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 exec torchrun \
     --nnodes "$NODES" \
     --nproc_per_node "$GPUS" \
+    --max-restarts "${RESTARTS:-3}" \
     --rdzv_backend c10d \
     --rdzv_endpoint "$HEAD" \
     --rdzv_id "${RUN_ID:-m2f}" \

@@ -12,4 +12,4 @@ gpus=$1
 shift
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-exec torchrun --standalone --nproc_per_node "$gpus" -m m2f_trainer train "$@"
+exec torchrun --standalone --max-restarts "${RESTARTS:-3}" --nproc_per_node "$gpus" -m m2f_trainer train "$@"

@@ -18,6 +18,7 @@ ORDER = [
     "auto_classes",
     "typed_json",
     "model",
+    "rendezvous",
     "arguments",
     "recipe",
     "data",
