@@ -84,13 +84,17 @@ class CocoMap:
         Raises:
             DataError: a prediction for an image that the dataset doesn't have, or of another size.
         """
-        found = self._by_image(instances)
+        return self.score(instances)[0]
+
+    def score(self, instances: Iterable[Instances]) -> tuple[dict[str, float], NDArray[np.float64]]:
+        """The same figures, and the precision of the masks that they come from, (10, 101, K, 4, 3)."""
+        found = self.by_image(instances)
         masks = self._arrays("segm", found)
         metrics = summarize(*masks)
         metrics |= {f"box_{key}": value for key, value in summarize(*self._arrays("bbox", found)).items()}
         for index, name in enumerate(self.class_names()):
-            metrics[f"map_class/{name}"] = _mean(masks[0][:, :, index, 0, -1])
-        return metrics
+            metrics[f"map_class/{name}"] = mean_of_present(masks[0][:, :, index, 0, -1])
+        return metrics, masks[0]
 
     def class_names(self) -> list[str]:
         """The names of the categories; where two share one, each carries its id."""
@@ -100,7 +104,12 @@ class CocoMap:
             for category in self.categories
         ]
 
-    def _by_image(self, instances: Iterable[Instances]) -> dict[int, Instances]:
+    def objects(self, image_id: int) -> list[dict[str, Any]]:
+        """The objects of an image that are scored, as annotation entries; not to be written into."""
+        return self._truth[self._numbers[image_id] - 1]
+
+    def by_image(self, instances: Iterable[Instances]) -> dict[int, Instances]:
+        """Image id -> its predictions, the first of those given. Raises DataError as scoring does."""
         found: dict[int, Instances] = {}
         for item in instances:
             if item.image_id not in self.sizes:
@@ -142,19 +151,19 @@ class CocoMap:
 
 def summarize(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
     """The twelve figures of pycocotools' summary from its arrays."""
-    metrics = {"map": _mean(precision[:, :, :, 0, -1])}
-    metrics["map_50"] = _mean(precision[IOU_50, :, :, 0, -1])
-    metrics["map_75"] = _mean(precision[IOU_75, :, :, 0, -1])
+    metrics = {"map": mean_of_present(precision[:, :, :, 0, -1])}
+    metrics["map_50"] = mean_of_present(precision[IOU_50, :, :, 0, -1])
+    metrics["map_75"] = mean_of_present(precision[IOU_75, :, :, 0, -1])
     for index, area in list(enumerate(AREAS))[1:]:
-        metrics[f"map{area}"] = _mean(precision[:, :, :, index, -1])
+        metrics[f"map{area}"] = mean_of_present(precision[:, :, :, index, -1])
     for index, limit in enumerate(LIMITS):
-        metrics[f"mar_{limit}"] = _mean(recall[:, :, 0, index])
+        metrics[f"mar_{limit}"] = mean_of_present(recall[:, :, 0, index])
     for index, area in list(enumerate(AREAS))[1:]:
-        metrics[f"mar{area}"] = _mean(recall[:, :, index, -1])
+        metrics[f"mar{area}"] = mean_of_present(recall[:, :, index, -1])
     return metrics
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_present(values: NDArray[np.float64]) -> float:
     """The mean over what has truth; -1 where nothing has."""
     present = values[values > -1]
     return float(np.mean(present)) if present.size else -1.0

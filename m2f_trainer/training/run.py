@@ -18,7 +18,15 @@ from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
-from m2f_trainer.evaluation.curves import read_metrics, write_metrics
+from m2f_trainer.evaluation.curves import (
+    CLASSES,
+    EVALUATION,
+    read_details,
+    read_metrics,
+    write_classes,
+    write_details,
+    write_metrics,
+)
 from m2f_trainer.evaluation.instances import Instances
 from m2f_trainer.inference.folder import predict_folder
 from m2f_trainer.model.adapters import LoraSettings, lora_layers, save_adapter, set_tuning
@@ -152,6 +160,9 @@ def final_figures(
     """The figures of the model in the trainer's hands: its checkpoint's, and the test split's if there is one."""
     best = trainer.state.best_model_checkpoint if recipe.train.load_best_model_at_end else None
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
+    if trainer.is_world_process_zero():
+        details = read_details(Path(best)) if best else trainer.details
+        write_details(details, Path(recipe.train.output_dir or ".", EVALUATION))
     if "test" in splits:
         test = InstanceDataset(splits["test"], eval_transform(recipe.data), categories)
         figures |= trainer.predict(test, metric_key_prefix="test").metrics or {}
@@ -180,7 +191,8 @@ def evaluate_folder(
 ) -> dict[str, float]:
     """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
 
-    `output_dir` gets metrics.json and predictions.json (COCO results form). Raises DataError for an unknown split.
+    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv and predictions.json (COCO
+    results form). Raises DataError for an unknown split.
     """
     loaded = load_model(model)
     splits = load_dataset(dataset)
@@ -199,6 +211,8 @@ def evaluate_folder(
     figures = trainer.evaluate()
     if output_dir is not None and trainer.is_world_process_zero():
         write_metrics(figures, Path(output_dir, METRICS))
+        write_details(trainer.details, Path(output_dir, EVALUATION))
+        write_classes(trainer.details, Path(output_dir, CLASSES))
         write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
     return figures
 

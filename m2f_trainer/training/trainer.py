@@ -19,8 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.data.collator import InstanceDataset, collate
-from m2f_trainer.evaluation.coco_map import CocoMap
-from m2f_trainer.evaluation.curves import write_metrics
+from m2f_trainer.evaluation.assessment import Assessment
+from m2f_trainer.evaluation.curves import EVALUATION, write_details, write_metrics
 from m2f_trainer.evaluation.instances import Instances, to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
@@ -38,7 +38,7 @@ class M2FTrainer(Trainer):
     """Trains and evaluates a Mask2Former of ours on `InstanceDataset`s.
 
     `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns figures; by default
-    it is `CocoMap` on that split. Everything else is the Trainer's.
+    it is `Assessment` on that split, whose details are kept in `details`. Everything else is the Trainer's.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class M2FTrainer(Trainer):
         self.scorer = compute_metrics
         self.predictions: list[Instances] = []
         self.latest_metrics: dict[str, float] = {}
+        self.details: Mapping[str, Any] = {}
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
         self.watched: list[Watched] = []
         self.step_batches: list[dict[str, Any]] = []
@@ -124,9 +125,10 @@ class M2FTrainer(Trainer):
         self.predictions = []
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        scorer = self.scorer or CocoMap(split_rows(dataloader.dataset))
+        scorer = self.scorer or Assessment(split_rows(dataloader.dataset))
         self.predictions = gather_predictions(self.predictions)
         figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
+        self.details = scorer.details if isinstance(scorer, Assessment) else {}
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
@@ -146,6 +148,7 @@ class M2FTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.latest_metrics.get("step") == self.state.global_step:
                 write_metrics(self.latest_metrics, folder / METRICS)
+                write_details(self.details, folder / EVALUATION)
             if self.args.should_save and self.fingerprint is not None:
                 (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
         if self.args.should_save:

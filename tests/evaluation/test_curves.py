@@ -25,6 +25,11 @@ def test_the_table_is_aligned_and_ranks_the_classes() -> None:
     assert len({len(line) for line in lines[:3]}) == 1
 
 
+def test_the_table_has_a_row_for_boundaries_where_they_were_scored() -> None:
+    lines = metrics_table(METRICS | {"boundary_map": 0.3}).splitlines()
+    assert lines[3].split()[:2] == ["boundary", "30.0"]
+
+
 def test_the_table_reads_the_trainers_prefixed_metrics() -> None:
     assert metrics_table({f"eval_{key}": value for key, value in METRICS.items()}, "eval_") == metrics_table(METRICS)
 

@@ -12,7 +12,7 @@ import torch
 from m2f_trainer.data.coco import load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import DataError
-from m2f_trainer.evaluation.curves import read_metrics
+from m2f_trainer.evaluation.curves import read_details, read_metrics
 from m2f_trainer.inference.folder import predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
@@ -38,6 +38,9 @@ def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(folder:
         assert "training_args.bin" not in names
         figures = read_metrics(checkpoint / "metrics.json")
         assert figures["step"] == step
+        assert {f"eval_{key}": value for key, value in read_details(checkpoint)["figures"].items()}.items() <= (
+            figures.items()
+        )
         wanted = {"eval_map", "eval_map_50", "eval_map_75", "eval_map_small", "eval_map_medium", "eval_map_large"}
         assert wanted | {"eval_box_map", "eval_map_class/circle", "eval_map_class/square"} <= figures.keys()
 
@@ -49,6 +52,7 @@ def test_the_final_folder_is_the_best_checkpoint_with_test_figures_and_a_card(fo
     figures = read_metrics(run / "metrics.json")
     assert figures["eval_map"] == read_metrics(best / "metrics.json")["eval_map"] == state["best_metric"]
     assert "test_map" in figures
+    assert read_details(run) == read_details(best)
     assert (run / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
     assert "mask AP" in (run / "README.md").read_text()
 
@@ -62,6 +66,8 @@ def test_evaluating_a_checkpoint_again_gives_the_figures_it_holds(folder: Path, 
     for key, value in held.items():
         assert again[key] == pytest.approx(value, abs=1e-9), key
     assert read_metrics(tmp_path / "metrics.json")["eval_map"] == again["eval_map"]
+    assert read_details(tmp_path)["errors"] == read_details(checkpoint)["errors"]
+    assert (tmp_path / "classes.csv").read_text().startswith("id,name,ap,")
 
 
 def test_test_figures_are_of_the_test_split(folder: Path) -> None:
