@@ -148,7 +148,10 @@ class TrainArguments(TrainingArguments):
     )
 
     output_dir: str | None = option("runs/m2f", "Folder for checkpoints, metrics and the final model.")
-    learning_rate: float = option(1e-4, "Learning rate of neck and head, meant for 16 images an optimiser step.")
+    learning_rate: float = option(
+        1e-4,
+        "Learning rate of neck and head, meant for 16 images an optimiser step; auto scales it by the root of theirs.",
+    )
     weight_decay: float = option(0.05, "AdamW weight decay; 0 on norms, biases, queries and level embeddings.")
     max_grad_norm: float = option(0.01, "Gradients are clipped to this norm over the full model.")
     warmup_steps: float = option(0.05, "Warm-up steps; below 1, a share of the run.")
@@ -157,7 +160,10 @@ class TrainArguments(TrainingArguments):
         "Learning rate schedule: polynomial (power 0.9, to 0), cosine, step, or any other of transformers.",
     )
     bf16: bool | None = option(None, "bfloat16. Default: where the GPU has it.")  # type: ignore[assignment]
-    per_device_train_batch_size: int = option(4, "Training images a device holds at once.")
+    per_device_train_batch_size: int = option(
+        4, "Training images a device holds at once; auto tries how many fit, up to 16 images an optimiser step."
+    )
+    num_train_epochs: float = option(3.0, "Passes over the training images; auto goes by their number.")
     per_device_eval_batch_size: int = option(4, "Evaluation images a device holds at once.")
     logging_steps: float = option(20, "Log every so many optimiser steps; below 1, a share of the run.")
     report_to: None | str | list[str] = option(  # noqa: RUF036 (HfArgumentParser takes the second type)

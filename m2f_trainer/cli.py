@@ -119,6 +119,7 @@ def train_options(command: argparse.ArgumentParser) -> None:
     command.description = "Train. Options are the recipe's fields and override it; unknown ones are errors."
     command.usage = "m2f train [RECIPE.json] [--field value ...]"
     command.add_argument("-h", "--help", action="store_true", help="show this and every field")
+    command.add_argument("--dry_run", action="store_true", help="tell groups, memory, steps and rates, and stop there")
 
 
 def evaluate_options(command: argparse.ArgumentParser) -> None:
@@ -203,8 +204,12 @@ def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
         say(f"{subparser_help('train')}\n{describe_fields()}")
         return
     recipe = load_recipe(options)
+    from m2f_trainer.training.run import dry_run
     from m2f_trainer.training.run import train as run_training
 
+    if arguments.dry_run:
+        say(dry_run(recipe))
+        return
     run_training(recipe)
     folder = shlex.quote(str(recipe.train.output_dir))
     advise(f"m2f evaluate {folder} {shlex.quote(str(recipe.data.dataset_name))}", f"m2f predict {folder} IMAGES")

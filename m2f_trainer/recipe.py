@@ -33,6 +33,9 @@ NOT_SAVED = {"save_strategy", "save_steps", "eval_strategy", "eval_steps", "hub_
 TEXT_OR_MORE: dict[str, type] = {"checkpointing_steps": int, "resume_from_checkpoint": bool}
 """Fields that are text on a command line, and may be of this type too in JSON."""
 
+AUTO, AUTOMATIC = "auto", ("learning_rate", "per_device_train_batch_size", "num_train_epochs")
+"""Fields that may be this word instead of a number; `training.automatic` resolves it."""
+
 RENAMED = {
     "model_name_or_path": "use backbone, and head_checkpoint for the head",
     "do_reduce_labels": "leave it out: category ids of the file are mapped to classes by themselves",
@@ -96,9 +99,11 @@ class OptionParser(HfArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
             if NoneType in get_args(hints()[action.dest]) and callable(action.type):
-                action.type = nullable(action.type)
+                action.type = word_or("null", action.type, None)
             if hints()[action.dest] == bool | None:
                 action.nargs, action.const = "?", True
+            if action.dest in AUTOMATIC and callable(action.type):
+                action.type = word_or(AUTO, action.type)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """The options in `argv`, typed. Raises RecipeError on unknown, duplicate and ill-typed ones."""
@@ -119,12 +124,12 @@ class OptionParser(HfArgumentParser):
         raise RecipeError(f"On the command line: {message}.")
 
 
-def nullable(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`convert`, but the text null is None."""
+def word_or(word: str, convert: Callable[[str], Any], *meaning: Any) -> Callable[[str], Any]:
+    """`convert`, but one word stands for itself, or for a meaning."""
 
     @wraps(convert)
     def converted(text: str) -> Any:
-        return None if text == "null" else convert(text)
+        return [word, *meaning][-1] if text == word else convert(text)
 
     return converted
 
@@ -167,9 +172,16 @@ def checked_value(key: str, value: Any, where: str) -> Any:
             raise RecipeError(f"{where}: got the Python file {leaf!r}; a recipe holds values, never code.")
     if key in TEXT_OR_MORE and type(value) is TEXT_OR_MORE[key]:
         return str(value).lower()
+    if key in AUTOMATIC and value == AUTO:
+        return value
     if not is_a(value, hints()[key]):
-        raise RecipeError(f"{where}: expected {describe(hints()[key])}, got {value!r}.")
+        raise RecipeError(f"{where}: expected {describe_field(key)}, got {value!r}.")
     return value
+
+
+def describe_field(key: str) -> str:
+    """What a field takes, in a user's words."""
+    return describe(hints()[key]) + (f' or "{AUTO}"' if key in AUTOMATIC else "")
 
 
 def describe_fields() -> str:
@@ -180,7 +192,7 @@ def describe_fields() -> str:
         own = [one for one in fields(group) if one.name in set(group.__annotations__) - NOT_SAVED]
         for one in own:
             default = "" if one.default in (None, MISSING) else f" [{one.default}]"
-            lines.append(f"  --{one.name} ({describe(hints()[one.name])}){default}\n      {one.metadata['help']}")
+            lines.append(f"  --{one.name} ({describe_field(one.name)}){default}\n      {one.metadata['help']}")
     lines.append("  and every field of transformers.TrainingArguments under its own name.")
     return "\n".join(lines)
 

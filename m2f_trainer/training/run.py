@@ -36,11 +36,13 @@ from m2f_trainer.model.mask2former import M2FConfig, M2FModel, load_model
 from m2f_trainer.recipe import Recipe, load_recipe, save_recipe
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.upload import push
+from m2f_trainer.training.automatic import images_a_device, resolve
 from m2f_trainer.training.callbacks import run_callbacks
 from m2f_trainer.training.checkpoints import METRICS, PICKLED_ARGUMENTS, RECIPE
 from m2f_trainer.training.fingerprint import fingerprint
 from m2f_trainer.training.guards import explained
 from m2f_trainer.training.lock import only_run
+from m2f_trainer.training.plan import plan, to_text
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
@@ -60,6 +62,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         checkpoint = from_main(recipe.train, lambda: find_resume(recipe.train))
         splits = load_splits(recipe.data)
         categories = categories_of(splits["train"])
+        recipe = resolved(recipe, splits, checkpoint)
         facts = fingerprint(recipe, splits, categories)
         start = from_main(recipe.train, lambda: starting_point(checkpoint, recipe.train, facts))
         model = build(recipe.model, recipe.data, categories)
@@ -77,6 +80,30 @@ def train(recipe: Recipe) -> dict[str, float]:
             figures = final_figures(trainer, recipe, splits, categories)
         finish(trainer, recipe, figures)
     return figures
+
+
+def resolved(recipe: Recipe, splits: Mapping[str, Dataset], checkpoint: Path | None = None) -> Recipe:
+    """The recipe with a number for every "auto"."""
+    categories = categories_of(splits["train"])
+    rows = InstanceDataset(splits["train"], train_transform(recipe), categories)
+
+    def probe(limit: int) -> int:
+        found = images_a_device(lambda: build(recipe.model, recipe.data, categories), rows, recipe.train, limit)
+        set_seed(recipe.train.seed)
+        return found
+
+    return resolve(recipe, len(rows), checkpoint, probe)
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What `train` would do, as text; nothing is trained or written."""
+    set_seed(recipe.train.seed)
+    splits = load_splits(recipe.data)
+    recipe = resolved(recipe, splits)
+    rows = splits["train"]
+    objects = sum(len(some) for some in rows["objects"])
+    model = build(recipe.model, recipe.data, categories_of(rows))
+    return to_text(plan(model, recipe.train, len(rows), max(1, round(objects / len(rows)))))
 
 
 class SavedWithModel:
