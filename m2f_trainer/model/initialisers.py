@@ -10,9 +10,9 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .pixel_decoder import PixelDecoder
-from .pyramid import ChannelNorm, SimplePyramid
+from .pyramid import AdapterPyramid, ChannelNorm, ConvStem, SimplePyramid
 
-NECK_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, SimplePyramid)
+NECK_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, SimplePyramid, AdapterPyramid, ConvStem)
 
 
 def start_head_layer(module: nn.Module) -> None:

@@ -48,7 +48,7 @@ class SimplePyramid(nn.Module):
             ]
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Taps of (B, dim, h, w) -> [(B, C0, 4h, 4w), (B, C1, 2h, 2w), (B, C2, h, w), (B, C3, h/2, w/2)]."""
         fused = self.fuse(torch.cat(tuple(maps), dim=1))
         return [scale(fused) for scale in self.scales]
@@ -64,10 +64,57 @@ def _projection(inputs: int, outputs: int) -> list[nn.Module]:
     ]
 
 
+class ConvStem(nn.Module):
+    """A light convolutional net on the image, which keeps what is smaller than a patch: maps of strides 4, 8 and 16.
+
+    After the spatial prior module of ViT-Adapter (Chen et al. 2023, https://arxiv.org/abs/2205.08534, section 3.2),
+    with fewer layers, and the layer norms of the pyramid instead of batch norms.
+    """
+
+    widths = (32, 64, 96, 128)
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        inputs = (3, *self.widths[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), ChannelNorm(o), nn.GELU())
+            for i, o in zip(inputs, self.widths, strict=True)
+        )
+        self.outputs = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(self.widths[1:], channels[:3], strict=True))
+
+    def forward(self, pixel_values: Tensor, finest: torch.Size) -> list[Tensor]:
+        """Images (B, 3, H, W) and the finest map's (4h, 4w) -> [(B, C0, 4h, 4w), (B, C1, 2h, 2w), (B, C2, h, w)].
+
+        The image is first resized to four times the finest map, which is its own size where the patch is of 16 pixels.
+        """
+        size = [4 * side for side in finest]
+        features = nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=True)
+        maps = []
+        for k, stage in enumerate(self.stages):
+            features = stage(features)
+            if k:
+                maps.append(self.outputs[k - 1](features))
+        return maps
+
+
+class AdapterPyramid(SimplePyramid):
+    """The simple pyramid with a `ConvStem` added to its three finer maps: for objects near the size of a patch."""
+
+    def __init__(self, dim: int, taps: int, channels: Sequence[int]) -> None:
+        super().__init__(dim, taps, channels)
+        self.stem = ConvStem(channels)
+
+    def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
+        """As `SimplePyramid.forward`; `pixel_values` (B, 3, H, W) are the normalised images."""
+        *finer, coarsest = super().forward(maps, pixel_values)
+        added = self.stem(pixel_values, finer[0].shape[-2:])
+        return [*(one + other for one, other in zip(finer, added, strict=True)), coarsest]
+
+
 class PlainNeck(nn.Module):
     """All four maps at the patch stride: the taps as they are, the last one repeated."""
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Taps of (B, dim, h, w), at most four -> four maps of (B, dim, h, w)."""
         return [*maps, *[maps[-1]] * (4 - len(maps))]
 
@@ -75,7 +122,7 @@ class PlainNeck(nn.Module):
 class StagesNeck(nn.Module):
     """A ConvNeXt's own four stages, unchanged."""
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Four maps of strides 4, 8, 16 and 32 -> the same."""
         return list(maps)
 
@@ -83,6 +130,9 @@ class StagesNeck(nn.Module):
 def default_channels(dim: int) -> list[int]:
     """Channels of the pyramid's maps, fine to coarse: dim/4, dim/2, dim, dim, none over 256 (ViTDet's width)."""
     return [min(width, 256) for width in (dim // 4, dim // 2, dim, dim)]
+
+
+_PYRAMIDS = {"pyramid": SimplePyramid, "adapter": AdapterPyramid}
 
 
 def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | None) -> tuple[nn.Module, list[int]]:
@@ -96,10 +146,10 @@ def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | 
                 f"neck 'plain' takes at most 4 taps, got {taps}: shorten pyramid_taps or use neck 'pyramid'"
             )
         return PlainNeck(), [dim] * 4
-    if neck == "pyramid":
+    if neck in _PYRAMIDS:
         widths = list(channels or default_channels(dim))
-        return SimplePyramid(dim, taps, widths), widths
-    raise ModelError(f"neck must be 'pyramid' or 'plain', got {neck!r}")
+        return _PYRAMIDS[neck](dim, taps, widths), widths
+    raise ModelError(f"neck must be 'pyramid', 'adapter' or 'plain', got {neck!r}")
 
 
 class Encoder(nn.Module):
@@ -132,5 +182,5 @@ class Encoder(nn.Module):
         """Normalised images (B, 3, H, W) -> four maps, fine to coarse, (B, C_i, h_i, w_i)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(pixel_values).feature_maps
-        four: list[Tensor] = self.neck(maps)
+        four: list[Tensor] = self.neck(maps, pixel_values)
         return four

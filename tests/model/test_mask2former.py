@@ -24,6 +24,8 @@ def outputs(model: M2FModel, pixels: torch.Tensor) -> torch.Tensor:
     [
         (VIT, "pyramid", (64, 96), (32, 48)),
         (VIT, "plain", (64, 96), (8, 12)),
+        (VIT, "adapter", (64, 96), (32, 48)),
+        (DINOV2, "adapter", (56, 70), (16, 20)),
         (CONVNEXT, "pyramid", (64, 96), (16, 24)),
         (DINOV2, "pyramid", (56, 70), (16, 20)),
     ],
@@ -33,8 +35,22 @@ def test_every_backbone_gives_masks_at_its_finest_stride(backbone, neck, size, s
     assert outputs(model, images(2, *size)).shape == (2, 7, *shape)
 
 
-def test_all_trainable_parameters_get_a_gradient_also_without_any_object() -> None:
-    model = tiny_model(taps=(1, 2)).train()
+def test_the_adapter_neck_sees_what_lies_inside_one_patch_where_the_pyramid_of_a_blind_backbone_does_not() -> None:
+    pixels = images(1)
+    swapped = pixels.clone()
+    swapped[..., :8, :8] = pixels[..., :8, :8].flip(-1)
+    differ = {}
+    for neck in ("pyramid", "adapter"):
+        model = tiny_model(neck=neck)
+        for parameter in model.encoder.backbone.parameters():
+            torch.nn.init.zeros_(parameter)
+        differ[neck] = not torch.equal(outputs(model, pixels), outputs(model, swapped))
+    assert differ == {"pyramid": False, "adapter": True}
+
+
+@pytest.mark.parametrize("neck", ["pyramid", "adapter"])
+def test_all_trainable_parameters_get_a_gradient_also_without_any_object(neck: str) -> None:
+    model = tiny_model(taps=(1, 2), neck=neck).train()
     empty = {"mask_labels": [torch.zeros(0, 64, 64)] * 2, "class_labels": [torch.zeros(0, dtype=torch.long)] * 2}
     model(images(), **empty).loss.backward()
     without = [
