@@ -68,7 +68,8 @@ def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train:
     """
     if train.device.type == "cpu":
         return min(CPU_IMAGES, limit)
-    model = build().to(train.device).train()
+    model = build().train()
+    model.to(train.device)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     samples = fullest(rows, limit)
@@ -84,7 +85,7 @@ def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train:
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest power of two up to `limit` that fits, found by doubling or halving from 4; 0 if 1 does not fit."""
-    images = min(FIRST_TRY, 2 ** int(math.log2(limit)))
+    images = min(FIRST_TRY, 1 << int(math.log2(limit)))
     if not fits(images):
         while images > 1:
             images //= 2
