@@ -9,14 +9,13 @@ that the example's samples have, and once as it trains, with large-scale jitter.
 
 import argparse
 import io
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.measure import in_a_process, peak_mb
 
 SIDE = 1024
 
@@ -113,17 +112,7 @@ def memory(path: str, instances: int) -> float:
             return stock(one, 0)
 
     make(few)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory_kb("VmRSS")
-    kept = make(row)
-    assert kept is not None
-    return (memory_kb("VmHWM") - before) / 1e3
-
-
-def memory_kb(name: str) -> int:
-    """A figure of this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return peak_mb(lambda: make(row))
 
 
 def main() -> None:
@@ -137,8 +126,7 @@ def main() -> None:
         print(f"  {name:16} {spent:7.1f} ms   {told['stock'] / spent:5.1f} x")
     print(f"peak MB that one image of many instances adds at {SIDE}x{SIDE} (stock takes 255 at most)")
     for name, instances in (("stock", 255), ("ours", 255), ("ours", 400)):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            print(f"  {name:5} {instances:4} {pool.submit(memory, name, instances).result():12.0f} MB")
+        print(f"  {name:5} {instances:4} {in_a_process(memory, name, instances):12.0f} MB")
 
 
 if __name__ == "__main__":

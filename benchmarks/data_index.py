@@ -12,12 +12,12 @@ import multiprocessing
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.measure import in_a_process
 
 CLASSES = 80
 
@@ -51,12 +51,6 @@ def annotation(rng: np.random.Generator) -> dict[str, Any]:
     box = [*low.tolist(), *(high - low).round(2).tolist()]
     made = {"segmentation": [outline.reshape(-1).tolist()], "area": round(0.7 * box[2] * box[3], 2), "iscrowd": 0}
     return {**made, "bbox": box, "category_id": int(rng.integers(1, CLASSES + 1))}
-
-
-def in_a_process(task: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """What the task measures, in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(task, *arguments).result()
 
 
 def index(root: str, cache: str) -> dict[str, float]:

@@ -1,41 +1,85 @@
-"""From logits to run lengths, ours against transformers' post-processing and pycocotools' encoder.
+"""Evaluation, ours against transformers': from logits to run lengths, and the whole of it from pixels to figures.
 
-python -m benchmarks.evaluate
+python -m benchmarks.evaluate --dataset MY_COCO
+python -m benchmarks.evaluate --whole 500 --dataset MY_COCO
+
+Stock is what the transformers example does: `post_process_instance_segmentation` with binary maps, encoded and scored
+by pycocotools (the example's torchmetrics needs torchvision; it encodes and scores through pycocotools). Masks are
+those of a dataset's annotations as a trained model would give them, or ellipses; weights are random, so that the whole
+evaluation's forward passes are timed and their outputs replaced.
 """
 
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.nn import functional
 from transformers import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-from benchmarks.measure import alternate, parser, report
+from benchmarks import scoring
+from benchmarks.found import class_logits, logits_of
+from benchmarks.measure import alternate, compared, in_a_process, parser, peak_mb, report
+from benchmarks.stock import BACKBONES, CATEGORIES, our_model, stock_model
+from m2f_trainer.data.transforms import fit
 from m2f_trainer.evaluation.instances import to_instances
 
-PADDED, RESIZED, LOGITS = (800, 1088), (800, 1067), (200, 272)
-CLASSES = 80
+Case = tuple[tuple[int, int], int, int, Path | None, str, int]
+"""Original size, queries, side of the model's input, dataset, device, threads."""
 
 
 def main() -> None:
-    """Measure the two sizes, and print them."""
+    """Measure the sizes asked for, and print them."""
     made = parser(__doc__ or "")
     made.add_argument("--queries", type=int, default=100)
+    made.add_argument("--side", type=int, default=1024, help="the model's input")
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--size", nargs="+", default=["480x640", "1536x2048"], help="HEIGHTxWIDTH of the image")
+    made.add_argument("--dataset", type=Path, help="a COCO folder to take masks from")
+    made.add_argument("--whole", type=int, help="the whole evaluation of so many images")
+    made.add_argument("--measured", type=int, default=3, help="images of the whole evaluation that are really passed")
+    made.add_argument("--backbone", default="vits16plus", choices=list(BACKBONES))
     arguments = made.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(arguments, tuple(map(int, size.split("x")))) for size in arguments.size]
-    report("Logits to COCO run lengths, one image", rows, arguments)
+    torch.set_num_threads(arguments.threads)
+    kind = whole if arguments.whole else masks
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.size]
+    rows = [kind(arguments, (height, width)) for height, width in sizes]
+    report("The whole evaluation" if arguments.whole else "Logits to COCO run lengths, one image", rows, arguments)
 
 
-def measure(arguments: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """One row."""
-    classes, masks = (tensor.to(arguments.device) for tensor in logits(arguments.queries))
-    output = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+def masks(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
+    """One row: one image of 100 queries, time here, and the peak memory of each in a process of its own."""
+    case = (size, arguments.queries, arguments.side, arguments.dataset, arguments.device, arguments.threads)
+    seconds = alternate(stages(*case), arguments.repeats, arguments.device)
+    peaks = {name: in_a_process(peak_of, name, *case) for name in ("ours", "stock")}
+    return {
+        "height x width": f"{size[0]}x{size[1]}",
+        "queries": arguments.queries,
+        **compared(seconds, arguments.device),
+        **{f"{name} MB": peak for name, peak in peaks.items()},
+    }
+
+
+def peak_of(name: str, *case: Any) -> float:
+    """Peak MB of one of the two, after a small image so that libraries are loaded."""
+    torch.set_num_threads(case[-1])
+    stages((32, 32), 2, 64, None, *case[-2:])[name]()
+    return peak_mb(stages(*case)[name], case[-2])
+
+
+def stages(
+    size: tuple[int, int], queries: int, side: int, dataset: Path | None, device: str, threads: int
+) -> dict[str, Callable[[], int]]:
+    """From logits to encoded masks, both ways, of one image of a size."""
+    geometry, cells = fit(size, (side, side)), (side // 4, side // 4)
+    inside = (-(-geometry.resized[0] // 4), -(-geometry.resized[1] // 4))
+    logits = logits_of(dataset, queries, cells, inside).to(device)
+    classes = class_logits(queries).to(device)
+    output = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=logits)
     processor = Mask2FormerImageProcessorPil()
 
     def stock() -> int:
@@ -46,37 +90,56 @@ def measure(arguments: Any, size: tuple[int, ...]) -> dict[str, Any]:
         return len(coco_mask.encode(columns))
 
     def ours() -> int:
-        return len(
-            to_instances(
-                classes, masks, image_ids=[0], original_sizes=[(size[0], size[1])], resized_sizes=[RESIZED],
-                padded_size=PADDED, category_ids=list(range(CLASSES)),
-            )[0]
+        found = to_instances(
+            classes, logits, image_ids=[0], original_sizes=[size], resized_sizes=[geometry.resized],
+            padded_size=(side, side), category_ids=list(range(len(CATEGORIES))),
         )  # fmt: skip
+        return len(found[0])
 
-    seconds = alternate({"stock": stock, "ours": ours}, arguments.repeats, arguments.device)
-    clock = "cpu" if arguments.device == "cpu" else "wall"
+    return {"stock": stock, "ours": ours}
+
+
+def whole(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
+    """One row: forward passes and masks of a few images, scaled to all, and the scoring of all."""
+    case = (size, arguments.queries, arguments.side, arguments.dataset, arguments.device, arguments.threads)
+    forward = alternate(forwards(arguments), arguments.measured, arguments.device)
+    encode = alternate(stages(*case), arguments.measured, arguments.device)
+    score = scoring.measure(arguments.whole, 7, 100, arguments.dataset)
+    clock, count = "cpu" if arguments.device == "cpu" else "wall", arguments.whole
+    parts = {
+        name: {
+            "forward": count * forward[name][clock],
+            "masks": count * encode[name][clock],
+            "scoring": score[f"{name} cpu s"],
+        }
+        for name in ("ours", "stock")
+    }
+    total = {name: sum(part.values()) for name, part in parts.items()}
     return {
+        "images": count,
         "height x width": f"{size[0]}x{size[1]}",
-        "queries": arguments.queries,
-        **{f"{name} {kind} s": seconds[name][kind] for name in ("ours", "stock") for kind in ("cpu", "wall")},
-        "ratio": seconds["stock"][clock] / seconds["ours"][clock],
+        **{f"{name} {part} s": seconds for name in parts for part, seconds in parts[name].items()},
+        **{f"{name} images/s": count / seconds for name, seconds in total.items()},
+        "ratio": total["stock"] / total["ours"],
     }
 
 
-def logits(queries: int) -> tuple[Tensor, Tensor]:
-    """Class logits (1, Q, K + 1) and mask logits (1, Q, h, w): blobs of 2 to 60 cells, an empty mask now and then."""
-    generator = torch.Generator().manual_seed(0)
-    y, x = torch.meshgrid(torch.arange(LOGITS[0]), torch.arange(LOGITS[1]), indexing="ij")
-    masks = []
-    for query in range(queries):
-        centre_y, centre_x, spread = torch.rand(3, generator=generator).tolist()
-        radius = 0.0 if query % 16 == 0 else 1 + 29 * spread**2
-        distance = torch.hypot(y - centre_y * LOGITS[0], x - centre_x * LOGITS[1])
-        rough = torch.randn(1, 1, LOGITS[0] // 8, LOGITS[1] // 8, generator=generator)
-        noise = functional.interpolate(rough, size=LOGITS, mode="bilinear")[0, 0]
-        masks.append((radius - distance).clamp(-8, 8) + 0.5 * noise)
-    classes = torch.randn(1, queries, CLASSES + 1, generator=generator)
-    return classes, torch.stack(masks).unsqueeze(0)
+def forwards(arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """One image's forward pass, both ways, with the same weights."""
+    ours = our_model(arguments.backbone, arguments.side).to(arguments.device).eval()
+    stock = stock_model(ours).to(arguments.device).eval()
+    pixels = torch.randint(0, 256, (1, 3, arguments.side, arguments.side), dtype=torch.uint8, device=arguments.device)
+    scaled: Tensor = ours.normalise(pixels, None)
+
+    @torch.inference_mode()
+    def our_pass() -> object:
+        return ours(pixel_values=pixels)
+
+    @torch.inference_mode()
+    def stock_pass() -> object:
+        return stock(pixel_values=scaled)
+
+    return {"stock": stock_pass, "ours": our_pass}
 
 
 if __name__ == "__main__":

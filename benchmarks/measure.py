@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import multiprocessing
 import platform
-import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ Run = Callable[[], object]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The two options that every benchmark has."""
-    made = argparse.ArgumentParser(description=description)
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--threads", type=int, default=1)
     made.add_argument("--output", type=Path, help="a JSON file for the figures")
     return made
 
@@ -70,9 +73,57 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return total
 
 
-def peak_rss() -> int:
-    """Most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_mb(run: Run, device: str = "cpu") -> float:
+    """Most MB that a run adds to what is held before it: the allocator's on CUDA, else the process's resident memory.
+
+    Resident memory sees what earlier runs gave back to the C library and not to the system: measure the first run of a
+    process (`in_a_process`) where the figure matters.
+    """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status_kb("VmRSS")
+    kept = run()
+    peak = _status_kb("VmHWM")
+    del kept
+    return (peak - before) / 1e3
+
+
+def _status_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def waits(run: Run, device: str) -> int | None:
+    """How often a run makes the host wait for a CUDA device; None on a CPU, where there is nothing to wait for."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(one.message) for one in told)
+
+
+def in_a_process(task: Callable[..., Any], *arguments: Any) -> Any:
+    """What the task returns, run in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
+
+
+def compared(seconds: Mapping[str, Mapping[str, float]], device: str) -> dict[str, float]:
+    """The columns of a comparison: ours, stock, and how many times as fast ours is; CPU time on a CPU, else wall."""
+    clock = "cpu" if device == "cpu" else "wall"
+    ours, stock = seconds["ours"][clock], seconds["stock"][clock]
+    return {f"ours {clock} s": ours, f"stock {clock} s": stock, "ratio": stock / ours}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -107,4 +158,6 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], arguments: argparse.Na
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

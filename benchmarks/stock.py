@@ -63,14 +63,19 @@ def stock_model(ours: M2FModel) -> Mask2FormerForUniversalSegmentation:
     return model
 
 
-def scene(batch: int, side: int, instances: int, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same random images and ellipses twice: our batch, as the collator makes it, and transformers'."""
+def scene(
+    batch: int, side: int, instances: int, device: str = "cpu", *, dense: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same random images and ellipses twice: our batch, as the collator makes it, and transformers'.
+
+    Without `dense`, transformers' has no masks, which take four bytes a pixel each.
+    """
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
     boxes = _boxes(batch * instances, side, generator)
     bitmaps = [_ellipse(int(y1 - y0), int(x1 - x0)) for x0, y0, x1, y1 in boxes.tolist()]
-    dense = torch.zeros(batch * instances, side, side)
-    for mask, bitmap, (x0, y0, x1, y1) in zip(dense, bitmaps, boxes.tolist(), strict=True):
+    masks = torch.zeros(batch * instances if dense else 0, side, side)
+    for mask, bitmap, (x0, y0, x1, y1) in zip(masks, bitmaps, boxes.tolist(), strict=False):
         mask[y0:y1, x0:x1] = bitmap
     classes = torch.randint(0, len(CATEGORIES), (batch, instances), generator=generator).to(device)
     packed = pack_masks([bitmap.numpy() for bitmap in bitmaps], boxes)
@@ -85,7 +90,7 @@ def scene(batch: int, side: int, instances: int, device: str = "cpu") -> tuple[d
     stock = {
         "pixel_values": ((scaled - mean) / std).to(device),
         "pixel_mask": torch.ones(batch, side, side, dtype=torch.long, device=device),
-        "mask_labels": list(dense.to(device).split(instances)),
+        "mask_labels": list(masks.to(device).split(instances)),
         "class_labels": list(classes),
     }
     return ours, stock

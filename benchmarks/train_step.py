@@ -1,6 +1,8 @@
-"""One training step, ours against transformers' own model: time, kept activations.
+"""One training step, ours against transformers' own model: time, kept activations, peak memory, waits for the device.
 
 python -m benchmarks.train_step --side 512 --instances 20 --tune full frozen
+python -m benchmarks.train_step --side 256 512 1024 --instances 5 20 60 200 --tune full lora frozen
+python -m benchmarks.train_step --device cuda --backbone vitl16 --side 1024 --batch 4 --bf16 --compile
 """
 
 import argparse
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import alternate, kept_bytes, parser, report
+from benchmarks.measure import alternate, compared, kept_bytes, parser, peak_mb, report, waits
 from benchmarks.stock import BACKBONES, our_model, scene, stock_model
 from m2f_trainer.model.adapters import set_tuning
 
@@ -32,7 +34,6 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--instances", type=int, nargs="+", default=[20])
     made.add_argument("--tune", nargs="+", default=["full"], choices=["full", "lora", "frozen"])
     made.add_argument("--repeats", type=int, default=3)
-    made.add_argument("--threads", type=int, default=1)
     made.add_argument("--bf16", action="store_true", help="autocast")
     made.add_argument("--compile", action="store_true", help="compile our model, and stock's; the first steps count")
     return made.parse_args()
@@ -51,25 +52,30 @@ def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int)
     for name, model in models.items():
         model.to(arguments.device).train()
         batch = ours_batch if name == "ours" else stock_batch
-        forward = _forward(model, batch, arguments)
+        forward = forward_of(model, batch, arguments)
         kept[name] = kept_bytes(forward, model)
-        steps[name] = _step(forward, model)
+        steps[name] = step_of(forward, model)
     seconds = alternate(steps, arguments.repeats, arguments.device)
-    whole = "stock full" if "stock full" in seconds else "stock"
-    clock = "cpu" if arguments.device == "cpu" else "wall"
+    row = compared(seconds, arguments.device)
+    whole = {**seconds, "stock": seconds.get("stock full", seconds["stock"])}
+    cuda = arguments.device != "cpu"  # on a CPU, what earlier steps gave back hides the peak
+    measured = {
+        "kept MB": {name: kept[name] / 1e6 for name in steps},
+        "peak MB": {name: peak_mb(step, arguments.device) if cuda else None for name, step in steps.items()},
+        "waits": {name: waits(step, arguments.device) for name, step in steps.items()},
+    }
     return {
         "tune": tune,
         "side": side,
         "instances": instances,
-        **{f"{name} {kind} s": seconds[name][kind] for name in ("ours", "stock") for kind in ("cpu", "wall")},
-        "ratio": seconds["stock"][clock] / seconds["ours"][clock],
-        "ratio to stock full": seconds[whole][clock] / seconds["ours"][clock],
-        **{f"{name} kept MB": kept[name] / 1e6 for name in ("ours", "stock")},
+        **row,
+        "ratio to stock full": compared(whole, arguments.device)["ratio"],
+        **{f"{name} {what}": values[name] for what, values in measured.items() for name in ("ours", "stock")},
         "kept ratio": kept["ours"] / kept["stock"],
     }
 
 
-def _forward(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namespace) -> Callable[[], Tensor]:
+def forward_of(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namespace) -> Callable[[], Tensor]:
     if arguments.compile:
         model.forward = torch.compile(model.forward)
 
@@ -81,7 +87,7 @@ def _forward(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namesp
     return forward
 
 
-def _step(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]:
+def step_of(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
