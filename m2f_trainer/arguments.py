@@ -47,6 +47,12 @@ class ModelArguments:
     init_from: str | None = option(None, "A model of ours to start a new run from; the classes may differ.")
     num_queries: int = option(100, "Queries, so the most instances that one image can have.")
     pyramid_taps: list[int] | None = option(None, "Backbone layers the neck reads, from 1. Default: the last one.")
+    drop_path: float = option(
+        0.0, "Share of images that skip the backbone's last layer in training; earlier ones less."
+    )
+    rope_rescale: float | None = option(
+        None, "Scale DINOv3's positions by a random factor up to this in training, as its pretraining did with 2."
+    )
     lora_rank: int = option(16, "Rank of the LoRA matrices.")
     lora_alpha: int = option(32, "LoRA scale; the update is multiplied by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
@@ -60,7 +66,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"num_queries": (1, None), "lora_rank": (1, None), "lora_alpha": (1, None)})
-        check_ranges(self, {"lora_dropout": (0, 1)})
+        check_ranges(self, {"lora_dropout": (0, 1), "drop_path": (0, 0.9), "rope_rescale": (1, None)})
         if self.head_checkpoint and self.init_from:
             raise RecipeError("head_checkpoint and init_from are both set, and each starts the head. Keep one of them.")
 

@@ -59,11 +59,18 @@ def hub_id(backbone: str) -> str:
     return BACKBONES[backbone].hub_id if backbone in BACKBONES else backbone
 
 
-def read_config(backbone: str | Mapping[str, Any], taps: tuple[int, ...] = ()) -> PreTrainedConfig:
+def read_config(
+    backbone: str | Mapping[str, Any],
+    taps: tuple[int, ...] = (),
+    drop_path: float = 0.0,
+    rope_rescale: float | None = None,
+) -> PreTrainedConfig:
     """Return the backbone's configuration, set to give the maps that the neck needs.
 
     `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
     `taps` are 1-based depths of a ViT whose maps are used (default: the last one); a ConvNeXt gives its four stages.
+
+    `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
 
     Raises ModelError when the configuration can't be read, naming the steps that give access.
     """
@@ -79,6 +86,7 @@ def read_config(backbone: str | Mapping[str, Any], taps: tuple[int, ...] = ()) -
     stages = list(config.to_dict().get("stage_names", ()))
     if not stages:
         raise ModelError(f"{config.model_type!r} is no backbone of transformers: it has no stages to take maps from")
+    _set_noise(config, drop_path, rope_rescale)
     if is_pyramidal(config):
         config.out_features = stages[-4:]
         return config
@@ -87,9 +95,25 @@ def read_config(backbone: str | Mapping[str, Any], taps: tuple[int, ...] = ()) -
     if wrong:
         raise ModelError(f"pyramid_taps {wrong}: this backbone has {depth} layers, so a tap is between 1 and {depth}")
     config.out_features = [stages[tap] for tap in sorted(set(taps or (depth,)))]
-    if "pos_embed_rescale" in config.to_dict():
-        config.pos_embed_rescale = None  # DINOv3 rescales RoPE at random in training mode; here only if asked for
     return config
+
+
+def _set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | None) -> None:
+    """Set what a backbone does at random while it trains, all of it. Raises ModelError where it can't.
+
+    DINOv3's pretraining rescales the RoPE coordinates of each batch by a factor of up to 2, and its configurations
+    still say so, which would go on in fine-tuning. Practice there is mixed; here it is off unless asked for, since
+    large-scale jitter changes sizes already, and does so together with the masks.
+    """
+    known = config.to_dict()
+    for name, value in (("drop_path_rate", drop_path), ("pos_embed_rescale", rope_rescale)):
+        if value and name not in known:
+            raise ModelError(f"a {config.model_type!r} backbone has no {name}, so it can't be set to {value}")
+    noise = {"drop_path_rate": drop_path, "pos_embed_rescale": rope_rescale}
+    noise |= {"pos_embed_shift": None, "pos_embed_jitter": None}
+    for name, value in noise.items():
+        if name in known:
+            setattr(config, name, value)
 
 
 def is_pyramidal(config: PreTrainedConfig) -> bool:

@@ -20,6 +20,8 @@ def build_model(
     taps: Sequence[int] = (),
     head_checkpoint: str | None = None,
     init_from: str | None = None,
+    drop_path: float = 0.0,
+    rope_rescale: float | None = None,
     **config_fields: Any,
 ) -> M2FModel:
     """Assemble a model to be trained.
@@ -30,13 +32,15 @@ def build_model(
     taps             1-based depths of a ViT that feed the neck; default the last
     head_checkpoint  any Mask2Former checkpoint to take the pixel decoder and transformer decoder from
     init_from        a model of ours to take all weights from, other classes included
+    drop_path        share of a batch's images that skip the backbone's last layer in training; earlier layers less
+    rope_rescale     DINOv3's positions are scaled in training by a random factor from 1 / this to this; default not
     config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim
 
     Raises ModelError when a part can't be had or doesn't fit.
     """
     _check_fields(config_fields)
     config = M2FConfig(
-        backbone_config=read_config(backbone, tuple(taps)),
+        backbone_config=read_config(backbone, tuple(taps), drop_path, rope_rescale),
         backbone_name=backbone if isinstance(backbone, str) else "",
         head_checkpoint=head_checkpoint,
         init_from=init_from,

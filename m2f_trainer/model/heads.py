@@ -1,6 +1,7 @@
 """Starting from other weights: a published Mask2Former head, or a model of ours with other classes."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,16 +19,17 @@ HEAD_FIELDS = (
     "num_attention_heads", "dim_feedforward", "num_queries", "enforce_input_projection", "common_stride",
 )  # fmt: skip
 ENCODER = "model.pixel_level_module.encoder."
-CLASS_HEAD = "class_predictor."
+QUERIES = ("queries_embedder.weight", "queries_features.weight")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors were loaded, which stay new in the model, and which of the source were not used."""
+    """Which tensors were loaded, which stay new in the model, which of the source were not used, and which queries."""
 
     loaded: tuple[str, ...]
     new: tuple[str, ...]
     unused: tuple[str, ...]
+    queries: str = ""
 
     def __str__(self) -> str:
         """One line for the log, with the first names of what did not fit."""
@@ -35,7 +37,7 @@ class LoadReport:
         for word, names in (("new", self.new), ("unused", self.unused)):
             some = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
             parts.append(f"{len(names)} {word}{some}")
-        return "; ".join(parts)
+        return "; ".join([*parts, self.queries] if self.queries else parts)
 
 
 @lru_cache(maxsize=1)
@@ -87,10 +89,23 @@ def _copy_matching(model: nn.Module, source: dict[str, Tensor], skip: str = "\0"
     fitting = [name for name in own if name in source and source[name].shape == own[name].shape]
     for name in fitting:
         own[name].copy_(source[name])
-    loaded = set(fitting)
-    return LoadReport(
-        tuple(fitting), tuple(name for name in own if name not in loaded), tuple(n for n in source if n not in loaded)
-    )
+    resized = [name for name in own if name.endswith(QUERIES) and name in source and name not in fitting]
+    queries = _copy_queries(own, source, resized)
+    loaded = {*fitting, *(resized if queries else ())}
+    new, unused = (tuple(name for name in names if name not in loaded) for names in (own, source))
+    return LoadReport(tuple(fitting), new, unused, queries)
+
+
+def _copy_queries(own: dict[str, Tensor], source: dict[str, Tensor], names: Sequence[str]) -> str:
+    """Take over as many queries as both have, where only their number differs; say so. The others start anew."""
+    counts = ""
+    for name in names:
+        (ours, width), (theirs, other) = own[name].shape, source[name].shape
+        if width == other:
+            taken = min(ours, theirs)
+            own[name][:taken].copy_(source[name][:taken])
+            counts = f"{taken} of the source's {theirs} queries taken over, {ours - taken} new"
+    return counts
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The encoder of Mask2Former: a DINO backbone and the neck that gives Mask2Former its four maps."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +163,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = AutoBackbone.from_config(backbone)
         self.neck, self.channels = build_neck(neck, backbone, neck_channels)
+        _deepen_drop_path(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)  # used in pretraining only
@@ -184,3 +186,16 @@ class Encoder(nn.Module):
             maps = self.backbone(pixel_values).feature_maps
         four: list[Tensor] = self.neck(maps, pixel_values)
         return four
+
+
+def _deepen_drop_path(backbone: nn.Module) -> None:
+    """Raise a ViT's drop path from 0 at its first layer to the configured rate at its last.
+
+    As stochastic depth was published (Huang et al. 2016, https://arxiv.org/abs/1603.09382, section 3); transformers
+    gives every layer of a ViT the same rate. A ConvNeXt has it right already.
+    """
+    drops: list[Any] = [module for name, module in backbone.named_modules() if name.endswith(".drop_path")]
+    rates = [drop.drop_prob for drop in drops if not isinstance(drop, nn.Identity)]
+    if len(rates) == len(drops) and len(set(rates)) == 1:
+        for depth, drop in enumerate(drops):
+            drop.drop_prob = rates[0] * depth / max(len(drops) - 1, 1)

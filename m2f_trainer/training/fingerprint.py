@@ -13,7 +13,7 @@ from m2f_trainer.recipe import Recipe
 
 MODEL_FIELDS = (
     "backbone", "neck", "tune", "num_queries", "pyramid_taps", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_targets", "backbone_config", "head_config",
+    "lora_targets", "drop_path", "rope_rescale", "backbone_config", "head_config",
 )  # fmt: skip
 DATA_FIELDS = ("image_height", "image_width", "lsj_min_scale", "lsj_max_scale", "horizontal_flip", "color_jitter")
 TRAIN_FIELDS = (

@@ -156,6 +156,8 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
         init_from=model.init_from,
         neck=model.neck,
         num_queries=model.num_queries,
+        drop_path=model.drop_path,
+        rope_rescale=model.rope_rescale,
         **(model.head_config if isinstance(model.head_config, dict) else {}),
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)

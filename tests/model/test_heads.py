@@ -59,3 +59,19 @@ def test_a_new_run_from_a_model_of_ours_carries_class_scores_over_by_name(tmp_pa
     assert torch.equal(new.class_predictor.weight[[2, 0, 3]], old.class_predictor.weight)
     shared = [name for name in old.state_dict() if not name.startswith("class_predictor")]
     assert all(torch.equal(new.state_dict()[name], old.state_dict()[name]) for name in shared)
+
+
+def test_more_queries_than_the_source_has_keep_its_own_and_say_how_many_are_new(head: Path, tmp_path: Path) -> None:
+    theirs = Mask2FormerForUniversalSegmentation.from_pretrained(head).state_dict()
+    more = build_model(VIT, CATEGORIES, image_size=(64, 64), head_checkpoint=str(head), num_queries=15)
+    report = load_head(more, str(head))
+    assert "11 of the source's 11 queries taken over, 4 new" in str(report)
+    assert report.new == ()
+    for name in ("queries_embedder.weight", "queries_features.weight"):
+        name = f"model.transformer_module.{name}"
+        assert torch.equal(more.state_dict()[name][:11], theirs[name])
+        assert more.state_dict()[name][11:].std() == pytest.approx(1, abs=0.3)
+    more.save_pretrained(tmp_path)
+    fewer = tiny_model(init_from=str(tmp_path), num_queries=5)
+    name = "model.transformer_module.queries_embedder.weight"
+    assert torch.equal(fewer.state_dict()[name], more.state_dict()[name][:5])
