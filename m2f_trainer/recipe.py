@@ -205,6 +205,11 @@ def build(values: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
         raise RecipeError("dataset_name is missing: give the folder of a COCO dataset, as in --dataset_name my_coco.")
+    if data.streaming and train.max_steps < 1:
+        raise RecipeError(
+            f"max_steps={train.max_steps}: a streamed dataset has no length, so that the run needs max_steps from 1 on."
+            " Set it, or leave streaming out."
+        )
     check_sides(data, required_multiple(model))
     return Recipe(model, data, train)
 

@@ -8,6 +8,7 @@ The used categories travel in the dataset's info.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -78,13 +79,20 @@ def load_coco(
         hash=_fingerprint(layout),
         layout=layout,
     )
-    try:
+    with advice_alone():
         builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+@contextmanager
+def advice_alone() -> Iterator[None]:
+    """Lets a DataError out of the error that datasets wrap around it."""
+    try:
+        yield
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
-    return builder.as_dataset()
 
 
 def features_of(categories: Sequence[Category]) -> datasets.Features:

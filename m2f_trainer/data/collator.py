@@ -38,26 +38,32 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: the image can't be read, or a category isn't one of the model's
         """
-        row = self.rows[index]
-        sample: dict[str, Any] = {**self.transform(row, int(self._epoch), index, self.rows)}
-        ids = sample.pop("category_ids").tolist()
-        unknown = sorted(set(ids) - set(self.class_of))
-        if unknown:
-            raise DataError(
-                f"image {row['image_id']}: expected categories {sorted(self.class_of)}, got {unknown}."
-                " Use the dataset the model's categories come from."
-            )
-        sample["class_labels"] = torch.tensor([self.class_of[key] for key in ids], dtype=torch.int64)
-        return sample
+        return labelled(self.transform(self.rows[index], int(self._epoch), index, self.rows), self.class_of)
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of B samples with T instances in all.
+def labelled(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
+    """The sample with class_labels int64 (N,) for its category ids. Raises DataError for one that has no class."""
+    ids = sample["category_ids"].tolist()
+    unknown = sorted(set(ids) - set(class_of))
+    if unknown:
+        raise DataError(
+            f"image {sample['image_id']}: expected categories {sorted(class_of)}, got {unknown}."
+            " Use the dataset the model's categories come from."
+        )
+    kept = {key: value for key, value in sample.items() if key != "category_ids"}
+    return {**kept, "class_labels": torch.tensor([class_of[key] for key in ids], dtype=torch.int64)}
+
+
+def collate(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """A batch of B samples with T instances in all; an empty one of None, which a resumed stream throws away.
 
     Returns:
         pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
         original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order
     """
+    samples = [sample for sample in found if sample is not None]
+    if not samples:
+        return {}
     return {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "pixel_mask": torch.stack([sample["pixel_mask"] for sample in samples]),

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from m2f_trainer.data.annotations import AnnotationFile
 from m2f_trainer.data.coco import Category, used_categories
 from m2f_trainer.data.findings import Finding, Findings, Report, some
-from m2f_trainer.data.hub import annotation_file, is_hub_name, load_hub
+from m2f_trainer.data.hub import annotation_file, is_hub_set, load_hub
 from m2f_trainer.data.inspection import Scan, Settings, scan_split
 from m2f_trainer.data.likeness import same_pictures
 from m2f_trainer.data.sources import find_splits, read_split
@@ -62,7 +62,7 @@ def examine(root: str | Path, settings: Settings | None = None) -> Examination:
 def _read(root: Path, report: Report) -> dict[str, AnnotationFile]:
     files = {}
     try:
-        if is_hub_name(root):
+        if is_hub_set(root):
             return {split: annotation_file(str(root), split, rows) for split, rows in load_hub(str(root)).items()}
         layout = find_splits(root)
     except DataError as error:

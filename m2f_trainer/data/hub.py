@@ -2,15 +2,22 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import datasets
 
 from m2f_trainer.data import masks, rle
 from m2f_trainer.data.annotations import AnnotationFile
-from m2f_trainer.data.coco import Category, categories_of, describe_categories, features_of, load_coco
+from m2f_trainer.data.coco import (
+    Category,
+    advice_alone,
+    categories_of,
+    describe_categories,
+    features_of,
+    load_coco,
+)
 from m2f_trainer.data.entries import Entry
 from m2f_trainer.data.images import image_size
 from m2f_trainer.data.layouts import SPLITS
@@ -20,13 +27,22 @@ _CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "c
 _MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 
 
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
 def load_dataset(name: str | Path) -> datasets.DatasetDict:
-    """The rows of a COCO or YOLO folder, or of a dataset on the Hub (`user/name`).
+    """The rows of a COCO or YOLO folder, or of a dataset on the Hub (`user/name`) or its downloaded folder.
 
     Raises:
         DataError: there is none, or it can't be used; the message names what and the remedy
     """
-    return load_hub(str(name)) if is_hub_name(name) else load_coco(name)
+    return load_hub(str(name)) if is_hub_set(name) else load_coco(name)
+
+
+def is_hub_set(name: str | Path) -> bool:
+    """Whether this is a dataset of the Hub: by its name, or as a folder of Parquet files, as downloaded from there."""
+    return is_hub_name(name) or any(Path(name).glob("*.parquet")) or any(Path(name).glob("data/*.parquet"))
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -40,8 +56,23 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
     Raises:
         DataError: it can't be loaded, or has no image and objects columns that describe masks
     """
+    splits = usable_splits(name, lambda: datasets.load_dataset(name, **options))
+    if all(is_ours(rows) for rows in splits.values()):
+        categories = stored_categories(next(iter(splits.values())))
+        for split, rows in splits.items():
+            check_masks(rows.remove_columns("image"), f"{name}, split {split!r}")
+        return datasets.DatasetDict({split: named(plain(rows), categories) for split, rows in splits.items()})
+    return _converted(name, splits)
+
+
+def usable_splits(name: str, load: Callable[[], Mapping[str, AnyRows]]) -> dict[str, AnyRows]:
+    """What was loaded, under our names of splits.
+
+    Raises:
+        DataError: it can't be loaded, or has no split or no columns of ours
+    """
     try:
-        loaded = datasets.load_dataset(name, **options)
+        loaded = load()
     except Exception as error:
         raise DataError(
             f"{name}: expected a folder, or a dataset on the Hub that you may read, but loading it failed"
@@ -49,54 +80,94 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
         ) from error
     splits = {SPLITS[key]: rows for key, rows in loaded.items() if key in SPLITS}
     for split, rows in splits.items():
-        if not {"image", "objects"} <= set(rows.column_names):
+        columns = rows.column_names or []
+        if not {"image", "objects"} <= set(columns):
             raise DataError(
-                f"{name}, split {split!r}: expected columns image and objects, found {', '.join(rows.column_names)}."
+                f"{name}, split {split!r}: expected columns image and objects, found {', '.join(columns) or 'none'}."
                 " Rename the columns."
             )
     if not splits:
         raise DataError(f"{name}: expected splits {', '.join(SPLITS)}, found {', '.join(loaded)}. Rename the splits.")
-    return _ours(splits) if all(is_ours(rows) for rows in splits.values()) else _converted(name, splits)
+    return splits
 
 
-def is_ours(rows: datasets.Dataset) -> bool:
+def is_ours(rows: Rows) -> bool:
     """Whether rows were built by `load_coco` before they were uploaded."""
     return "categories" in rows.features and isinstance(rows.features["categories"], datasets.ClassLabel)
 
 
-def _ours(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
-    """The rows as they were, with their categories back in the info."""
-    for rows in splits.values():
-        pairs = map(json.loads, rows.features["categories"].names)
-        rows.info.description = describe_categories([Category(int(key), str(name)) for key, name in pairs])
-    return datasets.DatasetDict(
-        {split: rows.cast_column("image", datasets.Image(decode=False)) for split, rows in splits.items()}
-    )
+def stored_categories(rows: Rows) -> tuple[Category, ...]:
+    """The categories that rows of ours carry in their features."""
+    pairs = map(json.loads, rows.features["categories"].names)
+    return tuple(Category(int(key), str(name)) for key, name in pairs)
+
+
+def plain(rows: AnyRows) -> AnyRows:
+    """The rows with images as stored bytes or paths, and with the columns that we read."""
+    known = ("image", "image_id", "height", "width", "objects", "categories")
+    used = known if is_ours(rows) else ("image", "image_id", "objects")
+    kept: AnyRows = rows.select_columns([key for key in used if key in rows.column_names])
+    stored: AnyRows = kept.cast_column("image", datasets.Image(decode=False))
+    return stored
+
+
+def check_masks(rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """What is on the Hub may have been changed since it was built, and its masks go to C code.
+
+    Raises:
+        MaskError: a mask doesn't fill its image
+    """
+    for row in rows:
+        for one in row["objects"]:
+            place = f"{where}, image {row['image_id']}, annotation {one['id']}"
+            rle.read_runs(one["counts"], row["height"], row["width"], place)
+
+
+def named(rows: datasets.Dataset, categories: Iterable[Category]) -> datasets.Dataset:
+    """The rows with their categories in the info, where `categories_of` finds them."""
+    rows.info.description = describe_categories(tuple(categories))
+    return rows
 
 
 def _converted(name: str, splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
     """Rows of ours from columns image and objects of another's making."""
-    plain = {split: rows.cast_column("image", datasets.Image(decode=False)) for split, rows in splits.items()}
-    names = _class_names(next(iter(splits.values())))
-    found = {}
+    names = class_names(next(iter(splits.values())))
     used: set[int] = set()
-    for split, rows in plain.items():
-        converted = [_row(row, k, f"{name}, split {split!r}") for k, row in enumerate(rows.select_columns(_used(rows)))]
-        used |= {one["category_id"] for row in converted for one in row["objects"]}
-        found[split] = converted
+    for split, rows in splits.items():
+        for k, row in enumerate(rows.select_columns("objects")):
+            used |= {_category(one, f"{name}, split {split!r}, row {k}") for one in _listed(row["objects"])}
     categories = [Category(key, names.get(key, str(key))) for key in sorted(used)]
-    features = features_of(categories)
-    info = datasets.DatasetInfo(description=describe_categories(categories), features=features)
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows, features=features, info=info) for split, rows in found.items()}
-    )
+    kept = {split: keep(plain(rows), f"{name}, split {split!r}", categories) for split, rows in splits.items()}
+    return datasets.DatasetDict(kept)
 
 
-def _used(rows: datasets.Dataset) -> list[str]:
-    return [key for key in ("image", "image_id", "objects") if key in rows.column_names]
+def keep(rows: Rows, where: str, categories: Iterable[Category], **source: str) -> datasets.Dataset:
+    """The rows as ours, converted where they aren't, in datasets' cache: memory doesn't grow with their number.
+
+    `source` tells contents apart for which the rows themselves look the same, such as those of a stream.
+
+    Raises:
+        DataError: a row can't be converted
+    """
+    found = tuple(categories)
+    with advice_alone():
+        kept = datasets.Dataset.from_generator(
+            _rows, features=features_of(found), gen_kwargs={"rows": rows, "where": where, **source}
+        )
+    return named(kept, found)
 
 
-def _class_names(rows: datasets.Dataset) -> dict[int, str]:
+def _rows(rows: Rows, where: str, **source: str) -> Iterator[Entry]:
+    seen: set[int] = set()
+    for number, row in enumerate(rows):
+        made = row if "categories" in row else convert(row, number, where)
+        if made["image_id"] in seen:
+            raise DataError(f"{where}, row {number}: image_id {made['image_id']} is used twice. Renumber the images.")
+        seen.add(made["image_id"])
+        yield made
+
+
+def class_names(rows: Rows) -> dict[int, str]:
     """Names of a ClassLabel among the fields of objects."""
     fields = rows.features["objects"]
     inner = fields.feature if isinstance(fields, datasets.List) else fields
@@ -108,15 +179,16 @@ def _class_names(rows: datasets.Dataset) -> dict[int, str]:
     return {}
 
 
-def _row(row: Mapping[str, Any], number: int, where: str) -> Entry:
+def convert(row: Mapping[str, Any], number: int, where: str) -> Entry:
+    """A row of ours from a `plain` one of another's making. Raises DataError where it can't be."""
     where = f"{where}, row {number}"
     height, width = image_size(row["image"], where)
-    objects = [_object(one, k, height, width, f"{where}, object {k}") for k, one in enumerate(_listed(row["objects"]))]
+    objects = [_object(one, height, width, f"{where}, object {k}") for k, one in enumerate(_listed(row["objects"]))]
     numbered = [{**one, "id": one["id"] or number * 100_000 + k + 1} for k, one in enumerate(objects)]
-    size = {"height": height, "width": width}
+    size, given = {"height": height, "width": width}, row.get("image_id")
     return {
         "image": row["image"],
-        "image_id": row.get("image_id", number),
+        "image_id": given if type(given) is int else number,
         **size,
         "objects": numbered,
         "categories": None,
@@ -132,11 +204,16 @@ def _listed(objects: Any) -> Iterator[Mapping[str, Any]]:
         yield from objects
 
 
-def _object(one: Mapping[str, Any], number: int, height: int, width: int, where: str) -> Entry:
-    category = next((one[key] for key in _CATEGORY_KEYS if type(one.get(key)) is int), None)
-    mask = next((one[key] for key in _MASK_KEYS if one.get(key) is not None), None)
-    if category is None:
+def _category(one: Mapping[str, Any], where: str) -> int:
+    found = next((one[key] for key in _CATEGORY_KEYS if type(one.get(key)) is int), None)
+    if found is None:
         raise DataError(f"{where}: expected a whole number as category, got {sorted(one)}. Add category_id.")
+    return int(found)
+
+
+def _object(one: Mapping[str, Any], height: int, width: int, where: str) -> Entry:
+    category = _category(one, where)
+    mask = next((one[key] for key in _MASK_KEYS if one.get(key) is not None), None)
     if isinstance(mask, str):
         mask = {"size": [height, width], "counts": mask}
     counts = masks.to_counts(mask, height, width, where)

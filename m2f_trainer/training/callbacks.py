@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.evaluation.curves import metrics_table
-from m2f_trainer.training.guards import Watched
+from m2f_trainer.training.guards import Watched, WatchedStream
 
 
 class SeedEveryStep(TrainerCallback):
@@ -30,7 +30,10 @@ class SeedEveryStep(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Tell the dataset which epoch begins, counted as the Trainer does."""
+        """Tell the dataset which epoch begins, counted as the Trainer does; and a stream, where the run goes on."""
+        if train_dataloader is not None and isinstance(train_dataloader.dataset, WatchedStream):
+            each = args.gradient_accumulation_steps * int(train_dataloader.batch_size or 1)
+            train_dataloader.dataset.stream.span(state.global_step * each, state.max_steps * each)
         if train_dataloader is not None and isinstance(train_dataloader.dataset, Watched):
             updates = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             train_dataloader.dataset.set_epoch(state.global_step // max(updates, 1))

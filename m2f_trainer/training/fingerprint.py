@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
+from m2f_trainer.data.streams import Stream
 from m2f_trainer.recipe import Recipe
 
 MODEL_FIELDS = (
@@ -26,15 +27,16 @@ FIXED = {*MODEL_FIELDS, "categories"}
 """What no checkpoint can be carried over to: another model starts a new run, with init_from."""
 
 
-def fingerprint(recipe: Recipe, splits: Mapping[str, Dataset], categories: Sequence[Any]) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, as plain values by name."""
+def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
+    """Everything that decides the numbers of a run, as plain values by name. A stream's images are not counted."""
     world = {"world_size": recipe.train.world_size}
     values = {name: vars(recipe.model)[name] for name in MODEL_FIELDS}
     values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS}
     values |= {name: ({**vars(recipe.train), **world})[name] for name in TRAIN_FIELDS}
     values["categories"] = [vars(category) for category in categories]
-    values["train_images"] = len(splits["train"])
-    values |= {f"{name}_data": digest_of(splits[name]) for name in ("train", "valid")}
+    values["train_images"] = None if isinstance(train, Stream) else len(train)
+    values["train_data"] = train.version if isinstance(train, Stream) else digest_of(train)
+    values["valid_data"] = digest_of(valid)
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
@@ -61,7 +63,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def updates_an_epoch(facts: Mapping[str, Any]) -> int:
-    """Optimiser steps an epoch, counted as the Trainer does."""
+    """Optimiser steps an epoch, counted as the Trainer does: a stream is one epoch."""
+    if facts["train_images"] is None:
+        return int(facts["max_steps"])
     batches = facts["train_images"] / facts["per_device_train_batch_size"]
     rounded: Callable[[float], int] = math.floor if facts["dataloader_drop_last"] else math.ceil
     of_a_rank = rounded(rounded(batches) / facts["world_size"])
@@ -76,6 +80,8 @@ def step_samples(facts: Mapping[str, Any]) -> int:
 
 def same_sample(step: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     """The step of the changed run that has seen as many samples as `step` of the former one, to the nearest step."""
+    if then["train_images"] is None or now["train_images"] is None:
+        return round(step * step_samples(then) / step_samples(now))
     epochs, within = divmod(step, updates_an_epoch(then))
     images, images_now = int(then["train_images"]), int(now["train_images"])
     seen = epochs * images + min(within * step_samples(then), images)

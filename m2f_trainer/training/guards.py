@@ -19,10 +19,11 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m2f_trainer.data.collator import InstanceDataset
+from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.errors import M2FError, TrainingError
 from m2f_trainer.training.signals import any_rank
 
@@ -123,17 +124,8 @@ class Watched(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample. Raises TrainingError, with the image named, where the dataset raises anything but advice."""
-        worker = get_worker_info()
-        slot = worker.id if worker else 0
-        self.in_hand[slot] = index
-        try:
-            sample = self.dataset[index]
-        except M2FError:
-            raise
-        except Exception as error:
-            raise TrainingError(f"{self.name(index)} could not be loaded: {type(error).__name__}: {error}") from error
-        self.in_hand[slot] = -1
-        return sample
+        with in_hand(self.in_hand, index, lambda: self.name(index)):
+            return self.dataset[index]
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
@@ -142,6 +134,48 @@ class Watched(Dataset[dict[str, Any]]):
     def suspects(self) -> list[str]:
         """Names of the samples that were begun and not finished."""
         return [self.name(index) for index in self.in_hand.tolist() if index >= 0]
+
+
+class WatchedStream(IterableDataset[dict[str, Any] | None]):
+    """The same for a stream."""
+
+    def __init__(self, stream: InstanceStream, workers: int) -> None:
+        self.stream = stream
+        self.in_hand = torch.full((max(workers, 1),), -1, dtype=torch.int64)
+        self.in_hand.share_memory_()
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        """The samples. Raises TrainingError as `Watched` does."""
+        for place in self.stream.places():
+            if place is None:
+                yield None
+                continue
+            with in_hand(self.in_hand, place[1], lambda number=place[1]: self.name(number)):  # type: ignore[misc]
+                sample = self.stream.sample(place)
+            yield sample
+
+    def name(self, number: int) -> str:
+        """The name of a sample in messages."""
+        return f"sample {number} of the stream"
+
+    def suspects(self) -> list[str]:
+        """Names of the samples that were begun and not finished."""
+        return [self.name(number) for number in self.in_hand.tolist() if number >= 0]
+
+
+@contextmanager
+def in_hand(slots: Tensor, number: int, name: Callable[[], str]) -> Iterator[None]:
+    """Note what a data worker has in hand, in `slots` int64 (workers,); name it where anything but advice is raised."""
+    worker = get_worker_info()
+    slot = worker.id if worker else 0
+    slots[slot] = number
+    try:
+        yield
+    except M2FError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{name()} could not be loaded: {type(error).__name__}: {error}") from error
+    slots[slot] = -1
 
 
 def watch(loader: DataLoader[Any], timeout: int) -> DataLoader[Any]:
@@ -176,7 +210,7 @@ class QuietWorker:
 
 
 @contextmanager
-def explained(datasets: Sequence[Watched], timeout: int) -> Iterator[None]:
+def explained(datasets: Sequence[Watched | WatchedStream], timeout: int) -> Iterator[None]:
     """Turn what ends a run into a TrainingError that says what to do. `datasets` grows while the run goes on."""
     try:
         yield

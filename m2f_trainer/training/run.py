@@ -17,6 +17,7 @@ from m2f_trainer.data.coco import Category, categories_of
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.streams import InstanceStream, Stream, load_stream
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.evaluation.curves import (
     CLASSES,
@@ -60,16 +61,16 @@ def train(recipe: Recipe) -> dict[str, float]:
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, only_run(recipe.train):
         checkpoint = from_main(recipe.train, lambda: find_resume(recipe.train))
-        splits = load_splits(recipe.data)
-        categories = categories_of(splits["train"])
-        recipe = resolved(recipe, splits, checkpoint)
-        facts = fingerprint(recipe, splits, categories)
+        train_rows, splits = load_data(recipe.data)
+        categories = categories_of(known(train_rows))
+        recipe = resolved(recipe, known(train_rows), checkpoint)
+        facts = fingerprint(recipe, train_rows, splits["valid"], categories)
         start = from_main(recipe.train, lambda: starting_point(checkpoint, recipe.train, facts))
         model = build(recipe.model, recipe.data, categories)
         trainer = M2FTrainer(
             model,
             recipe.train.without_upload(),
-            train_dataset=InstanceDataset(splits["train"], train_transform(recipe), categories),
+            train_dataset=training_samples(recipe, train_rows, categories),
             eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
             callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
             fingerprint=facts,
@@ -82,10 +83,15 @@ def train(recipe: Recipe) -> dict[str, float]:
     return figures
 
 
-def resolved(recipe: Recipe, splits: Mapping[str, Dataset], checkpoint: Path | None = None) -> Recipe:
+def known(rows: Dataset | Stream) -> Dataset:
+    """The training images that can be looked at before a run: of a stream, the first ones."""
+    return rows.first if isinstance(rows, Stream) else rows
+
+
+def resolved(recipe: Recipe, train_rows: Dataset, checkpoint: Path | None = None) -> Recipe:
     """The recipe with a number for every "auto"."""
-    categories = categories_of(splits["train"])
-    rows = InstanceDataset(splits["train"], train_transform(recipe), categories)
+    categories = categories_of(train_rows)
+    rows = InstanceDataset(train_rows, train_transform(recipe), categories)
 
     def probe(limit: int) -> int:
         found = images_a_device(lambda: build(recipe.model, recipe.data, categories), rows, recipe.train, limit)
@@ -98,9 +104,8 @@ def resolved(recipe: Recipe, splits: Mapping[str, Dataset], checkpoint: Path | N
 def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     set_seed(recipe.train.seed)
-    splits = load_splits(recipe.data)
-    recipe = resolved(recipe, splits)
-    rows = splits["train"]
+    rows = known(load_data(recipe.data)[0])
+    recipe = resolved(recipe, rows)
     objects = sum(len(some) for some in rows["objects"])
     model = build(recipe.model, recipe.data, categories_of(rows))
     return to_text(plan(model, recipe.train, len(rows), max(1, round(objects / len(rows)))))
@@ -132,12 +137,29 @@ def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
     )
 
 
-def load_splits(data: DataArguments) -> DatasetDict:
-    """Load and check the dataset; train and valid must be there. Raises DataError before any model is touched."""
-    splits = load_dataset(str(data.dataset_name))
-    check_dataset(splits, evaluation=[name for name in ("valid", "test") if name == "valid" or name in splits])
-    limits = {"train": data.max_train_samples, "valid": data.max_eval_samples, "test": data.max_eval_samples}
-    return DatasetDict({name: first(rows, limits.get(name)) for name, rows in splits.items()})
+def load_data(data: DataArguments) -> tuple[Dataset | Stream, DatasetDict]:
+    """Load and check the training split and those to score on; train and valid must be there.
+
+    Raises DataError before any model is touched.
+    """
+    name, limit = str(data.dataset_name), data.max_train_samples
+    stream, splits = load_stream(name) if data.streaming else (None, load_dataset(name))
+    scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
+    check_dataset(splits, train="" if stream else "train", evaluation=scored)
+    to_score = DatasetDict({split: first(splits[split], data.max_eval_samples) for split in scored})
+    if stream is None:
+        return first(splits["train"], limit), to_score
+    return stream if limit is None else stream.take(limit), to_score
+
+
+def training_samples(
+    recipe: Recipe, rows: Dataset | Stream, categories: Sequence[Category]
+) -> InstanceDataset | InstanceStream:
+    """The training split as the model is shown it."""
+    transform = train_transform(recipe)
+    if isinstance(rows, Stream):
+        return InstanceStream(rows, transform, transform.seed)
+    return InstanceDataset(rows, transform, categories)
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:

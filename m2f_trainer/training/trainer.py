@@ -13,12 +13,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.evaluation.assessment import Assessment
 from m2f_trainer.evaluation.curves import EVALUATION, write_details, write_metrics
 from m2f_trainer.evaluation.instances import Instances, to_instances
@@ -27,7 +28,7 @@ from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
 from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, rotate, staged
 from m2f_trainer.training.ema import Average, averaged
-from m2f_trainer.training.guards import FiniteGuard, Watched, watch
+from m2f_trainer.training.guards import FiniteGuard, Watched, WatchedStream, watch
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 from m2f_trainer.training.schedule import ShapedRates
 
@@ -46,7 +47,7 @@ class M2FTrainer(Trainer):
         model: M2FModel,
         args: TrainArguments,
         *,
-        train_dataset: InstanceDataset | None = None,
+        train_dataset: InstanceDataset | InstanceStream | None = None,
         eval_dataset: InstanceDataset | None = None,
         compute_metrics: Scorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -71,7 +72,7 @@ class M2FTrainer(Trainer):
         self.latest_metrics: dict[str, float] = {}
         self.details: Mapping[str, Any] = {}
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
-        self.watched: list[Watched] = []
+        self.watched: list[Watched | WatchedStream] = []
         self.step_batches: list[dict[str, Any]] = []
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
@@ -136,11 +137,16 @@ class M2FTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit and with samples that can be named when a worker fails."""
+        limit = self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0
+        if isinstance(dataset, InstanceStream):
+            stream = WatchedStream(dataset, self.args.dataloader_num_workers)
+            self.watched.append(stream)
+            return watch(stream_loader(stream, int(kwargs["batch_size"]), self.args), limit)
         if isinstance(dataset, InstanceDataset):
             dataset = Watched(dataset, self.args.dataloader_num_workers)
             self.watched.append(dataset)
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
-        return watch(loader, self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0)
+        return watch(loader, limit)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
@@ -154,6 +160,20 @@ class M2FTrainer(Trainer):
         if self.args.should_save:
             output, state = Path(str(self.args.output_dir)), self.state
             rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)
+
+
+def stream_loader(stream: WatchedStream, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:
+    """Batches of this rank's share. accelerate would have one rank read for all, or deal out the shares once more."""
+    stream.stream.deal(args.process_index, args.world_size, batch_size)
+    return DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
 
 
 def split_rows(dataset: Dataset[Any]) -> Any:

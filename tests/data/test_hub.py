@@ -19,14 +19,16 @@ from m2f_trainer.errors import DataError
 from tests.data.folders import SQUARE, annotation, content, write
 
 
-def as_pushed(splits: datasets.DatasetDict, folder):
+def as_pushed(splits: datasets.DatasetDict, folder, files=1):
     """What `push_to_hub` uploads: parquet files with the images' bytes inside, and nothing of the info but features."""
     for split, rows in splits.items():
         shards = rows.with_format("arrow").map(
             embed_table_storage, batched=True, batch_size=100, load_from_cache_file=False
         )
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        shards.with_format(None).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+        for k in range(min(files, len(rows))):
+            part = shards.with_format(None).shard(files, k)
+            part.to_parquet(folder / f"data/{split}-{k:05}-of-{files:05}.parquet")
     return str(folder)
 
 
