@@ -27,6 +27,7 @@ train
 
 use
   predict    pictures and COCO results of a model for any images
+  export     one ONNX or torch file of a model, compared with it on real images
   push       upload a model with its card to the Hugging Face Hub
 """
 
@@ -36,6 +37,7 @@ EXAMPLES = {
     "train": "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
     "evaluate": "m2f evaluate runs/first my_coco --split test",
     "predict": "m2f predict runs/first photos/ --recursive --threshold 0.5",
+    "export": "m2f export runs/first --format onnx --validation my_coco",
     "push": "m2f push runs/first my-name/my-model --private",
 }
 
@@ -143,6 +145,20 @@ def predict_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
 
 
+def export_options(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Write a model as one file for other runtimes, with the constants to use it in a JSON beside it, and compare it"
+        " with the model on validation images. Exit status: 0 parity met, 1 not."
+    )
+    command.add_argument("model", help="folder or Hub id of a model")
+    command.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
+    command.add_argument("--output_dir", type=Path, default=Path("export"), help="where the files go [%(default)s]")
+    command.add_argument("--half", action="store_true", help="backbone and neck in float16")
+    command.add_argument("--fixed_size", action="store_true", help="images of the model's own size only")
+    command.add_argument("--validation", metavar="DATASET", help="compare on its valid split [the run's own dataset]")
+    command.add_argument("--images", type=int, default=16, metavar="N", help="images to compare on [%(default)s]")
+
+
 def push_options(command: argparse.ArgumentParser) -> None:
     command.description = "Upload a model, its card and its licences. The token comes from HF_TOKEN or `hf auth login`."
     command.add_argument("model", type=Path, help="folder of a model")
@@ -241,6 +257,27 @@ def predict(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     advise(f"m2f push {shlex.quote(arguments.model)} NAME/MODEL")
 
 
+def export(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from m2f_trainer.inference.export import CONSTANTS, export_model
+    from m2f_trainer.inference.parity import FULL, HALF, check_export, dataset_of
+    from m2f_trainer.model.mask2former import load_model
+
+    model, limits = load_model(arguments.model), HALF if arguments.half else FULL
+    dataset = arguments.validation or dataset_of(Path(arguments.model))
+    path = export_model(
+        model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
+    )
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB. {path.with_name(CONSTANTS)} says how to use it.")
+    if dataset is None:
+        say("No --validation dataset: compared on made-up images, whose AP says nothing.")
+    reference = load_model(arguments.model)
+    parity = check_export(reference, path, dataset, arguments.images, limits, arguments.fixed_size)
+    say(parity.to_text())
+    if arguments.format == "onnx":
+        advise(f"python recipes/onnx_predict.py {shlex.quote(str(path))} IMAGE")
+    return 0 if parity.met else 1
+
+
 def push(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.sharing.upload import push as upload
 
@@ -255,6 +292,7 @@ OPTIONS = {
     "train": train_options,
     "evaluate": evaluate_options,
     "predict": predict_options,
+    "export": export_options,
     "push": push_options,
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
@@ -263,6 +301,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] =
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "push": push,
 }
 

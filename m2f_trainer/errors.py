@@ -8,7 +8,8 @@
     ├── ModelFolderError     a model folder that can't be used for what was asked
     ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
     ├── TrainingError        a run that can't go on (non-finite loss, a dead worker, a full disk)
-    └── SharingError         an upload that was refused or failed
+    ├── SharingError         an upload that was refused or failed
+    └── MissingPackageError  an optional package that isn't installed
 
 `model/` travels to the Hub on its own and so raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
 """
@@ -48,6 +49,10 @@ class TrainingError(M2FError):
 
 class SharingError(M2FError):
     """An upload was refused or failed; the local result is untouched."""
+
+
+class MissingPackageError(M2FError):
+    """An optional package is needed for what was asked; the message names the extra that brings it."""
 
 
 class RunStopped(KeyboardInterrupt):

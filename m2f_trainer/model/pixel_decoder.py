@@ -39,7 +39,7 @@ def reference_places(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
 
 def _sides(shape: Shape, device: torch.device) -> Tensor:
     """(2,): width and height."""
-    return torch.stack([torch.full((), float(side), device=device) for side in shape[::-1]])
+    return torch.stack([torch.full((), side, dtype=torch.float32, device=device) for side in shape[::-1]])
 
 
 def encoder_layer(
