@@ -24,6 +24,7 @@ start
 train
   train      train from a recipe (JSON) and options
   evaluate   COCO mask and box AP of a model on a dataset
+  report     one page about a run, or several compared
 
 use
   predict    pictures and COCO results of a model for any images
@@ -36,6 +37,7 @@ EXAMPLES = {
     "check": "m2f check my_coco",
     "train": "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
     "evaluate": "m2f evaluate runs/first my_coco --split test",
+    "report": "m2f report runs/first runs/second --output compared.html",
     "predict": "m2f predict runs/first photos/ --recursive --threshold 0.5",
     "export": "m2f export runs/first --format onnx --validation my_coco",
     "push": "m2f push runs/first my-name/my-model --private",
@@ -131,6 +133,17 @@ def evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="[%(default)s]")
     command.add_argument("--output_dir", type=Path, help="where metrics.json and predictions.json go")
     command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+
+
+def report_options(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Write one self-contained page about a run, or about several beside one another: its course, classes, errors,"
+        " confusions, and its worst and best images with the truth beside the prediction."
+    )
+    command.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints"
+    )
+    command.add_argument("--output", type=Path, default=Path("report.html"), help="the page [%(default)s]")
 
 
 def predict_options(command: argparse.ArgumentParser) -> None:
@@ -242,6 +255,13 @@ def evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     advise(f"m2f predict {shlex.quote(arguments.model)} IMAGES")
 
 
+def report(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.evaluation.report import write_report
+
+    say(f"page: {write_report(arguments.runs, arguments.output)}")
+    advise(f"m2f predict {shlex.quote(str(arguments.runs[0]))} IMAGES")
+
+
 def predict(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.inference.folder import predict_folder
 
@@ -291,6 +311,7 @@ OPTIONS = {
     "check": check_options,
     "train": train_options,
     "evaluate": evaluate_options,
+    "report": report_options,
     "predict": predict_options,
     "export": export_options,
     "push": push_options,
@@ -300,6 +321,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] =
     "check": check,
     "train": train,
     "evaluate": evaluate,
+    "report": report,
     "predict": predict,
     "export": export,
     "push": push,

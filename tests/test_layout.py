@@ -17,6 +17,8 @@ ORDER = [
     "errors",
     "auto_classes",
     "typed_json",
+    "charts",
+    "markup",
     "model",
     "rendezvous",
     "arguments",

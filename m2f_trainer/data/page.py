@@ -1,14 +1,13 @@
 """The doctor's page: one HTML file that needs nothing else; findings, histograms and pictures, worst cases first."""
 
-import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from m2f_trainer.charts import bars
 from m2f_trainer.data.doctor import Examination
 from m2f_trainer.data.findings import KINDS, Finding
 from m2f_trainer.data.inspection import Scan
@@ -22,30 +21,10 @@ from m2f_trainer.data.summary import (
     relative,
     verdict,
 )
+from m2f_trainer.markup import chart, page, photograph, table
 
 _PICTURES = 24
 _BARS = 40
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #3b82c4; --error: #c62f2f; --warning: #b87a00 }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.verdict { font-size: 1.1rem; margin: .25rem 0 1rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid var(--line) }
-article { border: 1px solid var(--line); border-left: 5px solid var(--warning); border-radius: 4px; margin: .6rem 0;
-  padding: .5rem .8rem }
-article.error { border-left-color: var(--error) } article p { margin: .2rem 0 } article small { opacity: .75 }
-.error b { color: var(--error) } .warning b { color: var(--warning) }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 4px; overflow: hidden }
-figure img { display: block; width: 100%; height: auto; background: var(--soft) }
-figcaption { padding: .4rem .6rem; font-size: .85rem }
-svg { width: 100%; height: auto; display: block } svg text { fill: currentColor; font-size: 11px }
-svg rect { fill: var(--bar) }
-"""
 
 
 def render(examination: Examination) -> str:
@@ -61,22 +40,14 @@ def render(examination: Examination) -> str:
         *_histograms(examination),
         *_pictures(examination),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = f"<title>m2f check: {name}</title>"
-    body = "\n".join(parts)
-    page = f"<head>{head}{title}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>"
-    return f'<!doctype html>\n<html lang="en">{page}</html>\n'
+    return page(f"m2f check: {examination.root.resolve().name}", parts)
 
 
 def _summary(examination: Examination) -> Iterator[str]:
     told = figures(examination)
     columns = ("images", "empty", "instances", "crowds")
-    head = "".join(f"<th>{text}</th>" for text in ("split", "images", "without objects", "objects", "crowd regions"))
-    rows = "".join(
-        f"<tr><td>{split}</td>{''.join(f'<td>{row[key]}</td>' for key in columns)}</tr>"
-        for split, row in told["splits"].items()
-    )
-    yield f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    head = ("split", "images", "without objects", "objects", "crowd regions")
+    yield table(head, [[split, *(row[key] for key in columns)] for split, row in told["splits"].items()])
 
 
 def _finding(finding: Finding, examination: Examination) -> str:
@@ -121,22 +92,8 @@ def _binned(values: Sequence[float], *, whole: bool) -> list[tuple[str, int]]:
     return list(zip(labels, counts.tolist(), strict=True))
 
 
-def _chart(title: str, bars: Sequence[tuple[str, int]]) -> str:
-    """Horizontal bars: readable on a phone, whatever the labels."""
-    shown, most = bars[:_BARS], max((count for _, count in bars), default=0) or 1
-    lines = []
-    for row, (label, count) in enumerate(shown):
-        y, width = 16 * row, 170 * count / most
-        lines.append(
-            f'<text x="96" y="{y + 11}" text-anchor="end">{html.escape(label[:16])}</text>'
-            f'<rect x="102" y="{y + 2}" width="{width:.1f}" height="11"/>'
-            f'<text x="{106 + width:.1f}" y="{y + 11}">{count}</text>'
-        )
-    more = f"<figcaption>and {len(bars) - len(shown)} more</figcaption>" if len(bars) > len(shown) else ""
-    return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 320 {16 * max(1, len(shown))}" role="img">{"".join(lines)}</svg>{more}</figure>'
-    )
+def _chart(title: str, rows: Sequence[tuple[str, int]]) -> str:
+    return chart(title, bars(rows[:_BARS]), f"and {len(rows) - _BARS} more" if len(rows) > _BARS else "")
 
 
 def _pictures(examination: Examination) -> Iterator[str]:
@@ -159,12 +116,6 @@ def _pictures(examination: Examination) -> Iterator[str]:
 
 
 def _picture(split: str, scan: Scan, problems: Sequence[str]) -> str:
-    buffer = io.BytesIO()
-    draw_objects(scan.source, scan.objects, 480).save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    name, size = html.escape(scan.entry["file_name"]), f"{scan.entry['width']}x{scan.entry['height']}"
-    blame = "".join(f"<br>{html.escape(problem)}" for problem in problems)
-    return (
-        f'<figure><img alt="{name}" src="data:image/jpeg;base64,{data}"><figcaption>{split}, image'
-        f" {scan.entry['id']}: {name}<br>{size}, {len(scan.objects)} annotations{blame}</figcaption></figure>"
-    )
+    name, size = scan.entry["file_name"], f"{scan.entry['width']}x{scan.entry['height']}"
+    caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {len(scan.objects)} annotations", *problems)
+    return photograph(draw_objects(scan.source, scan.objects, 480), name, caption)

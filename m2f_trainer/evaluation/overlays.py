@@ -83,12 +83,13 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 
 
 def _write_labels(draw: ImageDraw.ImageDraw, instances: Instances, names: Mapping[int, str]) -> None:
-    """Name and score of each instance, best first; one that finds no free place is left out."""
+    """Name and score of each instance (truth has none), best first; one that finds no free place is left out."""
     font = ImageFont.load_default(size=float(np.clip(min(instances.size) / 32, 9, 32)))
     taken: list[Rectangle] = []
     for index in range(len(instances)):
         category_id = int(instances.category_ids[index])
-        text = f"{names.get(category_id, str(category_id))} {100 * instances.scores[index]:.0f}%"
+        score = instances.scores[index]
+        text = names.get(category_id, str(category_id)) + ("" if np.isnan(score) else f" {100 * score:.0f}%")
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
         places = _places(instances.boxes[index], (right + 4, bottom + 3), instances.size)
         free = [place for place in places if not any(_overlap(place, other) for other in taken)]

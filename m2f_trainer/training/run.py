@@ -29,6 +29,7 @@ from m2f_trainer.evaluation.curves import (
     write_metrics,
 )
 from m2f_trainer.evaluation.instances import Instances
+from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.folder import predict_folder
 from m2f_trainer.model.adapters import LoraSettings, lora_layers, save_adapter, set_tuning
 from m2f_trainer.model.backbones import BACKBONES
@@ -242,8 +243,8 @@ def evaluate_folder(
 ) -> dict[str, float]:
     """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
 
-    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv and predictions.json (COCO
-    results form). Raises DataError for an unknown split.
+    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
+    predictions.json (COCO results form). Raises DataError for an unknown split.
     """
     loaded = load_model(model)
     splits = load_dataset(dataset)
@@ -264,6 +265,7 @@ def evaluate_folder(
         write_metrics(figures, Path(output_dir, METRICS))
         write_details(trainer.details, Path(output_dir, EVALUATION))
         write_classes(trainer.details, Path(output_dir, CLASSES))
+        write_plots(trainer.details, output_dir)
         write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
     return figures
 

@@ -1,0 +1,63 @@
+"""Truth beside prediction: pictures for reports, cards and loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from m2f_trainer.data.coco import Category
+from m2f_trainer.data.images import open_image
+from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.evaluation.overlays import draw_instances
+
+GAP = 6  # pixels between the two
+
+
+def truth_of(row: Mapping[str, Any]) -> Instances:
+    """The objects of a dataset row that are no crowd, as Instances whose scores are NaN."""
+    objects = [item for item in row["objects"] if not item["iscrowd"]]
+    size = (int(row["height"]), int(row["width"]))
+    rles = [{"size": list(size), "counts": item["counts"].encode("ascii")} for item in objects]
+    ids = np.array([item["category_id"] for item in objects], np.int64)
+    return Instances(int(row["image_id"]), ids, np.full(len(rles), np.nan), rles, tight_boxes(rles), size)
+
+
+def beside(row: Mapping[str, Any], found: Instances | None, names: Mapping[int, str], longest: int) -> Image.Image:
+    """The image of a row twice, with its truth on the left and what was found on the right.
+
+    Each is at most `longest` pixels of its longer side. Raises ImageError where the image can't be read.
+    """
+    image, truth = open_image(row["image"], f"image {row['image_id']}"), truth_of(row)
+    nothing = Instances(truth.image_id, truth.category_ids[:0], truth.scores[:0], [], truth.boxes[:0], truth.size)
+    left, right = (draw_instances(image, one, names) for one in (truth, found or nothing))
+    left.thumbnail((longest, longest))
+    right.thumbnail((longest, longest))
+    both = Image.new("RGB", (2 * left.width + GAP, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
+
+
+def rows_by_id(dataset: Dataset, image_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The rows of these images, those that the dataset has."""
+    places = {int(image_id): place for place, image_id in enumerate(dataset["image_id"])}
+    return {one: dataset[places[one]] for one in image_ids if one in places}
+
+
+def pictures(
+    dataset: Dataset, shown: Sequence[Mapping[str, Any]], categories: Sequence[Category], longest: int = 480
+) -> list[tuple[str, Image.Image, Mapping[str, Any]]]:
+    """(file name, truth beside prediction, the entry) of each entry of an assessment's `shown`."""
+    names = {category.id: category.name for category in categories}
+    rows = rows_by_id(dataset, [one["image_id"] for one in shown])
+    made = []
+    for one in shown:
+        if row := rows.get(one["image_id"]):
+            found = next(iter(Instances.from_coco(one["predictions"])), None)
+            name = str(row["image"].get("path") or one["image_id"]).replace("\\", "/").rsplit("/", 1)[-1]
+            made.append((name, beside(row, found, names, longest), one))
+    return made

@@ -1,0 +1,168 @@
+"""`m2f report`: one page that needs nothing else, for one run and for several, with every name escaped."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer import cli
+from m2f_trainer.charts import Drawing, Line, Text, lines, picture, round_above, series_colour, svg
+from m2f_trainer.data.coco import load_coco
+from m2f_trainer.data.sample import write_sample
+from m2f_trainer.errors import ModelFolderError
+from m2f_trainer.evaluation.assessment import Assessment
+from m2f_trainer.evaluation.curves import write_details, write_metrics
+from m2f_trainer.evaluation.gallery import GAP, beside, truth_of
+from m2f_trainer.evaluation.plots import confusion, write_plots
+from m2f_trainer.evaluation.report import write_report
+from m2f_trainer.evaluation.runs import course_of, named
+from tests.evaluation.truth import perfect
+
+EVIL = '<script>alert("1")</script>'
+
+
+class Reader(HTMLParser):
+    """Notes tags, addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for key, value in attrs if key in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sample whose first class and first image have wicked names."""
+    root = write_sample(tmp_path_factory.mktemp("report") / "set", images=(2, 4, 0))
+    path = root / "valid" / "_annotations.coco.json"
+    coco = json.loads(path.read_text())
+    for file in (path, root / "train" / "_annotations.coco.json"):
+        content = json.loads(file.read_text())
+        content["categories"][0]["name"] = EVIL
+        if file == path:
+            content["images"][0]["file_name"] = "<b>.jpg"
+        file.write_text(json.dumps(content))
+    (root / "valid" / coco["images"][0]["file_name"]).rename(root / "valid" / "<b>.jpg")
+    return root
+
+
+def write_run(folder: Path, data: Path, share: float = 1.0) -> Path:
+    """A run's folder as far as a report reads it; of the objects, the first `share` of each image are predicted."""
+    rows = load_coco(data)["valid"]
+    assessment = Assessment(rows)
+    found = [one.above(0) for one in perfect(rows)]
+    kept = [one if share == 1 else one.above(2) for one in found[:1]] + found[1:]
+    figures = assessment(kept)
+    folder.mkdir(parents=True)
+    write_details(assessment.details, folder / "evaluation.json")
+    write_metrics({"step": 4, **{f"eval_{key}": value for key, value in figures.items()}}, folder / "metrics.json")
+    recipe = {"dataset_name": str(data), "backbone": EVIL, "tune": "full", "image_width": 64, "image_height": 64}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    history = [
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "eval_map": 0.2},
+        {"step": 4, "loss": 8.0},
+        {"step": 4, "eval_map": 0.4},
+    ]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path, tmp_path: Path) -> None:
+    text = write_report(
+        [write_run(tmp_path / EVIL.replace("/", ""), data, 0.5)], tmp_path / "out" / "page.html"
+    ).read_text()
+    reader = Reader(text)
+    assert reader.tags.count("script") == 1, "the one that sorts"
+    assert "b" not in reader.tags
+    assert not {"link", "iframe"} & set(reader.tags)
+    assert all(address.startswith("data:image/jpeg;base64,") for address in reader.addresses)
+    assert len(reader.addresses) == 4
+    assert EVIL in reader.words
+    assert "<b>.jpg" in reader.words
+    assert text.index("<b>.jpg".replace("<", "&lt;").replace(">", "&gt;")) < text.index("The best"), "missed, so worst"
+    for heading in ("Course", "Classes", "Errors"):
+        assert heading in reader.words
+    assert reader.tags.count("button") == 10
+
+
+def test_several_runs_stand_beside_one_another(data: Path, tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a" / "run", data), write_run(tmp_path / "b" / "run", data, 0.5)
+    assert cli.main(["report", str(first), str(second), "--output", str(tmp_path / "page.html")]) == 0
+    reader = Reader((tmp_path / "page.html").read_text())
+    assert {"2 runs compared", "a/run", "b/run", "AP, a/run", "AP, b/run"} <= set(reader.words)
+    assert "a/run: how many" in reader.words
+
+
+def test_a_page_without_the_dataset_says_so(data: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", data)
+    (folder / "recipe.json").write_text(json.dumps({"dataset_name": str(tmp_path / "gone")}))
+    reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
+    assert "img" not in reader.tags
+    assert any("is not here" in word for word in reader.words)
+
+
+def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
+    for step in (9, 10):
+        write_run(tmp_path / "run" / f"checkpoint-{step}", data)
+    (tmp_path / "run" / "checkpoint-11").mkdir()
+    write_metrics({"step": 10}, tmp_path / "run" / "checkpoint-10" / "metrics.json")
+    (run,) = named([tmp_path / "run"])
+    assert (run.name, run.figures["step"]) == ("run", 10)
+    with pytest.raises(
+        ModelFolderError, match=r"expected evaluation\.json in it or in one of its checkpoints, found none"
+    ):
+        named([tmp_path])
+
+
+def test_the_course_keeps_the_last_telling_of_a_step() -> None:
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "epoch": 1}, {"step": 1, "loss": 1.0, "note": "x"}]
+    assert course_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}
+
+
+def test_charts_are_drawn_as_svg_and_as_png(data: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", data, 0.5)
+    details = json.loads((folder / "evaluation.json").read_text())
+    paths = write_plots(details, folder)
+    assert {path.name for path in paths} == {
+        "precision_recall.png", "classes_precision_recall.png", "confusion.png", "calibration.png", "errors.png",
+    }  # fmt: skip
+    assert all(np.asarray(Image.open(path)).min() < 100 for path in paths), "ink on white"
+    assert EVIL not in svg(confusion(details))
+    many = [{"name": f"class {k}"} for k in range(30)]
+    told = svg(confusion({"classes": many, "confusion": [[1, 2, 5], [3, 3, 9], [4, 7, 8], [-1, 2, 50]]}))
+    assert "class 4 &gt; class" in told
+    assert told.index("class 4") < told.index("class 1")
+    assert ">50<" not in told, "the background is no confusion of classes"
+
+
+def test_a_line_ends_where_its_values_say() -> None:
+    drawing = lines({"a": [(0, 0.0), (10, 0.8)], "b": [(5, 0.4)]}, "step")
+    curve = next(mark for mark in drawing.marks if isinstance(mark, Line) and mark.colour == series_colour(0))
+    assert curve.points[-1] == (310, 12)
+    assert [round_above(value) for value in (0.001, 0.61, 9, 31.5)] == pytest.approx([0.001, 0.8, 10, 40])
+    assert picture(Drawing(20, [Text((5, 15), "a\x1b\n")])).height == 78
+
+
+def test_the_truth_is_on_the_left_and_has_no_scores(data: Path) -> None:
+    row = load_coco(data)["valid"][0]
+    image = beside(row, None, {}, 1000)
+    assert image.size == (2 * row["width"] + GAP, row["height"])
+    truth = truth_of(row)
+    assert len(truth) == sum(not item["iscrowd"] for item in row["objects"])
+    left, right = np.asarray(image)[:, : row["width"]], np.asarray(image)[:, row["width"] + GAP :]
+    assert (left != right).any(axis=2).mean() > 0.01, "nothing is drawn on the right"
