@@ -147,15 +147,28 @@ def report_options(command: argparse.ArgumentParser) -> None:
 
 
 def predict_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Draw a model's instances over images, and write them in COCO results form."
+    command.description = (
+        "Draw a model's instances over images and videos, and write them in COCO results form and as a table. Run again"
+        " after an interruption, it goes on where it was."
+    )
     command.add_argument("model", help="folder or Hub id of a model")
-    command.add_argument("inputs", nargs="+", type=Path, metavar="image_or_folder", help="images, or folders of images")
+    command.add_argument(
+        "inputs", nargs="+", type=Path, metavar="input", help="images, videos, folders, or patterns such as 'a/*.jpg'"
+    )
     command.add_argument("--recursive", action="store_true", help="look into folders of folders too")
     command.add_argument("--threshold", type=float, default=0.5, help="lowest score that is kept [%(default)s]")
-    command.add_argument(
-        "--output_dir", type=Path, default=Path("predictions"), help="where the results go [%(default)s]"
-    )
     command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+    large = command.add_argument_group("large images", "TIFFs are read by windows (pip install 'm2f-trainer[tiff]')")
+    large.add_argument("--tile", type=int, metavar="SIDE", help="predict in tiles of SIDE pixels, merged across seams")
+    large.add_argument("--overlap", type=float, default=0.2, help="share of a tile its neighbours see [%(default)s]")
+    output = command.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where it goes [%(default)s]")
+    output.add_argument(
+        "--format",
+        default="results",
+        choices=["results", "coco_dataset"],
+        help="coco_dataset writes a COCO dataset with polygons too, for CVAT or Label Studio [%(default)s]",
+    )
 
 
 def export_options(command: argparse.ArgumentParser) -> None:
@@ -263,18 +276,20 @@ def report(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def predict(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    from m2f_trainer.inference.folder import predict_folder
+    from m2f_trainer.inference.folder import Options, predict_folder
 
-    results = predict_folder(
-        arguments.model,
-        arguments.inputs,
-        arguments.output_dir,
-        arguments.threshold,
-        arguments.recursive,
-        arguments.batch_size,
+    options = Options(
+        threshold=arguments.threshold,
+        recursive=arguments.recursive,
+        batch_size=arguments.batch_size,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        dataset=arguments.format == "coco_dataset",
     )
+    results = predict_folder(arguments.model, arguments.inputs, arguments.output_dir, options)
     say(f"Pictures and predictions are in {results}.")
-    advise(f"m2f push {shlex.quote(arguments.model)} NAME/MODEL")
+    model = shlex.quote(arguments.model)
+    advise(f"m2f export {model}", f"m2f push {model} NAME/MODEL")
 
 
 def export(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from m2f_trainer.data.coco import load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import DataError
 from m2f_trainer.evaluation.curves import read_details, read_metrics
-from m2f_trainer.inference.folder import predict_folder
+from m2f_trainer.inference.folder import Options, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.recipe import load_recipe
@@ -94,7 +94,7 @@ def test_written_predictions_score_what_pycocotools_says(folder: Path, tmp_path:
 
 
 def test_predict_draws_every_image_and_writes_results_with_the_files_category_ids(folder: Path, tmp_path: Path) -> None:
-    out = predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "out", threshold=0.0, recursive=True)
+    out = predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "out", Options(0.0, recursive=True))
     results = json.loads((out / "predictions.json").read_text())
     used = {row["category_id"] for row in results}
     assert used <= {category["id"] for category in load_model(str(folder / "run")).config.categories or []}

@@ -1,0 +1,72 @@
+"""Masks to polygons along the pixels' edges, for annotation tools."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Point = tuple[int, int]
+Step = tuple[int, int]
+
+RIGHT_OF: dict[Step, Step] = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}
+"""(dx, dy), y down: east turns right to south, south to west, ..."""
+
+
+def outlines(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[float]]:
+    """The outer outline of each 4-connected part as [x, y, x, y, ...], corners alone; holes are filled.
+
+    Args:
+        mask: (h, w), which lies at (x0, y0) of the image.
+    """
+    edges = _edges(mask)
+    polygons = []
+    while edges:
+        loop = _loop(edges)
+        if _signed_area(loop) > 0:  # holes run the other way round
+            polygons.append([float(value) for x, y in loop for value in (x + x0, y + y0)])
+    return polygons
+
+
+def _edges(mask: NDArray[np.bool_]) -> dict[Point, list[Step]]:
+    """From each corner, the unit steps along the border that have the mask on their right."""
+    padded = np.pad(mask, 1)
+    inside = padded[1:-1, 1:-1]
+    sides = {
+        (1, 0): (inside & ~padded[:-2, 1:-1], 0, 0),
+        (0, 1): (inside & ~padded[1:-1, 2:], 1, 0),
+        (-1, 0): (inside & ~padded[2:, 1:-1], 1, 1),
+        (0, -1): (inside & ~padded[1:-1, :-2], 0, 1),
+    }
+    edges: dict[Point, list[Step]] = {}
+    for step, (border, right, down) in sides.items():
+        for y, x in np.argwhere(border).tolist():
+            edges.setdefault((x + right, y + down), []).append(step)
+    return edges
+
+
+def _loop(edges: dict[Point, list[Step]]) -> list[Point]:
+    """Walk one closed line, taking its edges out; where two ways part, keep to the right, around the same pixel."""
+    start = point = next(iter(edges))
+    first = step = edges[start][0]
+    corners: list[Point] = []
+    while True:
+        ways = edges[point]
+        ways.remove(step)
+        if not ways:
+            del edges[point]
+        point = (point[0] + step[0], point[1] + step[1])
+        right = RIGHT_OF[step]
+        closing = [first] if point == start else []
+        ways = [*edges.get(point, []), *closing]
+        following = right if right in ways else step if step in ways else ways[0]
+        if following != step:
+            corners.append(point)
+        if point == start and following == first:
+            return corners
+        step = following
+
+
+def _signed_area(loop: list[Point]) -> int:
+    """Twice the area, positive clockwise with y down."""
+    following = loop[1:] + loop[:1]
+    return sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in zip(loop, following, strict=True))

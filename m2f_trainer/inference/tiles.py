@@ -1,0 +1,212 @@
+"""Large images in overlapping tiles, with every object found once.
+
+The overlaps are cut in the middle, so that each pixel belongs to the tile that sees most around it. Two pieces of one
+class from neighbouring tiles are one object when their masks agree inside the tiles' overlap; the object's mask then
+has, in each tile's own part, what that tile saw. A piece without a partner counts where most of it lies in its tile's
+own part; elsewhere a neighbour saw the place better and found nothing.
+
+Pieces are bitmaps cropped to their boxes: memory follows the objects, never N x H x W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2f_trainer.data import rle
+from m2f_trainer.errors import RecipeError
+from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.evaluation.mask_runs import encode_runs
+from m2f_trainer.inference.windows import Box, Pixels, Size, Windows
+
+SAME_OBJECT = 0.5
+"""The IoU inside two tiles' overlap above which two pieces are one object."""
+
+
+class Stream(Protocol):
+    """What of a Predictor is used."""
+
+    def stream(
+        self, images: Iterator[Pixels], *, batch_size: int = 1, threshold: float = 0.5, top_k: int = 100
+    ) -> Iterator[Instances]:
+        """The instances of each image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where a tile lies, and the part of it that it has the say on."""
+
+    box: Box
+    own: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """An instance as one tile saw it: `mask` is bool (y1 - y0, x1 - x0), the bitmap inside its box of the image."""
+
+    tile: int
+    category_id: int
+    score: float
+    box: Box
+    mask: NDArray[np.bool_]
+
+    def within(self, box: Box) -> NDArray[np.bool_]:
+        """The mask inside a box of the image, which needs to meet the piece's; a view."""
+        y0, y1, x0, x1 = meet(self.box, box)
+        top, left = self.box[0], self.box[2]
+        return self.mask[y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def meet(first: Box, second: Box) -> Box:
+    """What two boxes share; empty boxes have equal ends."""
+    y0, x0 = max(first[0], second[0]), max(first[2], second[2])
+    return y0, max(y0, min(first[1], second[1])), x0, max(x0, min(first[3], second[3]))
+
+
+def _area(box: Box) -> int:
+    return (box[1] - box[0]) * (box[3] - box[2])
+
+
+def lay_tiles(size: Size, tile: int, overlap: float) -> list[Tile]:
+    """Tiles of `tile` pixels a side, row by row, sharing at least the `overlap` of a side with their neighbours.
+
+    Raises:
+        RecipeError: the overlap isn't within 0 and 0.5, where three tiles would meet.
+    """
+    if tile < 1 or not 0 <= overlap < 0.5:
+        raise RecipeError(
+            f"expected a tile of at least 1 pixel and an overlap from 0 to below 0.5, got {tile}, {overlap}"
+        )
+    rows, columns = (_lay_line(side, tile, overlap) for side in size)
+    return [Tile((*y, *x), (*own_y, *own_x)) for (y, own_y), (x, own_x) in product(rows, columns)]
+
+
+def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Start and end of each tile along one axis, and of its own part."""
+    side = min(tile, length)
+    shared = min(side - 1, math.ceil(tile * overlap)) if side > 1 else 0
+    count = max(1, math.ceil((length - shared) / (side - shared)))
+    starts = [round(index * (length - side) / max(1, count - 1)) for index in range(count)]
+    cuts = [0, *((start + before + side) // 2 for before, start in pairwise(starts)), length]
+    return [((start, start + side), (cuts[index], cuts[index + 1])) for index, start in enumerate(starts)]
+
+
+def predict_tiled(
+    predictor: Stream,
+    image: Windows,
+    tile: int,
+    overlap: float = 0.2,
+    *,
+    batch_size: int = 1,
+    threshold: float = 0.5,
+) -> Instances:
+    """The instances of a large image, predicted tile by tile and merged; image_id is 0.
+
+    Raises:
+        RecipeError: tile and overlap can't be laid out.
+    """
+    tiles = lay_tiles(image.size, tile, overlap)
+    found = predictor.stream((image.read(one.box) for one in tiles), batch_size=batch_size, threshold=threshold)
+    pieces = [list(_pieces(number, tiles[number], instances)) for number, instances in enumerate(found)]
+    objects = [one for group in group_pieces(tiles, pieces) if (one := join(tiles, group)) is not None]
+    objects.sort(key=lambda piece: -piece.score)
+    rles = [
+        {"size": list(image.size), "counts": counts}
+        for counts in encode_runs([to_runs(o, image.size) for o in objects])
+    ]
+    categories = np.array([piece.category_id for piece in objects], np.int64)
+    scores = np.array([piece.score for piece in objects], np.float64)
+    return Instances(0, categories, scores, rles, tight_boxes(rles), image.size)
+
+
+def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
+    """A tile's instances, moved to the image's frame."""
+    top, left = tile.box[0], tile.box[2]
+    for category_id, score, encoded in zip(instances.category_ids, instances.scores, instances.rles, strict=True):
+        runs = rle.read_runs(encoded["counts"], *instances.size)
+        x0, y0, x1, y1 = rle.box_of(runs, instances.size[0])
+        if x1 > x0:
+            mask = rle.paint(runs, (x0, y0, x1, y1), instances.size[0]).astype(np.bool_)
+            yield Piece(number, int(category_id), float(score), (top + y0, top + y1, left + x0, left + x1), mask)
+
+
+def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+    """The pieces of all tiles, those of one object together; a group has at most one piece a tile.
+
+    Pairs are joined from the best agreement down, so that a piece goes to the neighbour's that fits it best.
+    """
+    group = {id(piece): [piece] for several in pieces for piece in several}
+    for _, first, second in sorted(_pairs(tiles, pieces), key=lambda pair: -pair[0]):
+        one, other = group[id(first)], group[id(second)]
+        if {piece.tile for piece in one}.isdisjoint(piece.tile for piece in other):
+            one += other
+            group.update((id(piece), one) for piece in other)
+    return list({id(members): members for members in group.values()}.values())
+
+
+def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[float, Piece, Piece]]:
+    """Pieces of neighbouring tiles that agree, with their agreement. A tile's later neighbours are near in the list."""
+    across = sum(tile.box[0] == tiles[0].box[0] for tile in tiles)
+    for number, tile in enumerate(tiles):
+        later = {number + 1, *(number + across + step for step in (-1, 0, 1))}
+        for other in (one for one in later if number < one < len(tiles)):
+            shared = meet(tile.box, tiles[other].box)
+            if not _area(shared):
+                continue
+            near = [[p for p in pieces[k] if _area(meet(p.box, shared))] for k in (number, other)]
+            for first, second in product(*near):
+                overlap = agreement(first, second, shared) if first.category_id == second.category_id else 0.0
+                if overlap > SAME_OBJECT:
+                    yield overlap, first, second
+
+
+def agreement(first: Piece, second: Piece, shared: Box) -> float:
+    """The IoU of two pieces inside the part of the image that both their tiles see."""
+    both = meet(meet(first.box, second.box), shared)
+    if not _area(both):
+        return 0.0
+    common = int((first.within(both) & second.within(both)).sum())
+    total = int(first.within(shared).sum()) + int(second.within(shared).sum()) - common
+    return common / total if total else 0.0
+
+
+def join(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
+    """One object of its pieces: in each tile's own part what that tile saw; None where nothing is left.
+
+    The score is the pieces' mean, weighted by what each contributes.
+    """
+    if len(group) == 1:
+        piece = group[0]
+        own = piece.within(meet(piece.box, tiles[piece.tile].own)).sum()
+        return piece if 2 * own >= piece.mask.sum() else None
+    boxes = [meet(piece.box, tiles[piece.tile].own) for piece in group]
+    areas = [int(piece.within(box).sum()) if _area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
+    used = [(piece, box) for piece, box, area in zip(group, boxes, areas, strict=True) if area]
+    if not used:
+        return None
+    y0, y1 = min(box[0] for _, box in used), max(box[1] for _, box in used)
+    x0, x1 = min(box[2] for _, box in used), max(box[3] for _, box in used)
+    mask = np.zeros((y1 - y0, x1 - x0), np.bool_)
+    for piece, box in used:
+        mask[box[0] - y0 : box[1] - y0, box[2] - x0 : box[3] - x0] = piece.within(box)
+    score = sum(area * piece.score for piece, area in zip(group, areas, strict=True)) / sum(areas)
+    return Piece(-1, group[0].category_id, score, (y0, y1, x0, x1), mask)
+
+
+def to_runs(piece: Piece, size: Size) -> NDArray[np.int64]:
+    """Run lengths of a piece's mask in the whole image, column-major, background first."""
+    y0, y1, x0, x1 = piece.box
+    stride = y1 - y0 + 1  # a cell of background ends each column
+    flat = np.zeros((x1 - x0) * stride + 1, np.bool_)
+    flat[1:].reshape(x1 - x0, stride)[:, :-1] = piece.mask.T
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), stride)
+    edges = (x0 + column) * size[0] + y0 + row
+    runs: NDArray[np.int64] = np.diff(edges, prepend=0, append=size[0] * size[1])
+    return rle.merge_empty_runs(runs)

@@ -1,0 +1,69 @@
+"""Video in and out, through PyAV (FFmpeg's libraries)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m2f_trainer.errors import ImageError
+from m2f_trainer.inference.export import needs
+
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The container of a video.
+
+    Raises:
+        ImageError: no video can be read from the file.
+        MissingPackageError: PyAV is missing.
+    """
+    needs("av", extra="video")
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ImageError(f"{path}: there is no video in this file.")
+            yield container
+    except (av.error.FFmpegError, OSError) as error:
+        raise ImageError(f"{path}: the video can't be read ({error}). Convert it to MP4 first.") from error
+
+
+def frames(path: Path) -> Iterator[Image.Image]:
+    """The frames of a video as RGB, one in memory at a time. Errors as `opened`."""
+    with opened(path) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_image()
+
+
+def frame_rate(path: Path) -> Fraction:
+    """Frames a second; 25 where the file doesn't say. Errors as `opened`."""
+    with opened(path) as container:
+        return Fraction(container.streams.video[0].average_rate or 25)
+
+
+def write_video(pictures: Iterable[Image.Image], path: Path, rate: Fraction) -> None:
+    """An MP4 (H.264) of the pictures, all of one size; an odd last row or column is left out, as the format asks."""
+    import av
+
+    unfinished = path.with_name(f".{path.name}")
+    with av.open(str(unfinished), "w", format="mp4") as container:
+        stream: Any = None
+        for picture in pictures:
+            width, height = picture.width // 2 * 2, picture.height // 2 * 2
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture)[:height, :width].copy(), format="rgb24")
+            container.mux(stream.encode(frame))
+        if stream is not None:
+            container.mux(stream.encode())
+    unfinished.replace(path)

@@ -1,0 +1,120 @@
+"""Parts of an image, read without the rest where the file allows it: a TIFF by its tiles or strips, through tifffile.
+
+Pillow decodes a JPEG or PNG whole, so those must fit in memory and in Pillow's own limit; then parts are cut from it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2f_trainer.data.images import open_image
+from m2f_trainer.errors import ImageError
+from m2f_trainer.inference.export import needs
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+"""y0, y1, x0, x1, ends excluded."""
+
+Pixels = NDArray[np.uint8]
+
+
+class Windows(Protocol):
+    """An image that gives any part of itself as RGB, uint8 (h, w, 3)."""
+
+    size: Size
+
+    def read(self, box: Box) -> Pixels:
+        """The pixels inside a box of the image."""
+        ...
+
+
+class ArrayWindows:
+    """An image in memory: uint8 (H, W, 3)."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.size: Size = (pixels.shape[0], pixels.shape[1])
+
+    def read(self, box: Box) -> Pixels:
+        """As `Windows.read`."""
+        y0, y1, x0, x1 = box
+        return self.pixels[y0:y1, x0:x1]
+
+
+class TiffWindows:
+    """A TIFF of 8-bit grey or colour; a part costs the tiles or strips that it touches.
+
+    Raises:
+        ImageError: its first page has other samples.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tifffile
+
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[0]
+            self.decode = page.decode
+        self.path, self.page = path, page
+        shape = page.shape
+        if self.page.dtype != np.uint8 or self.page.planarconfig != 1 or shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ImageError(
+                f"{path}: reading by windows takes 8-bit grey, RGB or RGBA with the colours side by side, got "
+                f"{shape} of {self.page.dtype}. Convert it, for instance with `vips tiffsave --tile`."
+            )
+        self.size: Size = (int(shape[0]), int(shape[1]))
+
+    def read(self, box: Box) -> Pixels:
+        """As `Windows.read`."""
+        y0, y1, x0, x1 = box
+        height, width = self._segment()
+        across = -(-self.size[1] // width)
+        pixels = np.zeros((y1 - y0, x1 - x0, 3), np.uint8)
+        for row in range(y0 // height, -(-y1 // height)):
+            for column in range(x0 // width, -(-x1 // width)):
+                part = self._decode(row * across + column)
+                top, left = row * height, column * width
+                rows = slice(max(y0, top), min(y1, top + part.shape[0]))
+                columns = slice(max(x0, left), min(x1, left + part.shape[1]))
+                seen = part[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+                pixels[rows.start - y0 : rows.stop - y0, columns.start - x0 : columns.stop - x0] = seen
+        return pixels
+
+    def _segment(self) -> Size:
+        """Height and width of a tile, or of a strip."""
+        if self.page.is_tiled:
+            return int(self.page.tilelength), int(self.page.tilewidth)
+        return int(self.page.rowsperstrip), self.size[1]
+
+    def _decode(self, index: int) -> Pixels:
+        """One tile or strip as (h, w, 1 or 3)."""
+        with self.path.open("rb") as file:
+            file.seek(self.page.dataoffsets[index])
+            data = file.read(self.page.databytecounts[index])
+        decoded, _, shape = self.decode(data, index, jpegtables=self.page.jpegtables)
+        if decoded is None:  # a tile that was never written
+            return np.zeros((*shape[1:3], 1), np.uint8)
+        pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
+        return pixels
+
+
+def open_windows(path: Path) -> Windows:
+    """The image of a file, by windows where it is a TIFF and tifffile is installed, else decoded whole.
+
+    Raises:
+        ImageError: it can't be read, or is too large to be decoded whole.
+        MissingPackageError: it is a TIFF too large to be decoded whole, and tifffile is missing.
+    """
+    tiff = path.suffix.lower() in (".tif", ".tiff")
+    if tiff and importlib.util.find_spec("tifffile") is not None:
+        return TiffWindows(path)
+    try:
+        return ArrayWindows(np.asarray(open_image(path, str(path))))
+    except ImageError:
+        if tiff:
+            needs("tifffile", extra="tiff")
+        raise

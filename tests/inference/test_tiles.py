@@ -1,0 +1,156 @@
+"""Objects of an image that is read in tiles are found once, whole, and as they are."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from m2f_trainer.errors import ImageError, MissingPackageError, RecipeError
+from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.inference.tiles import lay_tiles, predict_tiled
+from m2f_trainer.inference.windows import ArrayWindows, TiffWindows, Windows, open_windows
+
+Labels = NDArray[np.int64]
+
+
+class Seer:
+    """Sees each tile perfectly, but for `blind`: an object is a colour, red is its class, the rest its number."""
+
+    def __init__(self, blind: int | None = None) -> None:
+        self.blind = blind
+
+    def stream(self, images: Iterator[NDArray[np.uint8]], **_: object) -> Iterator[Instances]:
+        for number, pixels in enumerate(images):
+            codes = pixels.astype(np.int64) @ np.array([65536, 256, 1])
+            found = [code for code in np.unique(codes) if code and number != self.blind]
+            rles = [coco_mask.encode(np.asfortranarray(codes == code, np.uint8)) for code in found]
+            categories = np.array([code // 65536 for code in found], np.int64)
+            scores = np.linspace(0.9, 0.6, len(found))
+            yield Instances(number, categories, scores, rles, tight_boxes(rles), pixels.shape[:2])
+
+
+def scene(height: int = 150, width: int = 210) -> NDArray[np.uint8]:
+    """Discs, a bar as long as the image, a ring, an object in the last row and column, and one single pixel."""
+    y, x = np.mgrid[:height, :width]
+    codes = np.zeros((height, width), np.int64)
+    rng = np.random.default_rng(0)
+    for number in range(1, 40):
+        cy, cx, radius = rng.integers(height), rng.integers(width), rng.integers(2, 14)
+        codes[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 65536 * (1 + number % 2) + number
+    codes[70:76] = 65536 + 100
+    distance = np.hypot(y - 75, x - 105)
+    codes[(distance > 55) & (distance < 60)] = 65536 + 101
+    codes[-9:, -9:] = 65536 + 102
+    codes[3, 3] = 65536 + 103
+    return np.stack([codes // 65536, codes // 256 % 256, codes % 256], -1).astype(np.uint8)
+
+
+def found_in(pixels: NDArray[np.uint8], tile: int, overlap: float, seer: Seer | None = None) -> Instances:
+    return predict_tiled(seer or Seer(), ArrayWindows(pixels), tile, overlap)
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 0.2), (50, 0.45), (40, 0.1), (1000, 0.2)])
+def test_objects_cut_by_any_seam_come_back_whole_and_once(tile: int, overlap: float) -> None:
+    pixels = scene()
+    (whole,) = Seer().stream(iter([pixels]))
+    found = found_in(pixels, tile, overlap)
+    assert sorted(rle["counts"] for rle in found.rles) == sorted(rle["counts"] for rle in whole.rles)
+    assert sorted(found.category_ids) == sorted(whole.category_ids)
+    assert found.size == pixels.shape[:2]
+    assert (np.diff(found.scores) <= 0).all()
+
+
+def test_two_touching_objects_of_one_class_stay_two() -> None:
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[20:40, 10:90] = (1, 0, 1)
+    pixels[40:55, 10:90] = (1, 0, 2)
+    found = found_in(pixels, 60, 0.3)
+    assert sorted(coco_mask.area(found.rles).tolist()) == [15 * 80, 20 * 80]
+
+
+def test_what_only_a_tiles_margin_shows_is_not_believed_against_the_tile_that_sees_it_better() -> None:
+    pixels = np.zeros((40, 70, 3), np.uint8)
+    pixels[10:20, 32:36] = (1, 0, 1)  # tiles 0:40 and 30:70; the cut is at 35
+    first, second = lay_tiles((40, 70), 40, 0.25)
+    assert (first.box, second.box, first.own) == ((0, 40, 0, 40), (0, 40, 30, 70), (0, 40, 0, 35))
+    assert len(found_in(pixels, 40, 0.25, Seer(blind=0))) == 0
+    assert len(found_in(pixels, 40, 0.25, Seer(blind=1))) == 1
+
+
+def test_own_parts_cover_an_image_without_gap_or_overlap_and_tiles_share_what_was_asked() -> None:
+    for size, tile, overlap in (((97, 203), 50, 0.2), ((1, 1), 8, 0.0), ((64, 65), 64, 0.4), ((30, 300), 64, 0.49)):
+        tiles = lay_tiles(size, tile, overlap)
+        covered = np.zeros(size, int)
+        for one in tiles:
+            covered[one.own[0] : one.own[1], one.own[2] : one.own[3]] += 1
+            assert one.box[0] <= one.own[0] <= one.own[1] <= one.box[1]
+            assert one.box[1] - one.box[0] <= tile
+        assert (covered == 1).all()
+    with pytest.raises(RecipeError, match=r"overlap from 0 to below 0\.5"):
+        lay_tiles((10, 10), 5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tile": (32, 48)}, {"rowsperstrip": 17}, {"tile": (32, 48), "compression": "zlib"}]
+)
+def test_a_tiff_is_read_by_windows_to_the_pixel(options: dict[str, object], tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
+    pixels = np.random.default_rng(0).integers(0, 255, (101, 143, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    windows = open_windows(tmp_path / "a.tif")
+    assert isinstance(windows, TiffWindows)
+    assert windows.size == (101, 143)
+    for y0, y1, x0, x1 in ((0, 101, 0, 143), (30, 70, 40, 100), (100, 101, 142, 143)):
+        assert np.array_equal(windows.read((y0, y1, x0, x1)), pixels[y0:y1, x0:x1])
+
+
+def test_other_files_are_decoded_whole_and_a_deep_tiff_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    windows: Windows = open_windows(tmp_path / "a.png")
+    assert np.array_equal(windows.read((5, 9, 7, 30)), scene()[5:9, 7:30])
+    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 9), np.float32))
+    with pytest.raises(ImageError, match="8-bit grey, RGB or RGBA"):
+        open_windows(tmp_path / "b.tif")
+
+
+def test_a_large_tiff_without_tifffile_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(scene()).save(tmp_path / "a.tif")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
+    with pytest.raises(MissingPackageError, match=r"m2f-trainer\[tiff\]"):
+        open_windows(tmp_path / "a.tif")
+
+
+class Stars:
+    """A dark sky of any size with a star every 250 pixels, which is never in memory as a whole."""
+
+    def __init__(self, side: int) -> None:
+        self.size = (side, side)
+
+    def read(self, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        y0, y1, x0, x1 = box
+        y, x = np.mgrid[y0:y1, x0:x1]
+        star = ((y % 250) < 12) & ((x % 250) < 12)
+        code = np.where(star, (y // 250 * (self.size[1] // 250) + x // 250) + 1, 0)
+        return np.stack([star.astype(int), code // 256, code % 256], -1).astype(np.uint8)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_tiles_and_objects_not_of_the_image() -> None:
+    peaks = []
+    for side in (2000, 20000):
+        tracemalloc.start()
+        found = predict_tiled(Seer(), Stars(side), 1024, 0.2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == (side // 250) ** 2
+        assert (coco_mask.area(found.rles) == 144).all()
+    assert peaks[1] - peaks[0] < 64 * 2**20, "the image has 1.2 GB"
