@@ -35,6 +35,15 @@ def read_runs(counts: str | bytes, height: int, width: int, where: str = "RLE") 
     return _check_runs(runs, height, width, where)
 
 
+def read_own(counts: str | bytes) -> Runs:
+    """The runs of a compressed RLE that this package wrote itself, of an image of any size.
+
+    Raises:
+        MaskError: the string is damaged
+    """
+    return _undo_differences(_read_numbers(_bytes_of(counts, "RLE"), "RLE"))
+
+
 def write_counts(runs: Runs, height: int, width: int) -> str:
     """The compressed RLE of valid runs: the inverse of `read_runs`."""
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)

@@ -40,14 +40,9 @@ def record_of(file_name: str, instances: Instances) -> Record:
     entries = []
     for entry, box in zip(instances.to_coco(), instances.boxes.tolist(), strict=True):
         del entry["image_id"]
-        area = rle.area(_runs(entry["segmentation"]))
+        area = rle.area(rle.read_own(entry["segmentation"]["counts"]))
         entries.append({**entry, "bbox": box, "area": area})
     return Record(file_name, height, width, entries)
-
-
-def _runs(segmentation: Mapping[str, Any]) -> rle.Runs:
-    height, width = segmentation["size"]
-    return rle.read_runs(segmentation["counts"], height, width)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -117,6 +112,6 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
 
 
 def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:
-    runs, height = _runs(segmentation), segmentation["size"][0]
+    runs, height = rle.read_own(segmentation["counts"]), segmentation["size"][0]
     box = rle.box_of(runs, height)
     return outlines(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []
