@@ -57,6 +57,11 @@ class ModelArguments:
     lora_alpha: int = option(32, "LoRA scale; the update is multiplied by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
     lora_targets: Literal["attention", "attention+mlp"] = option("attention", "Backbone layers that get LoRA matrices.")
+    feature_cache: int | None = option(
+        None,
+        "With tune frozen: run the backbone once for each of so many fixed views of an image and keep its maps "
+        "on disk. Faster steps; fewer augmentations.",
+    )
     backbone_config: dict[str, Any] | str | None = option(
         None, "A transformers configuration (with its model_type) for a small, randomly initialised backbone."
     )
@@ -67,6 +72,12 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check_ranges(self, {"num_queries": (1, None), "lora_rank": (1, None), "lora_alpha": (1, None)})
         check_ranges(self, {"lora_dropout": (0, 1), "drop_path": (0, 0.9), "rope_rescale": (1, None)})
+        check_ranges(self, {"feature_cache": (1, None)})
+        if self.feature_cache is not None and self.tune != "frozen":
+            raise RecipeError(
+                f"feature_cache={self.feature_cache} keeps what a frozen backbone made of the images, and tune "
+                f"{self.tune!r} changes the backbone at each step. Set tune to frozen, or feature_cache to null."
+            )
         if self.head_checkpoint and self.init_from:
             raise RecipeError("head_checkpoint and init_from are both set, and each starts the head. Keep one of them.")
 

@@ -210,6 +210,11 @@ def build(values: Mapping[str, Any]) -> Recipe:
             f"max_steps={train.max_steps}: a streamed dataset has no length, so that the run needs max_steps from 1 on."
             " Set it, or leave streaming out."
         )
+    if model.feature_cache is not None and data.streaming:
+        raise RecipeError(
+            f"feature_cache={model.feature_cache} runs over every image before training, and streaming reads images as "
+            "they come. Leave one of the two out."
+        )
     check_sides(data, required_multiple(model))
     return Recipe(model, data, train)
 

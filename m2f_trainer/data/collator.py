@@ -59,12 +59,13 @@ def collate(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 
     Returns:
         pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
-        original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order
+        original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order;
+        where the samples have them, backbone_maps, (B, C, h, w) each
     """
     samples = [sample for sample in found if sample is not None]
     if not samples:
         return {}
-    return {
+    batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "pixel_mask": torch.stack([sample["pixel_mask"] for sample in samples]),
         "mask_labels": pack_masks(
@@ -76,6 +77,10 @@ def collate(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         "original_size": torch.tensor([sample["original_size"] for sample in samples], dtype=torch.int64),
         "resized_size": torch.tensor([sample["resized_size"] for sample in samples], dtype=torch.int64),
     }
+    if "backbone_maps" in samples[0]:
+        maps = zip(*(sample["backbone_maps"] for sample in samples), strict=True)
+        batch["backbone_maps"] = [torch.stack(images) for images in maps]
+    return batch
 
 
 def pack_masks(bitmaps: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], boxes: torch.Tensor) -> dict[str, torch.Tensor]:

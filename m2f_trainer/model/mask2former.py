@@ -84,9 +84,9 @@ class Body(nn.Module):
         self.pixel_level_module = PixelLevelModule(config)
         self.transformer_module = QueryDecoder(in_features=config.feature_size, config=config)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, maps: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised (B, 3, H, W) -> hidden (L, B, Q, C), mask embeddings (L, B, Q, C), features (B, C, H/4, W/4)."""
-        features, levels = self.pixel_level_module.decoder(self.pixel_level_module.encoder(pixel_values))
+        features, levels = self.pixel_level_module.decoder(self.pixel_level_module.encoder(pixel_values, maps))
         hidden, embeddings = self.transformer_module(levels, features)
         return hidden, embeddings, features
 
@@ -121,6 +121,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         mask_labels: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
         class_labels: Sequence[Tensor] | None = None,
         num_items_in_batch: Tensor | None = None,
+        backbone_maps: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         **unused: Any,
     ) -> Mask2FormerForUniversalSegmentationOutput | tuple[Tensor, ...]:
@@ -132,8 +133,10 @@ class M2FModel(Mask2FormerPreTrainedModel):
         class_labels  one int64 (N_b,) an image
         num_items_in_batch
                       the loss's two divisors over the whole global batch (see `criterion.normalizer`)
+        backbone_maps (B, C, h, w) each: what the backbone made of these images before, of any type of float
         """
-        hidden, embeddings, features = self.model(self.normalise(pixel_values, pixel_mask))
+        maps = None if backbone_maps is None else [one.to(self.pixel_mean.dtype) for one in backbone_maps]
+        hidden, embeddings, features = self.model(self.normalise(pixel_values, pixel_mask), maps)
         if mask_labels is None or class_labels is None:
             hidden, embeddings = hidden[-1:], embeddings[-1:]
         class_logits = self.class_predictor(hidden)

@@ -180,12 +180,19 @@ class Encoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) -> four maps, fine to coarse, (B, C_i, h_i, w_i)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.backbone(pixel_values).feature_maps
-        four: list[Tensor] = self.neck(maps, pixel_values)
+    def forward(self, pixel_values: Tensor, maps: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) -> four maps, fine to coarse, (B, C_i, h_i, w_i).
+
+        `maps` are the backbone's, where they are known already.
+        """
+        four: list[Tensor] = self.neck(self.see(pixel_values) if maps is None else maps, pixel_values)
         return four
+
+    def see(self, pixel_values: Tensor) -> Sequence[Tensor]:
+        """Normalised images (B, 3, H, W) -> the backbone's maps, (B, C, h, w) each."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps: Sequence[Tensor] = self.backbone(pixel_values).feature_maps
+        return maps
 
 
 def _deepen_drop_path(backbone: nn.Module) -> None:

@@ -34,6 +34,7 @@ def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categor
     values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS}
     values |= {name: ({**vars(recipe.train), **world})[name] for name in TRAIN_FIELDS}
     values["categories"] = [vars(category) for category in categories]
+    values["feature_cache"] = recipe.model.feature_cache
     values["train_images"] = None if isinstance(train, Stream) else len(train)
     values["train_data"] = train.version if isinstance(train, Stream) else digest_of(train)
     values["valid_data"] = digest_of(valid)

@@ -41,6 +41,8 @@ from m2f_trainer.sharing.upload import push
 from m2f_trainer.training.automatic import images_a_device, resolve
 from m2f_trainer.training.callbacks import run_callbacks
 from m2f_trainer.training.checkpoints import METRICS, PICKLED_ARGUMENTS, RECIPE
+from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
+from m2f_trainer.training.feature_cache import cached
 from m2f_trainer.training.fingerprint import fingerprint
 from m2f_trainer.training.guards import explained
 from m2f_trainer.training.lock import only_run
@@ -71,7 +73,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         trainer = M2FTrainer(
             model,
             recipe.train.without_upload(),
-            train_dataset=training_samples(recipe, train_rows, categories),
+            train_dataset=training_samples(recipe, train_rows, categories, model),
             eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
             callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
             fingerprint=facts,
@@ -154,13 +156,14 @@ def load_data(data: DataArguments) -> tuple[Dataset | Stream, DatasetDict]:
 
 
 def training_samples(
-    recipe: Recipe, rows: Dataset | Stream, categories: Sequence[Category]
+    recipe: Recipe, rows: Dataset | Stream, categories: Sequence[Category], model: M2FModel
 ) -> InstanceDataset | InstanceStream:
-    """The training split as the model is shown it."""
-    transform = train_transform(recipe)
+    """The training split as the model is shown it, with what the backbone makes of it where that is to be kept."""
+    transform, views = train_transform(recipe), recipe.model.feature_cache
     if isinstance(rows, Stream):
         return InstanceStream(rows, transform, transform.seed)
-    return InstanceDataset(rows, transform, categories)
+    samples = InstanceDataset(rows, transform, categories)
+    return samples if views is None else cached(samples, categories, model, views, recipe.train)
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:
@@ -229,6 +232,7 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         Path(output, PICKLED_ARGUMENTS).unlink(missing_ok=True)
+        shutil.rmtree(output / FEATURE_CACHE, ignore_errors=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)

@@ -1,0 +1,197 @@
+"""A frozen backbone's maps, computed once for a fixed set of views of each image and read from disk ever after.
+
+View k of an image is what augmentation shows of it in epoch k, a function of (seed, k, index); with K views, epoch e
+trains on view e mod K. A step then costs neck and head alone. What it costs: only K views of an image are ever seen,
+where training without the cache sees a new one each epoch; maps are rounded to bfloat16; and the disk space.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from m2f_trainer.data.coco import Category
+from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.data.samples import Sample
+from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.errors import DataError
+from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.model.pyramid import Encoder
+from m2f_trainer.training.fingerprint import digest_of
+
+logger = logging.getLogger(__name__)
+FOLDER, MAPS, KEY = "feature_cache", "maps.bf16", "maps.json"
+SPARE = 0.02  # share of the disk to be left free
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """Maps of N images x K views, one record after another, in bfloat16.
+
+    shapes  (C, h, w) of each of a record's maps, which lie one after another
+    """
+
+    path: Path
+    images: int
+    views: int
+    shapes: tuple[tuple[int, int, int], ...]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers a record."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return 2 * self.images * self.views * self.numbers
+
+    def table(self, mode: Any) -> Any:
+        """The file as (N x K, numbers) of uint16, memory-mapped: numpy has no bfloat16."""
+        return np.memmap(self.path, np.uint16, mode, shape=(self.images * self.views, self.numbers))
+
+    def write(self, record: int, maps: Sequence[Tensor]) -> None:
+        """Write one record's maps, (C, h, w) each; `read` is the inverse up to rounding."""
+        flat = torch.cat([one.flatten() for one in maps]).to("cpu", torch.bfloat16)
+        self.table("r+")[record] = flat.view(torch.int16).numpy().view(np.uint16)
+
+    def read(self, record: int) -> list[Tensor]:
+        """The maps of one record, bfloat16 (C, h, w) each."""
+        row = np.array(self.table("r")[record])
+        flat = torch.from_numpy(row.view(np.int16)).view(torch.bfloat16)
+        parts = flat.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+class CachedViews(InstanceDataset):
+    """Samples of K fixed views an image, with the backbone's maps of them from a file."""
+
+    def __init__(self, rows: Any, transform: TrainTransform, categories: Sequence[Category], maps: MapFile) -> None:
+        self.maps = maps
+        super().__init__(rows, OneOfViews(transform, maps.views), categories)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As `InstanceDataset`, with `backbone_maps`: one (C, h, w) a map."""
+        record = index * self.maps.views + int(self._epoch) % self.maps.views
+        return {**super().__getitem__(index), "backbone_maps": self.maps.read(record)}
+
+
+class OneOfViews:
+    """A transform that shows in epoch e what it shows in epoch e mod K."""
+
+    def __init__(self, transform: TrainTransform, views: int) -> None:
+        self.transform, self.views = transform, views
+
+    def __call__(
+        self, row: Mapping[str, Any], epoch: int, index: int, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> Sample:
+        """The sample of one of the fixed views."""
+        return self.transform(row, epoch % self.views, index, rows)
+
+
+class AllViews(Dataset[dict[str, Any]]):
+    """Every view of every image once, in the order of the file's records."""
+
+    def __init__(self, dataset: InstanceDataset, views: int, share: slice) -> None:
+        self.dataset, self.views = dataset, views
+        self.records = range(len(dataset) * views)[share]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        index, view = divmod(self.records[place], self.views)
+        self.dataset.set_epoch(view)
+        return self.dataset[index]
+
+
+def cached(
+    dataset: InstanceDataset, categories: Sequence[Category], model: M2FModel, views: int, args: Any
+) -> CachedViews:
+    """The dataset with its backbone maps, which are computed and kept in the run's folder unless they are there.
+
+    `args` are the run's training arguments. The ranks share the work. Raises DataError where the disk has no room.
+    """
+    transform: Any = dataset.transform
+    folder, encoder = Path(args.output_dir, FOLDER), model.encoder.to(args.device)
+    shapes = map_shapes(encoder, transform.size)
+    maps = MapFile(folder / MAPS, len(dataset), views, shapes)
+    key = json.dumps({"shapes": shapes, "views": views, "of": identity(dataset, encoder)})
+    state = PartialState()
+    there = (folder / KEY).is_file() and (folder / KEY).read_text(encoding="utf-8") == key
+    state.wait_for_everyone()
+    if not there:
+        if state.is_main_process:
+            make_room(maps)
+        state.wait_for_everyone()
+        compute(dataset, model, maps, args)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            (folder / KEY).write_text(key, encoding="utf-8")
+    return CachedViews(dataset.rows, transform, categories, maps)
+
+
+@torch.no_grad()
+def map_shapes(encoder: Encoder, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
+    """(C, h, w) of the backbone's maps for images of a size."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    found = encoder.see(torch.zeros(1, 3, *size, device=device))
+    return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in found)
+
+
+def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
+    """SHA-256 of what decides the maps: the backbone's weights, the images' annotations, the augmentation."""
+    total = hashlib.sha256()
+    for name, tensor in encoder.backbone.state_dict().items():
+        total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
+    total.update(json.dumps([settings, digest_of(dataset.rows)]).encode())
+    return total.hexdigest()
+
+
+def make_room(maps: MapFile) -> None:
+    """Say what the file will take, and lay it out. Raises DataError where the disk has no room for it."""
+    folder = maps.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KEY).unlink(missing_ok=True)
+    maps.path.unlink(missing_ok=True)
+    disk = shutil.disk_usage(folder)
+    room = disk.free - int(SPARE * disk.total)
+    told = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.1f} MB = {maps.size / 1e9:.2f} GB"
+    if maps.size > room:
+        raise DataError(
+            f"feature_cache {maps.views}: {told} of backbone maps don't fit into {folder}, where {room / 1e9:.2f} GB "
+            "can be used. Lower feature_cache, image_height and image_width; or set output_dir to a larger disk, or "
+            "feature_cache to null"
+        )
+    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", told, maps.path, disk.free / 1e9)
+    maps.table("w+").flush()
+
+
+@torch.no_grad()
+def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: Any) -> None:
+    """Run the backbone over this rank's share of all views, and write the maps."""
+    state = PartialState()
+    todo = AllViews(dataset, maps.views, slice(state.process_index, None, state.num_processes))
+    loader: DataLoader[Any] = DataLoader(
+        todo, args.per_device_train_batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate
+    )
+    records = iter(todo.records)
+    for batch in loader:
+        pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+            found = model.encoder.see(pixels)
+        for maps_of_one in zip(*found, strict=True):
+            maps.write(next(records), maps_of_one)

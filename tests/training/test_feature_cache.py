@@ -1,0 +1,130 @@
+"""Training on kept backbone maps: the same as without, for the same views."""
+
+import logging
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2f_trainer.data.coco import categories_of, load_coco
+from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.model.adapters import set_tuning
+from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.recipe import load_recipe
+from m2f_trainer.training.feature_cache import CachedViews, MapFile, cached
+from m2f_trainer.training.run import train
+from tests.model.tiny import tiny_model
+from tests.training.runs import write_tiny
+
+Arguments = namedtuple(
+    "Arguments", "output_dir device bf16 per_device_train_batch_size dataloader_num_workers", defaults=(False, 2, 0)
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_coco(write_sample(tmp_path_factory.mktemp("data"), images=(3, 1, 1)))["train"]
+
+
+def both(rows: Any, folder: Path, views: int = 2) -> tuple[InstanceDataset, CachedViews, M2FModel]:
+    """The samples as they are and with kept maps, and the model."""
+    categories = categories_of(rows)
+    model = tiny_model(categories=[vars(one) for one in categories]).train()
+    set_tuning(model, "frozen")
+    plain = InstanceDataset(rows, TrainTransform(64, 64, color_jitter=0.4, copy_paste=0.5), categories)
+    return plain, cached(plain, categories, model, views, Arguments(str(folder), torch.device("cpu"))), model
+
+
+def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
+    torch.manual_seed(0)
+    loss: Tensor = model(**collate([dataset[index] for index in range(len(dataset))])).loss
+    return loss
+
+
+def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, kept, model = both(rows, tmp_path)
+    encoder, see = model.encoder, model.encoder.see
+    for epoch in range(2):
+        plain.set_epoch(epoch)
+        kept.set_epoch(epoch)
+        exact, found = loss_of(model, plain), loss_of(model, kept)
+        torch.testing.assert_close(found, exact, rtol=1e-2, atol=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder, "see", lambda pixels: [one.bfloat16().float() for one in see(pixels)])
+            rounded = loss_of(model, plain)
+        torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
+
+
+def test_the_backbone_does_not_run_in_training_and_views_come_round(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, kept, model = both(rows, tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the backbone ran")
+
+    monkeypatch.setattr(model.encoder.backbone, "forward", refuse)
+    losses = []
+    for epoch in range(4):
+        kept.set_epoch(epoch)
+        losses.append(loss_of(model, kept).item())
+    assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
+    rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        _, first, _ = both(rows, tmp_path)
+        assert "3 images x 2 views x 0.0 MB = 0.00 GB of backbone maps go to" in caplog.text
+        written = first.maps.path.stat()
+        assert written.st_size == first.maps.size
+        both(rows, tmp_path)
+        assert first.maps.path.stat().st_mtime_ns == written.st_mtime_ns
+        _, third, _ = both(rows, tmp_path, views=3)
+    assert third.maps.path.stat().st_size == written.st_size // 2 * 3
+
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = namedtuple("disk", "total used free")(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
+    with pytest.raises(DataError, match=r"feature_cache 2: 3 images x 2 views .* don't fit .*Lower feature_cache"):
+        both(rows, tmp_path)
+
+
+def test_maps_written_are_maps_read(tmp_path: Path) -> None:
+    file = MapFile(tmp_path / "maps", 2, 2, ((4, 6, 5), (8, 3, 3)))
+    file.table("w+").flush()
+    maps = [torch.randn(shape) for shape in file.shapes]
+    file.write(3, maps)
+    for found, expected in zip(file.read(3), maps, strict=True):
+        assert torch.equal(found, expected.bfloat16())
+    assert all(one.eq(0).all() for one in file.read(2))
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_backbone_that_trains_has_no_cache(tmp_path: Path, tune: str) -> None:
+    with pytest.raises(RecipeError, match=f"feature_cache=2 keeps what a frozen backbone made .*'{tune}' changes"):
+        load_recipe([str(write_tiny(tmp_path, tune=tune, feature_cache=2))])
+
+
+def test_a_stream_has_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="feature_cache=2 runs over every image .* Leave one of the two out"):
+        load_recipe([str(write_tiny(tmp_path, tune="frozen", feature_cache=2, streaming=True))])
+
+
+def test_a_run_with_a_cache_ends_with_a_model_and_without_the_cache(tmp_path: Path) -> None:
+    figures = train(load_recipe([str(write_tiny(tmp_path, tune="frozen", feature_cache=2, max_steps=2))]))
+    assert "eval_map" in figures
+    assert (tmp_path / "run/model.safetensors").is_file()
+    assert not (tmp_path / "run/feature_cache").exists()
