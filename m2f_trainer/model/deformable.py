@@ -2,9 +2,11 @@
 
 transformers' version keeps every sampled value for the backward pass. Here the samples are taken again in backward:
 what is kept falls to the inputs, and level after level is sampled instead of one large stack. A CPU samples whole rows
-instead of single channels (row_sampling.py).
+instead of single channels (row_sampling.py). On CUDA, M2F_TRITON=1 in the environment takes kernels of our own instead
+of torch's `grid_sample` (triton_sampling.py); they are off by default until a GPU has measured them.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +71,11 @@ def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], place
     output: Tensor
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         output = RowSampling.apply(value, places, weights, shapes)  # type: ignore[no-untyped-call]
+        return output
+    if value.is_cuda and os.environ.get("M2F_TRITON") == "1" and not torch.compiler.is_compiling():
+        from .triton_sampling import TritonSampling
+
+        output = TritonSampling.apply(value, places, weights, shapes)  # type: ignore[no-untyped-call]
         return output
     batch, length, heads, dim = value.shape
     flat_value = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, length)

@@ -119,7 +119,7 @@ def test_a_backbone_that_trains_has_no_cache(tmp_path: Path, tune: str) -> None:
 
 
 def test_a_stream_has_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="feature_cache=2 runs over every image .* Leave one of the two out"):
+    with pytest.raises(RecipeError, match=r"feature_cache=2 runs over every image .* Leave one of the two out"):
         load_recipe([str(write_tiny(tmp_path, tune="frozen", feature_cache=2, streaming=True))])
 
 
