@@ -217,6 +217,7 @@ class TrainArguments(TrainingArguments):
     dataloader_timeout: int = option(600, "Seconds to wait for a batch before a worker counts as hung; 0 is for ever.")
     logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
     restore_callback_states_from_checkpoint: bool = option(True, "Resume early stopping's patience too.")
+    hub_strategy: str = option("end", "With push_to_hub: upload at the end, or the model of every_save.")
     save_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
     save_steps: float | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
     eval_strategy: str | None = option(None, "Follows checkpointing_steps.")  # type: ignore[assignment]
@@ -234,6 +235,11 @@ class TrainArguments(TrainingArguments):
         if self.logging_nan_inf_filter:
             raise RecipeError("logging_nan_inf_filter must stay false: it hides a loss that is not finite.")
         self._refuse_token()
+        if self.hub_strategy not in ("end", "every_save"):
+            raise RecipeError(
+                f"hub_strategy: expected end or every_save, got {self.hub_strategy}. Checkpoints with their "
+                "optimizer are not uploaded: they hold local paths. Copy output_dir to resume elsewhere."
+            )
         self._align_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()

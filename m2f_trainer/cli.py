@@ -190,6 +190,10 @@ def push_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, help="folder of a model")
     command.add_argument("repo_id", help="where to: name/model")
     command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--revision", metavar="BRANCH", help="commit to this branch, made where it isn't there")
+    command.add_argument("--pull_request", action="store_true", help="propose the files in a pull request")
+    command.add_argument("--adapter_only", action="store_true", help="send a LoRA run's adapter, neck and head alone")
+    command.add_argument("--dry_run", action="store_true", help="list the files and their sizes, and send nothing")
 
 
 def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -314,9 +318,15 @@ def export(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def push(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    from m2f_trainer.sharing.upload import push as upload
+    from m2f_trainer.sharing import upload
 
-    address = upload(arguments.model, arguments.repo_id, private=arguments.private)
+    named = {name: vars(arguments)[name] for name in ("private", "revision", "pull_request", "adapter_only")}
+    target = upload.Target(arguments.repo_id, **named)
+    if arguments.dry_run:
+        for name, size in upload.listing(arguments.model, target):
+            say(f"{'to be fetched' if size is None else f'{size:,}':>15}  {name}")
+        return
+    address = upload.push(arguments.model, target)
     say(f"Uploaded to {address}.")
     advise(f"m2f predict {shlex.quote(arguments.repo_id)} IMAGES")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import m2f_trainer
+import m2f_trainer.sharing
 from m2f_trainer import cli
 from m2f_trainer.errors import DataError
 
@@ -162,15 +162,17 @@ def test_predict_and_push_and_demo_hand_over_their_options(
     seen: list[object] = []
     record = lambda *values, **named: seen.append((*values, *named.values()))  # noqa: E731
     stand_in(monkeypatch, "m2f_trainer.inference.folder", predict_folder=record, Options=dict)
-    stand_in(monkeypatch, "m2f_trainer.sharing.upload", push=record)
+    target = lambda *values, **named: (*values, *named.values())  # noqa: E731
+    stand_in(monkeypatch, "m2f_trainer.sharing.upload", push=record, Target=target)
+    monkeypatch.delattr(m2f_trainer.sharing, "upload", raising=False)
     stand_in(monkeypatch, "m2f_trainer.training.run", demo=record)
     assert cli.main(["predict", "m", "a.png", "b", "--recursive", "--threshold", "0.3", "--tile", "512"]) == 0
-    assert cli.main(["push", "m", "me/m", "--private"]) == 0
+    assert cli.main(["push", "m", "me/m", "--private", "--revision", "draft"]) == 0
     assert cli.main(["demo", "--output_dir", "d", "--backbone", "dinov2-small"]) == 0
     options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": 0.2, "dataset": False}
     assert seen == [
         ("m", [Path("a.png"), Path("b")], Path("predictions"), options),
-        (Path("m"), "me/m", True),
+        (Path("m"), ("me/m", True, "draft", False, False)),
         (Path("d"), "dinov2-small", cli.say),
     ]
     assert capsys.readouterr().out.count("Next:\n  m2f ") == 3

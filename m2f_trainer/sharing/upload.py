@@ -7,6 +7,7 @@ holds it is not uploaded.
 import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
@@ -24,6 +25,7 @@ NAMED = {
     "metrics.json",
     "model.safetensors",
     "model.safetensors.index.json",
+    "adapter/config.json",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     AGREEMENT,
@@ -34,41 +36,82 @@ LEGAL = ("LICENSE", "NOTICE", "DINOV3_LICENSE.md")
 WAITS = (1.0, 4.0)
 
 
-def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a model with its card and licences to the Hub; return its address.
+@dataclass(frozen=True)
+class Target:
+    """Where an upload goes, and what of the model.
+
+    Attributes:
+        repo_id: name/model on the Hub.
+        private: make a new repository private; refuse a public one.
+        revision: a branch to commit to, made where it isn't there.
+        pull_request: propose the files instead of committing them; the repository must be there.
+        adapter_only: send the LoRA adapter, neck and head, and not the backbone's own weights.
+    """
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    pull_request: bool = False
+    adapter_only: bool = False
+
+
+def push(folder: str | Path, target: Target | str) -> str:
+    """Upload a model with its card and licences to the Hub; return its address, or the pull request's.
 
     Raises SharingError with what to do; the folder stays as it is but for the card and the DINOv3 agreement.
     """
-    folder = Path(folder)
-    check_model(folder)
+    folder, target = Path(folder), Target(target) if isinstance(target, str) else target
+    check_model(folder, target.adapter_only)
     if not get_token():
         raise SharingError("No Hub token found: set the environment variable HF_TOKEN or run `hf auth login`.")
     add_agreement(folder)
-    add_card(folder, repo_id)
+    add_card(folder, target.repo_id)
     for wait in (*WAITS, None):
         try:
-            return send(folder, repo_id, private)
+            return send(folder, target)
         except SharingError:
             raise
         except Exception as error:  # the HTTP library's errors differ between versions of huggingface_hub
             if wait is None or not is_passing(error):
-                raise SharingError(advice(folder, repo_id, error)) from error
+                raise SharingError(advice(folder, target.repo_id, error)) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
-def send(folder: Path, repo_id: str, private: bool) -> str:
+def send(folder: Path, target: Target) -> str:
     """One try: the repository, then all files in one commit."""
     api = HfApi(library_name="m2f_trainer")
-    address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.model_info(address.repo_id).private:
+    repo_id, message, files = target.repo_id, "Upload a model of m2f_trainer", operations(folder, target.adapter_only)
+    if target.pull_request:
+        commit = api.create_commit(repo_id, files, commit_message=message, create_pr=True, revision=target.revision)
+        return str(commit.pr_url)
+    address = api.create_repo(repo_id, private=target.private or None, exist_ok=True)
+    if target.private and not api.model_info(address.repo_id).private:
         raise SharingError(
             f"{repo_id} exists and is public, but --private was asked for. Make it private in its settings on the Hub, "
             "or choose another name."
         )
-    message = "Upload a model of m2f_trainer"
-    api.create_commit(address.repo_id, operations=operations(folder), commit_message=message)
+    if target.revision:
+        api.create_branch(address.repo_id, branch=target.revision, exist_ok=True)
+    api.create_commit(address.repo_id, files, commit_message=message, revision=target.revision)
     return str(address)
+
+
+def listing(folder: str | Path, target: Target) -> list[tuple[str, int | None]]:
+    """(path, bytes) of each file that `push` would send, without sending or writing any; None: yet to be fetched.
+
+    Raises SharingError as `push` for a folder without a model.
+    """
+    folder = Path(folder)
+    check_model(folder, target.adapter_only)
+    sizes: dict[str, int | None] = {
+        one.path_in_repo: one.upload_info.size for one in operations(folder, target.adapter_only)
+    }
+    if CARD not in sizes:
+        sizes[CARD] = len(render_card(folder, target.repo_id).encode())
+    if needs_agreement(folder):
+        sizes.setdefault(AGREEMENT, None)
+    return sorted(sizes.items())
 
 
 def is_passing(error: Exception) -> bool:
@@ -95,13 +138,18 @@ def advice(folder: Path, repo_id: str, error: Exception) -> str:
     return f"Uploading {folder} to {repo_id} failed: {first}{cause}. {step}"
 
 
-def check_model(folder: Path) -> None:
-    """Raise SharingError unless the folder holds a configuration and weights."""
+def check_model(folder: Path, adapter_only: bool = False) -> None:
+    """Raise SharingError unless the folder holds a configuration and weights, or an adapter where that is asked for."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if "config.json" not in present or not any(name.endswith(".safetensors") for name in present):
+    if "config.json" not in present or not (adapter_only or any(name.endswith(".safetensors") for name in present)):
         raise SharingError(
             f"{folder} holds no model: expected config.json and model.safetensors, found "
             f"{', '.join(sorted(present)[:10]) or 'nothing'}. Give a run's folder or one of its checkpoints."
+        )
+    if adapter_only and not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise SharingError(
+            f"{folder} holds no adapter: expected adapter/adapter_model.safetensors, which a run with --tune "
+            "lora leaves at its end. Give such a run's folder, or leave out --adapter_only."
         )
 
 
@@ -112,14 +160,18 @@ def add_card(folder: Path, repo_id: str) -> None:
         write_card(folder, repo_id)
 
 
+def needs_agreement(folder: Path) -> list[str]:
+    """The DINOv3 backbones that the weights derive from."""
+    return [origin.source for origin in licence_chain(read(folder / "config.json")) if origin.licence == DINOV3]
+
+
 def add_agreement(folder: Path) -> None:
     """Put the DINOv3 agreement beside weights that fall under it, as it asks. Raises SharingError without it."""
-    sources = [origin.source for origin in licence_chain(read(folder / "config.json")) if origin.licence == DINOV3]
-    path = folder / AGREEMENT
+    sources, path = needs_agreement(folder), folder / AGREEMENT
     if not sources or path.is_file():
         return
     try:
-        path.write_bytes(Path(hf_hub_download(sources[0], "LICENSE.md")).read_bytes())
+        path.write_bytes(agreement_of(sources[0]))
     except Exception as error:
         raise SharingError(
             f"The weights in {folder} derive from DINOv3, and its licence asks for a copy of the agreement with them, "
@@ -127,15 +179,35 @@ def add_agreement(folder: Path) -> None:
         ) from error
 
 
-def operations(folder: Path) -> list[CommitOperationAdd]:
+def agreement_of(source: str) -> bytes:
+    """The agreement as the backbone came with it, from its folder or its repository. Raises OSError without it."""
+    if not Path(source).is_dir():
+        return Path(hf_hub_download(source, "LICENSE.md")).read_bytes()
+    found = [path for path in (Path(source, AGREEMENT), Path(source, "LICENSE.md")) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"no LICENSE.md in {source}")
+    return found[0].read_bytes()
+
+
+def operations(folder: Path, adapter_only: bool = False) -> list[CommitOperationAdd]:
     """The files to upload. Raises SharingError when one of them holds the token."""
-    files = {str(path.relative_to(folder)): content(path) for path in allowed(folder)}
+    files = {path.relative_to(folder).as_posix(): content(path) for path in allowed(folder)}
+    if adapter_only:
+        files = without_backbone(files)
     files |= {name: legal_text(name).encode() for name in LEGAL}
     token = (get_token() or "").encode()
     for name, value in files.items():
-        if isinstance(value, bytes) and token in value:
+        if token and isinstance(value, bytes) and token in value:
             raise SharingError(f"{folder / name} holds your Hub token. Take it out, and make a new token on the Hub.")
     return [CommitOperationAdd(name, value) for name, value in sorted(files.items())]
+
+
+def without_backbone(files: dict[str, bytes | str]) -> dict[str, bytes | str]:
+    """The adapter's files moved to the top, where peft's tools look for them, and of the others card and figures."""
+    kept = {name: value for name, value in files.items() if "/" not in name and not SHARD.fullmatch(name)}
+    for name in ("model.safetensors", "model.safetensors.index.json", *MODEL_CODE):
+        kept.pop(name, None)
+    return kept | {name.removeprefix("adapter/"): files[name] for name in files if name.startswith("adapter/")}
 
 
 def allowed(folder: Path) -> list[Path]:

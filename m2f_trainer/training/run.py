@@ -50,6 +50,7 @@ from m2f_trainer.training.plan import plan, to_text
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
+from m2f_trainer.training.uploads import hub_target, upload_callbacks
 
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
@@ -75,7 +76,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             recipe.train.without_upload(),
             train_dataset=training_samples(recipe, train_rows, categories, model),
             eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
-            callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
+            callbacks=[*run_callbacks(recipe.train), *upload_callbacks(recipe.train), *resume_callbacks(start), stop],
             fingerprint=facts,
             processing_class=SavedWithModel(recipe, model.config),
         )
@@ -238,7 +239,7 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
             save_adapter(model, output / ADAPTER_FOLDER)
         write_card(output)
         if recipe.train.push_to_hub:
-            push(output, recipe.train.hub_model_id or output.name, private=bool(recipe.train.hub_private_repo))
+            push(output, hub_target(recipe.train))
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,6 +1,7 @@
 """A small Hub on the loopback interface: as much of its API as an upload through huggingface_hub needs."""
 
 import base64
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,10 +87,20 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(body)
         if path.endswith("/LICENSE.md") and self.server.agreement is not None:
             return self.answer(self.server.agreement, headers={"ETag": '"1"', "X-Repo-Commit": "0" * 40})
+        if "/resolve/" in path:
+            return self.resolve(path.split("/resolve/")[1].split("/", 1)[1])
         if path.startswith("/api/models/"):
             name = path.removeprefix("/api/models/").split("/revision")[0]
             return self.answer({"id": name, "private": self.server.private, "sha": "0" * 40, "siblings": []})
         return self.answer({"error": "not found"}, 404)
+
+    def resolve(self, name: str) -> None:
+        """A file that was uploaded, as a download asks for it."""
+        if name not in self.server.files:
+            return self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        body = self.server.files[name]
+        tag = hashlib.sha256(body).hexdigest()
+        return self.answer(body, headers={"ETag": f'"{tag}"', "X-Repo-Commit": "1" * 40})
 
     def ticket(self, one: dict[str, Any]) -> dict[str, Any]:
         return {**one, "actions": {"upload": {"href": f"{self.server.address}/upload/{one['oid']}"}}}
@@ -102,7 +113,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.objects[value["oid"]]
-        self.answer({"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40})
+        told = {"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40}
+        proposed = "create_pr=1" in self.path
+        self.answer(told | ({"pullRequestUrl": f"{self.server.address}/me/model/discussions/1"} if proposed else {}))
 
     def log_message(self, *_: object) -> None:
         """Quiet."""

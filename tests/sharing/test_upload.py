@@ -11,11 +11,15 @@ import pytest
 from folder import write_model
 from hub import Hub
 from huggingface_hub import constants
+from transformers import TrainerControl, TrainerState
 
-from m2f_trainer.errors import SharingError
+from m2f_trainer.arguments import TrainArguments
+from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.sharing import upload
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.licences import AGREEMENT
+from m2f_trainer.training.uploads import upload_callbacks
+from tests.model.tiny import tiny_model
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
 DINOV3 = {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}}
@@ -142,13 +146,13 @@ def test_a_card_of_ones_own_is_kept_and_ours_is_renewed(hub: Hub, tmp_path: Path
 
 def test_a_private_upload_asks_for_a_private_repository(hub: Hub, tmp_path: Path) -> None:
     hub.private = True
-    upload.push(write_model(tmp_path / "run"), "me/pets", private=True)
+    upload.push(write_model(tmp_path / "run"), upload.Target("me/pets", private=True))
     assert hub.created[0]["visibility"] == "private"
 
 
 def test_a_private_upload_into_a_public_repository_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(SharingError, match="me/pets exists and is public"):
-        upload.push(write_model(tmp_path / "run"), "me/pets", private=True)
+        upload.push(write_model(tmp_path / "run"), upload.Target("me/pets", private=True))
     assert not hub.files
 
 
@@ -214,3 +218,99 @@ def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(
     with pytest.raises(SharingError, match=r"no route to host\. The model is safe in .*: try again with m2f push "):
         upload.push(folder, "me/pets")
     assert waits == list(upload.WAITS)
+
+
+def test_a_dry_run_lists_what_a_push_would_send_and_sends_nothing(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run", **DINOV3)
+    before = {path.name for path in folder.iterdir()}
+    with Hub() as hub:
+        run = command(hub, str(folder), "me/pets", "--dry_run", HF_TOKEN="")
+        assert run.returncode == 0, run.stderr
+        assert not hub.requests
+    listed = dict(reversed(line.split("  ", 1)) for line in map(str.strip, run.stdout.splitlines()))
+    assert set(listed) == UPLOADED | {AGREEMENT}
+    assert listed["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
+    assert listed[AGREEMENT] == "to be fetched"
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_a_revision_is_made_and_a_pull_request_only_proposes(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    upload.push(folder, upload.Target("me/pets", revision="second"))
+    paths = [path for _, path in hub.requests]
+    assert "/api/models/me/pets/branch/second" in paths
+    assert "/api/models/me/pets/commit/second" in paths
+    hub.requests.clear()
+    address = upload.push(folder, upload.Target("them/pets", pull_request=True))
+    assert address.endswith("/discussions/1")
+    assert not [path for _, path in hub.requests if "repos/create" in path or "branch" in path]
+
+
+def test_an_adapter_goes_alone_where_that_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+    folder, target = write_model(tmp_path / "run"), upload.Target("me/pets", adapter_only=True)
+    with pytest.raises(SharingError, match=r"holds no adapter: expected adapter/adapter_model\.safetensors"):
+        upload.push(folder, target)
+    (folder / "adapter").mkdir()
+    for name in ("config.json", "adapter_config.json"):
+        (folder / "adapter" / name).write_text('{"adapter": true}')
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"low rank")
+    upload.push(folder, target)
+    own = {"config.json", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.files) == UPLOADED - {"model.safetensors", "mask2former.py"} | own
+    assert json.loads(hub.files["config.json"]) == {"adapter": True}
+
+
+def test_the_agreement_comes_from_the_backbones_own_folder(hub: Hub, tmp_path: Path) -> None:
+    backbone = tmp_path / "dinov3"
+    backbone.mkdir()
+    changes = DINOV3 | {"backbone_name": str(backbone)}
+    with pytest.raises(SharingError, match=r"could not be fetched from .*dinov3\. Save the text at"):
+        upload.push(write_model(tmp_path / "run", **changes), "me/pets")
+    (backbone / "LICENSE.md").write_text("as it came")
+    upload.push(write_model(tmp_path / "run", **changes), "me/pets")
+    assert hub.files[AGREEMENT] == b"as it came"
+
+
+def test_a_failed_upload_at_a_save_is_told_and_the_run_goes_on(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_model(tmp_path / "checkpoint-3")
+    args = TrainArguments(
+        output_dir=str(tmp_path), push_to_hub=True, hub_model_id="me/pets", hub_strategy="every_save", report_to="none",
+        use_cpu=True,
+    )  # fmt: skip
+    (callback,) = upload_callbacks(args)
+    state, control = TrainerState(global_step=3), TrainerControl()
+    callback.on_save(args, state, control)
+    assert set(hub.files) == UPLOADED
+    hub.failures["/api/"] = [403] * 5
+    callback.on_save(args, state, control)
+    assert "step 3: Uploading" in caplog.text
+    assert upload_callbacks(TrainArguments(push_to_hub=True, report_to="none", use_cpu=True)) == []
+    with pytest.raises(RecipeError, match="expected end or every_save, got checkpoint"):
+        TrainArguments(hub_strategy="checkpoint", report_to="none", use_cpu=True)
+
+
+LOAD = """
+import sys, torch
+from m2f_trainer import load_model
+pixels = torch.arange(3 * 64 * 64).reshape(1, 3, 64, 64).remainder(255).to(torch.uint8)
+first, second = (load_model(name)(pixel_values=pixels) for name in sys.argv[1:])
+print(torch.equal(first.masks_queries_logits, second.masks_queries_logits), first.masks_queries_logits.shape)
+"""
+
+
+def test_a_pushed_model_loads_by_its_id_and_gives_the_same_outputs(hub: Hub, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "run")
+    upload.push(tmp_path / "run", "me/pets")
+    own = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "run"), "me/pets"],
+        env={**os.environ, **own}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stdout.startswith("True"), run.stderr[-2000:]
