@@ -14,6 +14,8 @@
 `model/` travels to the Hub on its own and so raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
 """
 
+import importlib.util
+
 
 class M2FError(Exception):
     """Base of all: the command line prints its message without a traceback and exits with a non-zero status."""
@@ -62,3 +64,17 @@ class RunStopped(KeyboardInterrupt):
     """
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def needs(*packages: str, extra: str) -> None:
+    """Check that optional packages are there.
+
+    Raises:
+        MissingPackageError: one isn't; the message names the extra that brings it.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"this needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'm2f-trainer[{extra}]'"
+        )

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from m2f_trainer.data.masks import decode, to_counts
-from m2f_trainer.errors import MaskError
+from m2f_trainer.errors import MaskError, needs
 from m2f_trainer.evaluation.mask_runs import encode_runs, mask_runs
 
 Size = tuple[int, int]
@@ -36,6 +36,13 @@ class Instances:
         rles: n COCO run-length encodings, `{"size": [H, W], "counts": bytes}`, column-major and compressed.
         boxes: (n, 4) float64, x, y, width, height: the tight boxes of the masks.
         size: (H, W) of the original image.
+
+    >>> (found,) = Instances.from_coco([
+    ...     {"image_id": 5, "category_id": 3, "score": 0.4, "segmentation": {"size": [4, 4], "counts": "52203"}},
+    ...     {"image_id": 5, "category_id": 1, "score": 0.9, "segmentation": {"size": [4, 4], "counts": "52203"}},
+    ... ])
+    >>> len(found), found.category_ids.tolist(), found.scores.tolist(), len(found.above(0.5))
+    (2, [1, 3], [0.9, 0.4], 1)
     """
 
     image_id: int
@@ -84,6 +91,25 @@ class Instances:
         for result in results:
             by_image.setdefault(int(result["image_id"]), []).append(result)
         return [_instances_of(image_id, entries) for image_id, entries in by_image.items()]
+
+    def to_supervision(self, names: Mapping[int, str] | None = None) -> Any:
+        """These instances as `supervision.Detections`, whose masks are dense, with `names` under "class_name".
+
+        Raises:
+            MissingPackageError: supervision is not installed.
+        """
+        needs("supervision", extra="supervision")
+        import supervision
+
+        x, y, width, height = self.boxes.T
+        words = names or {}
+        return supervision.Detections(
+            xyxy=np.stack([x, y, x + width, y + height], axis=1),
+            mask=np.stack([self.mask(index) for index in range(len(self))]).astype(bool) if len(self) else None,
+            confidence=self.scores,
+            class_id=self.category_ids,
+            data={"class_name": np.array([words.get(int(k), str(k)) for k in self.category_ids], dtype=str)},
+        )
 
     def overlay(self, image: Image.Image, names: Mapping[int, str] | None = None) -> Image.Image:
         """A copy of `image` with these instances drawn on it; `names` maps category ids to words."""

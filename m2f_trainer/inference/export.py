@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from m2f_trainer.errors import MissingPackageError, ModelFolderError
+from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 
@@ -168,22 +168,6 @@ def describe(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> d
             "categories": config.categories or [],
         },
     }
-
-
-def needs(*packages: str, extra: str) -> None:
-    """Check that optional packages are there.
-
-    Raises:
-        MissingPackageError: one isn't; the message names the extra that brings it.
-    """
-    from importlib.util import find_spec
-
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise MissingPackageError(
-            f"this needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install 'm2f-trainer[{extra}]'"
-        )
 
 
 @contextmanager

@@ -17,6 +17,9 @@ def outlines(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[flo
 
     Args:
         mask: (h, w), which lies at (x0, y0) of the image.
+
+    >>> outlines(np.ones((2, 3), bool), x0=10)
+    [[13.0, 0.0, 13.0, 2.0, 10.0, 2.0, 10.0, 0.0]]
     """
     edges = _edges(mask)
     polygons = []

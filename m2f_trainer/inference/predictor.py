@@ -22,6 +22,13 @@ class Predictor:
     Args:
         model: a model of this package; put into evaluation mode and moved to `device` where one is given.
         device: "cuda", "cuda:1", "cpu", ...; the model stays where it is unless given.
+
+    >>> from m2f_trainer import Predictor, build_model
+    >>> vit = {"model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = build_model(vit, [{"id": 3, "name": "cat"}], image_size=(64, 64), num_queries=5)  # random weights
+    >>> (found,) = Predictor(model)(np.zeros((40, 60, 3), np.uint8), threshold=0.0)
+    >>> found.size, set(found.category_ids.tolist()) <= {3}
+    ((40, 60), True)
     """
 
     def __init__(self, model: M2FModel, device: str | torch.device | None = None) -> None:

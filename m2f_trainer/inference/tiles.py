@@ -77,6 +77,9 @@ def _area(box: Box) -> int:
 def lay_tiles(size: Size, tile: int, overlap: float) -> list[Tile]:
     """Tiles of `tile` pixels a side, row by row, sharing at least the `overlap` of a side with their neighbours.
 
+    >>> [one.box for one in lay_tiles((100, 180), 100, 0.2)]
+    [(0, 100, 0, 100), (0, 100, 80, 180)]
+
     Raises:
         RecipeError: the overlap isn't within 0 and 0.5, where three tiles would meet.
     """

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f_trainer.errors import ImageError
-from m2f_trainer.inference.export import needs
+from m2f_trainer.errors import ImageError, needs
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 

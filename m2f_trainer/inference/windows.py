@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2f_trainer.data.images import open_image
-from m2f_trainer.errors import ImageError
-from m2f_trainer.inference.export import needs
+from m2f_trainer.errors import ImageError, needs
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]

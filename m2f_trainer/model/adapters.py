@@ -6,6 +6,7 @@ resumed run reads the factors and keeps the base weights that it started from.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,46 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
 
 def load_adapter(folder: Path) -> M2FModel:
     """Load what `save_adapter` wrote, on the backbone it was trained on (fetched from where it came from)."""
+    model = _with_adapter(folder)
+    merge(model)
+    return model
+
+
+def load_adapters(folders: Mapping[str, Path]) -> dict[str, M2FModel]:
+    """Load several adapters as models that share one backbone in memory, each with its own factors, neck and head.
+
+    Raises ModelError when they were trained on different backbones.
+    """
+    models: dict[str, M2FModel] = {}
+    for name, folder in folders.items():
+        base = next(iter(models.values()), None)
+        models[name] = _with_adapter(folder, base)
+    return models
+
+
+def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
+    """The model of an adapter, its factors apart; its backbone's own weights are those of `base` where one is given."""
     model = M2FModel(M2FConfig.from_pretrained(folder))
-    load_backbone_weights(model)
+    if base is None:
+        load_backbone_weights(model)
+    elif base.config.backbone_name != model.config.backbone_name:
+        raise ModelError(
+            f"{folder} was trained on {model.config.backbone_name!r}, not on {base.config.backbone_name!r} as the first"
+            " adapter: only adapters of one backbone can share it"
+        )
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     mlp = any("mlp" in target for target in settings["target_modules"])
     attach_lora(model, LoraSettings(settings["r"], settings["lora_alpha"], settings["lora_dropout"], mlp))
+    if base is not None:
+        _share_backbone(model, base)
     model.load_state_dict(load_file(folder / ADAPTER_WEIGHTS), strict=False)
-    merge(model)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _share_backbone(model: M2FModel, base: M2FModel) -> None:
+    """Let the backbone's own weights be those of `base`, in the same memory; the factors stay the model's."""
+    theirs = {name.replace(".base_layer.", "."): tensor for name, tensor in base.encoder.backbone.named_parameters()}
+    for name, parameter in model.encoder.backbone.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = theirs[name.replace(".base_layer.", ".")].data

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from m2f_trainer.errors import MaskError
 from m2f_trainer.evaluation import mask_runs
-from m2f_trainer.evaluation.instances import Instances, to_instances
+from m2f_trainer.evaluation.instances import Instances, tight_boxes, to_instances
 from tests.evaluation.reference import blob_logits, original_route
 
 Size = tuple[int, int]
@@ -257,3 +257,24 @@ def test_run_lengths_that_do_not_fill_the_image_are_an_error() -> None:
     entry = {"image_id": 4, "category_id": 1, "score": 0.5, "segmentation": {"size": [9, 9], "counts": "2"}}
     with pytest.raises(MaskError, match="image_id 4"):
         Instances.from_coco([entry])
+
+
+def test_instances_become_supervisions_detections(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    stand_in = ModuleType("supervision")
+    stand_in.__spec__ = ModuleSpec("supervision", None)
+    stand_in.Detections = dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    mask = np.zeros((6, 8), np.uint8, order="F")
+    mask[1:4, 2:7] = 1
+    rles = [coco_mask.encode(mask)]
+    found = Instances(1, np.array([17]), np.array([0.75]), rles, tight_boxes(rles), (6, 8))
+    detections = found.to_supervision({17: "dog"})
+    assert detections["xyxy"].tolist() == [[2, 1, 7, 4]]
+    assert detections["mask"].shape == (1, 6, 8)
+    assert np.array_equal(detections["mask"][0], mask.astype(bool))
+    assert (detections["confidence"].tolist(), detections["class_id"].tolist()) == ([0.75], [17])
+    assert detections["data"]["class_name"].tolist() == ["dog"]

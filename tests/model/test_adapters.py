@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f_trainer.model.adapters import LoraSettings, load_adapter, lora_layers, merge, save_adapter, set_tuning
+from m2f_trainer.model.adapters import (
+    LoraSettings,
+    load_adapter,
+    load_adapters,
+    lora_layers,
+    merge,
+    save_adapter,
+    set_tuning,
+)
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from tests.model.tiny import CONVNEXT, VIT, images, labels, tiny_model
@@ -112,6 +120,39 @@ def test_an_adapter_alone_is_put_on_its_backbone_again(tmp_path: Path) -> None:
     saved = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert saved < 4 * sum(parameter.numel() for parameter in model.parameters())
     torch.testing.assert_close(masks(load_adapter(tmp_path / "adapter")), masks(model), rtol=1e-4, atol=1e-5)
+
+
+def trained_adapter(folder: Path, backbone: str, seed: int, classes: int) -> M2FModel:
+    """A model on a saved backbone whose factors, neck and head are its own, saved adapter-only."""
+    model = tiny_model(backbone, categories=[{"id": k, "name": str(k)} for k in range(classes)])
+    set_tuning(model, "lora", LoraSettings(rank=4, alpha=8))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save_adapter(model, folder)
+    return model
+
+
+def test_several_adapters_share_one_backbone_and_each_gives_its_own_outputs(tmp_path: Path) -> None:
+    from transformers import AutoBackbone
+
+    from m2f_trainer.model.backbones import read_config
+
+    for name in ("base", "other"):
+        AutoBackbone.from_config(read_config(VIT)).save_pretrained(tmp_path / name)
+    trained = {k: trained_adapter(tmp_path / f"a{k}", str(tmp_path / "base"), k, classes=k + 1) for k in (1, 2)}
+    loaded = load_adapters({f"a{k}": tmp_path / f"a{k}" for k in trained})
+    for k, model in trained.items():
+        torch.testing.assert_close(masks(loaded[f"a{k}"]), masks(model), rtol=1e-4, atol=1e-5)
+        assert loaded[f"a{k}"].class_predictor.out_features == k + 2
+    first, second = (dict(model.encoder.backbone.named_parameters()) for model in loaded.values())
+    shared = {name for name in first if first[name].data_ptr() == second[name].data_ptr()}
+    assert shared == {name for name in first if ".lora_" not in name}
+    trained_adapter(tmp_path / "b", str(tmp_path / "other"), 3, classes=1)
+    with pytest.raises(ModelError, match="only adapters of one backbone"):
+        load_adapters({"a": tmp_path / "a1", "b": tmp_path / "b"})
 
 
 def test_lora_on_a_backbone_without_attention_is_refused() -> None:
