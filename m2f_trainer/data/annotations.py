@@ -5,11 +5,11 @@ Every problem goes to a `Report`; the faulty part is then left out, unless the r
 
 import gc
 import json
-import math
 import os
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,7 +37,12 @@ class AnnotationFile:
         return {entry["category_id"] for group in self.annotations.values() for entry in group}
 
     def rows(self) -> Iterator[Entry]:
-        """The dataset rows, in the file's order of images. Raises DataError at the first that can't be built."""
+        """The dataset rows, in the file's order of images, once: annotations are let go as their rows are made, so that
+        a large file needs no memory for both.
+
+        Raises:
+            DataError: at the first row that can't be built
+        """
         for image in self.images:
             yield {
                 "image": self.source(image),
@@ -46,13 +51,21 @@ class AnnotationFile:
                 "width": image["width"],
                 "objects": self.objects(image),
             }
+            self.annotations[image["id"]].clear()
 
     def source(self, image: Entry) -> Entry:
         """Where an image's data is, as datasets write it. Raises DataError for a path that leaves the folder."""
         if self.sources is not None:
             return self.sources[image["id"]]
-        where = f"{self.path}: image {image['id']} ({image['file_name']})"
-        return {"path": str(resolve_inside(self.folder, image["file_name"], where)), "bytes": None}
+        name = image["file_name"]
+        path = f"{self._root}/{name}"
+        if not {"/", "\\", "\0"}.isdisjoint(name) or name in (".", "..") or os.path.islink(path):  # noqa: PTH114
+            path = str(resolve_inside(self.folder, name, f"{self.path}: image {image['id']} ({name})"))
+        return {"path": path, "bytes": None}
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.realpath(self.folder)
 
     def objects(self, image: Entry, report: Report = refuse) -> list[Entry]:
         """The annotations of one image, each with its mask as a valid RLE."""
@@ -60,19 +73,13 @@ class AnnotationFile:
         return [entry for entry in found if entry is not None]
 
     def _object(self, entry: Entry, image: Entry, report: Report) -> Entry | None:
-        where = f"{self.path}: annotation {entry['id']} of image {image['id']} ({image['file_name']})"
-        height, width = image["height"], image["width"]
-        try:
-            counts = masks.to_counts(entry.get("segmentation"), height, width, where)
-        except MaskError as error:
-            report("bad-mask", self.path, [entry["id"]], str(error), image["id"])
+        counts = self._counts(entry, image, report)
+        if counts is None:
             return None
-        bad = _bad_box(entry, where)
-        if bad:
-            report("bad-box", self.path, [entry["id"]], bad, image["id"])
-        bad = _bad_area(entry, where)
-        if bad:
-            report("bad-area", self.path, [entry["id"]], bad, image["id"])
+        for kind, problem in (("bad-box", _box_problem(entry)), ("bad-area", _area_problem(entry))):
+            if problem:
+                report(kind, self.path, [entry["id"]], f"{self._name(entry, image)}: {problem}", image["id"])
+        height, width = image["height"], image["width"]
         return {
             "id": entry["id"],
             "category_id": entry["category_id"],
@@ -81,6 +88,22 @@ class AnnotationFile:
             "iscrowd": bool(entry.get("iscrowd", 0)),
             "counts": counts,
         }
+
+    def _counts(self, entry: Entry, image: Entry, report: Report) -> str | None:
+        segmentation, height, width = entry.get("segmentation"), image["height"], image["width"]
+        try:
+            return masks.to_counts(segmentation, height, width, "")
+        except MaskError:
+            pass  # only now is it worth the time to put its name together
+        try:
+            return masks.to_counts(segmentation, height, width, self._name(entry, image))
+        except MaskError as error:
+            report("bad-mask", self.path, [entry["id"]], str(error), image["id"])
+        return None
+
+    def _name(self, entry: Entry, image: Entry) -> str:
+        """An annotation in messages."""
+        return f"{self.path}: annotation {entry['id']} of image {image['id']} ({image['file_name']})"
 
 
 def read_annotations(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
@@ -114,7 +137,7 @@ def resolve_inside(folder: Path, name: str, where: str) -> Path:
             " Correct the file name."
         )
     root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image of a large set)
+    path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image with folders in its name)
     if not path.startswith(root.rstrip("/") + "/"):
         raise DataError(
             f"{where}: `file_name` {name!r} leads out of {folder}, to {path}. Copy the file into the folder."
@@ -174,21 +197,21 @@ def _image_folder(files: SplitFiles, images: list[Entry]) -> Path:
     return folders[0]
 
 
-def _bad_box(entry: Entry, where: str) -> str:
+def _box_problem(entry: Entry) -> str:
     """What is wrong with an annotation's box, "" for nothing; none at all is fine."""
     box = entry.get("bbox")
     if box is None or (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
         return ""
     entry["bbox"] = None
-    return f"{where}: expected a `bbox` of four numbers x, y, width, height, got {rle.brief(box)}. Correct it."
+    return f"expected a `bbox` of four numbers x, y, width, height, got {rle.brief(box)}. Correct it."
 
 
-def _bad_area(entry: Entry, where: str) -> str:
+def _area_problem(entry: Entry) -> str:
     area = entry.get("area")
     if area is None or (_is_finite(area) and area >= 0):
         return ""
     entry["area"] = None
-    return f"{where}: expected an `area` in pixels, got {rle.brief(area)}. Correct it or leave it out."
+    return f"expected an `area` in pixels, got {rle.brief(area)}. Correct it or leave it out."
 
 
 def _bbox(entry: Entry, counts: str, height: int, width: int) -> list[float]:
@@ -207,4 +230,4 @@ def _area(entry: Entry, counts: str, height: int, width: int) -> float:
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e15 and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in _NUMBERS and -1e15 < value < 1e15  # type: ignore[operator]

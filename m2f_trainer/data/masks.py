@@ -69,16 +69,20 @@ def decode(counts: str | bytes, height: int, width: int, where: str = "RLE") -> 
 # polygons
 
 
-def _counts_of_polygons(polygons: Sequence[object], height: int, width: int, where: str) -> str:
+def _counts_of_polygons(polygons: Sequence[Any], height: int, width: int, where: str) -> str:
     if not polygons:
         raise MaskError(f"{where}: the segmentation is empty. Add the outline of the object, or remove the annotation.")
-    parts = [_check_polygon(part, height, width, f"{where}, polygon {i}") for i, part in enumerate(polygons)]
+    reach = _REACH * max(height, width)
+    for i, part in enumerate(polygons):
+        if not _is_packed(part, reach):
+            _check_polygon(part, height, width, f"{where}, polygon {i}")
+    parts: list[Any] = [np.frombuffer(part) if isinstance(part, array) else list(part) for part in polygons]
     if min(height, width) > 2 and _are_shares(parts):
         raise MaskError(
             f"{where}: all coordinates lie between 0 and 1: they are shares of the image's sides, where pixels are"
             " expected. Multiply x by the width and y by the height."
         )
-    longest = _REACH * 2 * max(height, width) * sum(map(len, parts))  # no edge is longer than the reach both ways
+    longest = 2 * reach * sum(map(len, parts))  # no edge is longer than the reach both ways
     if longest > _MAX_OUTLINE and (length := sum(map(_outline, parts))) > _MAX_OUTLINE:
         raise MaskError(
             f"{where}: the outline is {length:,.0f} pixels long, more than {_MAX_OUTLINE:,}."
@@ -89,8 +93,16 @@ def _counts_of_polygons(polygons: Sequence[object], height: int, width: int, whe
     return str(whole["counts"], "ascii")
 
 
-def _check_polygon(part: object, height: int, width: int, where: str) -> list[float]:
-    """The polygon's numbers as pycocotools takes them: x0, y0, x1, y1, ..."""
+def _is_packed(part: object, reach: int) -> bool:
+    """Whether a polygon is an array that is right in all points: most are, and there may be a million of them."""
+    if type(part) is not array or part.typecode != "d" or len(part) < 6 or len(part) % 2:
+        return False
+    values = np.frombuffer(part)
+    return bool(-reach <= values.min() and values.max() <= reach)  # neither holds where there is a NaN
+
+
+def _check_polygon(part: object, height: int, width: int, where: str) -> None:
+    """Raises MaskError where a polygon isn't numbers x0, y0, x1, y1, ... as pycocotools takes them."""
     if not isinstance(part, list | tuple | array):
         raise MaskError(
             f"{where}: expected a list of numbers [x, y, x, y, ...], got {brief(part)}. Correct the polygon."
@@ -111,11 +123,10 @@ def _check_polygon(part: object, height: int, width: int, where: str) -> list[fl
             f"{where}: expected finite coordinates within {_REACH} sides of the {width}x{height} image,"
             f" got {brief(_worst(part, reach))}. Correct the polygon."
         )
-    return list(part)
 
 
 def _are_shares(parts: Sequence[Sequence[float]]) -> bool:
-    if any(max(part) > 1 or min(part) < 0 for part in parts):
+    if any(part[0] > 1 or max(part) > 1 or min(part) < 0 for part in parts):
         return False
     return any(value % 1 for part in parts for value in part)
 
