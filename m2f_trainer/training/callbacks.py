@@ -1,6 +1,8 @@
 """What happens beside the steps of a run: seeds, time spent waiting, evaluation at every save, a per-class table."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -119,7 +121,16 @@ class ClassTable(TrainerCallback):
             from tqdm import tqdm
 
             prefix = next(iter(metrics)).split("_")[0] + "_"
-            tqdm.write(f"\nstep {state.global_step}\n{metrics_table(metrics, prefix)}")
+            told = f"step {state.global_step} of {state.max_steps}; peak memory {peak_memory() / 2**30:.1f} GiB"
+            tqdm.write(f"\n{told}\n{metrics_table(metrics, prefix)}")
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held: on its accelerator where there is one, else in main memory."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:

@@ -46,6 +46,7 @@ from m2f_trainer.training.feature_cache import cached
 from m2f_trainer.training.fingerprint import fingerprint
 from m2f_trainer.training.guards import explained
 from m2f_trainer.training.lock import only_run
+from m2f_trainer.training.pictures import Pictures
 from m2f_trainer.training.plan import plan, to_text
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
@@ -80,6 +81,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             fingerprint=facts,
             processing_class=SavedWithModel(recipe, model.config),
         )
+        trainer.add_callback(Pictures(trainer))
         with explained(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             figures = final_figures(trainer, recipe, splits, categories)
