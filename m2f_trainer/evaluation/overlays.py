@@ -83,16 +83,21 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 
 
 def _write_labels(draw: ImageDraw.ImageDraw, instances: Instances, names: Mapping[int, str]) -> None:
-    """Name and score of each instance (truth has none), best first; one that finds no free place is left out."""
+    """Name and score of each instance (truth has none), best first; one that finds no free place is left out.
+
+    A place is free where it covers neither another label nor the centre of another instance.
+    """
     font = ImageFont.load_default(size=float(np.clip(min(instances.size) / 32, 9, 32)))
     taken: list[Rectangle] = []
+    centres = instances.boxes[:, :2] + instances.boxes[:, 2:] / 2  # (n, 2), x and y
     for index in range(len(instances)):
         category_id = int(instances.category_ids[index])
         score = instances.scores[index]
         text = names.get(category_id, str(category_id)) + ("" if np.isnan(score) else f" {100 * score:.0f}%")
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
         places = _places(instances.boxes[index], (right + 4, bottom + 3), instances.size)
-        free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+        others = np.delete(centres, index, axis=0)
+        free = [p for p in places if not any(_overlap(p, other) for other in taken) and not _covers(p, others)]
         if not free or instances.boxes[index, 2] <= 0:
             continue
         taken.append(free[0])
@@ -112,6 +117,11 @@ def _places(box: NDArray[np.float64], label: tuple[float, float], size: tuple[in
         for top in tops
         if (top >= 0 and top + label[1] < size[0]) or top == y
     ]
+
+
+def _covers(place: Rectangle, points: NDArray[np.float64]) -> bool:
+    """Whether any of the points (n, 2), x and y, lies in the rectangle."""
+    return bool(((points >= place[:2]) & (points <= place[2:])).all(axis=1).any())
 
 
 def _overlap(first: Rectangle, second: Rectangle) -> bool:

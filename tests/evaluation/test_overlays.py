@@ -34,6 +34,18 @@ def test_masks_are_tinted_outlined_and_labelled_on_a_copy() -> None:
     assert (picture[16:29, 21:60] == first).all(-1).any()
 
 
+def test_a_label_never_lies_on_the_middle_of_another_object() -> None:
+    masks = np.zeros((25, 100, 100), np.uint8)
+    for k in range(25):
+        y, x = 4 + 19 * (k // 5), 4 + 19 * (k % 5)
+        masks[k, y : y + 12, x : x + 12] = 1
+    found = [(1, 0.9 - k / 100, coco_mask.encode(np.asfortranarray(mask))["counts"]) for k, mask in enumerate(masks)]
+    picture = np.asarray(instances_from(1, (100, 100), found).overlay(Image.new("RGB", (100, 100)), {1: "nucleus"}))
+    for k in range(25):
+        y, x = 10 + 19 * (k // 5), 10 + 19 * (k % 5)
+        assert np.abs(picture[y, x].astype(float) - 0.45 * np.array(colour(k))).max() <= 1
+
+
 def test_an_image_without_instances_stays_as_it_is() -> None:
     image = Image.new("L", (160, 120), 7)
     picture = two_squares().above(0.99).overlay(image)
