@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from m2f_trainer.errors import SharingError
 from m2f_trainer.sharing.card import CARD, read, render_card, write_card
@@ -34,6 +35,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MODEL_CODE = {path.name for path in (Path(__file__).parents[1] / "model").glob("*.py")}
 LEGAL = ("LICENSE", "NOTICE", "DINOV3_LICENSE.md")
 WAITS = (1.0, 4.0)
+PATIENCE = 120.0  # seconds without a byte from the Hub; huggingface_hub itself would wait for ever
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def push(folder: str | Path, target: Target | str) -> str:
 
 def send(folder: Path, target: Target) -> str:
     """One try: the repository, then all files in one commit."""
+    get_session().timeout = PATIENCE
     api = HfApi(library_name="m2f_trainer")
     repo_id, message, files = target.repo_id, "Upload a model of m2f_trainer", operations(folder, target.adapter_only)
     if target.pull_request:
@@ -133,9 +136,13 @@ def advice(folder: Path, repo_id: str, error: Exception) -> str:
         step = "HF_HUB_OFFLINE is set: unset it to upload."
     else:
         step = steps.get(status or 0, f"The model is safe in {folder}: try again with m2f push {folder} {repo_id}.")
-    cause = f" ({error.__cause__})" if isinstance(error, RuntimeError) and error.__cause__ else ""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return f"Uploading {folder} to {repo_id} failed: {first}{cause}. {step}"
+    cause = f" ({first_line(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else ""
+    return f"Uploading {folder} to {repo_id} failed: {first_line(error)}{cause}. {step}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def check_model(folder: Path, adapter_only: bool = False) -> None:

@@ -135,7 +135,6 @@ def _point_at_best(state: TrainerState, final: Path) -> None:
 def _finish(trainer: Trainer, written: Path, final: Path) -> None:
     """Write state and manifest, and rename."""
     state = trainer.state
-    (written / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # the Trainer's pickle; recipe.json says the same
     state.save_to_json(str(written / STATE))
     write_manifest(written)
     if final.exists():
@@ -145,18 +144,39 @@ def _finish(trainer: Trainer, written: Path, final: Path) -> None:
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
+def figures_of_step(latest: Mapping[str, float], step: int) -> Mapping[str, float]:
+    """What goes into a checkpoint's metrics.json: the figures of that very step, or that it was not evaluated.
+
+    The latter is saved when a signal stops a run between evaluations: a scheduler does not wait for one. Such a
+    checkpoint is there to be resumed from. Evaluating it then would add to the evaluations by which the best model and
+    early stopping are decided, and the resumed run would not be the uninterrupted one.
+    """
+    return latest if latest.get("step") == step else {"step": step, "evaluated": False}
+
+
+def was_evaluated(folder: Path) -> bool:
+    """Whether a checkpoint holds figures, or is only the state of a run that was stopped."""
+    try:
+        return json.loads((folder / METRICS).read_text(encoding="utf-8")).get("evaluated") is not False
+    except (OSError, ValueError, AttributeError):
+        return True  # damage is another matter
+
+
 def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_step: int) -> None:
     """Keep the checkpoint just written, the best one, and the newest complete others up to `limit`; drop older ones.
 
     Newer or older is told by the step, never by a file's time. Steps beyond `newest_step` are another branch of the run
-    (one that was resumed from an earlier checkpoint): they are left alone.
+    (one that was resumed from an earlier checkpoint): they are left alone. One that was not evaluated doesn't count
+    towards the limit, and goes with the next save.
     """
     if not limit or limit < 0:
         return
     older = [(step, folder) for step, folder in checkpoints(output_dir) if step < newest_step]
-    kept = {newest_step} | {step for step, _ in older if step == best_step}
+    kept = {step for step, _ in older if step == best_step}
+    if was_evaluated(output_dir / f"checkpoint-{newest_step}"):
+        kept.add(newest_step)
     for step, folder in reversed(older):
-        if len(kept) < limit and (folder / MANIFEST).is_file():
+        if len(kept) < limit and (folder / MANIFEST).is_file() and was_evaluated(folder):
             kept.add(step)
     for step, folder in older:
         if step not in kept:

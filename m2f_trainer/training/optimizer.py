@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
 
 from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
@@ -38,6 +40,16 @@ def rates_of(arguments: Any) -> Rates:
         return Rates(arguments.learning_rate, arguments.weight_decay)
     multiplier = arguments.backbone_lr_multiplier or 0.0
     return Rates(arguments.learning_rate, arguments.weight_decay, multiplier, arguments.layer_decay)
+
+
+class Grouped:
+    """transformers' optimiser of these arguments over the original's parameter groups: a factory, as Trainer takes."""
+
+    def __call__(self, model: nn.Module, args: Any) -> Optimizer:
+        """Build it."""
+        factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+        optimizer: Optimizer = factory(parameter_groups(model, rates_of(args)), **settings)
+        return optimizer
 
 
 def undecayed(model: nn.Module) -> set[str]:

@@ -40,7 +40,7 @@ from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.upload import push
 from m2f_trainer.training.automatic import images_a_device, resolve
 from m2f_trainer.training.callbacks import run_callbacks
-from m2f_trainer.training.checkpoints import METRICS, PICKLED_ARGUMENTS, RECIPE
+from m2f_trainer.training.checkpoints import METRICS, RECIPE
 from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
 from m2f_trainer.training.feature_cache import cached
 from m2f_trainer.training.fingerprint import fingerprint
@@ -234,7 +234,6 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
     trainer.save_model(str(output), _internal_call=True)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        Path(output, PICKLED_ARGUMENTS).unlink(missing_ok=True)
         shutil.rmtree(output / FEATURE_CACHE, ignore_errors=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):

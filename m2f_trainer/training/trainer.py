@@ -26,10 +26,17 @@ from m2f_trainer.evaluation.instances import Instances, to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
-from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, rotate, staged
+from m2f_trainer.training.checkpoints import (
+    FINGERPRINT,
+    METRICS,
+    PICKLED_ARGUMENTS,
+    figures_of_step,
+    rotate,
+    staged,
+)
 from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.guards import FiniteGuard, Watched, WatchedStream, watch
-from m2f_trainer.training.optimizer import parameter_groups, rates_of
+from m2f_trainer.training.optimizer import Grouped
 from m2f_trainer.training.schedule import ShapedRates
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
@@ -65,6 +72,7 @@ class M2FTrainer(Trainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs or (Grouped, {"args": arguments})  # type: ignore[assignment]
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self.scorer = compute_metrics
@@ -79,14 +87,6 @@ class M2FTrainer(Trainer):
         self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates()]
         if args.ema_decay is not None:
             self.add_callback(Average(args.ema_decay))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer's, with the original's parameter groups."""
-        if self.optimizer is None:
-            target: Any = model or self.model
-            factory, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = factory(parameter_groups(target, rates_of(self.args)), **settings)
-        return self.optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,)."""
@@ -148,13 +148,21 @@ class M2FTrainer(Trainer):
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
         return watch(loader, limit)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's, without the pickle of its arguments: recipe.json says the same."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(str(output_dir or self.args.output_dir), PICKLED_ARGUMENTS).unlink(missing_ok=True)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
         with staged(self) as folder, averaged(self.optimizer):
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.latest_metrics.get("step") == self.state.global_step:
-                write_metrics(self.latest_metrics, folder / METRICS)
-                write_details(self.details, folder / EVALUATION)
+            if self.args.should_save:
+                figures = figures_of_step(self.latest_metrics, self.state.global_step)
+                write_metrics(figures, folder / METRICS)
+                if figures is self.latest_metrics:
+                    write_details(self.details, folder / EVALUATION)
             if self.args.should_save and self.fingerprint is not None:
                 (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
         if self.args.should_save:

@@ -1,16 +1,31 @@
-"""The fault suite runs on its own: `pytest -m "slow or not slow" tests/faults`.
-
-Its tests fork the process they run in, which is safe only while nothing in it has started threads.
-"""
+"""What the fault tests share: a data set, and the runs on it that nothing happened to."""
 
 from pathlib import Path
 
 import pytest
 
+from tests.faults.tiny import Started, dataset, options, train
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every fault test slow, so that the default run, one process for all rooms, leaves it out."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.slow)
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set."""
+    return dataset(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path) -> Path:
+    """A run of six steps that nothing happened to, with checkpoints at 2, 4 and 6."""
+    output = data.parent / "whole"
+    ran = train(data.parent / "whole.log", options(data, output))
+    assert ran.status == 0, ran.text[-3000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(data: Path) -> Path:
+    """The same on two ranks."""
+    output = data.parent / "whole_of_two"
+    ran = Started(data.parent / "two.log", options(data, output, per_device_train_batch_size=1), ranks=2).join()
+    assert [one.status for one in ran] == [0, 0], ran[0].text[-3000:]
+    return output

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.tiny import Forked, dataset, losses, options, same_weights
+from tests.faults.tiny import Started, losses, options, same_weights
 
 LORA = {"tune": "lora", "lora_dropout": 0.1}
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # fields, steps resumed at, ranks; 4 steps an epoch
@@ -35,22 +35,17 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # fields, ste
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("exact"))
-
-
 def check(name: str, steps: tuple[int, ...], data: Path, folder: Path) -> None:
     fields, _, ranks = CASES[name]
     whole = folder / "whole"
-    ran = Forked(folder / "log", options(data, whole, **fields), ranks=ranks).join()
+    ran = Started(folder / "log", options(data, whole, **fields), ranks=ranks).join()
     assert ran[0].status == 0, ran[0].text[-3000:]
     for step in steps:
         resumed = folder / f"from-{step}"
         resumed.mkdir()
         shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
         again = options(data, resumed, resume_from_checkpoint=True, **fields)
-        ran = Forked(folder / "log", again, ranks=ranks).join()
+        ran = Started(folder / "log", again, ranks=ranks).join()
         assert ran[0].status == 0, ran[0].text[-3000:]
         assert len(losses(whole)) > step
         assert losses(resumed) == losses(whole)

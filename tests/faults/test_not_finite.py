@@ -1,6 +1,7 @@
 """A loss, gradient or weight that is not finite stops the run within a step, and no checkpoint holds it."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,7 @@ import torch
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.training.guards import read_batch
 from m2f_trainer.training.resume import newest_complete
-from tests.faults.tiny import Forked, dataset, losses, options, train
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("finite"))
+from tests.faults.tiny import Started, at_step, losses, options, train
 
 
 def spoil_loss(image: int, value: float) -> None:
@@ -33,46 +29,31 @@ def spoil_loss(image: int, value: float) -> None:
     patch.object(M2FModel, "forward", spoiled).start()
 
 
-def spoil_gradient(step: int) -> None:
+def with_model(act: Callable[[M2FModel], object], step: int, event: str = "on_step_begin") -> None:
+    """Act on the run's model at an event of a step."""
+    models: list[M2FModel] = []
+    init = M2FModel.__init__
+
+    def remember(self: M2FModel, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        models[:] = [self]
+
+    patch.object(M2FModel, "__init__", remember).start()
+    at_step(step, lambda: act(models[0]), event)
+
+
+def spoil_gradient(model: M2FModel) -> None:
     """The loss is finite and a gradient is not."""
-    from tests.faults.tiny import at_step
-
-    parameters: list[torch.nn.Parameter] = []
-    init = M2FModel.__init__
-
-    def remember(self: M2FModel, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        parameters[:] = [p for n, p in self.named_parameters() if "class_predictor" in n]
-
-    patch.object(M2FModel, "__init__", remember).start()
-
-    def act() -> None:
-        parameters[0].register_hook(lambda gradient: gradient * torch.nan)
-
-    at_step(step, act)
+    model.class_predictor.weight.register_hook(lambda gradient: gradient * torch.nan)
 
 
-def spoil_weight(step: int) -> None:
-    """A weight becomes NaN after the update of a step that is saved."""
-    from tests.faults.tiny import at_step
-
-    parameters: list[torch.nn.Parameter] = []
-    init = M2FModel.__init__
-
-    def remember(self: M2FModel, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        parameters[:] = list(self.parameters())
-
-    patch.object(M2FModel, "__init__", remember).start()
-
-    @torch.no_grad()
-    def act() -> None:
-        parameters[3].fill_(torch.nan)
-
-    at_step(step, act, "on_step_end")
+@torch.no_grad()
+def spoil_weight(model: M2FModel) -> None:
+    """A weight becomes NaN."""
+    next(model.parameters()).fill_(torch.nan)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(value: float, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     ran = train(tmp_path / "log", options(data, output), partial(spoil_loss, 4, value))
@@ -88,7 +69,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(value: flo
 
 def test_what_it_wrote_reproduces_the_step(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    train(tmp_path / "log", options(data, output), partial(spoil_gradient, 3))
+    train(tmp_path / "log", options(data, output), partial(with_model, spoil_gradient, 3))
     folder = output / "not-finite-step-4"
     report = json.loads((folder / "report.json").read_text())
     assert any("class_predictor" in name for name in report["gradients_not_finite"])
@@ -103,9 +84,10 @@ def test_what_it_wrote_reproduces_the_step(data: Path, tmp_path: Path) -> None:
     assert loss.item() == pytest.approx(losses(tmp_path / "again")[4], rel=0.2)  # other random points
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    ran = train(tmp_path / "log", options(data, output), partial(spoil_weight, 4))
+    ran = train(tmp_path / "log", options(data, output), partial(with_model, spoil_weight, 4, "on_step_end"))
     assert ran.status == 1
     assert "other parameters are no longer finite, so no checkpoint is written" in ran.text
     assert newest_complete(output) == output / "checkpoint-2"
@@ -114,7 +96,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_two_ranks_stop_together(data: Path, tmp_path: Path) -> None:
     arguments = options(data, tmp_path / "run", per_device_train_batch_size=1)
-    ran = Forked(tmp_path / "log", arguments, partial(spoil_loss, 4, float("nan")), ranks=2).join()
+    ran = Started(tmp_path / "log", arguments, partial(spoil_loss, 4, float("nan")), ranks=2).join()
     assert [one.status for one in ran] == [1, 1]
     assert ran[0].text.count(" is not finite. The step's images are ") == 2
     [folder] = (tmp_path / "run").glob("not-finite-step-*")

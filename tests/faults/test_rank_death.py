@@ -6,51 +6,38 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.faults.tiny import Forked, at_step, dataset, losses, options, same_weights
+from tests.faults.tiny import Started, at_step, die, losses, options, same_weights
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path) -> Path:
-    output = data.parent / "whole"
-    arguments = options(data, output, per_device_train_batch_size=1)
-    assert [one.status for one in Forked(data.parent / "log", arguments, ranks=2).join()] == [0, 0]
-    return output
-
-
 def die_as_rank_1() -> None:
     if os.environ["RANK"] == "1":
-        at_step(3, partial(os.kill, os.getpid(), signal.SIGKILL))
+        at_step(3, die)
 
 
 def test_when_one_rank_dies_the_other_ends_and_both_go_on_when_restarted(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, whole_of_two: Path, tmp_path: Path
 ) -> None:
     arguments = options(data, tmp_path / "run", per_device_train_batch_size=1)
-    ran = Forked(tmp_path / "log", arguments, die_as_rank_1, ranks=2).join(60)
+    ran = Started(tmp_path / "log", arguments, die_as_rank_1, ranks=2).join(60)
     assert [one.status for one in ran] == [1, -signal.SIGKILL]
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    ran = Forked(tmp_path / "log", arguments, ranks=2).join()
+    ran = Started(tmp_path / "log", arguments, ranks=2, TORCHELASTIC_RESTART_COUNT="1").join()
     assert [one.status for one in ran] == [0, 0], ran[0].text[-3000:]
-    assert same_weights(tmp_path / "run", whole)
-    assert losses(tmp_path / "run") == losses(whole)
+    assert same_weights(tmp_path / "run", whole_of_two)
+    assert losses(tmp_path / "run") == losses(whole_of_two)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("turn", range(10))
-def test_torchrun_restarts_a_run_whose_rank_was_killed(turn: int, data: Path, whole: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_a_run_whose_rank_was_killed(
+    turn: int, data: Path, whole_of_two: Path, tmp_path: Path
+) -> None:
     recipe = options(data, tmp_path / "run", per_device_train_batch_size=1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -65,4 +52,4 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(turn: int, data: Path, wh
     ranks = [int(pid) for pid in children if b"m2f_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(ranks[turn % 2], signal.SIGKILL)
     assert run.wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert same_weights(tmp_path / "run", whole)
+    assert same_weights(tmp_path / "run", whole_of_two)

@@ -18,22 +18,9 @@ from m2f_trainer.training import checkpoints
 from m2f_trainer.training.checkpoints import MANIFEST, damage, rotate, write_manifest
 from m2f_trainer.training.resume import newest_complete
 from m2f_trainer.training.trainer import M2FTrainer
-from tests.faults.tiny import Forked, at_step, dataset, losses, options, same_weights, stop_self, train
+from tests.faults.tiny import Started, at_step, die, losses, options, same_weights, stop_self, train
 
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("saves"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path) -> Path:
-    """The run that nothing happened to."""
-    output = data.parent / "whole"
-    assert train(data.parent / "whole.log", options(data, output, save_total_limit=2)).status == 0
-    return output
 
 
 def in_save(count: int, act: Any) -> None:
@@ -55,10 +42,6 @@ def in_save(count: int, act: Any) -> None:
 
     sys.addaudithook(heard)
     patch.object(M2FTrainer, "_save_checkpoint", saved).start()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_at(change: int, data: Path, whole: Path, folder: Path) -> None:
@@ -103,7 +86,7 @@ def test_a_hundred_random_kills_change_nothing(data: Path, tmp_path: Path) -> No
     arguments = options(data, output, resume_from_checkpoint="auto", **fields)
     reached, lost = 0, 0
     for _ in range(100):
-        run = Forked(tmp_path / "log", arguments)
+        run = Started(tmp_path / "log", arguments)
         run.wait_for("'loss'")
         time.sleep(chance.uniform(0, 0.5))
         run.signal(signal.SIGKILL)
@@ -124,10 +107,16 @@ def test_a_hundred_random_kills_change_nothing(data: Path, tmp_path: Path) -> No
     sys.stdout.write(f"\n{steps} steps in 101 lives, at most {lost} lost\n")
 
 
-def limit_files() -> None:
-    """From step 3 on no file may be larger than 100 kB: what a full disk does to whoever writes."""
+def limit_files(size: int = 100_000) -> None:
+    """From step 3 on no file may be larger than so many bytes: what a full disk does to whoever writes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    at_step(3, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    at_step(3, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
+
+
+def fill_disk() -> None:
+    """From step 3 on there is no space, so says the system."""
+    usage = shutil._ntuple_diskusage(10, 9, 1_000)  # type: ignore[attr-defined]
+    at_step(3, patch("shutil.disk_usage", lambda _: usage).start)
 
 
 def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_stays(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -142,13 +131,10 @@ def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_stays(data: Path,
     assert same_weights(output, whole)
 
 
+@pytest.mark.slow
 def test_too_little_space_is_found_before_the_save(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-
-    def full() -> None:
-        at_step(3, lambda: patch("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000)).start())  # type: ignore[attr-defined]
-
-    ran = train(tmp_path / "log", options(data, output), full)
+    ran = train(tmp_path / "log", options(data, output), fill_disk)
     assert ran.status == 1
     assert "m2f train: disk full: a checkpoint needs" in ran.text
     assert newest_complete(output) == output / "checkpoint-2"
@@ -160,12 +146,7 @@ def test_twenty_full_disks(data: Path, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     for turn in range(20):
         output, size = tmp_path / f"run-{turn}", chance.randrange(100, 800_000)
-
-        def limit(size: int = size) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            at_step(3, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
-
-        ran = train(tmp_path / "log", options(data, output), limit)
+        ran = train(tmp_path / "log", options(data, output), partial(limit_files, size))
         assert ran.status == 1, (size, ran.text[-2000:])
         assert newest_complete(output) == output / "checkpoint-2", size
         assert train(tmp_path / "log", options(data, output, resume_from_checkpoint=True)).status == 0

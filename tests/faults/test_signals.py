@@ -9,30 +9,19 @@ from unittest.mock import patch
 
 import pytest
 
+from m2f_trainer.evaluation.curves import read_metrics
 from m2f_trainer.training import checkpoints
+from m2f_trainer.training.checkpoints import METRICS
 from m2f_trainer.training.resume import newest_complete
-from tests.faults.tiny import Forked, Ran, at_step, dataset, losses, options, same_weights, stop_self, train
+from tests.faults.tiny import Ran, Started, at_step, losses, options, same_weights, stop_self, train
 
 PHASES = {"training": 3, "evaluation": 4, "save": 4}  # the step that is saved
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("signals"))
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path) -> Path:
-    """The run that nothing happened to."""
-    output = data.parent / "whole"
-    assert train(data.parent / "whole.log", options(data, output)).status == 0
-    return output
-
-
-def signal_in(phase: str, number: int, rank: int = 0) -> None:
-    """Have this process, if it is that rank, send itself a signal in the middle of a phase after step 2."""
-    if int(os.environ.get("RANK", "0")) != rank:
+def signal_in(phase: str, number: int, rank: int | None = 0) -> None:
+    """Have this process, if it is that rank, send itself a signal in a phase after step 2; None is every rank."""
+    if rank not in (None, int(os.environ.get("RANK", "0"))):
         return
     act = partial(stop_self, number)
     if phase == "training":
@@ -56,6 +45,9 @@ def check_saved(ran: list[Ran], output: Path, phase: str) -> None:
     newest = newest_complete(output)
     assert newest is not None
     assert newest.name == f"checkpoint-{PHASES[phase]}"
+    figures = read_metrics(newest / METRICS)
+    assert ("eval_map" in figures) is (phase != "training"), figures
+    assert figures.get("evaluated", True) is (phase != "training"), "a stop between evaluations does not wait for one"
     assert f"step {PHASES[phase]} is saved in {output}. Go on with --resume_from_checkpoint true" in ran[0].text
 
 
@@ -74,34 +66,38 @@ def test_a_signal_saves_and_ends_with_status_75(phase: str, data: Path, whole: P
 def test_one_signalled_rank_of_two_stops_both(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = options(data, output, per_device_train_batch_size=1)
-    ran = Forked(tmp_path / "log", arguments, partial(signal_in, "training", signal.SIGTERM, 1), ranks=2).join()
+    ran = Started(tmp_path / "log", arguments, partial(signal_in, "training", signal.SIGTERM, 1), ranks=2).join()
     check_saved(ran, output, "training")
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_data_workers_alive(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-
-    def to_all() -> None:
-        at_step(2, lambda: os.killpg(0, signal.SIGTERM))
-
+    to_all = partial(at_step, 2, partial(os.killpg, 0, signal.SIGTERM))
     ran = train(tmp_path / "log", options(data, output, dataloader_num_workers=2), to_all)
     check_saved([ran], output, "training")
 
 
-def test_a_second_signal_ends_the_run_at_once(data: Path, tmp_path: Path) -> None:
-    def twice() -> None:
-        stop_self()
-        time.sleep(1.2)
-        stop_self()
+def twice() -> None:
+    stop_self()
+    time.sleep(1.2)
+    stop_self()
 
+
+def early() -> None:
+    """A signal while the model is built."""
+    patch("m2f_trainer.training.run.build", lambda *_: stop_self()).start()
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(data: Path, tmp_path: Path) -> None:
     ran = train(tmp_path / "log", options(data, tmp_path / "run"), partial(at_step, 3, twice))
     assert ran.status == 128 + signal.SIGTERM
     assert newest_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
 def test_a_signal_before_the_training_ends_it_at_once(data: Path, tmp_path: Path) -> None:
-    with patch("m2f_trainer.training.run.build", lambda *_: stop_self()):
-        ran = train(tmp_path / "log", options(data, tmp_path / "run"))
+    ran = train(tmp_path / "log", options(data, tmp_path / "run"), early)
     assert ran.status == 75
     assert "m2f train: stopped by SIGTERM outside of the training; nothing is lost" in ran.text
 
@@ -128,18 +124,13 @@ def test_every_signal_in_every_phase_to_one_rank_of_two(
     if phase == "save" and rank == 1:
         phase = "evaluation"  # only rank 0 writes
     arguments = options(data, tmp_path / "run", per_device_train_batch_size=1)
-    ran = Forked(tmp_path / "log", arguments, partial(signal_in, phase, number, rank), ranks=2).join()
+    ran = Started(tmp_path / "log", arguments, partial(signal_in, phase, number, rank), ranks=2).join()
     check_saved(ran, tmp_path / "run", phase)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(4))
 def test_a_signal_to_both_ranks(turn: int, data: Path, tmp_path: Path) -> None:
-    arguments = options(data, tmp_path / "run", per_device_train_batch_size=1)
-
-    def both() -> None:
-        phase = list(PHASES)[turn % 2]
-        signal_in(phase, signal.SIGTERM, int(os.environ["RANK"]))
-
-    ran = Forked(tmp_path / "log", arguments, both, ranks=2).join()
-    check_saved(ran, tmp_path / "run", list(PHASES)[turn % 2])
+    arguments, phase = options(data, tmp_path / "run", per_device_train_batch_size=1), list(PHASES)[turn % 2]
+    ran = Started(tmp_path / "log", arguments, partial(signal_in, phase, signal.SIGTERM, None), ranks=2).join()
+    check_saved(ran, tmp_path / "run", phase)

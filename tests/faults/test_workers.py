@@ -12,17 +12,13 @@ import pytest
 
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.training.resume import newest_complete
-from tests.faults.tiny import Ran, dataset, options, train
+from tests.faults.tiny import Ran, die, options, train
 
 BAD = 5  # the sample that does it; its image id is one more
 
 
 def segfault() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang() -> None:
@@ -51,11 +47,6 @@ def spoil(act: Callable[[], None], epoch: int = 1) -> None:
         return get(self, index)
 
     patch.object(InstanceDataset, "__getitem__", spoiled).start()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("workers"))
 
 
 def run_with(act: Callable[[], None], data: Path, folder: Path, workers: int = 1) -> Ran:

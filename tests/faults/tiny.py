@@ -1,4 +1,8 @@
-"""Tiny runs of `train`, each in a process of its own that can be killed: forked, so that it starts in no time."""
+"""Tiny runs of `train`, each in a process of its own that can be killed.
+
+They come from a server process that has imported everything and has done nothing else: so they start in no time, and
+none of them inherits a thread or a lock from whatever the tests' process did before.
+"""
 
 import contextlib
 import json
@@ -33,7 +37,9 @@ BASE: dict[str, Any] = {
     "dataloader_num_workers": 0, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "color_jitter": 0.2,
     "load_best_model_at_end": False, "learning_rate": 1e-3, "save_total_limit": None, "max_eval_samples": 2,
 }  # fmt: skip
-Prepare = Callable[[], object]
+Prepare = Callable[[], object]  # runs first in the process; importable, or a partial of what is
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.faults.tiny"])
 
 
 def dataset(folder: Path, images: int = 7) -> Path:
@@ -57,17 +63,20 @@ class Ran:
     text: str
 
 
-class Forked:
-    """`m2f train` in a forked process, or one for each rank."""
+class Started:
+    """`m2f train` in a process of its own, or in one for each rank."""
 
-    def __init__(self, log: Path, arguments: Sequence[str], prepare: Prepare | None = None, ranks: int = 1) -> None:
+    def __init__(
+        self, log: Path, arguments: Sequence[str], prepare: Prepare | None = None, ranks: int = 1, **environment: str
+    ) -> None:
         self.log = log
         for former in log.parent.glob(f"{log.name}.?"):
             former.unlink()
-        context = multiprocessing.get_context("fork")
         port = 20000 + (os.getpid() * 7 + int(time.monotonic() * 1000)) % 20000
         self.processes = [
-            context.Process(target=_child, args=(log, list(arguments), prepare, rank, ranks, port))
+            CONTEXT.Process(
+                target=_child, args=(log, list(arguments), prepare, {**environment, **_rank(rank, ranks, port)})
+            )
             for rank in range(ranks)
         ]
         for process in self.processes:
@@ -105,13 +114,27 @@ class Forked:
         ]
 
 
-def train(log: Path, arguments: Sequence[str], prepare: Prepare | None = None, timeout: float = 120) -> Ran:
+def train(
+    log: Path, arguments: Sequence[str], prepare: Prepare | None = None, timeout: float = 120, **environment: str
+) -> Ran:
     """One run, to its end."""
-    return Forked(log, arguments, prepare).join(timeout)[0]
+    return Started(log, arguments, prepare, **environment).join(timeout)[0]
 
 
-def _child(log: Path, arguments: list[str], prepare: Prepare | None, rank: int, ranks: int, port: int) -> None:
-    file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives to a rank; a single process gets nothing."""
+    if ranks == 1:
+        return {}
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+
+
+def _child(log: Path, arguments: list[str], prepare: Prepare | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: it came with the server's
+    os.environ |= environment
+    file = os.open(f"{log}.{environment.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = sys.stderr = open(file, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -119,11 +142,6 @@ def _child(log: Path, arguments: list[str], prepare: Prepare | None, rank: int, 
     os.setpgrp()
     warnings.simplefilter("default")
     logging.basicConfig(force=True, stream=sys.stderr, format="%(message)s")
-    if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
     status = 1
     try:
         if prepare is not None:
@@ -167,3 +185,7 @@ def same_weights(first: Path, second: Path) -> bool:
 
 def stop_self(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -7,9 +7,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+CUT, SLOW = 0, -1
+
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what was uploaded in `files`; answers with the statuses queued in `failures` first, for each path."""
+    """Keeps what was uploaded in `files`; fails first as queued in `failures` for each path.
+
+    A failure is a status; or CUT: the connection is closed in the midst of an answer; or SLOW: no answer comes for as
+    long as the Hub stands.
+    """
 
     daemon_threads = True
 
@@ -18,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.objects: dict[str, bytes] = {}
         self.failures: dict[str, list[int]] = {}
+        self.released = threading.Event()
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
         self.tokens: set[str | None] = set()
@@ -34,6 +41,7 @@ class Hub(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.released.set()
         self.shutdown()
         self.server_close()
 
@@ -61,8 +69,24 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization"))
         for part, statuses in self.server.failures.items():
             if part in path and statuses:
-                return self.answer({"error": "queued failure"}, statuses.pop(0))
+                failure = statuses.pop(0)
+                if failure == CUT:
+                    return self.cut()
+                if failure == SLOW:
+                    return self.stay_silent()
+                return self.answer({"error": "queued failure"}, failure)
         return self.route(path, body)
+
+    def stay_silent(self) -> None:
+        """Answer nothing until the client is gone."""
+        self.close_connection = True
+        self.server.released.wait(30)
+
+    def cut(self) -> None:
+        """Promise an answer, send the half of it, and hang up."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{")
+        self.wfile.flush()
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_one  # noqa: N815 (the names that http.server calls)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from folder import write_model
-from hub import Hub
+from hub import CUT, SLOW, Hub
 from huggingface_hub import constants
 from transformers import TrainerControl, TrainerState
 
@@ -156,14 +156,36 @@ def test_a_private_upload_into_a_public_repository_is_refused(hub: Hub, tmp_path
     assert not hub.files
 
 
-@pytest.mark.parametrize("path", ["/api/repos/create", "/commit/"])
+@pytest.mark.parametrize("fault", [500, CUT])
+@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/batch", "/upload/", "/commit/"])
 def test_trouble_that_passes_is_tried_again(
-    hub: Hub, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "WAITS", (0.01, 0.01))
-    hub.failures[path] = [500, 500]
+    monkeypatch.setattr(upload.time, "sleep", lambda _: None)
+    hub.failures[path] = [fault, fault]
     upload.push(write_model(tmp_path / "run"), "me/pets")
     assert set(hub.files) == UPLOADED
+
+
+@pytest.mark.parametrize("fault", [500, CUT])
+@pytest.mark.parametrize("path", ["/preupload/", "/objects/batch", "/upload/", "/commit/"])
+def test_trouble_that_stays_is_told_and_neither_side_is_left_with_half_a_model(
+    hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a Hub has taken in part appears in no repository: the files come with one commit, or not at all."""
+    monkeypatch.setattr(upload.time, "sleep", lambda _: None)
+    folder = write_model(tmp_path / "run")
+    write_card(folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "README.md"}
+    hub.failures[path] = [fault] * 100
+    with pytest.raises(SharingError, match=r"Uploading .*/run to me/pets failed: .* try again with m2f push "):
+        upload.push(folder, "me/pets")
+    assert not hub.files
+    assert not any(b"stays here" in body for body in hub.bodies)
+    assert before == {file: file.read_bytes() for file in before}
+    hub.failures.clear()
+    upload.push(folder, "me/pets")
+    assert set(hub.files) == UPLOADED, "the same command ends it later"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +224,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, missing: str) -> No
     (folder / missing).unlink(missing_ok=True)
     with pytest.raises(SharingError, match=r"holds no model: expected config\.json and model\.safetensors, found"):
         upload.push(folder, "me/pets")
+
+
+def test_a_hub_that_does_not_answer_is_given_up_in_time(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "WAITS", (0.01,))
+    monkeypatch.setattr(upload, "PATIENCE", 0.3)
+    hub.failures["/api/repos/create"] = [SLOW] * 100
+    with pytest.raises(SharingError, match=r"me/pets failed: .*timed out.* try again with m2f push "):
+        upload.push(write_model(tmp_path / "run"), "me/pets")
+    assert [path for _, path in hub.requests].count("/api/repos/create") == 2
 
 
 def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(

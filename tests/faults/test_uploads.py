@@ -1,0 +1,43 @@
+"""A Hub that fails at the end of a run: the run says so, and its result stays. (More in tests/sharing.)"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.sharing import upload
+from tests.faults.tiny import options, train
+from tests.sharing.hub import CUT, Hub
+
+CANARY = "hf_canaryCANARYcanaryCANARYcanary00"
+
+
+def send_to(address: str) -> None:
+    """Have uploads of this process go to a Hub of ours, without waits between tries."""
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = address, True
+    upload.time.sleep = lambda _: None  # type: ignore[assignment, attr-defined]
+
+
+@pytest.mark.parametrize("fault", [500, pytest.param(CUT, marks=pytest.mark.slow)])
+def test_a_hub_that_fails_ends_the_run_with_a_status_and_leaves_its_result(
+    fault: int, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    fields = {"max_steps": 2, "push_to_hub": True, "hub_model_id": "me/pets"}
+    with Hub() as hub:
+        hub.failures["/commit/"] = [fault] * 100
+        ran = train(tmp_path / "log", options(data, output, **fields), partial(send_to, hub.address), HF_TOKEN=CANARY)
+    assert ran.status == 1, ran.text[-3000:]
+    told = ran.text.split("m2f train: ")[-1]
+    assert told.startswith(f"Uploading {output} to me/pets failed: ")
+    assert f"The model is safe in {output}: try again with m2f push {output} me/pets" in told
+    assert {"model.safetensors", "metrics.json", "README.md", "checkpoint-2"} <= {
+        path.name for path in output.iterdir()
+    }
+    load_model(str(output))
+    assert not hub.files
+    assert hub.objects, "the weights arrived before the commit failed"
+    assert CANARY not in ran.text
+    assert not any(CANARY.encode() in body for body in hub.bodies)
