@@ -1,6 +1,9 @@
 """What the benchmarks measure with: alternating timings, kept activations, memory, and the machine's description."""
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import multiprocessing
 import platform
@@ -76,8 +79,8 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 def peak_mb(run: Run, device: str = "cpu") -> float:
     """Most MB that a run adds to what is held before it: the allocator's on CUDA, else the process's resident memory.
 
-    Resident memory sees what earlier runs gave back to the C library and not to the system: measure the first run of a
-    process (`in_a_process`) where the figure matters.
+    What earlier runs freed and the C library kept can be reused unseen: measure in a process of its own
+    (`in_a_process`) where the figure matters.
     """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -85,6 +88,9 @@ def peak_mb(run: Run, device: str = "cpu") -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free, or a run could reuse it unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_kb("VmRSS")
     kept = run()
