@@ -200,6 +200,32 @@ def renamed_category(coco, folder):
     next(one for one in coco["categories"] if one["id"] == common(coco)[0]["category_id"])["name"] = "other"
 
 
+@plant
+def missing_class(coco, folder):
+    coco["categories"].append({"id": 10**6, "name": "unicorn"})
+    common(coco)[0]["category_id"] = 10**6
+
+
+@plant
+def duplicate_category_name(coco, folder):
+    """In every split, so that the class is missing from none."""
+    name = next(one["name"] for one in coco["categories"] if one["id"] == common(coco)[0]["category_id"])
+    others = [path for path in folder.parent.glob("*/_annotations.coco.json") if path.parent != folder]
+    read = {path: json.loads(path.read_text()) for path in others}
+    for one in (coco, *read.values()):
+        one["categories"].append({"id": 10**6, "name": f" {name.upper()}"})
+        common(one)[0]["category_id"] = 10**6
+    for path, other in read.items():
+        path.write_text(json.dumps(other))
+
+
+@plant
+def many_instances(coco, folder):
+    one = {"image_id": spare(coco, folder)["id"], "category_id": common(coco)[0]["category_id"], "iscrowd": 0}
+    outlines = ([[x, 9, x + 20, 9, x + 20, 29, x, 29]] for x in (k / 10 for k in range(1001)))
+    coco["annotations"] += [{**one, "id": 10**6 + k, "segmentation": outline} for k, outline in enumerate(outlines)]
+
+
 def copied(name: str, target: Path) -> Path:
     return Path(shutil.copytree(REAL / name, target / name))
 
