@@ -1,4 +1,4 @@
-"""Tiled prediction against single images: python -m benchmarks.mosaic MODEL DATASET [--side PIXELS] [--split SPLIT]
+"""Tiled prediction against single images: python -m benchmarks.mosaic MODEL DATASET [--side PIXELS] [--overlap SHARE]
 
 Lays the images of a split, each at its own size, into a mosaic of rows, over and over until it has the side asked for;
 predicts the mosaic by tiles of the model's frame, cuts what was found at the images' borders again, and scores it
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("dataset")
     parser.add_argument("--side", type=int, default=10_000)
+    parser.add_argument("--overlap", type=float, default=0.2)
     parser.add_argument("--split", default="valid")
     given = parser.parse_args()
     predictor, rows = Predictor.from_pretrained(given.model), load_dataset(given.dataset)[given.split]
@@ -79,7 +80,7 @@ def main() -> None:
     alone = [replace(predictor(images[row], threshold=0.05)[0], image_id=rows[row]["image_id"]) for row in seen]
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     tile = max(predictor.padded_size)
-    found = predict_tiled(predictor, ArrayWindows(mosaic), tile, 0.2, threshold=0.05)
+    found = predict_tiled(predictor, ArrayWindows(mosaic), tile, given.overlap, threshold=0.05)
     seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = {place.row: one for place, one in reversed(list(zip(places, cut(found, places, images), strict=True)))}
     tiled = [replace(first[row], image_id=rows[row]["image_id"]) for row in seen]
@@ -89,6 +90,7 @@ def main() -> None:
         "images": len(places),
         "different_images": len(seen),
         "tile": tile,
+        "overlap": given.overlap,
         "instances": len(found),
         "ap_alone": scorer(alone)["map"],
         "ap_tiled": scorer(tiled)["map"],
