@@ -25,6 +25,7 @@ COLUMNS = {
     "map_medium": "medium",
     "map_large": "large",
     "box_map": "box AP",
+    "boundary_map": "boundary AP",
 }
 SPLITS = {"eval_": "valid", "test_": "test"}
 
@@ -56,6 +57,7 @@ def render_card(folder: Path, model_id: str | None = None) -> str:
             *introduction(config, recipe, dataset),
             *results(metrics),
             *usage(escape(model_id or folder.resolve().name, code=True)),
+            *limits(config, dataset),
             *licences(chain),
         ]
     )
@@ -192,6 +194,18 @@ def usage(model: str) -> list[str]:
         f'segment = pipeline("image-segmentation", model="{model}", trust_remote_code=True)',
         'segment("photo.jpg", subtask="instance")',
         "```",
+        "",
+    ]
+
+
+def limits(config: Mapping[str, Any], dataset: str) -> list[str]:
+    """What the model can't do, as far as that follows from how it was made."""
+    return [
+        "## Limits",
+        "",
+        f"- It knows the classes above alone, as {escape(dataset)} shows them; on other images it was not measured.",
+        f"- It finds at most {config.get('num_queries')} objects in an image.",
+        "- Scores rank predictions; they are no probabilities. Choose a threshold on your own validation images.",
         "",
     ]
 

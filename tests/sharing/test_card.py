@@ -28,7 +28,8 @@ def test_the_card_tells_task_library_and_figures_in_model_index_form(tmp_path: P
 
 def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
     text = write_card(write_model(tmp_path / "run"), "me/pets").read_text(encoding="utf-8")
-    assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 |" in text
+    assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 | - |" in text
+    assert "It finds at most 100 objects in an image" in text
     assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
     assert "m2f predict me/pets photos/" in text
     assert 'pipeline("image-segmentation", model="me/pets", trust_remote_code=True)' in text
