@@ -88,7 +88,8 @@ def lines(series: Mapping[str, Sequence[Point]], x_title: str, high: float | Non
     for part in range(5):
         y = bottom - tall * part / 4
         marks += [Line([(left, y), (left + wide, y)], FAINT), Text((left - 4, y + 4), f"{top * part / 4:.3g}", "end")]
-    marks += [Text((left + wide * part / 2, bottom + 14), f"{right * part / 2:.3g}", "middle") for part in range(3)]
+    places = zip((0, right / 2, right), ("start", "middle", "end"), strict=True)
+    marks += [Text((left + wide * x / right, bottom + 14), f"{x:.6g}", anchor) for x, anchor in places]
     marks.append(Text((left + wide / 4, bottom + 14), x_title, "middle"))
     for index, (name, curve) in enumerate(series.items()):
         placed = [(left + wide * x / right, bottom - tall * min(max(y / top, 0.0), 1.0)) for x, y in curve]

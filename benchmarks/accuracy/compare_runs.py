@@ -1,0 +1,53 @@
+"""Runs side by side: python -m benchmarks.accuracy.compare_runs DATASET OUT NAME=RUN_FOLDER [NAME=RUN_FOLDER ...]
+
+Writes OUT/curve.png, mask AP on the validation split over steps, and OUT/found.png, images spread evenly over the test
+split: as they are, with their truth, and with what each run's final model finds with a score of at least 0.5.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from m2f_trainer import Predictor
+from m2f_trainer.charts import lines, save_png
+from m2f_trainer.data.coco import categories_of
+from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.images import open_image
+from m2f_trainer.evaluation.gallery import truth_of
+from m2f_trainer.evaluation.overlays import draw_instances
+from m2f_trainer.evaluation.runs import read_run
+
+IMAGES, SIDE, GAP = 4, 220, 4
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures in rows and columns, each cut to a square of `SIDE` pixels."""
+    step = SIDE + GAP
+    whole = Image.new("RGB", (step * len(rows[0]) - GAP, step * len(rows) - GAP), "white")
+    for i, row in enumerate(rows):
+        for k, picture in enumerate(row):
+            side = min(picture.size)
+            whole.paste(picture.crop((0, 0, side, side)).resize((SIDE, SIDE)), (k * step, i * step))
+    return whole
+
+
+def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
+    """Write both pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    curves = {name: [(0.0, 0.0), *read_run(Path(run)).course["eval_map"]] for name, run in runs.items()}
+    save_png(lines(curves, "step; mask AP"), out / "curve.png")
+    test = load_dataset(dataset)["test"]
+    words = {category.id: "" for category in categories_of(test)}  # scores are enough on small pictures
+    rows = [test[k] for k in range(0, len(test), len(test) // IMAGES)][:IMAGES]
+    images = [open_image(row["image"], f"image {row['image_id']}") for row in rows]
+    columns = [images, [draw_instances(image, truth_of(row), words) for image, row in zip(images, rows, strict=True)]]
+    for run in runs.values():
+        found = Predictor.from_pretrained(run)(images, threshold=0.5)
+        columns.append([draw_instances(image, one, words) for image, one in zip(images, found, strict=True)])
+    sheet(columns).save(out / "found.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), dict(one.split("=", 1) for one in sys.argv[3:]))
