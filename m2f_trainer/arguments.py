@@ -205,6 +205,8 @@ class TrainArguments(TrainingArguments):
     dataloader_persistent_workers: bool = option(True, "Keep those processes from epoch to epoch.")
     remove_unused_columns: bool = option(False, "Must stay false: the batch carries more than the model's arguments.")
     label_names: list[str] | None = option(["mask_labels", "class_labels"], "Batch keys that hold the truth.")
+    ddp_find_unused_parameters: bool | None = option(False, "Not needed: every trained weight has a part in the loss.")
+    fsdp: bool | None = option(None, "Shard weights, gradients and moments over the processes (FSDP2).")  # type: ignore[assignment]
     resume_from_checkpoint: str | None = option(
         None,
         "A checkpoint folder to go on from; true for the newest complete one of output_dir; auto for the same, or a "

@@ -111,3 +111,26 @@ def test_a_launch_script_hands_the_recipe_to_torchrun(
     )
     assert expected in run.stdout
     assert run.stdout.endswith("-m m2f_trainer train r.json --seed 1\n")
+
+
+@pytest.mark.parametrize(("ending", "requeued"), [(75, True), (1, False), (0, False)])
+def test_a_slurm_job_is_queued_again_exactly_when_the_run_was_saved_for_it(
+    ending: int, requeued: bool, tmp_path: Path
+) -> None:
+    stand_ins = {
+        "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"',
+        "scontrol": "case $1 in show) echo first; echo second;; requeue) echo requeued $2;; esac",
+        "python": f'echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT "$@"; exit {ending}',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2"}
+    run = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "slurm.sh"), "r.json", "--name", "two words"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told, *rest = run.stdout.splitlines()
+    assert told == "1 1 4 2 first 20007 -m m2f_trainer train r.json --name two words --resume_from_checkpoint auto"
+    assert rest == (["requeued 7"] if requeued else [])
+    assert run.returncode == ending

@@ -158,6 +158,9 @@ class M2FModel(Mask2FormerPreTrainedModel):
         encoder: Encoder = self.model.pixel_level_module.encoder
         return encoder
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: there are no word embeddings, which accelerate's FSDP asks for and transformers would raise."""
+
     def normalise(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
         """Bring uint8 pixels to the backbone's scale on the device, padding to 0; floats pass unchanged."""
         if pixel_values.dtype != torch.uint8:
@@ -171,7 +174,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         By default transformers writes a DINOv3 backbone under the names of its first release, which `load_state_dict`,
         and so a resumed Trainer, takes for unknown: the backbone would silently stay as it was.
         """
-        self.config.auto_map = {PIPELINE_CLASS: f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
+        self.config.auto_map = {PIPELINE_CLASS: f"{__name__.rsplit('.', 1)[-1]}.{M2FModel.__name__}"}
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     @classmethod

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerState
 
 from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import TrainingError
+from m2f_trainer.training.sharding import whole
 
 METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
 FINGERPRINT, PICKLED_ARGUMENTS = "fingerprint.json", "training_args.bin"
@@ -195,7 +196,7 @@ def require_finite(trainer: Trainer) -> None:
     """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
     model: Any = trainer.model
     parameters: dict[str, Parameter] = dict(model.named_parameters())
-    finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]).tolist()
+    finite = torch.stack([whole(torch.isfinite(one.detach()).all()) for one in parameters.values()]).tolist()
     broken = [name for name, good in zip(parameters, finite, strict=True) if not good]
     if broken:
         raise TrainingError(

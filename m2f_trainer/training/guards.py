@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.errors import M2FError, TrainingError
+from m2f_trainer.training.sharding import whole
 from m2f_trainer.training.signals import any_rank
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class FiniteGuard(TrainerCallback):
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients: not finite where any of them isn't."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def write_batch(batch: Mapping[str, Any], path: Path) -> None:

@@ -38,6 +38,7 @@ from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.guards import FiniteGuard, Watched, WatchedStream, watch
 from m2f_trainer.training.optimizer import Grouped
 from m2f_trainer.training.schedule import ShapedRates
+from m2f_trainer.training.sharding import require_accelerators
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 
@@ -61,6 +62,7 @@ class M2FTrainer(Trainer):
         fingerprint: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        require_accelerators(args)
         arguments = copy(args)
         arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
         super().__init__(

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# A Slurm job that is queued again until the run is done. Set the resources below, then:
+#   sbatch recipes/slurm.sh RECIPE.json --dataset_name my_coco --output_dir runs/first
+# Two minutes before the time limit, and when it is preempted, Slurm signals the tasks, one a GPU; the run saves its step
+# and ends with status 75, and the job is queued again. Each start goes on from the newest complete checkpoint.
+#SBATCH --job-name=m2f
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=m2f-%j.log
+set -euo pipefail
+
+if [ "$#" -lt 1 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "usage: sbatch $0 RECIPE.json [--field value ...]" >&2
+    exit 2
+fi
+
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+
+# No torchrun: signals and the status 75 go straight between Slurm and the processes.
+status=0
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=0 bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    exec python -m m2f_trainer train "$@" --resume_from_checkpoint auto
+' m2f "$@" || status=$?
+
+if [ "$status" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
