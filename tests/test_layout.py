@@ -104,18 +104,17 @@ def test_every_test_folder_mirrors_a_room() -> None:
 
 
 def readme_map() -> list[tuple[Path, str]]:
-    """(path, role) of each line in the README's tree, which starts with a line `m2f_trainer/`."""
+    """(path, role) of each entry, one or two a line, in the README's tree, which starts with a line `m2f_trainer/`."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     tree = next((block for block in blocks if re.search(r"^m2f_trainer/", block, flags=re.MULTILINE)), "")
     entries, folders = [], []
     for line in filter(str.strip, tree.splitlines()):
         indent = len(line) - len(line.lstrip())
-        entry, _, role = line.strip().partition(" ")
         folders = [(depth, folder) for depth, folder in folders if depth < indent]
-        path = Path(*(folder for _, folder in folders), entry)
-        entries.append((path, role.strip()))
-        if entry.endswith("/"):
-            folders.append((indent, entry))
+        for entry, _, role in (part.partition(" ") for part in re.split(r" {2,}(?=\S+\.py )", line.strip())):
+            entries.append((Path(*(folder for _, folder in folders), entry), role.strip()))
+            if entry.endswith("/"):
+                folders.append((indent, entry))
     return entries
 
 
