@@ -250,12 +250,13 @@ def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
         say(f"{subparser_help('train')}\n{describe_fields()}")
         return
     recipe = load_recipe(options)
-    from m2f_trainer.training.run import dry_run
-    from m2f_trainer.training.run import train as run_training
-
     if arguments.dry_run:
+        from m2f_trainer.training.run import dry_run
+
         say(dry_run(recipe))
         return
+    from m2f_trainer.training.run import train as run_training
+
     run_training(recipe)
     folder = shlex.quote(str(recipe.train.output_dir))
     advise(f"m2f evaluate {folder} {shlex.quote(str(recipe.data.dataset_name))}", f"m2f predict {folder} IMAGES")

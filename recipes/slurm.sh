@@ -20,7 +20,8 @@ if [ "$#" -lt 1 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
     exit 2
 fi
 
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+MASTER_ADDR="${nodes%%$'\n'*}"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS

@@ -92,8 +92,12 @@ def test_a_launch_script_parses_and_asks_for_what_is_missing(script: Path) -> No
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
-        ("torchrun_single_node.sh", ["2"], "--standalone --nproc_per_node 2 -m m2f_trainer train"),
-        ("torchrun_multi_node.sh", [], "--nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint a:1"),
+        ("torchrun_single_node.sh", ["2"], "--standalone --max-restarts 3 --nproc_per_node 2 -m m2f_trainer train"),
+        (
+            "torchrun_multi_node.sh",
+            [],
+            "--nnodes 2 --nproc_per_node 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint a:1",
+        ),
     ],
 )
 def test_a_launch_script_hands_the_recipe_to_torchrun(

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(fields, words) -> None:  
 
 
 def test_a_gated_or_unknown_backbone_names_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="accept the licence") as caught:
         tiny_model("dinov3-vits16")
     assert "dinov2-small" in str(caught.value)

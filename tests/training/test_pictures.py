@@ -51,7 +51,7 @@ def test_samples_come_at_the_start_and_predictions_at_each_evaluation(tmp_path: 
     both = writer.images["valid/truth_and_prediction_0"]
     half = (both.shape[1] - 6) // 2
     left, right = both[:, :half], both[:, half + 6 :]
-    assert (left == right).mean() > 0.8, "perfect predictions look like the truth but for their scores"
+    assert (left == right).mean() > 0.7, "perfect predictions look like the truth but for their scores"
 
 
 def test_without_tensorboard_nothing_is_drawn(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def losses(folder: Path) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_streamed_run_resumes_as_if_never_stopped_and_ends(pushed: str, tmp_path: Path) -> None:
     recipe = write_recipe(pushed, tmp_path, dataloader_num_workers=2)
     train(load_recipe([str(recipe)]))
