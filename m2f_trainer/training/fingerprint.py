@@ -16,7 +16,7 @@ MODEL_FIELDS = (
     "backbone", "neck", "tune", "num_queries", "pyramid_taps", "lora_rank", "lora_alpha", "lora_dropout",
     "lora_targets", "drop_path", "rope_rescale", "backbone_config", "head_config",
 )  # fmt: skip
-DATA_FIELDS = ("image_height", "image_width", "lsj_min_scale", "lsj_max_scale", "horizontal_flip", "color_jitter")
+DATA_FIELDS = ("image_height", "image_width", "min_instance_area")
 TRAIN_FIELDS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs",
@@ -31,7 +31,7 @@ def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categor
     """Everything that decides the numbers of a run, as plain values by name. A stream's images are not counted."""
     world = {"world_size": recipe.train.world_size}
     values = {name: vars(recipe.model)[name] for name in MODEL_FIELDS}
-    values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS}
+    values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS} | recipe.data.augment()
     values |= {name: ({**vars(recipe.train), **world})[name] for name in TRAIN_FIELDS}
     values["categories"] = [vars(category) for category in categories]
     values["feature_cache"] = recipe.model.feature_cache

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.data.coco import load_coco
+from m2f_trainer.data.coco import categories_of, load_coco
 from m2f_trainer.data.sample import write_sample
+from m2f_trainer.recipe import load_recipe
 from m2f_trainer.training import fingerprint
 
 FACTS = {
@@ -40,3 +41,22 @@ def test_the_digest_follows_the_annotations_and_not_the_folder(tmp_path: Path) -
     assert fingerprint.digest_of(rows.select([0, 1])) != digests[0]
     assert fingerprint.digest_of(rows.select([1, 0, 2])) != digests[0]
     assert fingerprint.digest_of(rows.select([0, 1, 2])) == digests[0]
+
+
+def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands_for(tmp_path: Path) -> None:
+    splits = load_coco(write_sample(tmp_path, images=(3, 1, 0)))
+    categories = categories_of(splits["train"])
+
+    def changed(*options: str) -> set[str]:
+        then, now = (
+            fingerprint.fingerprint(
+                load_recipe(["quickstart", "--dataset_name", "x", *given]), splits["train"], splits["valid"], categories
+            )
+            for given in ((), options)
+        )
+        return set(fingerprint.differences(then, now))
+
+    assert changed("--augmentation", "strong") == {"color_jitter", "rotate90", "copy_paste"}
+    assert changed("--rotate90", "true", "--min_instance_area", "9") == {"rotate90", "min_instance_area"}
+    assert changed("--horizontal_flip", "false", "--lsj_min_scale", "0.5") == {"horizontal_flip", "lsj_min_scale"}
+    assert changed("--color_jitter", "0") == set()
