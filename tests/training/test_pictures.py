@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
@@ -40,6 +41,7 @@ def trainer(folder: Path, *callbacks: Any) -> Any:
 
 
 def test_samples_come_at_the_start_and_predictions_at_each_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra: pip install m2f-trainer[tensorboard]")
     writer = Writer()
     board = TensorBoardCallback(tb_writer=writer)
     pictures = Pictures(trainer(tmp_path, board))
