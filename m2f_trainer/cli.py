@@ -8,40 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2f_trainer import __version__
+from m2f_trainer.cli_options import EXAMPLES, build_parser, subparser_help
 from m2f_trainer.errors import M2FError, RunStopped
 
 if TYPE_CHECKING:
     from m2f_trainer.data.doctor import Examination
-
-ABOUT = """\
-Fine-tune Mask2Former on DINOv3 backbones for instance segmentation.
-
-start
-  demo       train, evaluate and predict on a small made-up dataset, in minutes
-  check      look a COCO dataset over before training on it
-
-train
-  train      train from a recipe (JSON) and options
-  evaluate   COCO mask and box AP of a model on a dataset
-  report     one page about a run, or several compared
-
-use
-  predict    pictures and COCO results of a model for any images
-  export     one ONNX or torch file of a model, compared with it on real images
-  push       upload a model with its card to the Hugging Face Hub
-"""
-
-EXAMPLES = {
-    "demo": "m2f demo --output_dir runs/demo",
-    "check": "m2f check my_coco",
-    "train": "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
-    "evaluate": "m2f evaluate runs/first my_coco --split test",
-    "report": "m2f report runs/first runs/second --output compared.html",
-    "predict": "m2f predict runs/first photos/ --recursive --threshold 0.5",
-    "export": "m2f export runs/first --format onnx --validation my_coco",
-    "push": "m2f push runs/first my-name/my-model --private",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,130 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"m2f {arguments.command}: {error}", stream="error")
         return 1
     return status or 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `train` leaves its options to the recipe."""
-    parser = argparse.ArgumentParser(
-        "m2f",
-        description=ABOUT,
-        epilog=f"m2f COMMAND --help tells more. A first run: {EXAMPLES['demo']}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"m2f_trainer {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help="one of the above")
-    for name, add_options in OPTIONS.items():
-        command = commands.add_parser(
-            name,
-            epilog=f"example: {EXAMPLES[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            add_help=name != "train",
-        )
-        add_options(command)
-    return parser
-
-
-def demo_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Write a small made-up dataset, train on it, evaluate, and draw predictions."
-    command.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where it all goes [%(default)s]")
-    command.add_argument("--backbone", help="a pretrained one, such as dinov2-small, instead of a small random one")
-
-
-def check_options(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Look a dataset over with all its images: figures, then what training would refuse (errors) and what should be"
-        " looked at (warnings). Exit status: 0 no errors, 1 errors, 2 nothing in it can be used."
-    )
-    command.add_argument("dataset", help="folder of a COCO or YOLO dataset, or user/name on the Hub")
-    command.add_argument("--json", action="store_true", help="write the result as JSON instead of text")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures too")
-    command.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
-    command.add_argument("--preview", type=int, metavar="N", help="draw N augmented training samples into preview/")
-    command.add_argument(
-        "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
-    )
-    command.add_argument("--num_queries", type=int, default=100, help="queries of the model [%(default)s]")
-    command.add_argument("--image_height", type=int, default=1024, help="input size of the model [%(default)s]")
-    command.add_argument("--image_width", type=int, default=1024, help="[%(default)s]")
-
-
-def train_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Train. Options are the recipe's fields and override it; unknown ones are errors."
-    command.usage = "m2f train [RECIPE.json] [--field value ...]"
-    command.add_argument("-h", "--help", action="store_true", help="show this and every field")
-    command.add_argument("--dry_run", action="store_true", help="tell groups, memory, steps and rates, and stop there")
-
-
-def evaluate_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Score a model against a dataset's untouched annotations, as pycocotools does."
-    command.add_argument("model", help="folder or Hub id of a model")
-    command.add_argument("dataset", help="folder of a COCO dataset")
-    command.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="[%(default)s]")
-    command.add_argument("--output_dir", type=Path, help="where metrics.json and predictions.json go")
-    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
-
-
-def report_options(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Write one self-contained page about a run, or about several beside one another: its course, classes, errors,"
-        " confusions, and its worst and best images with the truth beside the prediction."
-    )
-    command.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints"
-    )
-    command.add_argument("--output", type=Path, default=Path("report.html"), help="the page [%(default)s]")
-
-
-def predict_options(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Draw a model's instances over images and videos, and write them in COCO results form and as a table. Run again"
-        " after an interruption, it goes on where it was."
-    )
-    command.add_argument("model", help="folder or Hub id of a model")
-    command.add_argument(
-        "inputs", nargs="+", type=Path, metavar="input", help="images, videos, folders, or patterns such as 'a/*.jpg'"
-    )
-    command.add_argument("--recursive", action="store_true", help="look into folders of folders too")
-    command.add_argument("--threshold", type=float, default=0.5, help="lowest score that is kept [%(default)s]")
-    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
-    large = command.add_argument_group("large images", "TIFFs are read by windows (pip install 'm2f-trainer[tiff]')")
-    large.add_argument("--tile", type=int, metavar="SIDE", help="predict in tiles of SIDE pixels, merged across seams")
-    large.add_argument("--overlap", type=float, default=0.2, help="share of a tile its neighbours see [%(default)s]")
-    output = command.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where it goes [%(default)s]")
-    output.add_argument(
-        "--format",
-        default="results",
-        choices=["results", "coco_dataset"],
-        help="coco_dataset writes a COCO dataset with polygons too, for CVAT or Label Studio [%(default)s]",
-    )
-
-
-def export_options(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Write a model as one file for other runtimes, with the constants to use it in a JSON beside it, and compare it"
-        " with the model on validation images. Exit status: 0 parity met, 1 not."
-    )
-    command.add_argument("model", help="folder or Hub id of a model")
-    command.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
-    command.add_argument("--output_dir", type=Path, default=Path("export"), help="where the files go [%(default)s]")
-    command.add_argument("--half", action="store_true", help="backbone and neck in float16")
-    command.add_argument("--fixed_size", action="store_true", help="images of the model's own size only")
-    command.add_argument("--validation", metavar="DATASET", help="compare on its valid split [the run's own dataset]")
-    command.add_argument("--images", type=int, default=16, metavar="N", help="images to compare on [%(default)s]")
-
-
-def push_options(command: argparse.ArgumentParser) -> None:
-    command.description = "Upload a model, its card and its licences. The token comes from HF_TOKEN or `hf auth login`."
-    command.add_argument("model", type=Path, help="folder of a model")
-    command.add_argument("repo_id", help="where to: name/model")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", metavar="BRANCH", help="commit to this branch, made where it isn't there")
-    command.add_argument("--pull_request", action="store_true", help="propose the files in a pull request")
-    command.add_argument("--adapter_only", action="store_true", help="send a LoRA run's adapter, neck and head alone")
-    command.add_argument("--dry_run", action="store_true", help="list the files and their sizes, and send nothing")
 
 
 def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -332,16 +179,6 @@ def push(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     advise(f"m2f predict {shlex.quote(arguments.repo_id)} IMAGES")
 
 
-OPTIONS = {
-    "demo": demo_options,
-    "check": check_options,
-    "train": train_options,
-    "evaluate": evaluate_options,
-    "report": report_options,
-    "predict": predict_options,
-    "export": export_options,
-    "push": push_options,
-}
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] = {
     "demo": demo,
     "check": check,
@@ -365,15 +202,6 @@ def is_advice(error: Exception) -> bool:
     """Whether an error's message is for the user; the model package, which stands alone, has an error of its own."""
     backbones = sys.modules.get("m2f_trainer.model.backbones")
     return isinstance(error, M2FError) or (backbones is not None and isinstance(error, backbones.ModelError))
-
-
-def subparser_help(name: str) -> str:
-    """The help text of one command."""
-    command = argparse.ArgumentParser(
-        epilog=f"example: {EXAMPLES[name]}", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
-    OPTIONS[name](command)
-    return command.format_help()
 
 
 def advise(*commands: str) -> None:

@@ -18,9 +18,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
+from m2f_trainer.arguments import DataArguments, ModelArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.backbones import BACKBONES, read_config, stride_of
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.typed_json import describe, is_a, is_finite, leaves, parse, read_object, takes_object
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]

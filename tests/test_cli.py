@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import m2f_trainer.sharing
-from m2f_trainer import cli
+from m2f_trainer import cli, cli_options
 from m2f_trainer.errors import DataError
 
 ORDERS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.recipe import describe_fields, find_recipe, load_recipe, save_recipe
+from m2f_trainer.train_arguments import TrainArguments
 
 
 def write(folder: Path, values: dict[str, Any] | str) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
+from m2f_trainer.arguments import DataArguments, ModelArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.building import build_model
 from m2f_trainer.recipe import load_recipe, save_recipe
+from m2f_trainer.train_arguments import TrainArguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))

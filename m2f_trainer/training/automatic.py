@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.data.collator import InstanceDataset, collate
 from m2f_trainer.errors import TrainingError
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.recipe import AUTO, AUTOMATIC, Recipe, load_recipe
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.checkpoints import RECIPE
-from m2f_trainer.training.guards import LEVERS
+from m2f_trainer.training.memory import LEVERS
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.evaluation.curves import metrics_table
-from m2f_trainer.training.guards import Watched, WatchedStream
+from m2f_trainer.train_arguments import TrainArguments
+from m2f_trainer.training.workers import Watched, WatchedStream
 
 
 class SeedEveryStep(TrainerCallback):

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from torch.nn import Parameter
 from transformers import Trainer, TrainerState
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import TrainingError
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.sharding import whole
 
 METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"

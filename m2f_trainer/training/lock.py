@@ -11,8 +11,8 @@ from errno import EACCES, EAGAIN
 from pathlib import Path
 from typing import TextIO
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import TrainingError
+from m2f_trainer.train_arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"

@@ -14,6 +14,10 @@ from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 
 ADAM_MOMENTS = 2
+LEVERS = (
+    "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
+    "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.train_arguments import TrainArguments
 
 BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"

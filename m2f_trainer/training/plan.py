@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.fingerprint import updates_an_epoch
 from m2f_trainer.training.memory import Memory, estimate
 from m2f_trainer.training.optimizer import parameter_groups, rates_of

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.checkpoints import FINGERPRINT, MANIFEST, STATE, checkpoints, damage
 from m2f_trainer.training.fingerprint import FIXED, differences, same_sample, updates_an_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rates_of

@@ -7,18 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import set_seed
-from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from m2f_trainer.arguments import DataArguments, ModelArguments, TrainArguments
-from m2f_trainer.data.check import check_dataset, check_split
+from m2f_trainer.data.check import check_split
 from m2f_trainer.data.coco import Category, categories_of
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
-from m2f_trainer.data.streams import InstanceStream, Stream, load_stream
-from m2f_trainer.data.transforms import EvalTransform, TrainTransform
+from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.evaluation.curves import (
     CLASSES,
     EVALUATION,
@@ -31,27 +28,35 @@ from m2f_trainer.evaluation.curves import (
 from m2f_trainer.evaluation.instances import Instances
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.folder import predict_folder
-from m2f_trainer.model.adapters import LoraSettings, lora_layers, save_adapter, set_tuning
+from m2f_trainer.model.adapters import lora_layers, save_adapter
 from m2f_trainer.model.backbones import BACKBONES
-from m2f_trainer.model.building import build_model
-from m2f_trainer.model.mask2former import M2FConfig, M2FModel, load_model
-from m2f_trainer.recipe import Recipe, load_recipe, save_recipe
+from m2f_trainer.model.mask2former import M2FModel, load_model
+from m2f_trainer.recipe import Recipe, load_recipe
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.upload import push
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.automatic import images_a_device, resolve
 from m2f_trainer.training.callbacks import run_callbacks
 from m2f_trainer.training.checkpoints import METRICS, RECIPE
 from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
-from m2f_trainer.training.feature_cache import cached
 from m2f_trainer.training.fingerprint import fingerprint
-from m2f_trainer.training.guards import explained
 from m2f_trainer.training.lock import only_run
 from m2f_trainer.training.pictures import Pictures
 from m2f_trainer.training.plan import plan, to_text
+from m2f_trainer.training.preparation import (
+    SavedWithModel,
+    build,
+    eval_transform,
+    known,
+    load_data,
+    train_transform,
+    training_samples,
+)
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
 from m2f_trainer.training.uploads import hub_target, upload_callbacks
+from m2f_trainer.training.workers import explained
 
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
@@ -89,11 +94,6 @@ def train(recipe: Recipe) -> dict[str, float]:
     return figures
 
 
-def known(rows: Dataset | Stream) -> Dataset:
-    """The training images that can be looked at before a run: of a stream, the first ones."""
-    return rows.first if isinstance(rows, Stream) else rows
-
-
 def resolved(recipe: Recipe, train_rows: Dataset, checkpoint: Path | None = None) -> Recipe:
     """The recipe with a number for every "auto"."""
     categories = categories_of(train_rows)
@@ -115,101 +115,6 @@ def dry_run(recipe: Recipe) -> str:
     objects = sum(len(some) for some in rows["objects"])
     model = build(recipe.model, recipe.data, categories_of(rows))
     return to_text(plan(model, recipe.train, len(rows), max(1, round(objects / len(rows)))))
-
-
-class SavedWithModel:
-    """What goes beside the weights in every saved folder: the recipe, and transformers' processor configuration."""
-
-    def __init__(self, recipe: Recipe, config: M2FConfig) -> None:
-        self.recipe, self.config = recipe, config
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write recipe.json and preprocessor_config.json."""
-        save_recipe(self.recipe, Path(folder, RECIPE))
-        image_processor(self.config).save_pretrained(folder)
-
-
-def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
-    """transformers' processor, for its pipelines: it resizes to the exact frame, so that nothing is padded.
-
-    transformers' post-processing does not undo padding; ours (`Predictor`) keeps the aspect ratio and does.
-    """
-    return Mask2FormerImageProcessorPil(
-        size={"height": config.image_height, "width": config.image_width},
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-        do_reduce_labels=False,
-        ignore_index=255,
-    )
-
-
-def load_data(data: DataArguments) -> tuple[Dataset | Stream, DatasetDict]:
-    """Load and check the training split and those to score on; train and valid must be there.
-
-    Raises DataError before any model is touched.
-    """
-    name, limit = str(data.dataset_name), data.max_train_samples
-    stream, splits = load_stream(name) if data.streaming else (None, load_dataset(name))
-    scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
-    check_dataset(splits, train="" if stream else "train", evaluation=scored)
-    to_score = DatasetDict({split: first(splits[split], data.max_eval_samples) for split in scored})
-    if stream is None:
-        return first(splits["train"], limit), to_score
-    return stream if limit is None else stream.take(limit), to_score
-
-
-def training_samples(
-    recipe: Recipe, rows: Dataset | Stream, categories: Sequence[Category], model: M2FModel
-) -> InstanceDataset | InstanceStream:
-    """The training split as the model is shown it, with what the backbone makes of it where that is to be kept."""
-    transform, views = train_transform(recipe), recipe.model.feature_cache
-    if isinstance(rows, Stream):
-        return InstanceStream(rows, transform, transform.seed)
-    samples = InstanceDataset(rows, transform, categories)
-    return samples if views is None else cached(samples, categories, model, views, recipe.train)
-
-
-def first(rows: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows, or all."""
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def build(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
-    """The model of a recipe, its backbone frozen, adapted or free as the recipe says."""
-    built = build_model(
-        model.backbone_config or model.backbone,
-        [vars(category) for category in categories],
-        image_size=(data.image_height, data.image_width),
-        taps=model.pyramid_taps or (),
-        head_checkpoint=model.head_checkpoint,
-        init_from=model.init_from,
-        neck=model.neck,
-        num_queries=model.num_queries,
-        drop_path=model.drop_path,
-        rope_rescale=model.rope_rescale,
-        **(model.head_config if isinstance(model.head_config, dict) else {}),
-    )
-    lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
-    set_tuning(built, model.tune, lora)
-    return built
-
-
-def train_transform(recipe: Recipe) -> TrainTransform:
-    """The augmentation of a recipe."""
-    data, augment = recipe.data, recipe.data.augment()
-    return TrainTransform(
-        data.image_height,
-        data.image_width,
-        flip=augment.pop("horizontal_flip"),
-        min_area=data.min_instance_area,
-        seed=recipe.train.data_seed or recipe.train.seed,
-        **augment,
-    )
-
-
-def eval_transform(data: DataArguments) -> EvalTransform:
-    """Resize and pad, nothing else."""
-    return EvalTransform(data.image_height, data.image_width)
 
 
 def final_figures(

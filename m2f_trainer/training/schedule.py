@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from m2f_trainer.arguments import TrainArguments
+from m2f_trainer.train_arguments import TrainArguments
 
 Factor = Callable[[int], float]
 STEP_DOWN = 0.1  # what a milestone leaves of the learning rate, as in the original's schedule

@@ -17,7 +17,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.data.collator import InstanceDataset, collate
 from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.evaluation.assessment import Assessment
@@ -25,6 +24,7 @@ from m2f_trainer.evaluation.curves import EVALUATION, write_details, write_metri
 from m2f_trainer.evaluation.instances import Instances, to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
 from m2f_trainer.training.checkpoints import (
     FINGERPRINT,
@@ -35,10 +35,11 @@ from m2f_trainer.training.checkpoints import (
     staged,
 )
 from m2f_trainer.training.ema import Average, averaged
-from m2f_trainer.training.guards import FiniteGuard, Watched, WatchedStream, watch
+from m2f_trainer.training.guards import FiniteGuard
 from m2f_trainer.training.optimizer import Grouped
 from m2f_trainer.training.schedule import ShapedRates
 from m2f_trainer.training.sharding import require_accelerators
+from m2f_trainer.training.workers import Watched, WatchedStream, watch
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import SharingError
 from m2f_trainer.sharing.upload import Target, push
+from m2f_trainer.train_arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 

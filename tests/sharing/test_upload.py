@@ -13,11 +13,11 @@ from hub import CUT, SLOW, Hub
 from huggingface_hub import constants
 from transformers import TrainerControl, TrainerState
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.sharing import upload
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.licences import AGREEMENT
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.uploads import upload_callbacks
 from tests.model.tiny import tiny_model
 

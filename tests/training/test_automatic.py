@@ -13,7 +13,8 @@ from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.errors import RecipeError, TrainingError
 from m2f_trainer.recipe import AUTOMATIC, load_recipe
 from m2f_trainer.training import automatic
-from m2f_trainer.training.run import train, train_transform
+from m2f_trainer.training.preparation import train_transform
+from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from m2f_trainer.data.collator import collate
 from m2f_trainer.errors import DataError, TrainingError
-from m2f_trainer.training.guards import explained, gradient_norm, read_batch, without_traceback, write_batch
+from m2f_trainer.training.guards import gradient_norm, read_batch, write_batch
+from m2f_trainer.training.workers import explained, without_traceback
 
 
 def sample(count: int) -> dict[str, object]:

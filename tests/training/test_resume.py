@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training import resume
 from m2f_trainer.training.checkpoints import FINGERPRINT, STATE, write_manifest
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.schedule import ShapedRates, curve
 
 STEPS = 100

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.model.tiny import tiny_model
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.stock import CATEGORIES, scene
-from m2f_trainer.arguments import TrainArguments
 from m2f_trainer.model.adapters import set_tuning
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.guards import FiniteGuard
 from m2f_trainer.training.signals import any_rank
 from m2f_trainer.training.trainer import M2FTrainer
