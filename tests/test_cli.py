@@ -72,7 +72,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
             cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert f"example: m2f {command} " in text
-    assert command in cli.ABOUT
+    assert command in cli_options.ABOUT
 
 
 def test_the_help_of_train_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
