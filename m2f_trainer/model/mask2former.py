@@ -18,9 +18,7 @@ from transformers import (
     Mask2FormerConfig,
     PreTrainedConfig,
 )
-from transformers import (
-    initialization as init,
-)
+from transformers import initialization as init
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerForUniversalSegmentationOutput,
     Mask2FormerPreTrainedModel,
@@ -107,7 +105,9 @@ class M2FModel(Mask2FormerPreTrainedModel):
         self.model = Body(config)
         classes = len(config.categories or [])
         self.class_predictor = nn.Linear(config.hidden_dim, classes + 1)
-        self.criterion = Criterion(classes, _loss_settings(config))
+        weights = (config.class_weight, config.mask_weight, config.dice_weight, config.no_object_weight)
+        points = (config.train_num_points, config.oversample_ratio, config.importance_sample_ratio)
+        self.criterion = Criterion(classes, LossSettings(*weights, *points))
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         for name in ("mean", "std"):
@@ -142,7 +142,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         class_logits = self.class_predictor(hidden)
         loss = None
         if mask_labels is not None and class_labels is not None:
-            masks = _compact(mask_labels, pixel_values)
+            masks = CompactMasks.of(mask_labels, pixel_values.shape[-2:])
             terms = self.criterion(embeddings, features, class_logits, masks, class_labels, num_items_in_batch)
             loss = torch.stack(list(terms.values())).sum()
         with torch.set_grad_enabled(torch.is_grad_enabled() and loss is None):
@@ -204,26 +204,6 @@ def backbone_of(config: M2FConfig) -> PreTrainedConfig:
     if not isinstance(config.backbone_config, PreTrainedConfig):
         raise ModelError("the configuration holds no backbone_config: build it with build_model, or load a saved one")
     return config.backbone_config
-
-
-def _compact(mask_labels: Mapping[str, Tensor] | Sequence[Tensor], pixel_values: Tensor) -> CompactMasks:
-    if isinstance(mask_labels, Mapping):
-        height, width = pixel_values.shape[-2:]
-        boxes, offsets = mask_labels["boxes"].long(), mask_labels["offsets"].long()
-        return CompactMasks(mask_labels["values"], boxes, offsets, (height, width))
-    return CompactMasks.from_dense(mask_labels)
-
-
-def _loss_settings(config: M2FConfig) -> LossSettings:
-    return LossSettings(
-        config.class_weight,
-        config.mask_weight,
-        config.dice_weight,
-        config.no_object_weight,
-        config.train_num_points,
-        config.oversample_ratio,
-        config.importance_sample_ratio,
-    )
 
 
 def load_model(folder_or_hub_id: str) -> M2FModel:

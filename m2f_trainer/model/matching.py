@@ -26,6 +26,14 @@ class CompactMasks:
     size: tuple[int, int]
 
     @classmethod
+    def of(cls, labels: Mapping[str, Tensor] | Sequence[Tensor], size: Sequence[int]) -> "CompactMasks":
+        """Take a batch's `mask_labels`: the fields above, or dense masks; `size` is (H, W) of the padded frame."""
+        if not isinstance(labels, Mapping):
+            return cls.from_dense(labels)
+        height, width = size
+        return cls(labels["values"], labels["boxes"].long(), labels["offsets"].long(), (height, width))
+
+    @classmethod
     def from_dense(cls, masks: Sequence[Tensor]) -> "CompactMasks":
         """Take dense masks, one (N, H, W) an image, as transformers' models do."""
         dense = torch.cat([F.pad(mask.to(torch.uint8), (1, 1, 1, 1)) for mask in masks])
