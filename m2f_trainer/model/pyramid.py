@@ -18,8 +18,13 @@ class ChannelNorm(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalise each position's channels: (B, C, h, w) -> (B, C, h, w)."""
-        normalised: Tensor = self.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """Normalise each position's channels: (B, C, h, w) -> (B, C, h, w).
+
+        In the precision of its weights, as CUDA's autocast does: in bfloat16 a CPU's sum over all positions, which the
+        gradients of weight and bias are, loses most of its digits.
+        """
+        wide = features.permute(0, 2, 3, 1).to(self.norm.weight.dtype)
+        normalised: Tensor = self.norm(wide).permute(0, 3, 1, 2)
         return normalised
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForUniversalSegmentation
 
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.mask2former import M2FModel, load_model
+from m2f_trainer.model.pyramid import ChannelNorm
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, labels, tiny_model
 
 
@@ -57,6 +58,20 @@ def test_all_trainable_parameters_get_a_gradient_also_without_any_object(neck: s
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     assert without == []
+
+
+def test_in_bfloat16_the_neck_s_norms_learn_as_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 16, 96, 96, generator=generator).bfloat16()
+    wanted = torch.randn(2, 16, 96, 96, generator=generator) + 0.01
+    gradients = []
+    for kind in (torch.float32, torch.float64):
+        norm = ChannelNorm(16).to(kind)
+        features = maps if kind == torch.float32 else maps.double()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.float32):
+            (norm(features) * wanted.to(kind)).sum().backward()
+        gradients.append(torch.cat([parameter.grad.double() for parameter in norm.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=0.05)
 
 
 def test_uint8_pixels_are_normalised_as_the_processor_would_and_padding_is_zero() -> None:
