@@ -1,0 +1,179 @@
+"""What each choice gives: python -m benchmarks.accuracy.tables TILES BACKBONE OUT [--table NAME ...] [--seeds 0 1]
+
+Every row of a table is tiles.json with some fields changed, trained on TILES (made by `tiles`) once a seed. A run that
+is there already, in OUT, is not run again, so that a night that was cut short goes on; a row that several tables share
+is run once. Prints the tables as markdown and keeps their figures in OUT/tables.json and their curves as pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.stock_example import train_example
+from benchmarks.accuracy.stock_parts import PARTS
+from benchmarks.measure import in_a_process, machine
+from m2f_trainer.charts import lines, save_png
+from m2f_trainer.recipe import load_recipe
+from m2f_trainer.training.run import train
+
+BASE = Path(__file__).with_name("tiles.json")
+FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "eval_map_medium": "medium"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Options beside the base recipe's, and what is transformers': parts, or the example with its learning rate."""
+
+    options: tuple[str, ...] = ()
+    stock: tuple[str, ...] = ()
+
+
+def _set(text: str = "") -> Row:
+    return Row(tuple(text.split()))
+
+
+TAPS = ("--pyramid_taps", "[3, 6, 9, 12]")
+TABLES: dict[str, dict[str, Row]] = {
+    "backbone": {"pretrained": _set(), "random": Row(("--backbone_config", "RANDOM"))},
+    "tune": {
+        "frozen": _set(),
+        "LoRA, rank 4": _set("--tune lora --lora_rank 4 --lora_alpha 8"),
+        "LoRA, rank 16": _set("--tune lora"),
+        "full, backbone at 0.1": _set("--tune full"),
+    },
+    "neck": {
+        "plain": _set("--neck plain"),
+        "pyramid": _set("--neck pyramid"),
+        "pyramid, 4 taps": Row(("--neck", "pyramid", *TAPS)),
+        "adapter": _set(),
+        "adapter, 4 taps": Row(TAPS),
+    },
+    "fixes": {
+        "ours": _set(),
+        "transformers' initialisation": Row(stock=("initialisation",)),
+        "transformers' parameter groups": Row(stock=("groups",)),
+        "transformers' post-processing": Row(stock=("postprocessing",)),
+        "all three": Row(stock=("initialisation", "groups", "postprocessing")),
+    },
+    "ema": {"off": _set(), "0.99": _set("--ema_decay 0.99"), "0.995": _set("--ema_decay 0.995")},
+    "lsj": {
+        "none": _set("--lsj_min_scale 1 --lsj_max_scale 1"),
+        "0.8 to 1.25": _set(),
+        "0.5 to 1.5": _set("--lsj_min_scale 0.5 --lsj_max_scale 1.5"),
+        "0.1 to 2": _set("--lsj_min_scale 0.1 --lsj_max_scale 2"),
+    },
+    "precision": {"float32": _set(), "bfloat16": _set("--bf16 true --use_cpu true")},
+    "example": {
+        "ours": _set(),
+        "the example, our learning rate": Row(stock=("example", "5e-4")),
+        "the example, its learning rate": Row(stock=("example", "1e-5")),
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, and print."""
+    arguments = _arguments()
+    for seed in arguments.seeds:
+        for name in arguments.table:
+            for row in TABLES[name].values():
+                once(arguments, row, seed)
+    figures = {name: gather(arguments, name) for name in arguments.table}
+    (arguments.out / "tables.json").write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+    for name, rows in figures.items():
+        print(f"\n## {name}\n\n{to_markdown(rows)}")
+        save_png(
+            lines({row: runs[0]["course"] for row, runs in rows.items()}, "step; mask AP"),
+            arguments.out / f"{name}.png",
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("tiles", type=Path)
+    made.add_argument("backbone", type=Path)
+    made.add_argument("out", type=Path)
+    made.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    made.add_argument("--steps", type=int, help="steps of a run; evaluated at each third [the recipe's]")
+    return made.parse_args()
+
+
+def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
+    """The JSON of one run, made where it isn't there yet."""
+    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps])
+    folder = arguments.out / f"{hashlib.sha256(said.encode()).hexdigest()[:10]}-{seed}"
+    path: Path = folder.with_suffix(".json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(in_a_process(run, arguments, row, seed, folder)) + "\n")
+        print(f"{path.name}: {' '.join([*row.options, *row.stock]) or 'base'}", flush=True)
+    return path
+
+
+def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+    """Train once, in a process of its own; return the final figures and their course."""
+    torch.set_num_threads(1)
+    given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
+    given += ["--overwrite_output_dir", "true"]
+    if arguments.steps:
+        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 3)]
+    random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
+    options = [random if option == "RANDOM" else option for option in row.options]
+    start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
+    began = time.process_time()
+    if row.stock[:1] == ("example",):
+        recipe = json.loads(BASE.read_text()) | ({"max_steps": arguments.steps} if arguments.steps else {})
+        figures = train_example(recipe, arguments.tiles, arguments.backbone, folder, float(row.stock[1]), seed)
+        evaluated = [{**figures, "step": recipe["max_steps"]}]
+    else:
+        with ExitStack() as stack:
+            for part in row.stock:
+                stack.enter_context(PARTS[part]())
+            train(load_recipe([*given, *start, *options]))
+        state = json.loads((folder / "trainer_state.json").read_text())
+        evaluated = [entry for entry in state["log_history"] if "eval_map" in entry]
+    return {
+        "seed": seed,
+        "cpu_minutes": (time.process_time() - began) / 60,
+        "course": [[entry["step"], entry["eval_map"]] for entry in evaluated],
+        **{name: evaluated[-1][name] for name in FIGURES},
+    }
+
+
+def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str, Any]]]:
+    """Row -> its runs, one a seed."""
+    return {
+        name: [json.loads(once(arguments, row, seed).read_text()) for seed in arguments.seeds]
+        for name, row in TABLES[table].items()
+    }
+
+
+def to_markdown(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """One line a row: means over the seeds in points of AP, and of AP the lowest and highest."""
+    seeds = len(next(iter(rows.values())))
+    text = [f"| | AP, mean of {seeds} (each) | AP50 | small | medium | CPU minutes |", "|---|---|---|---|---|---|"]
+    for name, runs in rows.items():
+        each = ", ".join(f"{100 * one['eval_map']:.1f}" for one in runs)
+        means = [100 * mean(runs, figure) for figure in FIGURES]
+        cells = [f"{means[0]:.1f} ({each})", *(f"{value:.1f}" for value in means[1:])]
+        text.append(f"| {name} | {' | '.join(cells)} | {mean(runs, 'cpu_minutes'):.1f} |")
+    return "\n".join(text)
+
+
+def mean(runs: Sequence[dict[str, Any]], figure: str) -> float:
+    """The mean of a figure over runs."""
+    return statistics.mean(one[figure] for one in runs)
+
+
+if __name__ == "__main__":
+    main()
