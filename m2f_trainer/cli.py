@@ -55,7 +55,7 @@ def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.data.inspection import Settings
     from m2f_trainer.data.summary import to_json, to_text
 
-    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
+    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries, arguments.streaming)
     result = examine(arguments.dataset, settings)
     say(to_json(result) if arguments.json else to_text(result))
     written = write_check(arguments, result)

@@ -77,6 +77,9 @@ def check_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
     )
+    command.add_argument(
+        "--streaming", type=int, metavar="N", help="of a dataset on the Hub, read only N images of each split"
+    )
     command.add_argument("--num_queries", type=int, default=100, help="queries of the model [%(default)s]")
     command.add_argument("--image_height", type=int, default=1024, help="input size of the model [%(default)s]")
     command.add_argument("--image_width", type=int, default=1024, help="[%(default)s]")

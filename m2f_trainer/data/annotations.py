@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from m2f_trainer.data import masks, rle
@@ -31,7 +31,6 @@ class AnnotationFile:
     images: tuple[Entry, ...]
     annotations: Mapping[int, list[Entry]]
     categories: Mapping[int, str]
-    sources: Mapping[int, Entry] | None = None  # image id -> where its data is, for images that are no files
 
     def used_categories(self) -> set[int]:
         return {entry["category_id"] for group in self.annotations.values() for entry in group}
@@ -55,8 +54,6 @@ class AnnotationFile:
 
     def source(self, image: Entry) -> Entry:
         """Where an image's data is, as datasets write it. Raises DataError for a path that leaves the folder."""
-        if self.sources is not None:
-            return self.sources[image["id"]]
         name = image["file_name"]
         path = f"{self._root}/{name}"
         if not {"/", "\\", "\0"}.isdisjoint(name) or name in (".", "..") or os.path.islink(path):  # noqa: PTH114
@@ -78,7 +75,7 @@ class AnnotationFile:
             return None
         for kind, problem in (("bad-box", _box_problem(entry)), ("bad-area", _area_problem(entry))):
             if problem:
-                report(kind, self.path, [entry["id"]], f"{self._name(entry, image)}: {problem}", image["id"])
+                report(kind, self.path, [entry["id"]], f"{self.name(entry, image)}: {problem}", image["id"])
         height, width = image["height"], image["width"]
         return {
             "id": entry["id"],
@@ -96,14 +93,17 @@ class AnnotationFile:
         except MaskError:
             pass  # only now is it worth the time to put its name together
         try:
-            return masks.to_counts(segmentation, height, width, self._name(entry, image))
+            return masks.to_counts(segmentation, height, width, self.name(entry, image))
         except MaskError as error:
             report("bad-mask", self.path, [entry["id"]], str(error), image["id"])
         return None
 
-    def _name(self, entry: Entry, image: Entry) -> str:
-        """An annotation in messages."""
-        return f"{self.path}: annotation {entry['id']} of image {image['id']} ({image['file_name']})"
+    def name(self, entry: Entry, image: Entry) -> str:
+        return f"{self.path}: {self.place(entry, image)}"
+
+    def place(self, entry: Entry, image: Entry) -> str:
+        """An annotation in messages, its file aside."""
+        return f"annotation {entry['id']} of image {image['id']} ({image['file_name']})"
 
 
 def read_annotations(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
@@ -132,9 +132,10 @@ def resolve_inside(folder: Path, name: str, where: str) -> Path:
         DataError: an absolute path, `..`, a link out of the folder, a NUL, or Windows separators
     """
     if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        found = inside(folder, name)
         raise DataError(
             f"{where}: expected a `file_name` relative to {folder} with / between folders, without '..', got {name!r}."
-            " Correct the file name."
+            + (f" A file of that name is there: write {found!r}." if found else " Correct the file name.")
         )
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image with folders in its name)
@@ -145,11 +146,21 @@ def resolve_inside(folder: Path, name: str, where: str) -> Path:
     return Path(path)
 
 
+def inside(folder: Path, name: str) -> str | None:
+    """The `file_name` of an image of the same name in the folder or its `images`, where tools wrote another path."""
+    base = PureWindowsPath(name).name
+    for found in (base, f"images/{base}") if base and "\0" not in name else ():
+        path, root = (os.path.realpath(one) for one in (folder / found, folder))
+        if path.startswith(root.rstrip("/") + "/") and os.path.isfile(path):  # noqa: PTH113
+            return found
+    return None
+
+
 def _parse(path: Path) -> Mapping[str, Any]:
     collecting = gc.isenabled()
     gc.disable()  # millions of objects, none of them garbage: a fifth of the time goes into looking for some
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_packed)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=packed)
     except OSError as error:
         raise DataError(f"{path}: the annotation file can't be read ({error}). Check path and permissions.") from error
     except UnicodeDecodeError as error:
@@ -170,7 +181,7 @@ def _parse(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _packed(entry: Entry) -> Entry:
+def packed(entry: Entry) -> Entry:
     """An entry with well-formed polygons as arrays of doubles, in a quarter of the memory: large files fit."""
     parts = entry.get("segmentation")
     if type(parts) is list and all(type(part) is list and set(map(type, part)) <= _NUMBERS for part in parts):

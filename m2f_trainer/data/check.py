@@ -30,7 +30,8 @@ def check_dataset(
         check_split(splits, name)
     if train and not _has_targets(splits[train]):
         raise DataError(
-            f"split {train!r}: expected objects to train on, found only crowd regions or none. Annotate objects in it."
+            f"split {train!r}: expected objects to train on, found only crowd regions or none."
+            " Annotate objects in it; of CVAT's brush masks, which it writes as crowds, m2f check --fix makes objects."
         )
 
 
@@ -44,6 +45,8 @@ def check_split(splits: datasets.DatasetDict, name: str) -> None:
         raise DataError(
             f"expected a split {name!r} with images, found {', '.join(splits) or 'none'}."
             f" Add it to the dataset folder, or name another split."
+            + " Or add images: of five or more in 'train', a fifth is held out to score on."
+            * (name == "valid")
         )
     problems = list(image_problems(splits[name]))
     if problems:

@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from m2f_trainer.data.annotations import AnnotationFile
 from m2f_trainer.data.findings import Report, refuse
+from m2f_trainer.data.holdout import warn, with_validation
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.sources import contents_of, find_splits, read_split
 from m2f_trainer.errors import DataError
@@ -43,7 +44,7 @@ FEATURES = datasets.Features(
     }
 )
 _BATCH = 1000  # rows a table
-_ROW_FORMAT = "2"  # raise it when rows change, so that older caches are left behind
+_ROW_FORMAT = "3"  # raise it when rows change, so that older caches are left behind
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,32 @@ def load_coco(
 ) -> datasets.DatasetDict:
     """The splits of a COCO folder, under the names train, valid and test.
 
+    Where there is no valid, a fifth of the training images is held out as such.
+
     Args:
         root: the dataset folder, in one of the layouts of `find_layout`, or a YOLO folder with a data.yaml
         cache_dir: where the rows are kept; datasets' own cache by default
-        annotations, images: annotation file and image folder by split, relative to `root`, where it has another layout
+        annotations, images: annotation file and image folder by split, relative to `root`, where it has another layout;
+            nothing is held out then
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
     """
-    layout = find_splits(root, annotations, images)
+    layout, hold_out = find_splits(root, annotations, images), not annotations
     builder = CocoBuilder(
         cache_dir=None if cache_dir is None else str(cache_dir),
         dataset_name="coco",
         config_id=_cache_name(root),
-        hash=_fingerprint(layout),
+        hash=_fingerprint(layout, hold_out),
         layout=layout,
+        hold_out=hold_out,
     )
     with advice_alone():
         builder.download_and_prepare()
-    return builder.as_dataset()
+    splits = builder.as_dataset()
+    if len(splits) > len(layout):
+        warn(root, splits)
+    return splits
 
 
 @contextmanager
@@ -124,9 +132,10 @@ def categories_of(dataset: datasets.Dataset) -> tuple[Category, ...]:
 
 @dataclass
 class CocoConfig(datasets.BuilderConfig):  # type: ignore[misc]
-    """What a build reads."""
+    """What a build reads, and whether it may hold out validation images."""
 
     layout: tuple[SplitFiles, ...] = field(default=())
+    hold_out: bool = False
 
 
 class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
@@ -140,6 +149,7 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
         files = {layout.split: read_split(layout) for layout in self.config.layout}
+        files = with_validation(files) if self.config.hold_out else files
         categories = used_categories(files)
         self.info.description = describe_categories(categories)
         self.info.features = features_of(categories)
@@ -183,9 +193,9 @@ def _cache_name(root: str | Path) -> str:
     return name[:40] or "coco"
 
 
-def _fingerprint(layout: tuple[SplitFiles, ...]) -> str:
+def _fingerprint(layout: tuple[SplitFiles, ...], hold_out: bool) -> str:
     """A hash of what the rows depend on: annotation contents, and where annotations and images are."""
-    digest = hashlib.sha256(_ROW_FORMAT.encode())
+    digest = hashlib.sha256(f"{_ROW_FORMAT} {hold_out}".encode())
     for files in layout:
         place = [
             files.split,

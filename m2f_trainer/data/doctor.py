@@ -9,7 +9,9 @@ from typing import TypeAlias
 from m2f_trainer.data.annotations import AnnotationFile
 from m2f_trainer.data.coco import Category, used_categories
 from m2f_trainer.data.findings import Finding, Findings, Report, some
-from m2f_trainer.data.hub import annotation_file, is_hub_set, load_hub
+from m2f_trainer.data.holdout import with_validation
+from m2f_trainer.data.hub import is_hub_set, read_hub
+from m2f_trainer.data.hub_streams import read_stream
 from m2f_trainer.data.inspection import Scan, Settings, scan_split
 from m2f_trainer.data.likeness import same_pictures
 from m2f_trainer.data.sources import find_splits, read_split
@@ -48,22 +50,27 @@ def examine(root: str | Path, settings: Settings | None = None) -> Examination:
     Nothing is raised: all problems are findings.
     """
     settings, report, folder = settings or Settings(), Findings(), Path(root)
-    files = _read(folder, report)
+    files = _read(folder, settings, report)
     scans = {split: scan_split(file, settings, report) for split, file in files.items()}
     categories = used_categories(files, report) if files else []
     copies: tuple[tuple[Place, ...], ...] = ()
     if files:
         _check_splits(folder, files, scans, report)
-        _check_categories(files, scans, categories, report)
+        _check_names(files, categories, report)
+        if settings.streaming is None:  # what isn't among the first images may be among the others
+            _check_use(files, scans, categories, report)
         copies = _check_copies(files, scans, report)
     return Examination(folder, settings, files, scans, tuple(categories), tuple(report.listed()), copies)
 
 
-def _read(root: Path, report: Report) -> dict[str, AnnotationFile]:
-    files = {}
+def _read(root: Path, settings: Settings, report: Report) -> Mapping[str, AnnotationFile]:
+    """The splits that can be read, with a validation split held out where training would."""
+    files: dict[str, AnnotationFile] = {}
     try:
+        if settings.streaming is not None:
+            return read_stream(str(root), settings.streaming, report)
         if is_hub_set(root):
-            return {split: annotation_file(str(root), split, rows) for split, rows in load_hub(str(root)).items()}
+            return _told(read_hub(str(root), report), report)
         layout = find_splits(root)
     except DataError as error:
         report("unusable", root, [], str(error))
@@ -73,7 +80,17 @@ def _read(root: Path, report: Report) -> dict[str, AnnotationFile]:
             files[part.split] = read_split(part, report)
         except DataError as error:
             report("unusable", part.annotations, [], str(error))
-    return files
+    return _told(files, report) if len(files) == len(layout) else files
+
+
+def _told(files: Mapping[str, AnnotationFile], report: Report) -> dict[str, AnnotationFile]:
+    """The splits, with a validation split held out where there is none."""
+    found = with_validation(files)
+    if len(found) > len(files):
+        ids, path = [image["id"] for image in found["valid"].images], found["train"].path
+        of = len(ids) + len(found["train"].images)
+        report("held-out", path, ids, f"found no split 'valid': {len(ids)} of {of} training images are held out.")
+    return found
 
 
 def _check_splits(
@@ -90,13 +107,13 @@ def _check_splits(
             report("no-objects", files[split].path, [split], message)
 
 
-def _check_categories(
+def _check_use(
     files: Mapping[str, AnnotationFile],
     scans: Mapping[str, list[Scan]],
     categories: list[Category],
     report: Report,
 ) -> None:
-    used = {category.id for category in categories}
+    """Every class has objects in every split, and every category is a class."""
     for split, file in files.items():
         seen = {one["category_id"] for scan in scans[split] for one in scan.targets}
         lacking = [category for category in categories if category.id not in seen]
@@ -104,10 +121,18 @@ def _check_categories(
             names = some([category.name for category in lacking])
             message = f"split {split!r}: no object of {len(lacking)} of {len(categories)} classes: {names}."
             report("missing-class", file.path, [category.id for category in lacking], message)
-    declared = {key: (name, file.path) for file in files.values() for key, name in file.categories.items()}
-    for key in sorted(set(declared) - used):
+    declared = _declared(files)
+    for key in sorted(set(declared) - {category.id for category in categories}):
         name, path = declared[key]
         report("unused-category", path, [key], f"category {key} ({name}) has no annotation in any split.")
+
+
+def _declared(files: Mapping[str, AnnotationFile]) -> dict[int, tuple[str, Path]]:
+    return {key: (name, file.path) for file in files.values() for key, name in file.categories.items()}
+
+
+def _check_names(files: Mapping[str, AnnotationFile], categories: list[Category], report: Report) -> None:
+    declared = _declared(files)
     times = Counter(folded(category.name) for category in categories)
     for name in [name for name, count in times.items() if count > 1]:
         ids = [category.id for category in categories if folded(category.name) == name]

@@ -40,7 +40,9 @@ KINDS: Mapping[str, Kind] = {
         "can't be read at all", "Nothing in it can be trained on.", "Follow the message, then check again."
     ),
     "missing-split": _error(
-        "split missing or empty", "Training needs images to learn from and others to score on.", "Add the split."
+        "split missing or empty",
+        "Training needs images to learn from and others to score on.",
+        "Add the split, or images: of five or more in train, a fifth is held out to score on.",
     ),
     "no-objects": _error(
         "nothing to learn", "A split without objects teaches nothing and has no score.", "Annotate objects in it."
@@ -92,7 +94,7 @@ KINDS: Mapping[str, Kind] = {
         "file name that leaves the dataset",
         "A dataset must not read files outside its folder.",
         "Correct it.",
-        "left out",
+        "taken by its name where its folder has such a file, else left out",
     ),
     "missing-image": _error(
         "image file missing",
@@ -142,6 +144,18 @@ KINDS: Mapping[str, Kind] = {
     ),
     "self-intersection": _warning(
         "polygon that crosses itself", "What is covered twice becomes a hole.", "Redraw the outline."
+    ),
+    "held-out": _warning(
+        "no validation split",
+        "Training needs images to score on, and holds out a fifth of these, chosen by their names.",
+        "To choose them yourself, put them into a split named valid.",
+        "put into a split valid",
+    ),
+    "brush-crowd": _warning(
+        "crowd region of CVAT's making",
+        "CVAT writes an object drawn with its brush as a crowd region, which is never trained on.",
+        "If it is one object, set its `iscrowd` to 0.",
+        "taken as one object",
     ),
     "missing-class": _warning(
         "class missing from a split",

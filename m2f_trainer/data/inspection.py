@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from m2f_trainer.data import rle
-from m2f_trainer.data.annotations import AnnotationFile
+from m2f_trainer.data.annotations import AnnotationFile, inside
 from m2f_trainer.data.entries import Entry
 from m2f_trainer.data.findings import Report
 from m2f_trainer.data.likeness import BadImage, Look, look
@@ -17,6 +16,7 @@ from m2f_trainer.data.transforms import fit
 from m2f_trainer.errors import DataError
 
 _THREADS = 8  # Pillow decodes without the interpreter's lock
+_HELD = 64  # images whose data is in memory at a time
 _CELL = 4  # pixels a side of the input that one value of the mask map stands for
 _PLAIN_MODES = ("L", "RGB", "1")
 _LONGEST = 3000  # points of a polygon that is still searched for crossings, edge by edge
@@ -29,20 +29,26 @@ class Settings:
     image_height: int = 1024
     image_width: int = 1024
     num_queries: int = 100
+    streaming: int | None = None  # images of each split that are read, of a dataset that is streamed
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One usable image: its entry, where its data is, what it is like, and its objects.
+    """One usable image: its entry, the file it is of, what it is like, and its objects.
 
     An object is a dataset row's, with `mask_area` and `mask_box` (x, y, width, height) as its mask has them,
     and `flaws`, the kinds of findings about it.
     """
 
     entry: Entry
-    source: Entry
+    file: AnnotationFile
     look: Look
     objects: list[Entry]
+
+    @property
+    def source(self) -> Entry:
+        """Where the image's data is; of a Hub dataset it is the data, read at each call: all of it would fill memory"""
+        return self.file.source(self.entry)
 
     @property
     def targets(self) -> list[Entry]:
@@ -58,7 +64,7 @@ class Scan:
 def scan_split(file: AnnotationFile, settings: Settings, report: Report) -> list[Scan]:
     """Every image that can be used, with all that is wrong or doubtful reported."""
     scans = []
-    for entry, source, seen in _looks(file, report):
+    for entry, seen in _looks(file, report):
         where, number = f"image {entry['id']} ({entry['file_name']})", entry["id"]
         raw = {one["id"]: one for one in file.annotations.get(number, [])}
         objects = [_measured(one, raw[one["id"]], entry, settings, report, file) for one in file.objects(entry, report)]
@@ -69,7 +75,7 @@ def scan_split(file: AnnotationFile, settings: Settings, report: Report) -> list
             report("exif-rotation", file.path, [number], f"{where}: EXIF orientation {seen.orientation}.", number)
         if seen.mode not in _PLAIN_MODES:
             report("converted-image", file.path, [number], f"{where}: stored in Pillow's mode {seen.mode}.", number)
-        scan = Scan(entry, source, seen, objects)
+        scan = Scan(entry, file, seen, objects)
         if len(scan.targets) > settings.num_queries:
             message = f"{where}: {len(scan.targets)} instances, but the model has {settings.num_queries} queries."
             report("many-instances", file.path, [number], message, number)
@@ -77,24 +83,27 @@ def scan_split(file: AnnotationFile, settings: Settings, report: Report) -> list
     return scans
 
 
-def _looks(file: AnnotationFile, report: Report) -> Iterator[tuple[Entry, Entry, Look | BadImage]]:
+def _looks(file: AnnotationFile, report: Report) -> Iterator[tuple[Entry, Look | BadImage]]:
     """Every image with a safe path, and what its data is like, read by several threads."""
 
     def read(found: tuple[Entry, Entry]) -> Look | BadImage:
         entry, source = found
-        where = f"image {entry['id']} ({source['path']})"
+        where = f"image {entry['id']} ({source.get('path') or entry['file_name']})"
         return look(source, where, (entry["height"], entry["width"]))
 
-    safe: list[tuple[Entry, Entry]] = []
-    for entry in file.images:
-        try:
-            safe.append((entry, file.source(entry)))
-        except DataError as error:
-            report("unsafe-path", file.path, [entry["id"]], str(error))
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(safe), 256):
-            batch = safe[start : start + 256]
-            yield from ((*found, seen) for found, seen in zip(batch, pool.map(read, batch), strict=True))
+        for start in range(0, len(file.images), _HELD):
+            safe: list[tuple[Entry, Entry]] = []
+            for entry in file.images[start : start + _HELD]:
+                try:
+                    safe.append((entry, file.source(entry)))
+                except DataError as error:
+                    report("unsafe-path", file.path, [entry["id"]], str(error))
+                    found = inside(file.folder, entry["file_name"])
+                    if found is not None:
+                        renamed = {**entry, "file_name": found}
+                        safe.append((renamed, file.source(renamed)))
+            yield from ((entry, seen) for (entry, _), seen in zip(safe, pool.map(read, safe), strict=True))
 
 
 def _measured(one: Entry, raw: Entry, image: Entry, settings: Settings, report: Report, file: AnnotationFile) -> Entry:
@@ -102,14 +111,13 @@ def _measured(one: Entry, raw: Entry, image: Entry, settings: Settings, report: 
     runs = rle.read_runs(one["counts"], image["height"], image["width"])
     x0, y0, x1, y1 = rle.box_of(runs, image["height"])
     measured = {**one, "mask_area": rle.area(runs), "mask_box": [x0, y0, x1 - x0, y1 - y0], "flaws": []}
-    for kind, what in _doubts(measured, raw.get("segmentation"), image, settings):
-        where = f"annotation {one['id']} of image {image['id']} ({image['file_name']})"
-        report(kind, file.path, [one["id"]], f"{where}: {what}.", image["id"])
+    for kind, what in _doubts(measured, raw, image, settings):
+        report(kind, file.path, [one["id"]], f"{file.place(one, image)}: {what}.", image["id"])
         measured["flaws"].append(kind)
     return measured
 
 
-def _doubts(one: Entry, segmentation: Any, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:
+def _doubts(one: Entry, raw: Entry, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:
     """Kinds of findings about one object, with what was seen."""
     if not one["mask_area"]:
         yield "empty-mask", "no pixel of it lies in the image"
@@ -124,8 +132,11 @@ def _doubts(one: Entry, segmentation: Any, image: Entry, settings: Settings) -> 
     if not one["iscrowd"] and min(size) * scale < _CELL:
         at = f"{settings.image_width}x{settings.image_height}"
         yield "tiny-object", f"{size[0]}x{size[1]} pixels, {size[0] * scale:.1f}x{size[1] * scale:.1f} at {at}"
+    segmentation, attributes = raw.get("segmentation"), raw.get("attributes")
     if isinstance(segmentation, list) and any(crosses_itself(part) for part in segmentation):
         yield "self-intersection", "two edges of its polygon cross"
+    if one["iscrowd"] and isinstance(attributes, dict) and "occluded" in attributes:
+        yield "brush-crowd", "a crowd region of CVAT's making"
 
 
 def boxes_agree(box: Sequence[float], other: Sequence[float]) -> bool:

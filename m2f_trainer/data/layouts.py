@@ -4,7 +4,9 @@ Found layouts, in this order:
 
     {train,valid,val,test}/_annotations.coco.json      images beside it (Roboflow)
     annotations/instances_{train2017,val2017}.json     images in [images/]train2017, images or . (COCO, CVAT)
-    {_annotations.coco,annotations,result,labels}.json one split, images in ., images or data (Label Studio)
+    {train,val,test}.json                              images in train, images/train, images or .
+    {_annotations.coco,annotations,result,labels}.json one split, images in ., images, data or a folder of any name
+    *.json, if there is but one                        the same (Label Studio, VGG's annotator, home-made)
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,13 +46,13 @@ def find_layout(root: str | Path) -> tuple[SplitFiles, ...]:
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a dataset folder, found {_kind(folder)}. Check `dataset_name`.")
-    for layout in (_split_folders, _annotations_folder, _single_file):
+    for layout in (_split_folders, _annotations_folder, _split_files, _single_file):
         found = tuple(layout(folder))
         if found:
             return _in_order(found)
     raise DataError(
         f"{folder}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
-        f" annotations/instances_train*.json with image folders, or one of {', '.join(_SINGLE)};"
+        f" annotations/instances_train*.json with image folders, train.json and val.json, or one JSON file in all;"
         f" the folder holds {_listing(folder)}. Give `annotations` and `images` for each split otherwise."
     )
 
@@ -98,29 +100,35 @@ def _annotations_folder(root: Path) -> Iterator[SplitFiles]:
         stem = file.stem.removeprefix("instances_")
         split = _split_of(stem) or ("train" if len(files) == 1 else None)
         if split is not None:
-            folders = [
-                root / "images" / stem,
-                root / stem,
-                root / "images" / split,
-                root / split,
-                root / "images",
-                root,
-            ]
-            yield SplitFiles(split, file, tuple(dict.fromkeys(folders)))
+            yield _split_file(root, file, stem, split)
+
+
+def _split_files(root: Path) -> Iterator[SplitFiles]:
+    """Files in the dataset's folder itself, named after their splits; train must be one of them."""
+    files = [(file, file.stem.removeprefix("instances_")) for file in sorted(root.glob("*.json"))]
+    found = [(file, stem, split) for file, stem in files if (split := _split_of(stem))]
+    if any(split == "train" for _, _, split in found):
+        yield from (_split_file(root, *one) for one in found)
+
+
+def _split_file(root: Path, file: Path, stem: str, split: str) -> SplitFiles:
+    folders = [root / "images" / stem, root / stem, root / "images" / split, root / split, root / "images", root]
+    return SplitFiles(split, file, tuple(dict.fromkeys(folders)))
 
 
 def _single_file(root: Path) -> Iterator[SplitFiles]:
-    for name in _SINGLE:
-        file = root / name
-        if file.is_file():
-            yield SplitFiles("train", file, (root, root / "images", root / "data"))
-            return
+    files = [root / name for name in _SINGLE if (root / name).is_file()]
+    if not files and not any(root.glob("*.y*ml")):  # beside a data.yaml of YOLO, a JSON may be anything
+        files = sorted(root.glob("*.json"))
+    if files and (len(files) == 1 or files[0].name in _SINGLE):
+        folders = (root, root / "images", root / "data", *sorted(path for path in root.iterdir() if path.is_dir()))
+        yield SplitFiles("train", files[0], tuple(dict.fromkeys(folders)))
 
 
 def _split_of(stem: str) -> str | None:
-    """The split of names such as train2017, val-v2, test."""
-    word = next((part for part in stem.lower().replace("-", "_").split("_") if part), "")
-    return SPLITS.get(word.rstrip("0123456789"))
+    """The split of names such as train2017, val-v2, test, coco_train."""
+    words = [part.rstrip("0123456789") for part in stem.lower().replace("-", "_").split("_") if part]
+    return next((SPLITS[word] for word in (words[:1] + words[-1:]) if word in SPLITS), None)
 
 
 def _in_order(found: tuple[SplitFiles, ...]) -> tuple[SplitFiles, ...]:

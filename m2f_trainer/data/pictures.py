@@ -1,7 +1,7 @@
 """Images with their masks drawn over them: for the doctor's page, and to look at augmented samples."""
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 from m2f_trainer.data import masks, rle
 from m2f_trainer.data.doctor import Examination
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.inspection import Scan
 from m2f_trainer.data.transforms import TrainTransform
 
 _TINT = 0.4
@@ -55,7 +56,7 @@ def draw_sample(sample: Mapping[str, Any]) -> Image.Image:
 
 def preview(examination: Examination, count: int, transform: TrainTransform, folder: Path) -> list[Path]:
     """Draws the first `count` training samples of epoch 0, and of the epochs after it where there are fewer images."""
-    rows = [scan.row() for scan in examination.scans.get("train") or next(iter(examination.scans.values()))]
+    rows = _Rows(examination.scans.get("train") or next(iter(examination.scans.values())))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):
@@ -63,3 +64,16 @@ def preview(examination: Examination, count: int, transform: TrainTransform, fol
         paths.append(folder / f"sample_{number:03d}.jpg")
         draw_sample(transform(rows[index], epoch, index, rows)).save(paths[-1], quality=90)
     return paths
+
+
+class _Rows(Sequence[Mapping[str, Any]]):
+    """Scans as rows, each made when it is asked for: the images of a Hub dataset are in them."""
+
+    def __init__(self, scans: Sequence[Scan]) -> None:
+        self._scans = scans
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._scans[place].row()

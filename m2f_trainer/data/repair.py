@@ -98,16 +98,16 @@ def _corrected(one: Entry, raw: Entry, merged: Mapping[int, int]) -> Entry:
         "category_id": merged[one["category_id"]],
         "bbox": one["mask_box"] if "box-mismatch" in flaws else one["bbox"],
         "area": one["mask_area"] if "area-mismatch" in flaws else one["area"],
-        "iscrowd": int(one["iscrowd"]),
+        "iscrowd": int(one["iscrowd"] and "brush-crowd" not in flaws),
     }
 
 
 def _write_split(examination: Examination, split: str, content: Mapping[str, list[Entry]], folder: Path) -> None:
-    sources = {scan.entry["id"]: scan.source for scan in examination.scans[split]}
+    file = examination.files[split]
     for image in content["images"]:
         path = folder / image["file_name"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = sources[image["id"]]
+        source = file.source(image)
         if source["bytes"] is None:
             shutil.copyfile(source["path"], path)
         else:

@@ -5,12 +5,8 @@ same for any number of workers. Ranks share the files of a dataset where these g
 worker reads all rows of its rank, and decodes only the images of its own batches.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -19,125 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from m2f_trainer.data.coco import Category, features_of
 from m2f_trainer.data.collator import Transform, labelled
-from m2f_trainer.data.hub import (
-    check_masks,
-    class_names,
-    convert,
-    is_hub_set,
-    is_ours,
-    keep,
-    named,
-    plain,
-    stored_categories,
-    usable_splits,
-)
-from m2f_trainer.data.images import open_image
-from m2f_trainer.data.transforms import describe
+from m2f_trainer.data.hub_streams import Row, Stream
 from m2f_trainer.errors import DataError
 
-logger = logging.getLogger(__name__)
 _BUFFER = 256  # rows that are mixed with one another, images encoded: some 40 MB of photos a worker
-_CHECKED = 32  # images that are looked at before training starts
 
-Row: TypeAlias = Mapping[str, Any]
 Place: TypeAlias = tuple[int, int, Row]  # epoch, number in the epoch's order, stored row
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A training split that is read as it comes, and what is known of it before."""
-
-    name: str
-    rows: datasets.IterableDataset
-    categories: tuple[Category, ...]
-    convert: Callable[[Row, int], Row]
-    version: str  # tells contents of one name apart
-    first: datasets.Dataset  # its first images, which have been checked
-
-    def take(self, limit: int) -> "Stream":
-        """`limit` images, the first ones of each file."""
-        return replace(self, rows=self.rows.take(limit))
-
-
-def load_stream(name: str) -> tuple[Stream, datasets.DatasetDict]:
-    """The training split of a Hub dataset as a stream, and the others as rows, read once and kept in datasets' cache.
-
-    Its first images are checked; `m2f check` reads them all.
-
-    Raises:
-        DataError: a COCO folder, or a dataset that can't be used or doesn't name its classes
-    """
-    if not is_hub_set(name):
-        raise DataError(
-            f"{name}: expected a dataset on the Hub (user/name) or its downloaded folder, as streaming is true. Leave"
-            " streaming out: of a COCO or YOLO folder, only the images in use are in memory anyway."
-        )
-    return open_stream(name)
-
-
-def open_stream(name: str, **options: Any) -> tuple[Stream, datasets.DatasetDict]:
-    """The same for all that datasets can load; `options` go to its `load_dataset`."""
-    builder: list[Any] = []
-
-    def load() -> Mapping[str, datasets.IterableDataset]:
-        builder.append(datasets.load_dataset_builder(name, **options))
-        return dict(builder[0].as_streaming_dataset())  # as `load_dataset(..., streaming=True)` ends
-
-    splits = usable_splits(name, load)
-    if "train" not in splits:
-        raise DataError(f"{name}: expected a split 'train', found {', '.join(splits)}. Name the training split so.")
-    categories = _declared_categories(name, splits["train"])
-    version = "/".join(Path(builder[0].cache_dir).parts[-4:])  # name, configuration and a hash of the files' versions
-    others = {
-        split: keep(plain(rows), f"{name}, split {split!r}", categories, version=version)
-        for split, rows in splits.items()
-        if split != "train"
-    }
-    for split, rows in others.items():
-        check_masks(rows.remove_columns("image"), f"{name}, split {split!r}")
-    rows, where = plain(splits["train"]), f"{name}, split 'train'"
-    change = _unchanged if is_ours(rows) else partial(_converted, where=where)
-    first = first_rows((change(row, k) for k, row in enumerate(rows.take(_CHECKED))), where, categories)
-    logger.warning("%s is streamed: its first %d training images were checked; `m2f check` reads all", name, len(first))
-    return Stream(name, rows, categories, change, version, first), datasets.DatasetDict(others)
-
-
-def _declared_categories(name: str, rows: datasets.IterableDataset) -> tuple[Category, ...]:
-    """All categories that the features name: which of them are used would show after reading everything."""
-    if is_ours(rows):
-        return stored_categories(rows)
-    names = class_names(rows)
-    if not names:
-        raise DataError(
-            f"{name}: expected a ClassLabel with the names of the classes in objects, as streaming is true and the"
-            " classes must be known at the start. Leave streaming out, or push the dataset with a ClassLabel."
-        )
-    return tuple(Category(key, text) for key, text in names.items())
-
-
-def _unchanged(row: Row, number: int) -> Row:
-    return row
-
-
-def _converted(row: Row, number: int, where: str) -> Row:
-    return convert(row, number, where)
-
-
-def first_rows(rows: Iterable[Row], where: str, categories: Sequence[Category]) -> datasets.Dataset:
-    """The first rows of a stream, looked at as `m2f check` would at all.
-
-    Raises:
-        DataError: there is none, or one can't be used
-    """
-    found = list(rows)
-    if not found:
-        raise DataError(f"{where}: expected images, found none. Add images.")
-    check_masks(found, where)
-    for row in found:
-        open_image(row["image"], describe(row), size=(row["height"], row["width"]))
-    return named(datasets.Dataset.from_list(found, features=features_of(categories)), categories)
 
 
 class InstanceStream(IterableDataset[dict[str, Any] | None]):

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
-from m2f_trainer.data.streams import Stream
+from m2f_trainer.data.hub_streams import Stream
 from m2f_trainer.recipe import Recipe
 
 MODEL_FIELDS = (

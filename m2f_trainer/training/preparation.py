@@ -11,7 +11,8 @@ from m2f_trainer.data.check import check_dataset
 from m2f_trainer.data.coco import Category
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
-from m2f_trainer.data.streams import InstanceStream, Stream, load_stream
+from m2f_trainer.data.hub_streams import Stream, load_stream
+from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.model.adapters import LoraSettings, set_tuning
 from m2f_trainer.model.building import build_model

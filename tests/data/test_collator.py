@@ -15,7 +15,7 @@ from m2f_trainer.errors import DataError
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
-    return load_coco(write_sample(folder / "set", images=(12, 0, 0)), cache_dir=folder / "cache")["train"]
+    return load_coco(write_sample(folder / "set", images=(12, 1, 0)), cache_dir=folder / "cache")["train"]
 
 
 def test_a_batch_holds_every_instance_of_its_images_in_order(rows):

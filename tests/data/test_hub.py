@@ -113,8 +113,7 @@ def test_a_name_is_the_hubs_only_where_no_folder_has_it(tmp_path, monkeypatch):
 def test_check_works_on_a_hub_set(built, monkeypatch):
     _, name, folder = built
     back = load_hub(name, cache_dir=str(folder / "third"))
-    monkeypatch.setattr(hub, "load_hub", lambda _: back)
-    monkeypatch.setattr("m2f_trainer.data.doctor.load_hub", lambda _: back)
+    monkeypatch.setattr("m2f_trainer.data.doctor.read_hub", lambda name, report: hub.read_rows(name, back, report))
     examination = examine("user/name")
     assert examination.status == 0
     assert {split: len(scans) for split, scans in examination.scans.items()} == {"train": 12, "valid": 4}

@@ -22,7 +22,7 @@ STRONG = {"color_jitter": 0.4, "rotate90": True, "copy_paste": 0.9, "min_area": 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
-    return load_coco(write_sample(folder / "set", images=(12, 0, 0)), cache_dir=folder / "cache")["train"]
+    return load_coco(write_sample(folder / "set", images=(12, 1, 0)), cache_dir=folder / "cache")["train"]
 
 
 def digests(rows, workers: int = 0, prefetch: int | None = None, first: int = 0) -> list[str]:

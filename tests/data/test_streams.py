@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from m2f_trainer.data.coco import Category, load_coco
 from m2f_trainer.data.collator import collate
 from m2f_trainer.data.hub import load_hub
+from m2f_trainer.data.hub_streams import load_stream, open_stream
 from m2f_trainer.data.sample import write_sample
-from m2f_trainer.data.streams import InstanceStream, load_stream, open_stream
+from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError
 from tests.data.folders import SQUARE, content, write

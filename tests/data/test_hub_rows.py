@@ -1,0 +1,184 @@
+"""Rows of the Hub with something wrong in them: training refuses with row and remedy, m2f check tells all."""
+
+import datasets
+import numpy as np
+import pytest
+from datasets import List, Value
+from PIL import Image
+
+from m2f_trainer.data.coco import Category, features_of, load_coco
+from m2f_trainer.data.doctor import examine
+from m2f_trainer.data.findings import Findings
+from m2f_trainer.data.hub import load_hub, read_hub
+from m2f_trainer.data.hub_streams import read_first
+from m2f_trainer.data.inspection import Settings
+from m2f_trainer.data.page import render
+from m2f_trainer.data.repair import repair
+from m2f_trainer.data.sample import write_sample
+from m2f_trainer.errors import DataError
+from tests.data.folders import SQUARE
+from tests.data.test_hub import as_pushed
+
+LABEL = datasets.ClassLabel(names=["cat", "dog"])
+POLYGONS = List(List(Value("float64")))
+FIELDS = {"category": LABEL, "segmentation": POLYGONS, "bbox": List(Value("float64")), "area": Value("float64")}
+OBJECT = {"category": 1, "segmentation": SQUARE, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0, "iscrowd": 0}
+
+
+def picture(number: int = 0) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 255, size=(4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((20, 16), Image.Resampling.NEAREST)
+
+
+def foreign(folder, *rows, **features):
+    """A set of another's making: one sound row in each split, and `rows` after the first in train."""
+    fields = List({**FIELDS, "iscrowd": Value("int64"), **features.pop("fields", {})})
+    made = datasets.Features({"image": datasets.Image(), "objects": fields, **features})
+    base = dict.fromkeys(made)
+    one = {key: value for key, value in OBJECT.items() if features.get("objects") is None}
+    sound = [{**base, "image": picture(k), "objects": [one]} for k in range(2)]
+    splits = {"train": [sound[0], *({**base, "image": picture(9), **row} for row in rows)], "valid": sound[1:]}
+    parts = {split: datasets.Dataset.from_list(found, features=made) for split, found in splits.items()}
+    return as_pushed(datasets.DatasetDict(parts), folder)
+
+
+def wrong(**changes):
+    return {"objects": [OBJECT, {**OBJECT, **changes}]}
+
+
+FAULTS = {
+    "box of three": ("bad-box", wrong(bbox=[1.0, 2.0, 3.0]), {}, "row 1, object 1: expected a `bbox` of four.*Correct"),
+    "box with NaN": ("bad-box", wrong(bbox=[1.0, 2.0, float("nan"), 4.0]), {}, "row 1, object 1: expected a `bbox`"),
+    "area below 0": ("bad-area", wrong(area=-5.0), {}, "row 1, object 1: expected an `area` in pixels, got -5"),
+    "category null": ("bad-annotation-entry", wrong(category=None), {}, "row 1, object 1: .*category None. Add"),
+    "category unnamed": ("unknown-category", wrong(category=-1), {}, "row 1, object 1: category -1 isn't among.*0, 1"),
+    "crowd of two": ("bad-crowd", wrong(iscrowd=2), {}, "row 1, object 1: expected an `iscrowd` of 0 or 1, got 2"),
+    "no polygon": ("bad-mask", wrong(segmentation=[[1.0, 2.0]]), {}, "row 1, object 1.*at least three points"),
+    "no mask": ("bad-mask", wrong(segmentation=None), {}, "row 1, object 1.*expected polygons"),
+    "objects null": ("bad-annotation-entry", {"objects": None}, {}, "row 1: expected a list as objects, got a null"),
+    "object null": ("bad-annotation-entry", {"objects": [None]}, {}, "row 1, object 0: expected an object, got a null"),
+    "image null": ("bad-image", {"image": None, "objects": []}, {}, "row 1: expected an image with 'path' or 'bytes'"),
+    "id twice": (
+        "duplicate-image-id",
+        {"image_id": 0, "objects": []},
+        {"image_id": Value("int64")},
+        "row 1: image_id 0 is used twice. Renumber",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_malformed_value_is_refused_by_training_and_told_by_the_doctor(name, tmp_path):
+    kind, row, features, message = FAULTS[name]
+    folder = foreign(tmp_path / "set", row, **features)
+    with pytest.raises(DataError, match=message):
+        load_hub(folder, cache_dir=str(tmp_path / "cache"))
+    examination = examine(folder, Settings(64, 64))
+    found = {finding.kind: finding for finding in examination.findings if finding.severity == "error"}
+    assert list(found) == [kind]
+    assert found[kind].count == 1
+    assert found[kind].file == f"{folder}, split 'train'"
+    assert len(examination.scans["train"]) == 2 - (kind in ("bad-image", "duplicate-image-id"))
+    assert examination.status == 1
+
+
+def test_lists_of_unequal_length_and_classes_as_text_are_refused(tmp_path):
+    fields = {"category": List(Value("int64")), "segmentation": List(POLYGONS)}
+    features = datasets.Features({"image": datasets.Image(), "objects": fields})
+    row = {"image": picture(), "objects": {"category": [1, 1], "segmentation": [SQUARE]}}
+    rows = datasets.Dataset.from_list([row], features=features)
+    with pytest.raises(DataError, match=r"row 0: expected as many values.*got 2 category, 1 segmentation"):
+        load_hub(as_pushed(datasets.DatasetDict({"train": rows}), tmp_path / "uneven"))
+    folder = foreign(tmp_path / "text", fields={"category": Value("string")})
+    with pytest.raises(DataError, match="row 0, object 0: expected a whole number as category, got category '1'"):
+        load_hub(folder)
+
+
+OURS = {
+    "bbox": (None, "expected a value for bbox, got null"),
+    "iscrowd": (None, "expected a value for iscrowd, got null"),
+    "category_id": (7, "category 7 isn't among those named: 5"),
+    "area": (float("nan"), "expected an `area` in pixels, got nan"),
+    "counts": ("52203", "annotation 3 of image 0.*row|RLE|runs"),
+}
+
+
+@pytest.mark.parametrize("field", OURS)
+def test_an_uploaded_set_of_ours_that_was_changed_is_refused_and_told(field, tmp_path):
+    value, message = OURS[field]
+    one = {"id": 3, "category_id": 5, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0, "iscrowd": False}
+    whole = load_coco(write_sample(tmp_path / "set", images=(1, 0, 0)), cache_dir=tmp_path / "coco")["train"]
+    counts = whole[0]["objects"][0]["counts"]
+    row = {key: whole[0][key] for key in ("image", "height", "width")}
+    row |= {"image_id": 0, "categories": None, "objects": [{**one, "counts": counts, field: value}]}
+    rows = datasets.Dataset.from_list([row], features=features_of([Category(5, "cell")]))
+    folder = as_pushed(datasets.DatasetDict({"train": rows, "valid": rows}), tmp_path / "pushed")
+    with pytest.raises(DataError, match=message):
+        load_hub(folder, cache_dir=str(tmp_path / "cache"))
+    told = [one for one in examine(folder).findings if one.severity == "error" and one.kind != "no-objects"]
+    assert len({one.kind for one in told}) == 1
+    assert any(part in told[0].message for part in (message, "annotation 3 of image 0"))
+
+
+def test_a_column_of_categories_alone_does_not_make_a_set_ours(tmp_path):
+    folder = foreign(tmp_path / "set", categories=datasets.ClassLabel(names=["indoor", "outdoor"]))
+    assert [len(rows) for rows in load_hub(folder).values()] == [1, 1]
+
+
+def test_the_doctor_sees_in_polygons_of_the_hub_what_it_sees_in_those_of_a_folder(tmp_path):
+    crossing = [[2.0, 3.0, 12.0, 11.0, 12.0, 3.0, 2.0, 11.0]]
+    folder = foreign(tmp_path / "set", wrong(segmentation=crossing, area=40.0))
+    told = {one.kind: one for one in examine(folder, Settings(64, 64)).findings}
+    assert "row 1, object 1: two edges of its polygon cross" in told["self-intersection"].message
+
+
+def test_images_of_the_hub_are_read_when_looked_at_and_not_kept(tmp_path, monkeypatch):
+    splits = load_coco(write_sample(tmp_path / "set", images=(90, 3, 0)), cache_dir=tmp_path / "coco")
+    folder = as_pushed(splits, tmp_path / "pushed")
+    report = Findings()
+    files = read_hub(folder, report, cache_dir=str(tmp_path / "cache"))
+    held = []
+    source = type(files["train"]).source
+    monkeypatch.setattr(
+        type(files["train"]), "source", lambda self, image: held.append(image["id"]) or source(self, image)
+    )
+    monkeypatch.setattr("m2f_trainer.data.doctor.read_hub", lambda name, report: files)
+    examination = examine(folder, Settings(64, 64))
+    assert len(held) == 93
+    assert not any("source" in vars(scan) for scan in examination.scans["train"])
+    render(examination)
+    assert len(held) == 93 + 24  # the pictures of the page are read again
+    repair(examination, tmp_path / "copy")
+    assert examine(tmp_path / "copy").status == 0
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    splits = load_coco(write_sample(folder / "set", images=(9, 3, 0)), cache_dir=folder / "cache")
+    return as_pushed(splits, folder / "pushed", files=2)
+
+
+def test_the_first_images_of_a_streamed_set_are_checked_as_all_would_be(pushed, tmp_path, monkeypatch):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    monkeypatch.setattr(
+        "m2f_trainer.data.doctor.read_stream", lambda name, limit, report: read_first(name, limit, report, **options)
+    )
+    some = examine(pushed, Settings(64, 64, streaming=2))
+    assert some.status == 0
+    assert {split: len(scans) for split, scans in some.scans.items()} == {"train": 2, "valid": 2}
+    every, whole = examine(pushed, Settings(64, 64, streaming=100)), examine(pushed, Settings(64, 64))
+    for split, scans in whole.scans.items():
+        assert [scan.objects for scan in every.scans[split]] == [scan.objects for scan in scans]
+        assert [scan.look.digest for scan in every.scans[split]] == [scan.look.digest for scan in scans]
+    assert [one.kind for one in every.findings] == [one.kind for one in whole.findings]
+
+
+def test_a_streamed_check_refuses_what_streamed_training_does(tmp_path):
+    examination = examine(foreign(tmp_path / "set", fields={"category": Value("int64")}), Settings(streaming=5))
+    assert examination.status == 2
+    assert "ClassLabel" in examination.findings[0].message
+    write_sample(tmp_path / "coco", images=(1, 1, 0))
+    examination = examine(tmp_path / "coco", Settings(streaming=5))
+    assert examination.status == 2
+    assert "Leave streaming out" in examination.findings[0].message
