@@ -61,8 +61,10 @@ def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     written = write_check(arguments, result)
     if not arguments.json:
         say("\n".join(written))
-        train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {shlex.quote(arguments.dataset)}"
-        advise(f"m2f check {shlex.quote(arguments.dataset)} --fix corrected" if result.status else train_it)
+        sound, name = not result.status or arguments.fix, shlex.quote(str(arguments.fix or arguments.dataset))
+        streamed = " --streaming true --max_steps 10000" * (arguments.streaming is not None and not arguments.fix)
+        train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {name}{streamed}"
+        advise(train_it if sound else f"m2f check {name} --fix corrected")
     return result.status
 
 

@@ -7,16 +7,18 @@ import gc
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from m2f_trainer.data import masks, rle
 from m2f_trainer.data.entries import Entry, list_of, names_of, sound_entries, sound_images, type_of
 from m2f_trainer.data.findings import Report, refuse
 from m2f_trainer.data.layouts import SplitFiles
+from m2f_trainer.data.paths import base_of, found_by_name, resolve_inside
 from m2f_trainer.errors import DataError, MaskError
 
 _NUMBERS = {int, float}
@@ -57,8 +59,29 @@ class AnnotationFile:
         name = image["file_name"]
         path = f"{self._root}/{name}"
         if not {"/", "\\", "\0"}.isdisjoint(name) or name in (".", "..") or os.path.islink(path):  # noqa: PTH114
-            path = str(resolve_inside(self.folder, name, f"{self.path}: image {image['id']} ({name})"))
+            path = self._inside(image)
         return {"path": path, "bytes": None}
+
+    def _inside(self, image: Entry) -> str:
+        """The path of a name that may lead anywhere. Raises DataError, with the name to write where it is known."""
+        name = image["file_name"]
+        try:
+            return str(resolve_inside(self.folder, name, f"{self.path}: image {image['id']} ({name})"))
+        except DataError as error:
+            found = self.found_elsewhere(image)
+            if found is None:
+                raise
+            raise DataError(f"{error} A file of that name is there: write {found!r}.") from None
+
+    def found_elsewhere(self, image: Entry) -> str | None:
+        """The `file_name` of the one file of an image's name in the folder or its `images`, where a tool wrote the
+        path of another machine; None where there is none, or two images have this name.
+        """
+        return found_by_name(self.folder, image["file_name"]) if self._times[base_of(image["file_name"])] == 1 else None
+
+    @cached_property
+    def _times(self) -> Counter[str]:
+        return Counter(base_of(image["file_name"]) for image in self.images)
 
     @cached_property
     def _root(self) -> str:
@@ -123,37 +146,6 @@ def read_annotations(files: SplitFiles, report: Report = refuse) -> AnnotationFi
     for entry in sound_entries(entries, path, report, images=groups, categories=names):
         groups[entry["image_id"]].append(entry)
     return AnnotationFile(path, _image_folder(files, images), tuple(images), groups, names)
-
-
-def resolve_inside(folder: Path, name: str, where: str) -> Path:
-    """The path of a `file_name`, which must stay inside its image folder, links followed.
-
-    Raises:
-        DataError: an absolute path, `..`, a link out of the folder, a NUL, or Windows separators
-    """
-    if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        found = inside(folder, name)
-        raise DataError(
-            f"{where}: expected a `file_name` relative to {folder} with / between folders, without '..', got {name!r}."
-            + (f" A file of that name is there: write {found!r}." if found else " Correct the file name.")
-        )
-    root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image with folders in its name)
-    if not path.startswith(root.rstrip("/") + "/"):
-        raise DataError(
-            f"{where}: `file_name` {name!r} leads out of {folder}, to {path}. Copy the file into the folder."
-        )
-    return Path(path)
-
-
-def inside(folder: Path, name: str) -> str | None:
-    """The `file_name` of an image of the same name in the folder or its `images`, where tools wrote another path."""
-    base = PureWindowsPath(name).name
-    for found in (base, f"images/{base}") if base and "\0" not in name else ():
-        path, root = (os.path.realpath(one) for one in (folder / found, folder))
-        if path.startswith(root.rstrip("/") + "/") and os.path.isfile(path):  # noqa: PTH113
-            return found
-    return None
 
 
 def _parse(path: Path) -> Mapping[str, Any]:

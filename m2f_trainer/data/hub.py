@@ -142,8 +142,9 @@ def categories_of_all(name: str, splits: Mapping[str, datasets.Dataset]) -> tupl
     names, used = class_names(first), set()
     for rows in splits.values():
         for row in rows.select_columns("objects"):
-            used |= {category_of(one) for one in _objects(row, name) if isinstance(one, Mapping)}
-    return tuple(Category(key, names.get(key, str(key))) for key in sorted(used - {None}) if not names or key in names)
+            found = (category_of(one) for one in _objects(row, name) if isinstance(one, Mapping))
+            used |= {key for key in found if key is not None and (not names or key in names)}
+    return tuple(Category(key, names.get(key, str(key))) for key in sorted(used))
 
 
 def _objects(row: Mapping[str, Any], where: str) -> list[Any]:

@@ -4,14 +4,14 @@ Rows are ours, as `load_coco` built them before they were uploaded, or of anothe
 list of objects or as an object of lists. What is on the Hub may be of any making, and its masks go to C code.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from m2f_trainer.data.annotations import AnnotationFile, packed
 from m2f_trainer.data.entries import Entry, sound_images, type_of
-from m2f_trainer.data.findings import Report, refuse
+from m2f_trainer.data.findings import Key, Report, refuse
 from m2f_trainer.data.images import image_size
 from m2f_trainer.data.rle import brief
 from m2f_trainer.errors import DataError, ImageError
@@ -182,10 +182,10 @@ def listed(objects: Any, where: str) -> list[Any]:
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
-def _under(file: str, report: Report) -> Report:
+def _under(name: str, report: Report) -> Report:
     """The report, with all problems under one file."""
 
-    def told(kind: str, _: object, ids: Any, message: str, image: int | None = None) -> None:
-        report(kind, file, ids, message, image)
+    def told(kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
+        report(kind, name, ids, message, image)
 
     return told

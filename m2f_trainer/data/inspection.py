@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2f_trainer.data import rle
-from m2f_trainer.data.annotations import AnnotationFile, inside
+from m2f_trainer.data.annotations import AnnotationFile
 from m2f_trainer.data.entries import Entry
 from m2f_trainer.data.findings import Report
 from m2f_trainer.data.likeness import BadImage, Look, look
@@ -99,7 +99,7 @@ def _looks(file: AnnotationFile, report: Report) -> Iterator[tuple[Entry, Look |
                     safe.append((entry, file.source(entry)))
                 except DataError as error:
                     report("unsafe-path", file.path, [entry["id"]], str(error))
-                    found = inside(file.folder, entry["file_name"])
+                    found = file.found_elsewhere(entry)
                     if found is not None:
                         renamed = {**entry, "file_name": found}
                         safe.append((renamed, file.source(renamed)))

@@ -128,5 +128,17 @@ def test_a_name_is_only_looked_for_inside_the_dataset(tmp_path):
         (root / "result.json").write_text(json.dumps(found))
         (one,) = [one for one in examine(root, SETTINGS).findings if one.severity == "error"]
         assert one.kind == "unsafe-path"
-        assert re.search(r"Correct the file name\.|Copy the file into the folder", one.message)
+        assert re.search(r"(Correct the file name|Copy the file into the folder)\.$", one.message)
         assert 0 not in [scan.entry["id"] for scans in examine(root, SETTINGS).scans.values() for scan in scans]
+
+
+def test_a_name_that_two_images_have_is_not_guessed(tmp_path):
+    root = label_studio(tmp_path / "set")
+    found = json.loads((root / "result.json").read_text())
+    name = found["images"][0]["file_name"].removeprefix("images/")
+    for place, folder in enumerate(("D:\\first", "D:\\second")):
+        found["images"][place]["file_name"] = f"{folder}\\{name}"
+    (root / "result.json").write_text(json.dumps(found))
+    (one,) = [one for one in examine(root, SETTINGS).findings if one.severity == "error"]
+    assert (one.kind, one.ids) == ("unsafe-path", [0, 1])
+    assert "write" not in one.message
