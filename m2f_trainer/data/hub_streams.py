@@ -84,12 +84,7 @@ def read_stream(name: str, limit: int, report: Report) -> dict[str, HubSplit]:
     Raises:
         DataError: what `load_stream` refuses before it reads a row
     """
-    return read_first(_streamed(name), limit, report)
-
-
-def read_first(name: str, limit: int, report: Report, **options: Any) -> dict[str, HubSplit]:
-    """The same for all that datasets can load."""
-    splits, version = _splits(name, **options)
+    splits, version = _splits(_streamed(name))
     declared_categories(name, next(iter(splits.values())))
     kept = {}
     for split, rows in splits.items():

@@ -22,6 +22,14 @@ from tests.data.folders import annotation, content, write
 from tests.data.test_hub import as_pushed
 
 SETTINGS = Settings(64, 64)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing is left in the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
 CORRECTED = {name for name in EXPORTS if name.startswith("label studio ")} | {"cvat brush"}
 
 

@@ -6,11 +6,11 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
+from m2f_trainer import cli
 from m2f_trainer.data.coco import Category, features_of, load_coco
 from m2f_trainer.data.doctor import examine
 from m2f_trainer.data.findings import Findings
 from m2f_trainer.data.hub import load_hub, read_hub
-from m2f_trainer.data.hub_streams import read_first
 from m2f_trainer.data.inspection import Settings
 from m2f_trainer.data.page import render
 from m2f_trainer.data.repair import repair
@@ -18,6 +18,13 @@ from m2f_trainer.data.sample import write_sample
 from m2f_trainer.errors import DataError
 from tests.data.folders import SQUARE
 from tests.data.test_hub import as_pushed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing is left in the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
 
 LABEL = datasets.ClassLabel(names=["cat", "dog"])
 POLYGONS = List(List(Value("float64")))
@@ -159,11 +166,7 @@ def pushed(tmp_path_factory):
     return as_pushed(splits, folder / "pushed", files=2)
 
 
-def test_the_first_images_of_a_streamed_set_are_checked_as_all_would_be(pushed, tmp_path, monkeypatch):
-    options = {"cache_dir": str(tmp_path / "cache")}
-    monkeypatch.setattr(
-        "m2f_trainer.data.doctor.read_stream", lambda name, limit, report: read_first(name, limit, report, **options)
-    )
+def test_the_first_images_of_a_streamed_set_are_checked_as_all_would_be(pushed):
     some = examine(pushed, Settings(64, 64, streaming=2))
     assert some.status == 0
     assert {split: len(scans) for split, scans in some.scans.items()} == {"train": 2, "valid": 2}
@@ -172,6 +175,13 @@ def test_the_first_images_of_a_streamed_set_are_checked_as_all_would_be(pushed, 
         assert [scan.objects for scan in every.scans[split]] == [scan.objects for scan in scans]
         assert [scan.look.digest for scan in every.scans[split]] == [scan.look.digest for scan in scans]
     assert [one.kind for one in every.findings] == [one.kind for one in whole.findings]
+
+
+def test_the_command_tells_that_it_read_a_part_and_how_to_train_on_it(pushed, capsys):
+    assert cli.main(["check", pushed, "--streaming", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "streamed: at most 2 images of each split were read" in told
+    assert f"--dataset_name {pushed} --streaming true --max_steps" in told
 
 
 def test_a_streamed_check_refuses_what_streamed_training_does(tmp_path):
