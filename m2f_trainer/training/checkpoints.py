@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerState
 from m2f_trainer.errors import TrainingError
 from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.sharding import whole
+from m2f_trainer.training.signals import any_rank
 
 METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
 FINGERPRINT, PICKLED_ARGUMENTS = "fingerprint.json", "training_args.bin"
@@ -196,12 +197,13 @@ def require_finite(trainer: Trainer) -> None:
     """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
     model: Any = trainer.model
     parameters: dict[str, Parameter] = dict(model.named_parameters())
-    finite = torch.stack([whole(torch.isfinite(one.detach()).all()) for one in parameters.values()]).tolist()
-    broken = [name for name, good in zip(parameters, finite, strict=True) if not good]
-    if broken:
+    finite = torch.stack([whole(torch.isfinite(one.detach()).all()) for one in parameters.values()])
+    if any_rank(~finite.all(), finite.device):
+        broken = [name for name, good in zip(parameters, finite.tolist(), strict=True) if not good]
+        named = f"{broken[0]} and {len(broken) - 1} other parameters" if broken else "parameters of another rank"
         raise TrainingError(
-            f"step {trainer.state.global_step}: {broken[0]} and {len(broken) - 1} other parameters are no longer "
-            "finite, so no checkpoint is written. Resume with --resume_from_checkpoint true and a lower learning_rate"
+            f"step {trainer.state.global_step}: {named} are no longer finite, so no checkpoint is written. Resume "
+            "with --resume_from_checkpoint true and a lower learning_rate"
         )
 
 

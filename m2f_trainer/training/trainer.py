@@ -39,6 +39,7 @@ from m2f_trainer.training.guards import FiniteGuard
 from m2f_trainer.training.optimizer import Grouped
 from m2f_trainer.training.schedule import ShapedRates
 from m2f_trainer.training.sharding import require_accelerators
+from m2f_trainer.training.uploads import NoStockUpload, refuse_stock_upload
 from m2f_trainer.training.workers import Watched, WatchedStream, watch
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
@@ -64,6 +65,7 @@ class M2FTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         require_accelerators(args)
+        refuse_stock_upload(args)
         arguments = copy(args)
         arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
         super().__init__(
@@ -87,7 +89,7 @@ class M2FTrainer(Trainer):
         self.step_batches: list[dict[str, Any]] = []
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
-        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates()]
+        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates(), NoStockUpload()]
         if args.ema_decay is not None:
             self.add_callback(Average(args.ema_decay))
 

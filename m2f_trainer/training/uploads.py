@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from m2f_trainer.errors import SharingError
+from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.sharing.upload import Target, push
 from m2f_trainer.train_arguments import TrainArguments
 
@@ -39,6 +39,29 @@ class PushEverySave(TrainerCallback):
                 push(Path(str(args.output_dir), f"checkpoint-{state.global_step}"), self.target)
             except SharingError as error:
                 logger.warning("step %d: %s The run goes on.", state.global_step, error)
+
+
+class NoStockUpload(TrainerCallback):
+    """Stops the Trainer's own upload before its first request, whoever calls it."""
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raises SharingError."""
+        raise SharingError(_advice(args))
+
+
+def refuse_stock_upload(args: TrainingArguments) -> None:
+    """Raise RecipeError where arguments ask the Trainer to upload: it would make the repository at once."""
+    if args.push_to_hub:
+        raise RecipeError(_advice(args))
+
+
+def _advice(args: TrainingArguments) -> str:
+    folder = args.output_dir
+    return (
+        f"push_to_hub: transformers' Trainer would upload all of {folder}, logs included. Leave it out. After "
+        f'trainer.train(), call trainer.save_model() and m2f_trainer.sharing.upload.push("{folder}", "NAME/MODEL"), '
+        f"or run m2f push {folder} NAME/MODEL: they send the model with card and licences, and nothing else"
+    )
 
 
 def upload_callbacks(args: TrainArguments) -> list[TrainerCallback]:

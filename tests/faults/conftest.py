@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.tiny import Started, dataset, options, train
+from tests.faults.tiny import CANARY, Started, dataset, options, train
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +15,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(data: Path) -> Path:
-    """A run of six steps that nothing happened to, with checkpoints at 2, 4 and 6."""
+    """A run of six steps that nothing happened to, with checkpoints at 2, 4 and 6, and a Hub token at hand."""
     output = data.parent / "whole"
-    ran = train(data.parent / "whole.log", options(data, output))
+    ran = train(data.parent / "whole.log", options(data, output), HF_TOKEN=CANARY)
     assert ran.status == 0, ran.text[-3000:]
     return output
 

@@ -68,7 +68,7 @@ def test_a_kill_in_the_midst_of_a_save_costs_one_interval_at_most(data: Path, wh
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6000)
 def test_a_kill_at_every_write_of_a_save(data: Path, whole: Path, tmp_path: Path) -> None:
     total = changes(data, tmp_path)
     assert total > 20
@@ -78,7 +78,7 @@ def test_a_kill_at_every_write_of_a_save(data: Path, whole: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6000)
 def test_a_hundred_random_kills_change_nothing(data: Path, tmp_path: Path) -> None:
     """One run, a checkpoint every step, killed again and again; each life adds to the next."""
     output, chance = tmp_path / "run", random.Random(0)
@@ -141,7 +141,7 @@ def test_too_little_space_is_found_before_the_save(data: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(6000)
 def test_twenty_full_disks(data: Path, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     for turn in range(20):

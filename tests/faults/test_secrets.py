@@ -11,9 +11,8 @@ import pytest
 
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training.checkpoints import write_manifest
-from tests.faults.tiny import options, train
+from tests.faults.tiny import CANARY, options, train
 
-CANARY = "hf_canaryCANARYcanaryCANARYcanary00"
 LOADED = [
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "model.safetensors", "training_args.bin",
     "scaler.pt", "optimizer.bin",
@@ -30,11 +29,9 @@ class Bomb:
         return partial(Path.touch), (self.path,)  # type: ignore[return-value]
 
 
-def test_the_token_is_in_no_file_and_no_log(data: Path, tmp_path: Path) -> None:
-    ran = train(tmp_path / "log", options(data, tmp_path / "run"), HF_TOKEN=CANARY)
-    assert ran.status == 0
-    assert CANARY not in ran.text
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+def test_the_token_is_in_no_file_and_no_log(whole: Path) -> None:
+    files = [path for path in whole.parent.rglob("*") if path.is_file()]
+    assert {"whole.log.0", "whole.json", "model.safetensors"} <= {path.name for path in files}
     assert len(files) > 20
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
     assert not [path for path in files if path.name == "training_args.bin"]

@@ -8,10 +8,8 @@ from huggingface_hub import constants
 
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.sharing import upload
-from tests.faults.tiny import options, train
+from tests.faults.tiny import CANARY, options, train
 from tests.sharing.hub import CUT, Hub
-
-CANARY = "hf_canaryCANARYcanaryCANARYcanary00"
 
 
 def send_to(address: str) -> None:

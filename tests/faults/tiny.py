@@ -37,6 +37,7 @@ BASE: dict[str, Any] = {
     "dataloader_num_workers": 0, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "color_jitter": 0.2,
     "load_best_model_at_end": False, "learning_rate": 1e-3, "save_total_limit": None, "max_eval_samples": 2,
 }  # fmt: skip
+CANARY = "hf_canaryCANARYcanaryCANARYcanary00"  # a Hub token that must turn up nowhere
 Prepare = Callable[[], object]  # runs first in the process; importable, or a partial of what is
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.tiny"])
@@ -82,7 +83,7 @@ class Started:
         for process in self.processes:
             process.start()
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 240) -> None:
         """Until the text is in the log."""
         end = time.monotonic() + timeout
         while text not in self.text() and any(process.is_alive() for process in self.processes):
@@ -98,7 +99,7 @@ class Started:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    def join(self, timeout: float = 120) -> list[Ran]:
+    def join(self, timeout: float = 240) -> list[Ran]:
         """All ranks' ends; what hangs is killed and has the status None."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -115,7 +116,7 @@ class Started:
 
 
 def train(
-    log: Path, arguments: Sequence[str], prepare: Prepare | None = None, timeout: float = 120, **environment: str
+    log: Path, arguments: Sequence[str], prepare: Prepare | None = None, timeout: float = 240, **environment: str
 ) -> Ran:
     """One run, to its end."""
     return Started(log, arguments, prepare, **environment).join(timeout)[0]

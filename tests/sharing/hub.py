@@ -4,17 +4,24 @@ import base64
 import hashlib
 import json
 import threading
+import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-CUT, SLOW = 0, -1
+CUT, SILENT, STALLED, HALF_HEARD, LATE, TRICKLE = 0, -1, -2, -3, -4, -5
 
 
 class Hub(ThreadingHTTPServer):
     """Keeps what was uploaded in `files`; fails first as queued in `failures` for each path.
 
-    A failure is a status; or CUT: the connection is closed in the midst of an answer; or SLOW: no answer comes for as
-    long as the Hub stands.
+    A failure is a status, or
+    CUT         the connection is closed in the midst of an answer
+    SILENT      no answer comes for as long as the Hub stands
+    STALLED     half of an answer comes, and no more
+    HALF_HEARD  the connection is closed when half of the request's body has come
+    LATE        the right answer, after a while
+    TRICKLE     the right answer, byte by byte
     """
 
     daemon_threads = True
@@ -52,33 +59,56 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
+    fault: int | None = None
+
     def answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        if self.fault == LATE:
+            time.sleep(0.3)
         self.send_response(status)
         for name, text in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, text)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        for part in self.parts(body) if self.command != "HEAD" else ():
+            self.wfile.write(part)
+            self.wfile.flush()
+
+    def parts(self, body: bytes) -> Iterator[bytes]:
+        """The body as the fault in hand has it sent."""
+        if self.fault == STALLED:
+            yield body[: len(body) // 2]
+            self.stay_silent()
+        elif self.fault == TRICKLE:
+            for place in range(len(body)):
+                time.sleep(0.002)
+                yield body[place : place + 1]
+        else:
+            yield body
 
     def handle_one(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.split("?")[0]
         self.server.requests.append((self.command, path))
+        self.fault = next(
+            (queue.pop(0) for part, queue in self.server.failures.items() if part in path and queue), None
+        )
+        size = int(self.headers.get("Content-Length") or 0)
+        if self.fault == HALF_HEARD:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return None
+        body = self.rfile.read(size)
         self.server.bodies.append(body)
         self.server.tokens.add(self.headers.get("Authorization"))
-        for part, statuses in self.server.failures.items():
-            if part in path and statuses:
-                failure = statuses.pop(0)
-                if failure == CUT:
-                    return self.cut()
-                if failure == SLOW:
-                    return self.stay_silent()
-                return self.answer({"error": "queued failure"}, failure)
+        if self.fault == CUT:
+            return self.cut()
+        if self.fault == SILENT:
+            return self.stay_silent()
+        if self.fault is not None and self.fault > 0:
+            return self.answer({"error": "queued failure"}, self.fault)
         return self.route(path, body)
 
     def stay_silent(self) -> None:
-        """Answer nothing until the client is gone."""
+        """Send nothing until the client is gone."""
         self.close_connection = True
         self.server.released.wait(30)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from folder import write_model
-from hub import CUT, SLOW, Hub
+from hub import CUT, HALF_HEARD, LATE, SILENT, STALLED, TRICKLE, Hub
 from huggingface_hub import constants
 from transformers import TrainerControl, TrainerState
 
@@ -156,7 +156,7 @@ def test_a_private_upload_into_a_public_repository_is_refused(hub: Hub, tmp_path
     assert not hub.files
 
 
-@pytest.mark.parametrize("fault", [500, CUT])
+@pytest.mark.parametrize("fault", [500, CUT, HALF_HEARD])
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/batch", "/upload/", "/commit/"])
 def test_trouble_that_passes_is_tried_again(
     hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +167,7 @@ def test_trouble_that_passes_is_tried_again(
     assert set(hub.files) == UPLOADED
 
 
-@pytest.mark.parametrize("fault", [500, CUT])
+@pytest.mark.parametrize("fault", [500, CUT, HALF_HEARD])
 @pytest.mark.parametrize("path", ["/preupload/", "/objects/batch", "/upload/", "/commit/"])
 def test_trouble_that_stays_is_told_and_neither_side_is_left_with_half_a_model(
     hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
@@ -226,15 +226,31 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, missing: str) -> No
         upload.push(folder, "me/pets")
 
 
-def test_a_hub_that_does_not_answer_is_given_up_in_time(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pace", [LATE, TRICKLE])
+def test_a_slow_hub_is_waited_for_and_asked_once(hub: Hub, tmp_path: Path, pace: int) -> None:
+    paths = ("/api/repos/create", "/preupload/", "/objects/batch", "/upload/", "/commit/")
+    hub.failures = {path: [pace] for path in paths}
+    upload.push(write_model(tmp_path / "run"), "me/pets")
+    assert set(hub.files) == UPLOADED
+    assert not any(hub.failures.values())
+    assert [sum(path in asked for _, asked in hub.requests) for path in paths] == [1] * len(paths)
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [("/api/repos/create", SILENT), ("/preupload/", STALLED), ("/upload/", SILENT), ("/commit/", STALLED)],
+)
+def test_a_hub_that_goes_silent_is_given_up_in_time(
+    hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "WAITS", (0.01,))
-    monkeypatch.setattr(upload, "PATIENCE", 0.3)
-    hub.failures["/api/repos/create"] = [SLOW] * 100
+    monkeypatch.setattr(upload.time, "sleep", lambda _: None)
+    monkeypatch.setattr(upload, "WAITS", ())
+    monkeypatch.setattr(upload, "PATIENCE", 0.4)
+    hub.failures[path] = [fault] * 100
     with pytest.raises(SharingError, match=r"me/pets failed: .*timed out.* try again with m2f push "):
         upload.push(write_model(tmp_path / "run"), "me/pets")
-    assert [path for _, path in hub.requests].count("/api/repos/create") == 2
+    assert len(hub.failures[path]) < 100
+    assert set(hub.files) == (UPLOADED if path == "/commit/" else set()), "of a commit only the answer was lost"
 
 
 def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(
