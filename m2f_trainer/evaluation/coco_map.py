@@ -24,15 +24,16 @@ from m2f_trainer.evaluation.instances import Instances
 
 Engine = Literal["auto", "hotcoco", "pycocotools"]
 Kind = Literal["segm", "bbox"]
-Chunk = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
-"""Images, annotations and results entries, as COCO files hold them."""
+Results = list[dict[str, Any]] | NDArray[np.float64]
+Chunk = tuple[list[dict[str, Any]], list[dict[str, Any]], Results]
+"""Images, annotations and results, as COCO files hold them; results of boxes as pycocotools' array of seven columns."""
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
 """precision (10 thresholds, 101 recalls, K, 4 areas, 3 limits) and recall (10, K, 4, 3); -1 where there is no truth."""
 
 IOU_50, IOU_75 = 0, 5
 AREAS = ("", "_small", "_medium", "_large")
 LIMITS = (1, 10, 100)
-IMAGES_AT_ONCE = 256
+IMAGES_AT_ONCE = 64
 
 
 class CocoMap:
@@ -136,17 +137,39 @@ class CocoMap:
 
         pycocotools takes an annotation whose id is 0 for unmatched, so that the file's ids can't be used.
         """
-        known = {category.id for category in self.categories}
-        images, truth, predicted = [], [], []
+        images, truth = [], []
+        predicted: list[Any] = []
         for image_id, (height, width) in islice(self.sizes.items(), start, start + IMAGES_AT_ONCE):
             number = self._numbers[image_id]
             images.append({"id": number, "height": height, "width": width})
             truth += [dict(item) for item in self._truth[number - 1]]
             if image_id in found:
-                entries = _entries(found[image_id], kind)
-                predicted += [entry | {"image_id": number} for entry in entries if entry["category_id"] in known]
+                predicted.append(self._results(found[image_id], number, kind))
         first = 1 + sum(map(len, self._truth[:start]))
-        return images, [item | {"id": id_} for id_, item in enumerate(truth, first)], predicted
+        numbered = [item | {"id": id_} for id_, item in enumerate(truth, first)]
+        if kind == "bbox":
+            return images, numbered, np.concatenate([np.zeros((0, 7)), *predicted])
+        return images, numbered, list(chain.from_iterable(predicted))
+
+    def _results(self, instances: Instances, number: int, kind: Kind) -> Results:
+        """An image's predictions of the scored categories: boxes as rows (n, 7), masks as entries without a box.
+
+        A box entry has no mask and the other way round: see `Instances.to_coco`.
+        """
+        kept = np.flatnonzero(np.isin(instances.category_ids, [category.id for category in self.categories]))
+        scores, labels = instances.scores[kept], instances.category_ids[kept]
+        if kind == "bbox":
+            return np.column_stack([np.full(len(kept), number), instances.boxes[kept], scores, labels])
+        size = list(instances.size)
+        return [
+            {
+                "image_id": number,
+                "category_id": label,
+                "segmentation": {"size": size, "counts": instances.rles[index]["counts"].decode("ascii")},
+                "score": score,
+            }
+            for index, label, score in zip(kept.tolist(), labels.tolist(), scores.tolist(), strict=True)
+        ]
 
 
 def summarize(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
@@ -169,16 +192,6 @@ def mean_of_present(values: NDArray[np.float64]) -> float:
     return float(np.mean(present)) if present.size else -1.0
 
 
-def _entries(instances: Instances, kind: Kind) -> list[dict[str, Any]]:
-    """Results entries of one image; a box entry has no mask and the other way round (see `Instances.to_coco`)."""
-    entries = instances.to_coco()
-    if kind == "bbox":
-        for entry, box in zip(entries, instances.boxes.tolist(), strict=True):
-            del entry["segmentation"]
-            entry["bbox"] = box
-    return entries
-
-
 def _hotcoco_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], kind: Kind) -> Arrays:
     """By hotcoco's streaming evaluator, which keeps matches alone, so that memory stays flat."""
     from hotcoco import StreamingEval
@@ -196,7 +209,9 @@ def _pycocotools_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    images, annotations, predicted = (list(chain.from_iterable(part)) for part in zip(*chunks, strict=True))
+    parts = list(zip(*chunks, strict=True))
+    images, annotations = (list(chain.from_iterable(part)) for part in parts[:2])
+    predicted = np.concatenate(parts[2]) if kind == "bbox" else list(chain.from_iterable(parts[2]))
     truth, empty = COCO(), COCO()
     truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
     empty.dataset = {"images": images, "annotations": [], "categories": categories}
@@ -204,7 +219,7 @@ def _pycocotools_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]
         truth.createIndex()
         empty.createIndex()
         # `loadRes` fails on an empty list.
-        evaluator = COCOeval(truth, truth.loadRes(predicted) if predicted else empty, kind)
+        evaluator = COCOeval(truth, truth.loadRes(predicted) if len(predicted) else empty, kind)
         evaluator.evaluate()
         evaluator.accumulate()
     return _precision_and_recall(evaluator.eval)
