@@ -71,6 +71,11 @@ TABLES: dict[str, dict[str, Row]] = {
         "0.5 to 1.5": _set("--lsj_min_scale 0.5 --lsj_max_scale 1.5"),
         "0.1 to 2": _set("--lsj_min_scale 0.1 --lsj_max_scale 2"),
     },
+    "feature cache": {
+        "off": _set(),
+        "4 views": _set("--feature_cache 4"),
+        "16 views": _set("--feature_cache 16"),
+    },
     "precision": {"float32": _set(), "bfloat16": _set("--bf16 true --use_cpu true")},
     "example": {
         "ours": _set(),
