@@ -46,7 +46,7 @@ def render(examination: Examination) -> str:
 def _summary(examination: Examination) -> Iterator[str]:
     told = figures(examination)
     columns = ("images", "empty", "instances", "crowds")
-    head = ("split", "images", "without objects", "objects", "crowd regions")
+    head = ("split", "images", "empty", "objects", "crowds")
     yield table(head, [[split, *(row[key] for key in columns)] for split, row in told["splits"].items()])
 
 
@@ -117,5 +117,6 @@ def _pictures(examination: Examination) -> Iterator[str]:
 
 def _picture(split: str, scan: Scan, problems: Sequence[str]) -> str:
     name, size = scan.entry["file_name"], f"{scan.entry['width']}x{scan.entry['height']}"
-    caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {len(scan.objects)} annotations", *problems)
+    count = f"{len(scan.objects)} annotation{'s' * (len(scan.objects) != 1)}"
+    caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {count}", *problems)
     return photograph(draw_objects(scan.source, scan.objects, 480), name, caption)
