@@ -90,6 +90,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     assert saved is None or report["step"] - int(saved.name.split("-")[1]) <= 2
 
 
+@pytest.mark.slow
 def test_what_it_wrote_reproduces_the_step(data: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     train(tmp_path / "log", options(data, output), partial(with_model, spoil_gradient, 3))

@@ -119,7 +119,7 @@ def fill_disk() -> None:
     at_step(3, patch("shutil.disk_usage", lambda _: usage).start)
 
 
-def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_stays(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_stays(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     ran = train(tmp_path / "log", options(data, output), limit_files)
     assert ran.status == 1, ran.text[-2000:]
@@ -127,8 +127,6 @@ def test_a_disk_that_fills_up_is_named_and_the_last_checkpoint_stays(data: Path,
     assert "MB are free in" in ran.text
     assert newest_complete(output) == output / "checkpoint-2"
     assert not (output / checkpoints.STAGING).exists()
-    assert train(tmp_path / "log", options(data, output, resume_from_checkpoint=True)).status == 0
-    assert same_weights(output, whole)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def run_with(act: Callable[[], None], data: Path, folder: Path, workers: int = 1
     return ran
 
 
-@pytest.mark.parametrize("act", FAULTS, ids=lambda act: act.__name__)
+@pytest.mark.parametrize("act", [fail, die, pytest.param(segfault, marks=pytest.mark.slow), hang])
 def test_a_worker_that_fails_ends_the_run_and_names_the_sample(
     act: Callable[[], None], data: Path, tmp_path: Path
 ) -> None:
