@@ -1,104 +1,121 @@
 """Tiled prediction against single images: python -m benchmarks.mosaic MODEL DATASET [--side PIXELS] [--overlap SHARE]
 
-Lays the images of a split, each at its own size, into a mosaic of rows, over and over until it has the side asked for;
-predicts the mosaic by tiles of the model's frame, cuts what was found at the images' borders again, and scores it
-against the annotations beside what the images alone give. Says the highest memory of the process before and after.
+Lays the images of a split that have its commonest size side by side, over and over, into a square mosaic; predicts it
+in tiles of that size, so that tiles and single images are resized alike, but which lie across the images' borders; cuts
+what was found at those borders again; and scores it against the annotations, beside what each image alone gives.
 """
 
 import argparse
 import json
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.data import rle
+from m2f_trainer.data.coco import categories_of
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.coco_map import CocoMap
 from m2f_trainer.evaluation.instances import Instances, tight_boxes
 from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.inference.tiles import predict_tiled
-from m2f_trainer.inference.windows import ArrayWindows, Pixels
+from m2f_trainer.inference.tiles import meet, predict_tiled
+from m2f_trainer.inference.windows import ArrayWindows, Box
+
+THRESHOLD = 0.05
+KEPT = ("map", "map_50", "map_75")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Image `row` of the split lies with its corner at (y, x)."""
-
-    row: int
-    y: int
-    x: int
+def of_one_size(rows: Dataset) -> tuple[Dataset, int, int]:
+    """The rows of the commonest image size, and that size (H, W)."""
+    sizes = list(zip(rows["height"], rows["width"], strict=True))
+    commonest = Counter(sizes).most_common(1)[0][0]
+    return rows.select([index for index, size in enumerate(sizes) if size == commonest]), *commonest
 
 
-def lay(images: list[Pixels], side: int) -> tuple[Pixels, list[Place]]:
-    """Images in rows from the top left, as many as fit whole; what is left over stays black."""
-    mosaic, places = np.zeros((side, side, 3), np.uint8), []
-    y = x = tallest = number = 0
-    while True:
-        image = images[number % len(images)]
-        if x + image.shape[1] > side:
-            y, x, tallest = y + tallest, 0, 0
-        if y + image.shape[0] > side:
-            return mosaic, places
-        mosaic[y : y + image.shape[0], x : x + image.shape[1]] = image
-        places.append(Place(number % len(images), y, x))
-        x, tallest, number = x + image.shape[1], max(tallest, image.shape[0]), number + 1
+def repeated(rows: Dataset, count: int) -> Dataset:
+    """`count` rows, the same ones over and over, each an image of its own."""
+    chosen = rows.select([index % len(rows) for index in range(count)])
+    return chosen.map(lambda _, index: {"image_id": index}, with_indices=True)
 
 
-def cut(found: Instances, places: list[Place], images: list[Pixels]) -> Iterator[Instances]:
-    """The mosaic's instances as those of each image: what lies within it of each."""
-    boxes = found.boxes.astype(int)
-    for place in places:
-        height, width = images[place.row].shape[:2]
-        x0, y0 = boxes[:, 0] - place.x, boxes[:, 1] - place.y
-        near = np.flatnonzero((x0 < width) & (x0 + boxes[:, 2] > 0) & (y0 < height) & (y0 + boxes[:, 3] > 0))
-        window = slice(place.y, place.y + height), slice(place.x, place.x + width)
-        masks = [coco_mask.decode(found.rles[index])[window] for index in near]
-        kept = [number for number, mask in enumerate(masks) if mask.any()]
-        rles = [coco_mask.encode(np.asfortranarray(masks[number])) for number in kept]
-        chosen = near[kept]
-        yield Instances(
-            place.row, found.category_ids[chosen], found.scores[chosen], rles, tight_boxes(rles), (height, width)
+def cut(found: Instances, places: list[Box]) -> Iterator[Instances]:
+    """The mosaic's instances as those of each place: what lies within it of each, by the place's number."""
+    x0, y0, width, height = found.boxes.T.astype(int)
+    boxes: NDArray[np.int64] = np.stack([y0, y0 + height, x0, x0 + width], 1)
+    for number, (top, bottom, left, right) in enumerate(places):
+        near = np.flatnonzero(
+            (boxes[:, 0] < bottom) & (boxes[:, 1] > top) & (boxes[:, 2] < right) & (boxes[:, 3] > left)
         )
+        size, kept, rles = (bottom - top, right - left), [], []
+        for index in near.tolist():
+            a, b, c, d = meet(tuple(boxes[index].tolist()), (top, bottom, left, right))
+            runs = rle.read_own(found.rles[index]["counts"])
+            mask = np.zeros(size, np.uint8, order="F")
+            mask[a - top : b - top, c - left : d - left] = rle.paint(runs, (c, a, d, b), found.size[0])
+            if mask.any():
+                kept.append(index)
+                rles.append(coco_mask.encode(mask))
+        yield Instances(number, found.category_ids[kept], found.scores[kept], rles, tight_boxes(rles), size)
+
+
+def peak_mb() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Both ways of prediction and their figures."""
+    predictor = Predictor.from_pretrained(given.model)
+    rows, height, width = of_one_size(load_dataset(given.dataset)[given.split])
+    images = [np.asarray(open_image(row["image"], str(row["image_id"]))) for row in rows]
+    start = time.process_time()
+    alone = list(predictor.stream(iter(images), threshold=THRESHOLD))
+    seconds_alone = (time.process_time() - start) / len(images)
+    down, across = given.side // height, given.side // width
+    corners = [(y * height, x * width) for y in range(down) for x in range(across)]
+    places: list[Box] = [(y, y + height, x, x + width) for y, x in corners]
+    mosaic = np.zeros((down * height, across * width, 3), np.uint8)
+    for number, (y0, y1, x0, x1) in enumerate(places):
+        mosaic[y0:y1, x0:x1] = images[number % len(images)]
+    before, start = peak_mb(), time.process_time()
+    found = predict_tiled(predictor, ArrayWindows(mosaic), max(height, width), given.overlap, threshold=THRESHOLD)
+    seconds, after = time.process_time() - start, peak_mb()
+    scorer = CocoMap(repeated(rows, len(places)), categories_of(rows))
+    singly = scorer([replace(alone[number % len(alone)], image_id=number) for number in range(len(places))])
+    tiled = scorer(cut(found, places))
+    return {
+        "mosaic": f"{mosaic.shape[0]}x{mosaic.shape[1]}",
+        "images": len(places),
+        "different_images": len(images),
+        "tile": max(height, width),
+        "overlap": given.overlap,
+        "instances": len(found),
+        **{f"{name}_alone": singly[name] for name in KEPT},
+        **{f"{name}_tiled": tiled[name] for name in KEPT},
+        "cpu_seconds_an_image_alone": round(seconds_alone, 3),
+        "cpu_seconds_tiled": round(seconds, 1),
+        "memory_before_mb": before,
+        "memory_after_mb": after,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("dataset")
     parser.add_argument("--side", type=int, default=10_000)
     parser.add_argument("--overlap", type=float, default=0.2)
     parser.add_argument("--split", default="valid")
-    given = parser.parse_args()
-    predictor, rows = Predictor.from_pretrained(given.model), load_dataset(given.dataset)[given.split]
-    images = [np.asarray(open_image(row["image"], str(row["image_id"]))) for row in rows]
-    mosaic, places = lay(images, given.side)
-    seen = sorted({place.row for place in places})
-    alone = [replace(predictor(images[row], threshold=0.05)[0], image_id=rows[row]["image_id"]) for row in seen]
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    tile = max(predictor.padded_size)
-    found = predict_tiled(predictor, ArrayWindows(mosaic), tile, given.overlap, threshold=0.05)
-    seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    first = {place.row: one for place, one in reversed(list(zip(places, cut(found, places, images), strict=True)))}
-    tiled = [replace(first[row], image_id=rows[row]["image_id"]) for row in seen]
-    scorer = CocoMap(rows.select(seen))
-    figures = {
-        "side": given.side,
-        "images": len(places),
-        "different_images": len(seen),
-        "tile": tile,
-        "overlap": given.overlap,
-        "instances": len(found),
-        "ap_alone": scorer(alone)["map"],
-        "ap_tiled": scorer(tiled)["map"],
-        "cpu_seconds": round(seconds, 1),
-        "memory_before_mb": before // 1024,
-        "memory_after_mb": after // 1024,
-    }
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(measure(parser.parse_args()), indent=2))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     if options and arguments.command != "train":
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
+    bars_on_terminals_only()
     try:
         status = COMMANDS[arguments.command](arguments, options)
         leave_together()
@@ -47,7 +48,7 @@ def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.training.run import demo as run_demo
 
     run_demo(arguments.output_dir, arguments.backbone, say)
-    advise(EXAMPLES["train"])
+    advise("m2f check my_coco", *EXAMPLES["train"][:1])
 
 
 def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -93,11 +94,13 @@ def write_check(arguments: argparse.Namespace, result: "Examination") -> list[st
 
 
 def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
-    from m2f_trainer.recipe import describe_fields, load_recipe
-
     if arguments.help:
+        from m2f_trainer.field_help import describe_fields
+
         say(f"{subparser_help('train')}\n{describe_fields()}")
         return
+    from m2f_trainer.recipe import load_recipe
+
     recipe = load_recipe(options)
     if arguments.dry_run:
         from m2f_trainer.training.run import dry_run
@@ -170,11 +173,12 @@ def export(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 def push(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.sharing import upload
 
-    named = {name: vars(arguments)[name] for name in ("private", "revision", "pull_request", "adapter_only")}
+    options = ("private", "revision", "pull_request", "adapter_only", "pictures")
+    named = {name: vars(arguments)[name] for name in options}
     target = upload.Target(arguments.repo_id, **named)
     if arguments.dry_run:
         for name, size in upload.listing(arguments.model, target):
-            say(f"{'to be fetched' if size is None else f'{size:,}':>15}  {name}")
+            say(f"{'yet to come' if size is None else f'{size:,}':>15}  {name}")
         return
     address = upload.push(arguments.model, target)
     say(f"Uploaded to {address}.")
@@ -191,6 +195,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int | None]] =
     "export": export,
     "push": push,
 }
+
+
+def bars_on_terminals_only() -> None:
+    """Where messages go to a file, switch the libraries' progress bars off, before they are imported."""
+    if not sys.stderr.isatty():
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def leave_together() -> None:

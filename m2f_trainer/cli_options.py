@@ -1,6 +1,7 @@
 """What each command takes: its options, help and example. Imports nothing heavy, so that help comes at once."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from m2f_trainer import __version__
@@ -24,15 +25,42 @@ use
 """
 
 EXAMPLES = {
-    "demo": "m2f demo --output_dir runs/demo",
-    "check": "m2f check my_coco",
-    "train": "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
-    "evaluate": "m2f evaluate runs/first my_coco --split test",
-    "report": "m2f report runs/first runs/second --output compared.html",
-    "predict": "m2f predict runs/first photos/ --recursive --threshold 0.5",
-    "export": "m2f export runs/first --format onnx --validation my_coco",
-    "push": "m2f push runs/first my-name/my-model --private",
+    "demo": ("m2f demo --output_dir runs/demo", "m2f demo --backbone dinov2-small"),
+    "check": (
+        "m2f check my_coco",
+        "m2f check my_coco --html check.html --preview 8",
+        "m2f check my_coco --fix corrected",
+    ),
+    "train": (
+        "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
+        "m2f train dinov3_vitl16_1024_lora --dataset_name my_coco --num_train_epochs auto --dry_run",
+        "m2f train runs/first/recipe.json --resume_from_checkpoint auto",
+    ),
+    "evaluate": (
+        "m2f evaluate runs/first my_coco --split test",
+        "m2f evaluate runs/first other_coco --output_dir scores    # with charts, and what m2f report takes",
+    ),
+    "report": ("m2f report runs/first", "m2f report runs/first runs/second --output compared.html"),
+    "predict": (
+        "m2f predict runs/first photos/ --recursive --threshold 0.5",
+        "m2f predict runs/first slide.tif --tile 1024",
+        "m2f predict runs/first new/*.jpg --format coco_dataset    # drafts to correct in an annotation tool",
+    ),
+    "export": (
+        "m2f export runs/first --format onnx --validation my_coco",
+        "m2f export runs/first --half --output_dir export_half",
+    ),
+    "push": (
+        "m2f push runs/first my-name/my-model --private",
+        "m2f push runs/first my-name/my-model --pictures --dry_run",
+    ),
 }
+
+
+def explain(command: argparse.ArgumentParser, name: str) -> None:
+    """Put examples below a command's options, and break its description into lines."""
+    command.description = textwrap.fill(command.description or "", 79)
+    command.epilog = "examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[name])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "m2f",
         description=ABOUT,
-        epilog=f"m2f COMMAND --help tells more. A first run: {EXAMPLES['demo']}",
+        epilog=f"m2f COMMAND --help tells more. A first run: {EXAMPLES['demo'][0]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,12 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name, add_options in OPTIONS.items():
         command = commands.add_parser(
             name,
-            epilog=f"example: {EXAMPLES[name]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             add_help=name != "train",
         )
         add_options(command)
+        explain(command, name)
     return parser
 
 
@@ -70,19 +98,21 @@ def check_options(command: argparse.ArgumentParser) -> None:
         " looked at (warnings). Exit status: 0 no errors, 1 errors, 2 nothing in it can be used."
     )
     command.add_argument("dataset", help="folder of a COCO or YOLO dataset, or user/name on the Hub")
-    command.add_argument("--json", action="store_true", help="write the result as JSON instead of text")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures too")
-    command.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
-    command.add_argument("--preview", type=int, metavar="N", help="draw N augmented training samples into preview/")
-    command.add_argument(
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="write the result as JSON instead of text")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures too")
+    output.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
+    output.add_argument("--preview", type=int, metavar="N", help="draw N augmented training samples into preview/")
+    output.add_argument(
         "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
     )
     command.add_argument(
         "--streaming", type=int, metavar="N", help="of a dataset on the Hub, read only N images of each split"
     )
-    command.add_argument("--num_queries", type=int, default=100, help="queries of the model [%(default)s]")
-    command.add_argument("--image_height", type=int, default=1024, help="input size of the model [%(default)s]")
-    command.add_argument("--image_width", type=int, default=1024, help="[%(default)s]")
+    model = command.add_argument_group("the model it is for", "objects are judged by its queries and input size")
+    model.add_argument("--num_queries", type=int, metavar="N", default=100, help="queries of the model [%(default)s]")
+    model.add_argument("--image_height", type=int, metavar="N", default=1024, help="its input, in pixels [%(default)s]")
+    model.add_argument("--image_width", type=int, metavar="N", default=1024, help="[%(default)s]")
 
 
 def train_options(command: argparse.ArgumentParser) -> None:
@@ -96,9 +126,11 @@ def evaluate_options(command: argparse.ArgumentParser) -> None:
     command.description = "Score a model against a dataset's untouched annotations, as pycocotools does."
     command.add_argument("model", help="folder or Hub id of a model")
     command.add_argument("dataset", help="folder of a COCO dataset")
-    command.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="[%(default)s]")
+    command.add_argument(
+        "--split", default="valid", choices=["train", "valid", "test"], help="part of it [%(default)s]"
+    )
     command.add_argument("--output_dir", type=Path, help="where metrics.json and predictions.json go")
-    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+    command.add_argument("--batch_size", type=int, metavar="N", default=4, help="images at once [%(default)s]")
 
 
 def report_options(command: argparse.ArgumentParser) -> None:
@@ -122,11 +154,15 @@ def predict_options(command: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", type=Path, metavar="input", help="images, videos, folders, or patterns such as 'a/*.jpg'"
     )
     command.add_argument("--recursive", action="store_true", help="look into folders of folders too")
-    command.add_argument("--threshold", type=float, default=0.5, help="lowest score that is kept [%(default)s]")
-    command.add_argument("--batch_size", type=int, default=4, help="images at once [%(default)s]")
+    command.add_argument(
+        "--threshold", type=float, metavar="SCORE", default=0.5, help="lowest score that is kept [%(default)s]"
+    )
+    command.add_argument("--batch_size", type=int, metavar="N", default=4, help="images at once [%(default)s]")
     large = command.add_argument_group("large images", "TIFFs are read by windows (pip install 'm2f-trainer[tiff]')")
     large.add_argument("--tile", type=int, metavar="SIDE", help="predict in tiles of SIDE pixels, merged across seams")
-    large.add_argument("--overlap", type=float, default=0.2, help="share of a tile its neighbours see [%(default)s]")
+    large.add_argument(
+        "--overlap", type=float, metavar="SHARE", default=0.2, help="share of a tile its neighbours see [%(default)s]"
+    )
     output = command.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where it goes [%(default)s]")
     output.add_argument(
@@ -143,31 +179,39 @@ def export_options(command: argparse.ArgumentParser) -> None:
         " with the model on validation images. Exit status: 0 parity met, 1 not."
     )
     command.add_argument("model", help="folder or Hub id of a model")
-    command.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
-    command.add_argument("--output_dir", type=Path, default=Path("export"), help="where the files go [%(default)s]")
-    command.add_argument("--half", action="store_true", help="backbone and neck in float16")
-    command.add_argument("--fixed_size", action="store_true", help="images of the model's own size only")
-    command.add_argument("--validation", metavar="DATASET", help="compare on its valid split [the run's own dataset]")
-    command.add_argument("--images", type=int, default=16, metavar="N", help="images to compare on [%(default)s]")
+    file = command.add_argument_group("the file", "needs pip install 'm2f-trainer[export]'")
+    file.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
+    file.add_argument("--output_dir", type=Path, default=Path("export"), help="where the files go [%(default)s]")
+    file.add_argument("--half", action="store_true", help="backbone and neck in float16")
+    file.add_argument("--fixed_size", action="store_true", help="images of the model's own size only")
+    parity = command.add_argument_group("the comparison")
+    parity.add_argument("--validation", metavar="DATASET", help="compare on its valid split [the run's own dataset]")
+    parity.add_argument("--images", type=int, default=16, metavar="N", help="images to compare on [%(default)s]")
 
 
 def push_options(command: argparse.ArgumentParser) -> None:
     command.description = "Upload a model, its card and its licences. The token comes from HF_TOKEN or `hf auth login`."
     command.add_argument("model", type=Path, help="folder of a model")
     command.add_argument("repo_id", help="where to: name/model")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", metavar="BRANCH", help="commit to this branch, made where it isn't there")
-    command.add_argument("--pull_request", action="store_true", help="propose the files in a pull request")
-    command.add_argument("--adapter_only", action="store_true", help="send a LoRA run's adapter, neck and head alone")
-    command.add_argument("--dry_run", action="store_true", help="list the files and their sizes, and send nothing")
+    where = command.add_argument_group("where to")
+    where.add_argument("--private", action="store_true", help="make a new repository private")
+    where.add_argument("--revision", metavar="BRANCH", help="commit to this branch, made where it isn't there")
+    where.add_argument("--pull_request", action="store_true", help="propose the files in a pull request")
+    what = command.add_argument_group("what")
+    what.add_argument("--adapter_only", action="store_true", help="send a LoRA run's adapter, neck and head alone")
+    what.add_argument(
+        "--pictures",
+        action="store_true",
+        help="show validation images in the card, best and worst; without it no image of your data is sent",
+    )
+    what.add_argument("--dry_run", action="store_true", help="list the files and their sizes, and send nothing")
 
 
 def subparser_help(name: str) -> str:
     """The help text of one command."""
-    command = argparse.ArgumentParser(
-        epilog=f"example: {EXAMPLES[name]}", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
+    command = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     OPTIONS[name](command)
+    explain(command, name)
     return command.format_help()
 
 

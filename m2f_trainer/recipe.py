@@ -10,7 +10,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache, wraps
 from pathlib import Path
 from types import NoneType
@@ -183,19 +183,6 @@ def checked_value(key: str, value: Any, where: str) -> Any:
 def describe_field(key: str) -> str:
     """What a field takes, in a user's words."""
     return describe(hints()[key]) + (f' or "{AUTO}"' if key in AUTOMATIC else "")
-
-
-def describe_fields() -> str:
-    """Help for every field of ours, by group, and where to read on about the rest."""
-    lines = []
-    for group in GROUPS:
-        lines.append(f"{group._argument_group_name}:")
-        own = [one for one in fields(group) if one.name in set(group.__annotations__) - NOT_SAVED]
-        for one in own:
-            default = "" if one.default in (None, MISSING) else f" [{one.default}]"
-            lines.append(f"  --{one.name} ({describe_field(one.name)}){default}\n      {one.metadata['help']}")
-    lines.append("  and every field of transformers.TrainingArguments under its own name.")
-    return "\n".join(lines)
 
 
 def build(values: Mapping[str, Any]) -> Recipe:

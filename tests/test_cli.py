@@ -71,7 +71,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
     text = capsys.readouterr().out
-    assert f"example: m2f {command} " in text
+    assert f"examples:\n  m2f {command} " in text
     assert command in cli_options.ABOUT
 
 

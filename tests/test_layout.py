@@ -24,6 +24,7 @@ ORDER = [
     "arguments",
     "train_arguments",
     "recipe",
+    "field_help",
     "data",
     "evaluation",
     "inference",

@@ -9,7 +9,7 @@ import torch
 from transformers import get_scheduler
 
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.recipe import describe_fields, find_recipe, load_recipe, save_recipe
+from m2f_trainer.recipe import find_recipe, load_recipe, save_recipe
 from m2f_trainer.train_arguments import TrainArguments
 
 
@@ -282,9 +282,3 @@ def test_the_polynomial_schedule_warms_up_and_ends_at_zero_however_short_the_run
     assert rates[-1] == 0.0
     halfway = (total + warmup) // 2
     assert rates[halfway] == pytest.approx(1e-4 * (1 - (halfway - warmup) / (total - warmup)) ** 0.9)
-
-
-def test_the_help_tells_every_field_of_ours() -> None:
-    text = describe_fields()
-    for name in ("backbone", "neck", "tune", "head_checkpoint", "init_from", "image_height", "early_stopping_patience"):
-        assert f"--{name} " in text

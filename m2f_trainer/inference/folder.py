@@ -61,7 +61,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     jobs = [Job(path, output_dir, name, _key(model, path, options)) for path, name in named]
     predictor = Predictor.from_pretrained(model)
     left = [job for job in jobs if kept(job.part, job.key) is None]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(left)) as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), disable=None) as bar:
         for _ in work(predictor, left, options):
             bar.update()
     records = [record for job in jobs for record in kept(job.part, job.key) or ()]

@@ -1,80 +1,87 @@
 """The model card: what was trained on what, how well it does, how to use it with and without us, and its licences.
 
 Names of datasets and categories come from strangers' files, so they are escaped before they enter Markdown; the
-metadata goes through huggingface_hub's YAML writer.
+metadata goes through huggingface_hub's YAML writer. A card ends with its own digest: one that no longer fits it was
+changed by hand, and is kept.
 """
 
-import html
-import json
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from m2f_trainer.errors import SharingError
+from m2f_trainer.evaluation.curves import read_details
+from m2f_trainer.evaluation.runs import read_json
 from m2f_trainer.sharing.licences import DINOV3, Origin, licence_chain, licence_fields
+from m2f_trainer.sharing.markdown import escape, table
+from m2f_trainer.sharing.record import record
+from m2f_trainer.sharing.results import COLUMNS, SPLITS, errors, gallery, results
 
 CARD = "README.md"
-COLUMNS = {
-    "map": "mask AP",
-    "map_50": "mask AP50",
-    "map_75": "mask AP75",
-    "map_small": "small",
-    "map_medium": "medium",
-    "map_large": "large",
-    "box_map": "box AP",
-    "boundary_map": "boundary AP",
-}
-SPLITS = {"eval_": "valid", "test_": "test"}
+FEW = 20  # objects of a class, below which chance decides its figures
+SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
 
 
-def write_card(folder: str | Path, model_id: str | None = None) -> Path:
-    """Write README.md into a model's folder from its config.json, recipe.json and metrics.json.
+@dataclass(frozen=True)
+class Form:
+    """What a card is for: `model_id` is what its examples load (by default the folder); the other two as `Target`."""
 
-    `model_id` is what the examples load; by default the folder. Raises SharingError where there is no model.
-    """
+    model_id: str | None = None
+    pictures: bool = False
+    adapter_only: bool = False
+
+
+def write_card(folder: str | Path, form: Form | None = None) -> Path:
+    """Write README.md into a model's folder from the files beside it. Raises SharingError where there is no model."""
     path = Path(folder, CARD)
-    path.write_text(render_card(Path(folder), model_id), encoding="utf-8")
+    path.write_text(render_card(Path(folder), form), encoding="utf-8")
     return path
 
 
-def render_card(folder: Path, model_id: str | None = None) -> str:
+def render_card(folder: Path, form: Form | None = None) -> str:
     """The text of the card."""
-    config = read(folder / "config.json")
+    config, form = read_json(folder / "config.json"), form or Form()
     if not config:
         raise SharingError(f"{folder} holds no model: expected config.json there. Give a run's folder or a checkpoint.")
-    recipe, metrics = read(folder / "recipe.json"), read(folder / "metrics.json")
+    recipe, metrics, details = (
+        read_json(folder / "recipe.json"),
+        read_json(folder / "metrics.json"),
+        read_details(folder),
+    )
     dataset = Path(str(recipe.get("dataset_name") or "a COCO dataset")).name
     chain = licence_chain(config)
-    return "\n".join(
-        [
-            "---",
-            metadata(config, metrics, dataset, chain).to_yaml().strip(),
-            "---",
-            "",
-            *introduction(config, recipe, dataset),
-            *results(metrics),
-            *usage(escape(model_id or folder.resolve().name, code=True)),
-            *limits(config, dataset),
-            *licences(chain),
-        ]
-    )
+    lines = [
+        "---",
+        metadata(config, metrics, dataset, chain).to_yaml().strip(),
+        "---",
+        "",
+        *introduction(config, recipe, dataset),
+        *results(metrics, details),
+        *errors(details),
+        *(gallery(folder) if form.pictures else []),
+        *usage(escape(form.model_id or folder.resolve().name, code=True), form.adapter_only),
+        *record(recipe, read_json(folder / "trainer_state.json"), read_json(folder / "fingerprint.json"), dataset),
+        *limits(config, details, dataset),
+        *licences(chain),
+    ]
+    text = "\n".join(lines)
+    return text + SIGNATURE.format(digest_of(text))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values
+def digest_of(text: str) -> str:
+    """Enough of a SHA-256 to notice a change."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def escape(text: str, code: bool = False) -> str:
-    """Text as one harmless line of Markdown; `code` for text inside backticks or a code block."""
-    line = re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+", " ", text).strip()[:200]
-    if code:
-        return re.sub(r"[`\"'\\<>]", "_", line)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:.@-])", r"\\\1", html.escape(line, quote=False))
+def is_untouched(card: str) -> bool:
+    """Whether a card is as it was written here."""
+    text, _, _ = card.rpartition(SIGNATURE.partition("{}")[0])
+    return card == text + SIGNATURE.format(digest_of(text))
 
 
 def metadata(config: Mapping[str, Any], metrics: Mapping[str, Any], dataset: str, chain: list[Origin]) -> ModelCardData:
@@ -119,101 +126,103 @@ def introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], dataset: 
     names = [str(category["name"]) for category in config.get("categories") or []]
     backbone = str(config.get("backbone_name") or "a randomly initialised backbone").rsplit("/", 1)[-1]
     shown = ", ".join(escape(name) for name in names[:50]) + (", ..." if len(names) > 50 else "")
+    classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
     built = ["", "Built with DINOv3."] if any(one.licence == DINOV3 for one in licence_chain(config)) else []
     return [
         f"# Mask2Former on {escape(backbone)}",
         "",
-        f"Instance segmentation of {len(names)} classes, fine-tuned on {escape(dataset)} with m2f\\_trainer.",
+        f"Instance segmentation of {classes}, fine-tuned on {escape(dataset)} with m2f\\_trainer.",
         *built,
         "",
         f"- Classes: {shown or 'see config.json'}",
         f"- Input: {config.get('image_height')} x {config.get('image_width')}, aspect kept, padded",
         f"- Neck: {config.get('neck')}; queries: {config.get('num_queries')}; tuned: {recipe.get('tune', 'unknown')}",
-        "- Everything else about the run: `recipe.json`",
         "",
     ]
 
 
-def results(metrics: Mapping[str, Any]) -> list[str]:
-    """COCO figures of each split in percent, then the mask AP of each class."""
-    rows = [
-        f"| {split} | " + " | ".join(percent(metrics.get(prefix + key, -1)) for key in COLUMNS) + " |"
-        for prefix, split in SPLITS.items()
-        if f"{prefix}map" in metrics
-    ]
-    if not rows:
-        return []
-    prefix = "test_" if "test_map" in metrics else "eval_"
-    start = f"{prefix}map_class/"
-    classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
-    ranked = sorted(classes.items(), key=lambda item: -item[1])
-    return [
-        "## Results",
-        "",
-        "COCO AP in percent, at the images' original size, against the untouched annotations:",
-        "",
-        "| split | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-        *rows,
-        "",
-        f"| class ({SPLITS[prefix]}) | mask AP |",
-        "|---|---|",
-        *(f"| {escape(name)} | {percent(value)} |" for name, value in ranked),
-        "",
-    ]
+def usage(model: str, adapter_only: bool) -> list[str]:
+    """How to use the model, with our package and without it; of an adapter alone, how to put it on its backbone."""
+    if adapter_only:
+        return ["## Use", "", *ADAPTER_USE.format(model=model).splitlines(), ""]
+    return ["## Use", "", *MODEL_USE.format(model=model).splitlines(), ""]
 
 
-def percent(value: float) -> str:
-    """A share as percent; "-" where there was no truth."""
-    return "-" if value < 0 else f"{100 * value:.1f}"
+MODEL_USE = """\
+With m2f\\_trainer (images of any size; COCO results with the dataset's own category ids):
+
+```bash
+pip install m2f-trainer
+m2f predict {model} photos/
+```
+
+```python
+from m2f_trainer import Predictor
+
+(found,) = Predictor.from_pretrained("{model}")(["photo.jpg"], threshold=0.5)
+```
+
+With transformers alone (the folder carries the model's code; read it before you trust it):
+
+```python
+from transformers import pipeline
+
+segment = pipeline("image-segmentation", model="{model}", trust_remote_code=True)
+segment("photo.jpg", subtask="instance")
+```
+
+The pipeline's own post-processing resizes masks to 384 x 384, so its outlines are coarser than the figures above."""
+
+ADAPTER_USE = """\
+These are a LoRA adapter, the neck and the head; the backbone's own weights are fetched from where they came from:
+
+```python
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from m2f_trainer import Predictor
+from m2f_trainer.model.adapters import load_adapter
+
+predictor = Predictor(load_adapter(Path(snapshot_download("{model}"))))
+(found,) = predictor(["photo.jpg"], threshold=0.5)
+```"""
 
 
-def usage(model: str) -> list[str]:
-    """How to use the model, with our package and without it."""
-    return [
-        "## Use",
-        "",
-        "With m2f\\_trainer (images of any size; COCO results with the dataset's own category ids):",
-        "",
-        "```bash",
-        "pip install m2f-trainer",
-        f"m2f predict {model} photos/",
-        "```",
-        "",
-        "```python",
-        "from m2f_trainer import Predictor",
-        "",
-        f'predictions = Predictor.from_pretrained("{model}")(["photo.jpg"], threshold=0.5)',
-        "```",
-        "",
-        "With transformers alone (the folder carries the model's code; read it before you trust it):",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'segment = pipeline("image-segmentation", model="{model}", trust_remote_code=True)',
-        'segment("photo.jpg", subtask="instance")',
-        "```",
-        "",
-    ]
-
-
-def limits(config: Mapping[str, Any], dataset: str) -> list[str]:
-    """What the model can't do, as far as that follows from how it was made."""
+def limits(config: Mapping[str, Any], details: Mapping[str, Any], dataset: str) -> list[str]:
+    """What the model can't do, as far as that follows from how it was made and measured."""
     return [
         "## Limits",
         "",
         f"- It knows the classes above alone, as {escape(dataset)} shows them; on other images it was not measured.",
-        f"- It finds at most {config.get('num_queries')} objects in an image.",
-        "- Scores rank predictions; they are no probabilities. Choose a threshold on your own validation images.",
+        f"- It finds at most {config.get('num_queries')} objects in an image; larger or denser ones go in tiles "
+        "(`m2f predict --tile`).",
+        *measured_limits(details),
         "",
     ]
 
 
+def measured_limits(details: Mapping[str, Any]) -> Iterator[str]:
+    """What its own evaluation says against it."""
+    calibrated = details.get("calibration", {}).get("error")
+    off = "" if calibrated is None else f" (they are {100 * calibrated:.0f} points off on average)"
+    yield f"- Scores rank predictions; they are no probabilities{off}. Choose a threshold on your own images."
+    if details.get("images"):
+        yield f"- The figures of the valid split are of {len(details['images']):,} images and one training run."
+    few = [row["name"] for row in details.get("classes", []) if row["objects"] < FEW]
+    if few:
+        named = ", ".join(escape(name) for name in few[:10]) + (", ..." if len(few) > 10 else "")
+        yield f"- Fewer than {FEW} objects to measure on, so that their figures say little: {named}."
+
+
+def named(source: str) -> str:
+    """A Hub id as it is; of a folder its own name alone: the world need not know where it lies."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def licences(chain: list[Origin]) -> list[str]:
     """The licence chain as a table."""
-    rows = [f"| {escape(one.source)} | {one.licence or 'its own'} | {one.duty} |" for one in chain]
-    start = ["| the weights started from | licence | what it asks |", "|---|---|---|", *rows, ""]
+    rows = [[escape(named(one.source)), one.licence or "its own", one.duty] for one in chain]
+    start = table(["the weights started from", "licence", "what it asks"], rows)
     return [
         "## Licences",
         "",

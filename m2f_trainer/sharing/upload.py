@@ -4,36 +4,22 @@ The token comes from the environment (HF_TOKEN) or `hf auth login`. It is in no 
 holds it is not uploaded.
 """
 
-import json
-import re
 import time
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from m2f_trainer.errors import SharingError
-from m2f_trainer.sharing.card import CARD, read, render_card, write_card
-from m2f_trainer.sharing.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
+from m2f_trainer.evaluation.curves import read_details
+from m2f_trainer.evaluation.runs import read_json, read_run, rows_of_run
+from m2f_trainer.sharing.card import CARD, Form, is_untouched, render_card, write_card
+from m2f_trainer.sharing.contents import operations
+from m2f_trainer.sharing.licences import AGREEMENT, DINOV3, DINOV3_LINK, licence_chain
+from m2f_trainer.sharing.results import PICTURES, draw_pictures
 
-NAMED = {
-    CARD,
-    "config.json",
-    "preprocessor_config.json",
-    "recipe.json",
-    "metrics.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter/config.json",
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-    AGREEMENT,
-}
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-MODEL_CODE = {path.name for path in (Path(__file__).parents[1] / "model").glob("*.py")}
-LEGAL = ("LICENSE", "NOTICE", "DINOV3_LICENSE.md")
 WAITS = (1.0, 4.0)
 PATIENCE = 120.0  # seconds without a byte from the Hub; huggingface_hub itself would wait for ever
 
@@ -48,6 +34,7 @@ class Target:
         revision: a branch to commit to, made where it isn't there.
         pull_request: propose the files instead of committing them; the repository must be there.
         adapter_only: send the LoRA adapter, neck and head, and not the backbone's own weights.
+        pictures: show validation images in the card, truth beside prediction; without it no image leaves the folder.
     """
 
     repo_id: str
@@ -55,6 +42,12 @@ class Target:
     revision: str | None = None
     pull_request: bool = False
     adapter_only: bool = False
+    pictures: bool = False
+
+    @property
+    def form(self) -> Form:
+        """The card for it."""
+        return Form(self.repo_id, self.pictures, self.adapter_only)
 
 
 def push(folder: str | Path, target: Target | str) -> str:
@@ -67,7 +60,9 @@ def push(folder: str | Path, target: Target | str) -> str:
     if not get_token():
         raise SharingError("No Hub token found: set the environment variable HF_TOKEN or run `hf auth login`.")
     add_agreement(folder)
-    add_card(folder, target.repo_id)
+    if target.pictures:
+        add_pictures(folder)
+    add_card(folder, target.form)
     for wait in (*WAITS, None):
         try:
             return send(folder, target)
@@ -84,7 +79,8 @@ def send(folder: Path, target: Target) -> str:
     """One try: the repository, then all files in one commit."""
     get_session().timeout = PATIENCE
     api = HfApi(library_name="m2f_trainer")
-    repo_id, message, files = target.repo_id, "Upload a model of m2f_trainer", operations(folder, target.adapter_only)
+    repo_id, message = target.repo_id, "Upload a model of m2f_trainer"
+    files = operations(folder, target.adapter_only, target.pictures)
     if target.pull_request:
         commit = api.create_commit(repo_id, files, commit_message=message, create_pr=True, revision=target.revision)
         return str(commit.pr_url)
@@ -101,17 +97,18 @@ def send(folder: Path, target: Target) -> str:
 
 
 def listing(folder: str | Path, target: Target) -> list[tuple[str, int | None]]:
-    """(path, bytes) of each file that `push` would send, without sending or writing any; None: yet to be fetched.
+    """(path, bytes) of each file that `push` would send, without sending or writing any; None: not here yet.
 
     Raises SharingError as `push` for a folder without a model.
     """
     folder = Path(folder)
     check_model(folder, target.adapter_only)
-    sizes: dict[str, int | None] = {
-        one.path_in_repo: one.upload_info.size for one in operations(folder, target.adapter_only)
-    }
-    if CARD not in sizes:
-        sizes[CARD] = len(render_card(folder, target.repo_id).encode())
+    files = operations(folder, target.adapter_only, target.pictures)
+    sizes: dict[str, int | None] = {one.path_in_repo: one.upload_info.size for one in files}
+    if has_our_card(folder):
+        sizes[CARD] = len(render_card(folder, target.form).encode())
+    if target.pictures and not (folder / PICTURES).is_dir():
+        sizes[f"{PICTURES}/"] = None
     if needs_agreement(folder):
         sizes.setdefault(AGREEMENT, None)
     return sorted(sizes.items())
@@ -160,16 +157,34 @@ def check_model(folder: Path, adapter_only: bool = False) -> None:
         )
 
 
-def add_card(folder: Path, repo_id: str) -> None:
-    """Write the card for this address, unless someone has written one of their own."""
+def add_card(folder: Path, form: Form) -> None:
+    """Write the card anew, unless someone has written one of their own."""
+    if has_our_card(folder):
+        write_card(folder, form)
+
+
+def has_our_card(folder: Path) -> bool:
+    """Whether the folder's card is ours to write: it has none, or one as it was written here."""
     card = folder / CARD
-    if not card.is_file() or card.read_text(encoding="utf-8") == render_card(folder):
-        write_card(folder, repo_id)
+    return not card.is_file() or is_untouched(card.read_text(encoding="utf-8"))
+
+
+def add_pictures(folder: Path) -> None:
+    """Draw the card's pictures where the run has not. Raises SharingError where its dataset is not here."""
+    if (folder / PICTURES).is_dir():
+        return
+    rows = rows_of_run(read_run(folder))
+    if rows is None:
+        raise SharingError(
+            f"{folder} has no {PICTURES}/, and the dataset its recipe.json names is not here to draw them from. Push "
+            "without --pictures."
+        )
+    draw_pictures(folder, rows, read_details(folder))
 
 
 def needs_agreement(folder: Path) -> list[str]:
     """The DINOv3 backbones that the weights derive from."""
-    return [origin.source for origin in licence_chain(read(folder / "config.json")) if origin.licence == DINOV3]
+    return [origin.source for origin in licence_chain(read_json(folder / "config.json")) if origin.licence == DINOV3]
 
 
 def add_agreement(folder: Path) -> None:
@@ -194,54 +209,3 @@ def agreement_of(source: str) -> bytes:
     if not found:
         raise FileNotFoundError(f"no LICENSE.md in {source}")
     return found[0].read_bytes()
-
-
-def operations(folder: Path, adapter_only: bool = False) -> list[CommitOperationAdd]:
-    """The files to upload. Raises SharingError when one of them holds the token."""
-    files = {path.relative_to(folder).as_posix(): content(path) for path in allowed(folder)}
-    if adapter_only:
-        files = without_backbone(files)
-    files |= {name: legal_text(name).encode() for name in LEGAL}
-    token = (get_token() or "").encode()
-    for name, value in files.items():
-        if token and isinstance(value, bytes) and token in value:
-            raise SharingError(f"{folder / name} holds your Hub token. Take it out, and make a new token on the Hub.")
-    return [CommitOperationAdd(name, value) for name, value in sorted(files.items())]
-
-
-def without_backbone(files: dict[str, bytes | str]) -> dict[str, bytes | str]:
-    """The adapter's files moved to the top, where peft's tools look for them, and of the others card and figures."""
-    kept = {name: value for name, value in files.items() if "/" not in name and not SHARD.fullmatch(name)}
-    for name in ("model.safetensors", "model.safetensors.index.json", *MODEL_CODE):
-        kept.pop(name, None)
-    return kept | {name.removeprefix("adapter/"): files[name] for name in files if name.startswith("adapter/")}
-
-
-def allowed(folder: Path) -> list[Path]:
-    """The model's own files in a folder; links are left out, and so is any other code."""
-    files = [
-        path for path in (*folder.iterdir(), *folder.glob("adapter/*")) if path.is_file() and not path.is_symlink()
-    ]
-    return [path for path in files if is_allowed(path.relative_to(folder).as_posix())]
-
-
-def is_allowed(name: str) -> bool:
-    """Whether a file belongs to a model, by its path in the folder."""
-    return name in NAMED or name in MODEL_CODE or SHARD.fullmatch(name) is not None
-
-
-def content(path: Path) -> bytes | str:
-    """What to upload: the path of a large file, the bytes of a small one, and of JSON the bytes without local paths."""
-    if path.suffix == ".safetensors":
-        return str(path)
-    if path.name not in ("config.json", "recipe.json", "adapter_config.json"):
-        return path.read_bytes()
-    return (json.dumps(without_folders(read(path)), indent=2) + "\n").encode()
-
-
-def without_folders(values: dict[str, object]) -> dict[str, object]:
-    """The values with each absolute path cut to its last part: the world need not know your folders."""
-    return {
-        key: PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-        for key, value in values.items()
-    }

@@ -1,19 +1,16 @@
-"""What happens beside the steps of a run: seeds, time spent waiting, evaluation at every save, a per-class table."""
+"""What happens beside the steps of a run: seeds, time spent waiting, evaluation at every save; peak memory."""
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from m2f_trainer.evaluation.curves import metrics_table
-from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.workers import Watched, WatchedStream
 
 
@@ -105,37 +102,9 @@ class EvaluateAtEverySave(TrainerCallback):
         control.should_evaluate = control.should_evaluate or control.should_save
 
 
-class ClassTable(TrainerCallback):
-    """Logs the table of AP per class after each evaluation, on the main process."""
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print through the progress bar's own line, so that neither breaks the other."""
-        if state.is_world_process_zero and metrics:
-            from tqdm import tqdm
-
-            prefix = next(iter(metrics)).split("_")[0] + "_"
-            told = f"step {state.global_step} of {state.max_steps}; peak memory {peak_memory() / 2**30:.1f} GiB"
-            tqdm.write(f"\n{told}\n{metrics_table(metrics, prefix)}")
-
-
 def peak_memory() -> int:
     """Most bytes that this process has held: on its accelerator where there is one, else in main memory."""
     if torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:
-    """The callbacks of a run of `m2f train`."""
-    callbacks: list[TrainerCallback] = [EvaluateAtEverySave(), ClassTable()]
-    if args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    return callbacks

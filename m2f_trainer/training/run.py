@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from m2f_trainer.data.check import check_split
 from m2f_trainer.data.coco import Category, categories_of
@@ -16,6 +16,7 @@ from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
 from m2f_trainer.data.transforms import EvalTransform
+from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation.curves import (
     CLASSES,
     EVALUATION,
@@ -32,12 +33,15 @@ from m2f_trainer.model.adapters import lora_layers, save_adapter
 from m2f_trainer.model.backbones import BACKBONES
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.recipe import Recipe, load_recipe
-from m2f_trainer.sharing.card import write_card
+from m2f_trainer.sharing.card import Form, write_card
+from m2f_trainer.sharing.results import draw_pictures
 from m2f_trainer.sharing.upload import push
 from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.automatic import images_a_device, resolve
-from m2f_trainer.training.callbacks import run_callbacks
-from m2f_trainer.training.checkpoints import METRICS, RECIPE
+from m2f_trainer.training.callbacks import EvaluateAtEverySave
+from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, RECIPE
+from m2f_trainer.training.console import ClassTable
+from m2f_trainer.training.cost import Cost
 from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
 from m2f_trainer.training.fingerprint import fingerprint
 from m2f_trainer.training.lock import only_run
@@ -54,7 +58,7 @@ from m2f_trainer.training.preparation import (
 )
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
-from m2f_trainer.training.trainer import M2FTrainer
+from m2f_trainer.training.trainer import M2FTrainer, split_rows
 from m2f_trainer.training.uploads import hub_target, upload_callbacks
 from m2f_trainer.training.workers import explained
 
@@ -82,7 +86,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             recipe.train.without_upload(),
             train_dataset=training_samples(recipe, train_rows, categories, model),
             eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
-            callbacks=[*run_callbacks(recipe.train), *upload_callbacks(recipe.train), *resume_callbacks(start), stop],
+            callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
             fingerprint=facts,
             processing_class=SavedWithModel(recipe, model.config),
         )
@@ -117,6 +121,12 @@ def dry_run(recipe: Recipe) -> str:
     return to_text(plan(model, recipe.train, len(rows), max(1, round(objects / len(rows)))))
 
 
+def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:
+    """What a run does beside its steps."""
+    stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience is not None else []
+    return [EvaluateAtEverySave(), ClassTable(), Cost(), *stopping, *upload_callbacks(args)]
+
+
 def final_figures(
     trainer: M2FTrainer, recipe: Recipe, splits: Mapping[str, Dataset], categories: Sequence[Category]
 ) -> dict[str, float]:
@@ -143,10 +153,20 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)
-        write_card(output)
+        (output / FINGERPRINT).write_text(json.dumps(trainer.fingerprint, indent=2) + "\n", encoding="utf-8")
+        illustrate(output, split_rows(trainer.eval_dataset))
+        write_card(output, Form(pictures=True))
         if recipe.train.push_to_hub:
             push(output, hub_target(recipe.train))
     trainer.accelerator.wait_for_everyone()
+
+
+def illustrate(output: Path, rows: Dataset) -> None:
+    """Draw the card's pictures; a run that was trained to its end doesn't fail for want of them."""
+    try:
+        draw_pictures(output, rows, read_details(output))
+    except ImageError as error:
+        logger.warning("The card gets no pictures: %s", error)
 
 
 def evaluate_folder(

@@ -4,6 +4,7 @@ Only seams are overridden; each delegates to a plain function that works without
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.data.collator import InstanceDataset, collate
@@ -34,6 +35,7 @@ from m2f_trainer.training.checkpoints import (
     rotate,
     staged,
 )
+from m2f_trainer.training.console import console
 from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.guards import FiniteGuard
 from m2f_trainer.training.optimizer import Grouped
@@ -68,6 +70,7 @@ class M2FTrainer(Trainer):
         refuse_stock_upload(args)
         arguments = copy(args)
         arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
+        arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
         super().__init__(
             model=model,
             args=arguments,
@@ -90,6 +93,9 @@ class M2FTrainer(Trainer):
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
         self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates(), NoStockUpload()]
+        for theirs in (ProgressCallback, PrinterCallback):
+            self.remove_callback(theirs)
+        self.callback_handler.callbacks += console(bars=not arguments.disable_tqdm)
         if args.ema_decay is not None:
             self.add_callback(Average(args.ema_decay))
 

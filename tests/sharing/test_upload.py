@@ -134,6 +134,29 @@ def test_an_adapter_goes_along(hub: Hub, tmp_path: Path) -> None:
     assert b"/home/someone" not in hub.files["adapter/adapter_config.json"]
 
 
+def test_pictures_of_the_data_go_along_only_where_asked_for(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    (folder / "pictures").mkdir()
+    for name in ("worst_1.jpg", "best_1.jpg", "private.jpg"):
+        (folder / "pictures" / name).write_bytes(b"a patient")
+    upload.push(folder, "me/pets")
+    assert set(hub.files) == UPLOADED
+    assert not any(b"a patient" in body for body in hub.bodies)
+    target = upload.Target("me/pets", pictures=True)
+    expected = UPLOADED | {"pictures/worst_1.jpg", "pictures/best_1.jpg"}
+    assert {name for name, _ in upload.listing(folder, target)} == expected
+    upload.push(folder, target)
+    assert set(hub.files) == expected
+
+
+def test_pictures_that_can_not_be_drawn_are_refused_before_anything_is_sent(hub: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    (folder / "evaluation.json").write_text('{"shown": {"worst": []}, "classes": []}')
+    with pytest.raises(SharingError, match=r"has no pictures/.*Push without --pictures"):
+        upload.push(folder, upload.Target("me/pets", pictures=True))
+    assert not hub.requests
+
+
 def test_a_card_of_ones_own_is_kept_and_ours_is_renewed(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     write_card(folder)
@@ -279,7 +302,7 @@ def test_a_dry_run_lists_what_a_push_would_send_and_sends_nothing(tmp_path: Path
     listed = dict(reversed(line.split("  ", 1)) for line in map(str.strip, run.stdout.splitlines()))
     assert set(listed) == UPLOADED | {AGREEMENT}
     assert listed["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
-    assert listed[AGREEMENT] == "to be fetched"
+    assert listed[AGREEMENT] == "yet to come"
     assert {path.name for path in folder.iterdir()} == before
 
 

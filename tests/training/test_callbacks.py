@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2f_trainer.training.callbacks import ClassTable, DataWait, SeedEveryStep, peak_memory
+from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
 from m2f_trainer.training.signals import any_rank
 
 
@@ -48,14 +48,3 @@ def test_without_other_ranks_a_vote_is_ones_own() -> None:
     device = torch.device("cpu")
     assert any_rank(True, device)
     assert not any_rank(torch.tensor(False), device)
-
-
-def test_the_table_of_an_evaluation_tells_step_and_memory_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
-    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=2, max_steps=9)
-    no: Any = None
-    ClassTable().on_evaluate(no, state, no, metrics={"eval_map": 0.5, "eval_map_class/cat": 0.25})
-    out = capsys.readouterr().out
-    assert "step 2 of 9; peak memory " in out
-    assert 0.01 < peak_memory() / 2**30 < 500
-    assert "cat        25.0" in out
-    assert "\x1b" not in out
