@@ -75,11 +75,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Both ways of prediction and their figures."""
     predictor = Predictor.from_pretrained(given.model)
     rows, height, width = of_one_size(load_dataset(given.dataset)[given.split])
+    down, across = given.side // height, given.side // width
+    rows = rows.select(range(min(len(rows), down * across)))
     images = [np.asarray(open_image(row["image"], str(row["image_id"]))) for row in rows]
     start = time.process_time()
     alone = list(predictor.stream(iter(images), threshold=THRESHOLD))
     seconds_alone = (time.process_time() - start) / len(images)
-    down, across = given.side // height, given.side // width
     corners = [(y * height, x * width) for y in range(down) for x in range(across)]
     places: list[Box] = [(y, y + height, x, x + width) for y, x in corners]
     mosaic = np.zeros((down * height, across * width, 3), np.uint8)

@@ -159,7 +159,12 @@ def predict_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--batch_size", type=int, metavar="N", default=4, help="images at once [%(default)s]")
     large = command.add_argument_group("large images", "TIFFs are read by windows (pip install 'm2f-trainer[tiff]')")
-    large.add_argument("--tile", type=int, metavar="SIDE", help="predict in tiles of SIDE pixels, merged across seams")
+    large.add_argument(
+        "--tile",
+        type=int,
+        metavar="SIDE",
+        help="predict in tiles of SIDE pixels, merged across seams; best as large as the training images were",
+    )
     large.add_argument(
         "--overlap", type=float, metavar="SHARE", default=0.2, help="share of a tile its neighbours see [%(default)s]"
     )

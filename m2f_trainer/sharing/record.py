@@ -51,7 +51,7 @@ def cost_lines(state: Mapping[str, Any]) -> Iterator[str]:
     cost = state.get("stateful_callbacks", {}).get("Cost", {}).get("attributes")
     if cost:
         yield f"- Time: {duration(cost['seconds'])}, evaluations included"
-        memory = f"peak memory of one {cost['peak_memory'] / GIBIBYTE:.1f} GiB"
+        memory = f"peak memory of a process {cost['peak_memory'] / GIBIBYTE:.1f} GiB"
         yield f"- Hardware: {cost['processes']} x {escape(cost['hardware'])}; {memory}"
         yield f"- Software: {escape(cost['software'])}"
 

@@ -202,7 +202,7 @@ def test_the_card_tells_data_time_hardware_and_software(tmp_path: Path) -> None:
     text = write_card(folder).read_text(encoding="utf-8")
     for told in (
         "pets, 1,464 images to train on", f"valid annotations (SHA-256): `{'cd' * 32}`", "1,800 steps, 15.5 epochs",
-        "2 h 03 min, evaluations", "2 x a GPU; peak memory of one 1.5 GiB", "Software: torch 2",
+        "2 h 03 min, evaluations", "2 x a GPU; peak memory of a process 1.5 GiB", "Software: torch 2",
     ):  # fmt: skip
         assert told in text
 
