@@ -58,7 +58,7 @@ from m2f_trainer.training.preparation import (
 )
 from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
-from m2f_trainer.training.trainer import M2FTrainer, split_rows
+from m2f_trainer.training.trainer import M2FTrainer
 from m2f_trainer.training.uploads import hub_target, upload_callbacks
 from m2f_trainer.training.workers import explained
 
@@ -94,7 +94,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         with explained(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             figures = final_figures(trainer, recipe, splits, categories)
-        finish(trainer, recipe, figures)
+        finish(trainer, recipe, figures, splits["valid"])
     return figures
 
 
@@ -142,7 +142,7 @@ def final_figures(
     return figures
 
 
-def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) -> None:
+def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float], valid: Dataset) -> None:
     """Write the final model with figures and card, and upload it where the recipe says so."""
     output = Path(recipe.train.output_dir or ".")
     model: M2FModel = trainer.accelerator.unwrap_model(trainer.model)
@@ -154,7 +154,7 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float]) ->
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)
         (output / FINGERPRINT).write_text(json.dumps(trainer.fingerprint, indent=2) + "\n", encoding="utf-8")
-        illustrate(output, split_rows(trainer.eval_dataset))
+        illustrate(output, valid)
         write_card(output, Form(pictures=True))
         if recipe.train.push_to_hub:
             push(output, hub_target(recipe.train))
