@@ -172,7 +172,7 @@ def test_predict_and_push_and_demo_hand_over_their_options(
     options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": 0.2, "dataset": False}
     assert seen == [
         ("m", [Path("a.png"), Path("b")], Path("predictions"), options),
-        (Path("m"), ("me/m", True, "draft", False, False)),
+        (Path("m"), ("me/m", True, "draft", False, False, False)),
         (Path("d"), "dinov2-small", cli.say),
     ]
     assert capsys.readouterr().out.count("Next:\n  m2f ") == 3
