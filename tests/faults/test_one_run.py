@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_a_second_run_in_the_folder_is_refused_at_once(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = Started(tmp_path / "first", options(data, output), partial(at_step, 1, partial(time.sleep, 3)))
-    first.wait_for("'loss'")
+    first.wait_for("  loss ")
     start = time.monotonic()
     second = train(tmp_path / "second", options(data, output, resume_from_checkpoint="auto"))
     assert time.monotonic() - start < 2
@@ -38,7 +38,7 @@ def test_a_second_run_in_the_folder_is_refused_at_once(data: Path, tmp_path: Pat
 def test_the_lock_of_a_killed_run_is_taken_over_although_its_workers_live(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = Started(tmp_path / "first", options(data, output, dataloader_num_workers=2))
-    first.wait_for("'loss'")
+    first.wait_for("  loss ")
     first.signal(9)
     first.processes[0].join()
     second = train(tmp_path / "second", options(data, output, dataloader_num_workers=2, overwrite_output_dir=True))

@@ -35,7 +35,7 @@ def test_when_one_rank_dies_the_other_ends_and_both_go_on_when_restarted(
 def kill_a_rank(run: subprocess.Popen[bytes], log: Path, rank: int, losses: int) -> None:
     """Kill one of torchrun's ranks once the log tells so many losses."""
     end = time.monotonic() + 900
-    while len(re.findall("'loss'", log.read_text())) < losses and time.monotonic() < end:
+    while len(re.findall("  loss ", log.read_text())) < losses and time.monotonic() < end:
         time.sleep(0.02)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     ranks = [int(pid) for pid in children if b"m2f_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]

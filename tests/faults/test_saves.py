@@ -87,10 +87,10 @@ def test_a_hundred_random_kills_change_nothing(data: Path, tmp_path: Path) -> No
     reached, lost = 0, 0
     for _ in range(100):
         run = Started(tmp_path / "log", arguments)
-        run.wait_for("'loss'")
+        run.wait_for("  loss ")
         time.sleep(chance.uniform(0, 0.5))
         run.signal(signal.SIGKILL)
-        logged = max(0, run.join()[0].text.count("'loss'"))
+        logged = max(0, run.join()[0].text.count("  loss "))
         newest = newest_complete(output)
         step = int(newest.name.split("-")[1]) if newest else 0
         assert step >= reached

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from transformers import TrainerControl, TrainerState
 
 from m2f_trainer.errors import RecipeError, SharingError
-from m2f_trainer.sharing import upload
+from m2f_trainer.sharing import contents, upload
 from m2f_trainer.sharing.card import write_card
 from m2f_trainer.sharing.licences import AGREEMENT
 from m2f_trainer.train_arguments import TrainArguments
@@ -236,7 +236,7 @@ def test_without_a_token_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_that_holds_the_token_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "run", backbone_name=TOKEN)
-    monkeypatch.setattr(upload, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(contents, "get_token", lambda: TOKEN)
     with pytest.raises(SharingError, match=r"config\.json holds your Hub token"):
         upload.operations(folder)
 
