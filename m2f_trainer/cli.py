@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     The exit status is 0; 1 after an error with advice; 2 after wrong usage; 75 where a signal stopped a training that
-    can be resumed, so that a scheduler can queue it again; 130 after Ctrl-C elsewhere.
+    can be resumed, so that a scheduler can queue it again; 130 after Ctrl-C elsewhere; 141 where the reader of
+    its output has left.
     """
     parser = build_parser()
     arguments, options = parser.parse_known_args(argv)
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bars_on_terminals_only()
     try:
         status = COMMANDS[arguments.command](arguments, options)
+        sys.stdout.flush()
         leave_together()
     except RunStopped as stop:
         say(f"m2f {arguments.command}: {stop}", stream="error")
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Interrupted.", stream="error")
         return 130
+    except BrokenPipeError:  # such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more at its exit
+        return 141
     except Exception as error:
         if not is_advice(error):
             raise

@@ -41,6 +41,16 @@ def test_help_takes_under_a_second_and_imports_neither_torch_nor_transformers() 
     assert min(seconds) < 1
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "m2f_trainer", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()  # before anything is written: imports take seconds
+        assert run.stderr.read() == b""
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_auto_classes_know_our_model_in_every_import_order(order: str) -> None:
     check = """
