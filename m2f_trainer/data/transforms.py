@@ -116,7 +116,7 @@ class TrainTransform:
         view = self.draw_view(original, rng)
         colors = draw_colors(self.color_jitter, rng)
         image = open_image(row["image"], describe(row), size=original, shrink_to=view.resized)
-        return make_sample(image, row, view, self.size, colors)
+        return make_sample(image, row, view, self.size, colors, quick=True)
 
     def draw_view(self, original: Size, rng: np.random.Generator) -> View:
         """A random scale, crop, mirroring and turn."""
@@ -132,13 +132,18 @@ class TrainTransform:
 
 
 def make_sample(
-    image: Image.Image, row: Row, view: View, size: Size, colors: tuple[float, ...] | None = None
+    image: Image.Image,
+    row: Row,
+    view: View,
+    size: Size,
+    colors: tuple[float, ...] | None = None,
+    quick: bool = False,
 ) -> Sample:
     """The sample that shows `view` of a row's image; crowd regions and instances out of view are left out."""
     objects = [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
     looks = ((entry["category_id"], see_mask(entry["counts"], view)) for entry in objects)
     seen = [(category, *look) for category, look in looks if look is not None]
-    pixel_values, pixel_mask = _pad(see_image(image, view, colors), view, size)
+    pixel_values, pixel_mask = _pad(see_image(image, view, colors, quick), view, size)
     return Sample(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,

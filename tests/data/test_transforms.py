@@ -83,6 +83,17 @@ def test_one_image_alone_is_prepared_as_a_row_is():
     assert (geometry.original, geometry.resized, geometry.padded) == ((60, 100), (58, 96), (128, 96))
 
 
+@pytest.mark.parametrize("side", [40, 61, 150])
+def test_an_image_is_resized_as_pillow_does_exactly_for_evaluation_and_to_a_level_for_training(side):
+    image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    values, _, _ = EvalTransform(side, side).prepare(image)
+    assert np.array_equal(values.numpy(), expected)
+    row = row_of([rectangle(100, 100, 0, 0, 9, 9)], image)
+    seen = TrainTransform(side, side, lsj_min_scale=1, lsj_max_scale=1, flip=False)(row)["pixel_values"]
+    assert np.abs(seen.numpy().astype(int) - expected).max() <= 1
+
+
 def test_nothing_changes_at_the_original_size():
     bitmap = disc(64, 64, 20, 30, 12)
     sample = EvalTransform(64, 64)(row_of([bitmap]))
