@@ -110,6 +110,8 @@ class TrainArguments(TrainingArguments):
         if self.logging_nan_inf_filter:
             raise RecipeError("logging_nan_inf_filter must stay false: it hides a loss that is not finite.")
         self._refuse_token()
+        if self.deepspeed and not find_spec("deepspeed"):
+            raise RecipeError("deepspeed isn't installed: pip install deepspeed, or shard with --fsdp true instead.")
         if self.hub_strategy not in ("end", "every_save"):
             raise RecipeError(
                 f"hub_strategy: expected end or every_save, got {self.hub_strategy}. Checkpoints with their "
@@ -117,7 +119,7 @@ class TrainArguments(TrainingArguments):
             )
         self._align_checkpointing()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and computes_in_bf16()
+            self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and computes_in_bf16()
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
         self._resolve_schedule()

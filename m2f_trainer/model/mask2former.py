@@ -32,7 +32,7 @@ from .pixel_decoder import PixelDecoder
 from .pyramid import Encoder
 from .query_decoder import QueryDecoder
 
-PIPELINE_CLASS = "AutoModelForImageSegmentation"  # transformers' image-segmentation pipeline asks for this one
+AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -113,6 +113,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         for name in ("mean", "std"):
             self.register_buffer(f"pixel_{name}", torch.zeros(1, 3, 1, 1), persistent=False)
         self.post_init()  # type: ignore[no-untyped-call]
+        self._no_split_modules = sorted({*self._no_split_modules, *layer_classes(self.encoder.backbone)})
 
     def forward(
         self,
@@ -174,7 +175,8 @@ class M2FModel(Mask2FormerPreTrainedModel):
         By default transformers writes a DINOv3 backbone under the names of its first release, which `load_state_dict`,
         and so a resumed Trainer, takes for unknown: the backbone would silently stay as it was.
         """
-        self.config.auto_map = {PIPELINE_CLASS: f"{__name__.rsplit('.', 1)[-1]}.{M2FModel.__name__}"}
+        here = f"{__name__.rsplit('.', 1)[-1]}.{M2FModel.__name__}"  # type(self) may be FSDP's
+        self.config.auto_map = {auto_class.__name__: here for auto_class in AUTO_CLASSES}
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     @classmethod
@@ -206,6 +208,11 @@ def backbone_of(config: M2FConfig) -> PreTrainedConfig:
     return config.backbone_config
 
 
+def layer_classes(backbone: Any) -> set[str]:
+    """Names of the backbone's layers that FSDP shards one by one: else all of a ViT is gathered at once."""
+    return {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
+
+
 def load_model(folder_or_hub_id: str) -> M2FModel:
     """Load a model of ours, ready to predict. No code from the folder is run.
 
@@ -232,10 +239,9 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
 def register() -> None:
     """Tell transformers' Auto classes about this model, and let saved folders carry its code."""
     AutoConfig.register(M2FConfig.model_type, M2FConfig, exist_ok=True)
-    for auto_class in (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation):
+    for auto_class in AUTO_CLASSES:
         auto_class.register(M2FConfig, M2FModel, exist_ok=True)
     M2FConfig.register_for_auto_class("AutoConfig")  # type: ignore[no-untyped-call]
-    M2FModel.register_for_auto_class("AutoModelForUniversalSegmentation")  # type: ignore[no-untyped-call]
 
 
 if __name__.startswith("m2f_trainer."):  # not when this file was loaded from a saved folder as remote code

@@ -170,8 +170,8 @@ class Encoder(nn.Module):
         self.neck, self.channels = build_neck(neck, backbone, neck_channels)
         _deepen_drop_path(self.backbone)
         for name, parameter in self.backbone.named_parameters():
-            if name.endswith("mask_token"):
-                parameter.requires_grad_(False)  # used in pretraining only
+            if name.endswith("mask_token") or not parameter.numel():
+                parameter.requires_grad_(False)  # used in pretraining only; or no register tokens, which FSDP refuses
 
     @property
     def frozen(self) -> bool:

@@ -208,10 +208,14 @@ def require_finite(trainer: Trainer) -> None:
 
 
 def expected_size(trainer: Trainer) -> int:
-    """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept."""
+    """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept.
+
+    Where weights are sharded, accelerate writes them a second time, for a resume.
+    """
     model: Any = trainer.model
     parameters: list[Parameter] = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    weights *= 2 if trainer.args.fsdp else 1
     slots = 3 if isinstance(trainer.args, TrainArguments) and trainer.args.ema_decay is not None else 2
     moments = sum(
         slots * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad

@@ -52,15 +52,19 @@ class Average(TrainerCallback):
 @torch.no_grad()
 def update(optimizer: Any, decay: float) -> None:
     """average <- decay x average + (1 - decay) x weight; the first average is the weight."""
-    weights, averages = [], []
-    for weight, slots in _trained(optimizer):
-        if AVERAGE in slots:
-            weights.append(weight)
-            averages.append(slots[AVERAGE])
-        elif slots:
-            slots[AVERAGE] = weight.clone()
-    if averages:
+    start(optimizer)
+    pairs = [(slots[AVERAGE], weight) for weight, slots in _trained(optimizer) if slots]
+    if pairs:
+        averages, weights = zip(*pairs, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+@torch.no_grad()
+def start(optimizer: Any, *_: Any) -> None:
+    """Put averages beside the moments. A hook of the optimiser's step, so that FSDP knows them when it loads them."""
+    for weight, slots in _trained(optimizer):
+        if slots and AVERAGE not in slots:
+            slots[AVERAGE] = weight.clone()
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ TRAIN_FIELDS = (
     "max_steps", "optim", "bf16", "fp16", "backbone_lr_multiplier", "layer_decay", "head_first_steps", "lr_milestones",
     "ema_decay", "dataloader_drop_last",
 )  # fmt: skip
-FIXED = {*MODEL_FIELDS, "categories"}
-"""What no checkpoint can be carried over to: another model starts a new run, with init_from."""
+FIXED = {*MODEL_FIELDS, "categories", "engine"}
+"""What no checkpoint can be carried over to: another model, or sharding, starts a new run, with init_from."""
 
 
 def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categor
     values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS} | recipe.data.augment()
     values |= {name: ({**vars(recipe.train), **world})[name] for name in TRAIN_FIELDS}
     values["categories"] = [vars(category) for category in categories]
+    values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
     values["feature_cache"] = recipe.model.feature_cache
     values["train_images"] = None if isinstance(train, Stream) else len(train)
     values["train_data"] = train.version if isinstance(train, Stream) else digest_of(train)

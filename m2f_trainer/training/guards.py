@@ -47,12 +47,14 @@ class FiniteGuard(TrainerCallback):
         for number, batch in enumerate(self.batches()):
             write_batch(batch, folder / f"batch-{rank}-{number}.safetensors")
         images = sorted(gather_object([image for batch in self.batches() for image in batch["image_id"].tolist()]))
-        gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        found = {name: p.grad.isfinite().all() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = [name for name, finite in found.items() if not whole(finite)]
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         if rank == 0:
             described = {"step": step, "seed": args.seed, "image_ids": images, "gradients_not_finite": gradients}
             (folder / "report.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            if all(parameter.isfinite().all() for parameter in model.parameters()):
-                model.save_pretrained(folder)  # type: ignore[operator]
+            if all(tensor.isfinite().all() for tensor in weights.values()):
+                model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         what = "loss" if not torch.isfinite(self.loss()) else "gradient"
         return (
             f"step {step}: the {what} is not finite. The step's images are {', '.join(map(str, images))}; they, the "

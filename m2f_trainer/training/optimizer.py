@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.train_arguments import TrainArguments
+from m2f_trainer.training.ema import start
 
 BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"
@@ -49,6 +50,8 @@ class Grouped:
         """Build it."""
         factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
         optimizer: Optimizer = factory(parameter_groups(model, rates_of(args)), **settings)
+        if isinstance(args, TrainArguments) and args.ema_decay is not None:
+            optimizer.register_step_post_hook(start)
         return optimizer
 
 

@@ -96,7 +96,7 @@ def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> boo
     listed = "; ".join(changed.values())
     if FIXED & set(changed):
         raise CheckpointError(
-            f"{checkpoint} is of another model: {listed}. Start a new run from its weights with "
+            f"{checkpoint} is of another model or engine: {listed}. Start a new run from its weights with "
             f"--init_from {checkpoint}"
         )
     if changed and not allow_changes:

@@ -40,7 +40,7 @@ from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.guards import FiniteGuard
 from m2f_trainer.training.optimizer import Grouped
 from m2f_trainer.training.schedule import ShapedRates
-from m2f_trainer.training.sharding import require_accelerators
+from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
 from m2f_trainer.training.uploads import NoStockUpload, refuse_stock_upload
 from m2f_trainer.training.workers import Watched, WatchedStream, watch
 
@@ -66,11 +66,12 @@ class M2FTrainer(Trainer):
         fingerprint: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        require_accelerators(args)
+        require_engine(args, model)
         refuse_stock_upload(args)
         arguments = copy(args)
         arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
         arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
+        keep_float32(arguments)
         super().__init__(
             model=model,
             args=arguments,
@@ -80,6 +81,7 @@ class M2FTrainer(Trainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        autocast_sharded(model, arguments)
         self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs or (Grouped, {"args": arguments})  # type: ignore[assignment]
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True

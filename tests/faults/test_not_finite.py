@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.training.guards import read_batch
 from m2f_trainer.training.resume import newest_complete
 from tests.faults.tiny import Prepare, Started, at_step, losses, options, train
+from tests.training.engines import engine
 
 
 def spoil_pixel(image: int) -> None:
@@ -129,9 +131,18 @@ def on_rank_1(spoil: Prepare) -> None:
         spoil()
 
 
+SHARDING = ExitStack()
+
+
+def sharded(spoil: Prepare) -> None:
+    SHARDING.enter_context(engine("fsdp"))
+    spoil()
+
+
 OF_TWO_RANKS: dict[str, tuple[Prepare, str]] = {
     "loss": (partial(spoil_loss, 4, float("nan")), "the loss is not finite"),
     "pixel": (partial(spoil_pixel, 4), "the loss is not finite"),
+    "loss, sharded": (partial(sharded, partial(spoil_loss, 4, float("nan"))), "the loss is not finite"),
     "gradient": (partial(on_rank_1, partial(with_model, spoil_gradient, 3)), "the gradient is not finite"),
     "weight": (partial(on_rank_1, partial(with_model, spoil_weight, 3)), "the loss is not finite"),
     "weight at a save": (
@@ -145,7 +156,8 @@ OF_TWO_RANKS: dict[str, tuple[Prepare, str]] = {
 def test_two_ranks_stop_together_although_it_happens_on_one(what: str, data: Path, tmp_path: Path) -> None:
     spoil, told = OF_TWO_RANKS[what]
     output = tmp_path / "run"
-    ran = Started(tmp_path / "log", options(data, output, per_device_train_batch_size=1), spoil, ranks=2).join()
+    fields = {"per_device_train_batch_size": 1, "fsdp": True if "sharded" in what else None}
+    ran = Started(tmp_path / "log", options(data, output, **fields), spoil, ranks=2).join()
     assert [one.status for one in ran] == [1, 1], ran[0].text[-3000:]
     assert told in ran[0].text
     assert ran[0].text.count("m2f train: step ") == 2
@@ -156,4 +168,6 @@ def test_two_ranks_stop_together_although_it_happens_on_one(what: str, data: Pat
     [folder] = output.glob("not-finite-step-*")
     report = json.loads((folder / "report.json").read_text())
     assert len(report["image_ids"]) == 2
+    if what != "weight":  # then the weights before the step are there, whole
+        assert load_model(str(folder)).config.num_queries == 7
     assert saved is None or report["step"] - int(saved.name.split("-")[1]) <= 2

@@ -4,8 +4,6 @@ torchrun --nproc_per_node N -m tests.training.gradients_of_one_step OUT PER_DEVI
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -62,17 +60,11 @@ class NoSave(TrainerCallback):
         control.should_save = control.should_evaluate = False
 
 
-@contextmanager
-def same_points_for_every_image() -> Iterator[None]:
-    """Random points that don't depend on how images are spread over batches and ranks."""
-
-    def rand(*shape: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
-        sizes = shape[0] if isinstance(shape[0], tuple) else shape
-        points = torch.from_numpy(np.random.default_rng(0).random((1, *sizes[1:]))).to(dtype or torch.float32)
-        return points.expand(*sizes)
-
-    with patch("torch.rand", rand):
-        yield
+def same_points(*shape: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
+    """In torch.rand's place: the same points for every image, however images are spread over batches and ranks."""
+    sizes = shape[0] if isinstance(shape[0], tuple) else shape
+    points = torch.from_numpy(np.random.default_rng(0).random((1, *sizes[1:]))).to(dtype or torch.float32)
+    return points.expand(*sizes)
 
 
 def main() -> None:
@@ -90,7 +82,7 @@ def main() -> None:
         eval_dataset=data,
         callbacks=[KeepGradients(out), NoSave()],
     )
-    with same_points_for_every_image():
+    with patch("torch.rand", same_points):
         trainer.train()
 
 

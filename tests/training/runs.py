@@ -24,21 +24,23 @@ TINY = {
 }  # fmt: skip
 
 
-def write_tiny(folder: Path, **fields: object) -> Path:
+def write_tiny(folder: Path, images: tuple[int, int, int] = (4, 3, 2), **fields: object) -> Path:
     """Write a sample dataset (9 images) and a recipe for it; return the recipe."""
-    data = write_sample(folder / "data", images=(4, 3, 2))
+    data = write_sample(folder / "data", images=images)
     recipe = folder / "recipe.json"
     given = {**TINY, "dataset_name": str(data), "output_dir": str(folder / "run"), **fields}
     recipe.write_text(json.dumps(given), encoding="utf-8")
     return recipe
 
 
-def m2f(*arguments: object, ranks: int = 0, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
+def m2f(
+    *arguments: object, ranks: int = 0, launcher: str = "torchrun", module: str = "m2f_trainer"
+) -> subprocess.CompletedProcess[str]:
     """Run `m2f ...` in a process of its own, or in `ranks` processes."""
     launch = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
         "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(ranks)],
     }[launcher]
-    command = [sys.executable, *(launch if ranks else []), "-m", "m2f_trainer", *map(str, arguments)]
+    command = [sys.executable, *(launch if ranks else []), "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

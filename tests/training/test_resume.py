@@ -65,7 +65,7 @@ def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"train_images was 10, is 11; world_size was 1, is 2. Set them back"):
         resume.accept(folder, changed, allow_changes=False)
     assert resume.accept(folder, changed, allow_changes=True)
-    with pytest.raises(CheckpointError, match=r"of another model: tune was 'lora', is 'full'. Start a new run"):
+    with pytest.raises(CheckpointError, match=r"of another model or engine: tune was 'lora', is 'full'. Start"):
         resume.accept(folder, {**FACTS, "tune": "full"}, allow_changes=True)
     (folder / FINGERPRINT).unlink()
     with pytest.raises(CheckpointError, match=r"has no fingerprint.json"):

@@ -135,13 +135,6 @@ def test_two_ranks_score_what_one_process_scores(folder: Path, tmp_path: Path, l
         assert two[key] == pytest.approx(one[key], abs=1e-12), key
 
 
-def test_a_run_under_torchrun_leaves_a_loadable_model(tmp_path: Path) -> None:
-    done = m2f("train", write_tiny(tmp_path, max_steps=2), ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert load_model(str(tmp_path / "run")).config.num_queries == 10
-    assert read_metrics(tmp_path / "run" / "metrics.json")["step"] == 2
-
-
 def test_a_lora_run_leaves_a_plain_model_and_an_adapter(tmp_path: Path) -> None:
     recipe = write_tiny(tmp_path, tune="lora", lora_rank=2, max_steps=2)
     train(load_recipe([str(recipe)]))
