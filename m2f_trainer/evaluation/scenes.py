@@ -78,7 +78,7 @@ def _scene(
         image_id,
         predicted,
         scores[order],
-        np.asarray(coco_mask.area(masks) if masks else [], np.float64),
+        np.array([coco_mask.area(mask) for mask in masks], np.float64),  # of a list it fails from 256 masks on
         truth,
         np.array([one["area"] for one in objects], np.float64),
         crowd,

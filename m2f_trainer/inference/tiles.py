@@ -1,11 +1,12 @@
 """Large images in overlapping tiles, with every object found once.
 
-The overlaps are cut in the middle, so that each pixel belongs to the tile that sees most around it. Two pieces of one
-class from neighbouring tiles are one object when their masks agree inside the tiles' overlap; the object's mask then
-has, in each tile's own part, what that tile saw. A piece without a partner counts where most of it lies in its tile's
-own part; elsewhere a neighbour saw the place better and found nothing.
+Two pieces of one class from neighbouring tiles are one object when their masks agree inside the tiles' overlap. Of the
+tiles that see all its pieces whole, the one that sees most around them has the say. An object that every tile cuts is
+put together: the overlaps are cut in the middle, and each tile gives what it saw in its own part. A piece without a
+partner counts where most of it lies in its tile's own part; elsewhere a neighbour saw the place better and found
+nothing.
 
-Pieces are bitmaps cropped to their boxes: memory follows the objects, never N x H x W.
+Pieces are bitmaps of a bit a pixel, cropped to their boxes: memory follows the objects, never N x H x W.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from m2f_trainer.inference.windows import Box, Pixels, Size, Windows
 SAME_OBJECT = 0.5
 """The IoU inside two tiles' overlap above which two pieces are one object."""
 
+_ENCODED_AT_ONCE = 1000
+
 
 class Stream(Protocol):
     """What of a Predictor is used."""
@@ -47,18 +50,24 @@ class Tile:
     own: Box
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Piece:
-    """An instance as one tile saw it: `mask` is bool (y1 - y0, x1 - x0), the bitmap inside its box of the image."""
+    """An instance as one tile saw it, inside its box of the image."""
 
     tile: int
     category_id: int
     score: float
     box: Box
-    mask: NDArray[np.bool_]
+    packed: NDArray[np.uint8]  # of np.packbits
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The bitmap (y1 - y0, x1 - x0), made afresh."""
+        y0, y1, x0, x1 = self.box
+        return np.unpackbits(self.packed, count=_area(self.box)).view(np.bool_).reshape(y1 - y0, x1 - x0)
 
     def within(self, box: Box) -> NDArray[np.bool_]:
-        """The mask inside a box of the image, which needs to meet the piece's; a view."""
+        """The mask inside a box of the image, which needs to meet the piece's."""
         y0, y1, x0, x1 = meet(self.box, box)
         top, left = self.box[0], self.box[2]
         return self.mask[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -118,12 +127,9 @@ def predict_tiled(
     tiles = lay_tiles(image.size, tile, overlap)
     found = predictor.stream((image.read(one.box) for one in tiles), batch_size=batch_size, threshold=threshold)
     pieces = [list(_pieces(number, tiles[number], instances)) for number, instances in enumerate(found)]
-    objects = [one for group in group_pieces(tiles, pieces) if (one := join(tiles, group)) is not None]
+    objects = [one for group in group_pieces(tiles, pieces) if (one := join(tiles, group, image.size)) is not None]
     objects.sort(key=lambda piece: -piece.score)
-    rles = [
-        {"size": list(image.size), "counts": counts}
-        for counts in encode_runs([to_runs(o, image.size) for o in objects])
-    ]
+    rles = [{"size": list(image.size), "counts": counts} for counts in _encode(objects, image.size)]
     categories = np.array([piece.category_id for piece in objects], np.int64)
     scores = np.array([piece.score for piece in objects], np.float64)
     return Instances(0, categories, scores, rles, tight_boxes(rles), image.size)
@@ -136,8 +142,8 @@ def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
         runs = rle.read_runs(encoded["counts"], *instances.size)
         x0, y0, x1, y1 = rle.box_of(runs, instances.size[0])
         if x1 > x0:
-            mask = rle.paint(runs, (x0, y0, x1, y1), instances.size[0]).astype(np.bool_)
-            yield Piece(number, int(category_id), float(score), (top + y0, top + y1, left + x0, left + x1), mask)
+            packed = np.packbits(rle.paint(runs, (x0, y0, x1, y1), instances.size[0]))
+            yield Piece(number, int(category_id), float(score), (top + y0, top + y1, left + x0, left + x1), packed)
 
 
 def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
@@ -180,15 +186,34 @@ def agreement(first: Piece, second: Piece, shared: Box) -> float:
     return common / total if total else 0.0
 
 
-def join(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
-    """One object of its pieces: in each tile's own part what that tile saw; None where nothing is left.
-
-    The score is the pieces' mean, weighted by what each contributes.
-    """
+def join(tiles: Sequence[Tile], group: Sequence[Piece], size: Size) -> Piece | None:
+    """One object of its pieces, as the module says; None where nothing is left. `size` is the image's."""
     if len(group) == 1:
-        piece = group[0]
+        (piece,) = group
         own = piece.within(meet(piece.box, tiles[piece.tile].own)).sum()
         return piece if 2 * own >= piece.mask.sum() else None
+    y0, x0 = min(piece.box[0] for piece in group), min(piece.box[2] for piece in group)
+    y1, x1 = max(piece.box[1] for piece in group), max(piece.box[3] for piece in group)
+    margins = [_margin((y0, y1, x0, x1), tiles[piece.tile].box, size) for piece in group]
+    widest = max(margins)
+    return group[margins.index(widest)] if widest > 0 else _stitch(tiles, group)
+
+
+def _margin(box: Box, tile: Box, size: Size) -> float:
+    """Pixels between a box and the next edge of a tile inside the image; 0 or less where the tile may cut the box."""
+    y0, y1, x0, x1 = box
+    top, bottom, left, right = tile
+    gaps = (
+        (y0 - top, top > 0),
+        (bottom - y1, bottom < size[0]),
+        (x0 - left, left > 0),
+        (right - x1, right < size[1]),
+    )
+    return min((gap for gap, inside in gaps if inside), default=math.inf)
+
+
+def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
+    """In each tile's own part what that tile saw; the score is the mean, weighted by what each piece contributes."""
     boxes = [meet(piece.box, tiles[piece.tile].own) for piece in group]
     areas = [int(piece.within(box).sum()) if _area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
     used = [(piece, box) for piece, box, area in zip(group, boxes, areas, strict=True) if area]
@@ -200,7 +225,13 @@ def join(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
     for piece, box in used:
         mask[box[0] - y0 : box[1] - y0, box[2] - x0 : box[3] - x0] = piece.within(box)
     score = sum(area * piece.score for piece, area in zip(group, areas, strict=True)) / sum(areas)
-    return Piece(-1, group[0].category_id, score, (y0, y1, x0, x1), mask)
+    return Piece(-1, group[0].category_id, score, (y0, y1, x0, x1), np.packbits(mask))
+
+
+def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:
+    """COCO's compressed run lengths of each object, some at a time: encoding takes many times their size."""
+    for start in range(0, len(objects), _ENCODED_AT_ONCE):
+        yield from encode_runs([to_runs(piece, size) for piece in objects[start : start + _ENCODED_AT_ONCE]])
 
 
 def to_runs(piece: Piece, size: Size) -> NDArray[np.int64]:

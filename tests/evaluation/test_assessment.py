@@ -166,6 +166,11 @@ def test_a_split_without_objects_or_predictions_is_assessed_too() -> None:
     assert told["precision_recall"]["mean"]["0.5"] == []
 
 
+def test_more_predictions_of_one_image_than_a_byte_counts_are_assessed() -> None:
+    told = assess(picture([(3, 0, 20)]), said(*((3, 1 - number / 1000, 0, 20) for number in range(300))))
+    assert told["errors"]["missed"]["count"] == 0
+
+
 def test_details_and_classes_are_written_for_programs_and_spreadsheets(tmp_path: Path) -> None:
     details = assess(picture([(3, 0, 20)]), said((3, 0.9, 0, 20)))
     write_details(details, tmp_path / "evaluation.json")
