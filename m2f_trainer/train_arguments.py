@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from os import cpu_count
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -138,10 +139,14 @@ class TrainArguments(TrainingArguments):
         words: dict[str, bool | str] = {"none": False, "false": False, "true": True, "auto": "auto"}
         return words.get(str(named).lower(), named or False)
 
-    def without_upload(self) -> "TrainArguments":
-        """A copy for the Trainer, which would upload all of output_dir; `sharing.push` sends the files on its list."""
+    def for_trainer(self) -> "TrainArguments":
+        """A copy for the Trainer, which would upload all of output_dir; `sharing.push` sends the files on its list.
+
+        Loggers know the run by its folder's name, unless it has one: a resumed run goes on under that name.
+        """
         arguments = copy(self)
         arguments.push_to_hub = False
+        arguments.run_name = self.run_name or Path(self.output_dir or ".").resolve().name
         return arguments
 
     def get_warmup_steps(self, num_training_steps: int) -> int:

@@ -263,8 +263,16 @@ def test_resume_from_checkpoint_takes_true_or_a_folder(tmp_path: Path, value: An
 def test_the_trainer_gets_arguments_that_upload_nothing_by_themselves() -> None:
     train = load_recipe(["--dataset_name", "coco", "--push_to_hub", "--hub_model_id", "me/pets"]).train
     assert train.push_to_hub
-    assert not train.without_upload().push_to_hub
-    assert train.without_upload().hub_model_id == "me/pets"
+    assert not train.for_trainer().push_to_hub
+    assert train.for_trainer().hub_model_id == "me/pets"
+
+
+def test_loggers_know_a_run_by_its_folder_but_the_recipe_of_another_run_does_not_inherit_that_name() -> None:
+    train = load_recipe(["--dataset_name", "coco", "--output_dir", "runs/first"]).train
+    assert train.for_trainer().run_name == "first"
+    assert train.run_name is None
+    train.run_name = "mine"
+    assert train.for_trainer().run_name == "mine"
 
 
 @pytest.mark.parametrize("total", [1, 2, 30])

@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         model = build(recipe.model, recipe.data, categories)
         trainer = M2FTrainer(
             model,
-            recipe.train.without_upload(),
+            recipe.train.for_trainer(),
             train_dataset=training_samples(recipe, train_rows, categories, model),
             eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
             callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
