@@ -1,8 +1,12 @@
 """Every shipped recipe, and every command and table in recipes/README.md, holds."""
 
+import json
+import os
 import re
 import shlex
+import socket
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,8 +15,10 @@ import pytest
 from m2f_trainer.arguments import DataArguments, ModelArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.building import build_model
+from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.recipe import load_recipe, save_recipe
 from m2f_trainer.train_arguments import TrainArguments
+from tests.training.runs import write_tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
@@ -116,6 +122,30 @@ def test_a_launch_script_hands_the_recipe_to_torchrun(
     )
     assert expected in run.stdout
     assert run.stdout.endswith("-m m2f_trainer train r.json --seed 1\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "arguments", "machines"), [("single_node", ["2"], 1), ("multi_node", [], 2)])
+def test_the_processes_of_a_launch_script_train_one_model(
+    script: str, arguments: list[str], machines: int, tmp_path: Path
+) -> None:
+    """Two processes: of one machine, or of two that are this one."""
+    recipe = write_tiny(tmp_path, per_device_train_batch_size=1)
+    command = ["bash", str(ROOT / "recipes" / f"torchrun_{script}.sh"), *arguments, str(recipe)]
+    python = str(Path(sys.executable).parent)
+    told = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **told}
+    started = [subprocess.Popen(command, env=environment, cwd=tmp_path) for _ in range(machines)]
+    assert [one.wait(500) for one in started] == [0] * machines
+    facts = json.loads((tmp_path / "run" / "checkpoint-4" / "fingerprint.json").read_text())
+    assert facts["world_size"] == 2
+    assert load_model(str(tmp_path / "run")).config.num_queries == 10
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 @pytest.mark.parametrize(("ending", "requeued"), [(75, True), (1, False), (0, False)])

@@ -210,13 +210,14 @@ def require_finite(trainer: Trainer) -> None:
 def expected_size(trainer: Trainer) -> int:
     """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept.
 
-    Where weights are sharded, accelerate writes them a second time, for a resume.
+    FSDP and DeepSpeed write the weights a second time, for a resume, and DeepSpeed those that it trains a third time.
     """
     model: Any = trainer.model
     parameters: list[Parameter] = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    weights *= 2 if trainer.args.fsdp else 1
-    slots = 3 if isinstance(trainer.args, TrainArguments) and trainer.args.ema_decay is not None else 2
+    weights *= 2 if trainer.args.fsdp or trainer.args.deepspeed else 1
+    averaged = isinstance(trainer.args, TrainArguments) and trainer.args.ema_decay is not None
+    slots = 2 + int(averaged) + int(bool(trainer.args.deepspeed))
     moments = sum(
         slots * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
     )
