@@ -106,7 +106,7 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
         yield f"streamed: at most {told['streaming']} images of each split were read"
     per_image, sides, size = told["instances_per_image"], told["object_side_at_input"], told["input_size"]
     yield (
-        f"objects in an image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:g},"
+        f"objects in an image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
         f" most {per_image['max']:g}; the model has {told['num_queries']} queries"
     )
     yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -20,7 +21,8 @@ from m2f_trainer.inference.tiles import predict_tiled
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
 from m2f_trainer.inference.windows import open_windows
 
-PARTS = ".parts"
+logger = logging.getLogger(__name__)
+PARTS, DRAWN = ".parts", ".instances"
 LARGEST_PICTURE = 2**25
 """Pixels of an image that is still drawn on; a larger one gets no picture."""
 
@@ -38,7 +40,7 @@ class Options:
 
 
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: Options | None = None) -> Path:
-    """Predict every image and video, write `<name>.png` or `.mp4` of each with its instances; return the folder.
+    """Predict every image and video, write `<name>.instances.png` or `.mp4` of each; return the folder.
 
     predictions.json is in COCO results form, with the dataset's own category ids; `image_id` counts the images (and
     frames), and each result names its file too. predictions.csv holds the boxes. What was done before by the same model
@@ -65,6 +67,8 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
         for _ in work(predictor, left, options):
             bar.update()
     records = [record for job in jobs for record in kept(job.part, job.key) or ()]
+    if not any(record.instances for record in records):
+        logger.warning("Nothing scored above %g: try a lower --threshold.", options.threshold)
     write_results(records, output_dir, predictor.names)
     if options.dataset:
         write_dataset(records, output_dir, predictor.names)
@@ -148,24 +152,32 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
+def _is_input(path: Path) -> bool:
+    """Whether a name is an image's or a video's, and not that of a picture which we drew."""
+    return path.suffix.lower() in (*SUFFIXES, *VIDEOS) and Path(path.stem).suffix != DRAWN
+
+
 def images_of(given: Path, recursive: bool) -> Iterator[Path]:
     """The image or video itself, or those of a folder or glob in the order of their names. Raises DataError."""
     if given.is_dir():
         inside = given.rglob("*") if recursive else given.iterdir()
-        yield from sorted(path for path in inside if path.suffix.lower() in (*SUFFIXES, *VIDEOS))
+        yield from sorted(path for path in inside if _is_input(path))
     elif given.is_file():
         yield given
     elif matching := sorted(glob.glob(str(given), recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        yield from (path for path in map(Path, matching) if path.suffix.lower() in (*SUFFIXES, *VIDEOS))
+        yield from (path for path in map(Path, matching) if _is_input(path))
     else:
         raise DataError(f"{given}: expected an image, a folder of images or a pattern, found nothing. Check the path.")
 
 
 def picture_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for each picture; images of one name in several folders are told apart by a number."""
+    """A file name for each picture; images of one name in several folders are told apart by a number.
+
+    It is never that of an image as it came: `output_dir` may be the images' own folder, or become a dataset's.
+    """
     names, seen = [], set()
     for path in paths:
-        suffix = ".mp4" if is_video(path) else ".png"
+        suffix = DRAWN + (".mp4" if is_video(path) else ".png")
         name, number = f"{path.stem}{suffix}", 1
         while name in seen:
             number += 1

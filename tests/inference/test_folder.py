@@ -59,7 +59,7 @@ def test_a_folder_gives_pictures_results_and_a_table_that_agree(
     assert [row["category"] for row in rows] == ["light"] * 4
     assert float(rows[0]["width"]) == pytest.approx(30, abs=3)
     assert float(rows[0]["score"]) == pytest.approx(results[0]["score"], abs=1e-6)
-    assert {path.name for path in out.glob("*.png")} == {f"{k}.png" for k in range(4)}
+    assert {path.name for path in out.glob("*.png")} == {f"{k}.instances.png" for k in range(4)}
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_images_that_are_left(
@@ -89,9 +89,24 @@ def test_a_pattern_takes_what_matches_and_one_that_matches_nothing_is_an_error(
     predictor: type[Counting], photos: Path, tmp_path: Path
 ) -> None:
     out = predict_folder("m", [photos / "[12].png"], tmp_path / "out")
-    assert {path.name for path in out.glob("*.png")} == {"1.png", "2.png"}
+    assert {path.name for path in out.glob("*.png")} == {"1.instances.png", "2.instances.png"}
     with pytest.raises(DataError, match="found nothing"):
         predict_folder("m", [photos / "*.jpg"], tmp_path / "none")
+
+
+def test_the_images_own_folder_can_take_the_pictures_time_and_again(predictor: type[Counting], photos: Path) -> None:
+    before = {path.name: path.read_bytes() for path in photos.glob("*.png")}
+    predict_folder("m", [photos], photos)
+    predict_folder("m", [photos], photos, Options(threshold=0.1))
+    assert {name: (photos / name).read_bytes() for name in before} == before
+    assert len(list(photos.glob("*.png"))) == 8
+
+
+def test_where_nothing_is_found_a_lower_threshold_is_advised(
+    predictor: type[Counting], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict_folder("m", [photos], tmp_path / "out", Options(threshold=0.99999))
+    assert "Nothing scored above 0.99999: try a lower --threshold." in caplog.text
 
 
 def test_tiles_find_in_a_mosaic_what_single_images_show(
@@ -134,6 +149,6 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     out = predict_folder("m", [tmp_path / "clip.mp4"], tmp_path / "out")
     results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
     assert [one["file_name"].rsplit("#")[1] for one in results] == list("01234")
-    drawn = list(frames(out / "clip.mp4"))
-    assert (len(drawn), drawn[0].size, frame_rate(out / "clip.mp4")) == (5, (48, 64), 10)
+    drawn = list(frames(out / "clip.instances.mp4"))
+    assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
