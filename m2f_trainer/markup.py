@@ -27,7 +27,9 @@ article { border: 1px solid var(--line); border-left: 5px solid var(--warning); 
   padding: .5rem .8rem }
 article.error { border-left-color: var(--error) } article p { margin: .2rem 0 } article small { opacity: .75 }
 .error b { color: var(--error) } .warning b { color: var(--warning) }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
+.scroll + .grid { margin-top: 1rem }
+.grid { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)) }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 4px; overflow: hidden }
 figure img { display: block; width: 100%; height: auto; background: var(--soft) }

@@ -34,13 +34,13 @@ def class_curves(details: Details) -> Drawing:
 
 def reliability(given: Mapping[str, Details]) -> Drawing:
     """Share of right predictions over their mean score; the diagonal is a score that can be trusted."""
-    series = {"a score to be trusted": [(0.0, 0.0), (1.0, 1.0)]}
+    series = {}
     for name, details in given.items():
         told = details["calibration"]
         series[name] = [
             (x, y) for x, y, count in zip(told["score"], told["correct"], told["count"], strict=True) if count
         ]
-    return lines(series, "score", 1.0)
+    return lines({**series, "a score to be trusted": [(0.0, 0.0), (1.0, 1.0)]}, "score", 1.0)
 
 
 def score_counts(details: Details) -> Drawing:

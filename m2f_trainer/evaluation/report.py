@@ -70,12 +70,16 @@ def _setting(run: Run) -> list[str]:
     recipe = run.recipe
     size = f"{recipe['image_width']}x{recipe['image_height']}" if "image_width" in recipe else "-"
     dataset = str(recipe.get("dataset_name") or "-").rstrip("/").rsplit("/", 1)[-1]
-    return [str(recipe.get("backbone", "-")), str(recipe.get("tune", "-")), size, dataset]
+    backbone = str(recipe.get("backbone") or "-")
+    if Path(backbone).is_absolute():
+        backbone = Path(backbone).name
+    return [backbone, str(recipe.get("tune", "-")), size, dataset]
 
 
 def _courses(runs: Sequence[Run]) -> Iterator[str]:
     for key, title in COURSES.items():
-        series = {run.name: run.course[key] for run in runs if run.course.get(key)}
+        unit = 100 if key.startswith("eval_") else 1  # percent, as in the tables
+        series = {run.name: [(x, unit * y) for x, y in run.course[key]] for run in runs if run.course.get(key)}
         if series:
             yield chart(title, lines(series, "step"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.evaluation.assessment import Assessment
 from m2f_trainer.evaluation.curves import write_details, write_metrics
 from m2f_trainer.evaluation.gallery import GAP, beside, truth_of
-from m2f_trainer.evaluation.plots import confusion, write_plots
+from m2f_trainer.evaluation.plots import confusion, precision_recall, reliability, write_plots
 from m2f_trainer.evaluation.report import write_report
 from m2f_trainer.evaluation.runs import course_of, named
 from tests.evaluation.truth import perfect
@@ -98,6 +99,8 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path,
     for heading in ("Course", "Classes", "Errors"):
         assert heading in reader.words
     assert reader.tags.count("button") == 10
+    course = reader.words[reader.words.index("Mask AP") :][:8]
+    assert "40" in course, "in percent, as the tables"
 
 
 def test_several_runs_stand_beside_one_another(data: Path, tmp_path: Path) -> None:
@@ -106,6 +109,14 @@ def test_several_runs_stand_beside_one_another(data: Path, tmp_path: Path) -> No
     reader = Reader((tmp_path / "page.html").read_text())
     assert {"2 runs compared", "a/run", "b/run", "AP, a/run", "AP, b/run"} <= set(reader.words)
     assert "a/run: how many" in reader.words
+
+
+def test_a_run_has_one_colour_in_all_charts(data: Path, tmp_path: Path) -> None:
+    details = json.loads((write_run(tmp_path / "run", data) / "evaluation.json").read_text())
+    for draw in (precision_recall, reliability):
+        text = svg(draw({"first": details, "second": details}))
+        for name, colour in (("first", series_colour(0)), ("second", series_colour(1))):
+            assert re.search(rf'<rect[^>]*fill="{colour}"[^>]*/><text[^>]*>{name}<', text), (draw, name)
 
 
 def test_a_page_without_the_dataset_says_so(data: Path, tmp_path: Path) -> None:
