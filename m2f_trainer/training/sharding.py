@@ -59,7 +59,10 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     own = [name for name in ("optimizer", "scheduler") if name in config]
     if stage == 3:
-        raise RecipeError("deepspeed: ZeRO 3 would start new layers from empty weights; --fsdp true shards weights too")
+        raise RecipeError(
+            "deepspeed: ZeRO 3 gathers the weights of a layer that is called, and our decoders read some of layers "
+            "that are not; --fsdp true shards weights too"
+        )
     if own:
         raise RecipeError(
             f"deepspeed: leave {' and '.join(own)} out of its file, or the recipe's groups, rates and schedule are lost"

@@ -20,14 +20,15 @@ from tests.training.engines import GRADIENTS, engine
 from tests.training.runs import ROOT, m2f, write_tiny
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 3, "checkpointing_steps": 3, "ema_decay": 0.9, "max_grad_norm": 0.5, "load_best_model_at_end": False,
+    "max_steps": 3, "gradient_accumulation_steps": 2, "checkpointing_steps": 3, "ema_decay": 0.9,
+    "max_grad_norm": 0.5, "load_best_model_at_end": False,
     "adam_epsilon": 1e-4,  # Adam's first steps are of gradients' signs, and where these are 0 rounding decides
 }  # fmt: skip
 
 
 def write_recipe(folder: Path, **fields: object) -> Path:
-    """Six training images, the fifth without objects; in validation images one object each that is all of the image."""
-    recipe = write_tiny(folder, images=(6, 3, 0), **{**SETTINGS, **fields})
+    """Twelve training images, the fifth without objects; in validation images one object each, the whole image."""
+    recipe = write_tiny(folder, images=(12, 3, 0), **{**SETTINGS, **fields})
     path = folder / "data" / "valid" / "_annotations.coco.json"
     content = json.loads(path.read_text())
     content["annotations"] = [whole_image(image) for image in content["images"]]
@@ -46,7 +47,7 @@ def whole_image(image: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process, two images a step."""
+    """A run in one process, four images a step: twice two."""
     folder = tmp_path_factory.mktemp("one")
     with engine("one"):
         train(load_recipe([str(write_recipe(folder))]))
@@ -54,7 +55,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_two(name: str, folder: Path, *options: object, **fields: object) -> Path:
-    """The same run over two ranks, one image a step on each."""
+    """The same run over two ranks, twice one image a step on each."""
     recipe = write_recipe(folder, per_device_train_batch_size=1, **fields)
     done = m2f(name, "train", recipe, *options, ranks=2, module="tests.training.engines")
     assert done.returncode == 0, done.stderr[-3000:]

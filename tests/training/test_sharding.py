@@ -54,7 +54,7 @@ def test_lora_is_refused_since_its_checkpoints_would_not_load_again() -> None:
 @pytest.mark.parametrize(
     ("config", "fields", "advice"),
     [
-        ({"zero_optimization": {"stage": 3}}, {}, "ZeRO 3 would start .*; --fsdp true"),
+        ({"zero_optimization": {"stage": 3}}, {}, "ZeRO 3 gathers .*; --fsdp true"),
         ({"optimizer": {}, "scheduler": {}}, {}, "leave optimizer and scheduler out of its file"),
         (ZERO_2, {"bf16": True}, '"torch_autocast" in its file'),
         (ZERO_2, {"ema_decay": 0.9}, "leave ema_decay out"),
