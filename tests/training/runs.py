@@ -34,7 +34,7 @@ def write_tiny(folder: Path, images: tuple[int, int, int] = (4, 3, 2), **fields:
 
 
 def m2f(
-    *arguments: object, ranks: int = 0, launcher: str = "torchrun", module: str = "m2f_trainer"
+    *arguments: object, ranks: int = 0, launcher: str = "torchrun", module: str = "m2f_trainer", timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """Run `m2f ...` in a process of its own, or in `ranks` processes."""
     launch = {
@@ -43,4 +43,4 @@ def m2f(
     }[launcher]
     command = [sys.executable, *(launch if ranks else []), "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -19,6 +19,7 @@ from tests.faults.tiny import losses
 from tests.training.engines import GRADIENTS, engine
 from tests.training.runs import ROOT, m2f, write_tiny
 
+pytestmark = pytest.mark.timeout(1200)  # up to three launches, on a machine that others keep busy
 SETTINGS: dict[str, Any] = {
     "max_steps": 3, "gradient_accumulation_steps": 2, "checkpointing_steps": 3, "ema_decay": 0.9,
     "max_grad_norm": 0.5, "load_best_model_at_end": False,
@@ -57,7 +58,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_two(name: str, folder: Path, *options: object, **fields: object) -> Path:
     """The same run over two ranks, twice one image a step on each."""
     recipe = write_recipe(folder, per_device_train_batch_size=1, **fields)
-    done = m2f(name, "train", recipe, *options, ranks=2, module="tests.training.engines")
+    done = m2f(name, "train", recipe, *options, ranks=2, module="tests.training.engines", timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
