@@ -151,7 +151,7 @@ def predict(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     results = predict_folder(arguments.model, arguments.inputs, arguments.output_dir, options)
     say(f"Pictures and predictions are in {results}.")
     model = shlex.quote(arguments.model)
-    advise(f"m2f export {model}", f"m2f push {model} NAME/MODEL")
+    advise(f"m2f export {model}", *[f"m2f push {model} NAME/MODEL"] * Path(arguments.model).is_dir())
 
 
 def export(arguments: argparse.Namespace, _: Sequence[str]) -> int:

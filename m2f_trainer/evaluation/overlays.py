@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from m2f_trainer.data import rle
 from m2f_trainer.evaluation.instances import Instances
 
 Colour = tuple[int, int, int]
@@ -59,8 +60,9 @@ def draw_instances(
 def _within_box(instances: Instances, index: int) -> tuple[slice, slice, NDArray[np.bool_]]:
     """Rows, columns and the mask within its box, so that a crowd of small objects stays cheap."""
     x, y, width, height = (int(value) for value in instances.boxes[index])
-    rows, columns = slice(y, y + height), slice(x, x + width)
-    return rows, columns, instances.mask(index)[rows, columns].astype(bool)
+    runs = rle.read_own(instances.rles[index]["counts"])
+    mask = rle.paint(runs, (x, y, x + width, y + height), instances.size[0])
+    return slice(y, y + height), slice(x, x + width), mask.astype(np.bool_)
 
 
 def _paint(pixels: NDArray[np.float32], part: tuple[slice, slice, NDArray[np.bool_]], tint: Colour, line: int) -> None:
@@ -87,7 +89,9 @@ def _write_labels(draw: ImageDraw.ImageDraw, instances: Instances, names: Mappin
 
     A place is free where it covers neither another label nor the centre of another instance.
     """
-    font = ImageFont.load_default(size=float(np.clip(min(instances.size) / 32, 9, 32)))
+    sides = np.sqrt(instances.boxes[:, 2:].prod(axis=1))
+    largest = min(min(instances.size) / 32, float(np.median(sides)) if len(sides) else 32)  # as high as its object
+    font = ImageFont.load_default(size=float(np.clip(largest, 9, 32)))
     taken: list[Rectangle] = []
     centres = instances.boxes[:, :2] + instances.boxes[:, 2:] / 2  # (n, 2), x and y
     for index in range(len(instances)):

@@ -46,6 +46,16 @@ def test_a_label_never_lies_on_the_middle_of_another_object() -> None:
         assert np.abs(picture[y, x].astype(float) - 0.45 * np.array(colour(k))).max() <= 1
 
 
+@pytest.mark.parametrize(("side", "least", "most"), [(12, 9, 18), (200, 25, 45)])
+def test_a_label_is_no_higher_than_the_objects_of_a_large_image_but_readable(side: int, least: int, most: int) -> None:
+    mask = np.zeros((900, 900), np.uint8, order="F")
+    mask[400 : 400 + side, 400 : 400 + side] = 1
+    found = instances_from(1, (900, 900), [(3, 0.9, coco_mask.encode(mask)["counts"])])
+    picture = np.array(found.overlay(Image.new("RGB", (900, 900)), {3: "cell"}))
+    picture[400 : 400 + side, 400 : 400 + side] = 0
+    assert least <= picture.any(-1).any(1).sum() <= most
+
+
 def test_an_image_without_instances_stays_as_it_is() -> None:
     image = Image.new("L", (160, 120), 7)
     picture = two_squares().above(0.99).overlay(image)
