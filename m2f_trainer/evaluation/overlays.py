@@ -90,7 +90,7 @@ def _write_labels(draw: ImageDraw.ImageDraw, instances: Instances, names: Mappin
     A place is free where it covers neither another label nor the centre of another instance.
     """
     sides = np.sqrt(instances.boxes[:, 2:].prod(axis=1))
-    largest = min(min(instances.size) / 32, float(np.median(sides)) if len(sides) else 32)  # as high as its object
+    largest = min(min(instances.size) / 32, float(np.median(sides)) / 2 if len(sides) else 32)  # half an object
     font = ImageFont.load_default(size=float(np.clip(largest, 9, 32)))
     taken: list[Rectangle] = []
     centres = instances.boxes[:, :2] + instances.boxes[:, 2:] / 2  # (n, 2), x and y
