@@ -22,7 +22,7 @@ from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
 from benchmarks.measure import in_a_process, machine
 from m2f_trainer.charts import lines, save_png
-from m2f_trainer.recipe import load_recipe
+from m2f_trainer.recipe import Recipe, load_recipe
 from m2f_trainer.training.run import train
 
 BASE = Path(__file__).with_name("tiles.json")
@@ -41,7 +41,7 @@ def _set(text: str = "") -> Row:
     return Row(tuple(text.split()))
 
 
-TAPS = ("--pyramid_taps", "[3, 6, 9, 12]")
+TAPS = ("--pyramid_taps", "3", "6", "9", "12")
 TABLES: dict[str, dict[str, Row]] = {
     "backbone": {"pretrained": _set(), "random": Row(("--backbone_config", "RANDOM"))},
     "tune": {
@@ -87,6 +87,8 @@ TABLES: dict[str, dict[str, Row]] = {
 def main() -> None:
     """Run what is missing, and print."""
     arguments = _arguments()
+    for row in (row for name in arguments.table for row in TABLES[name].values()):
+        recipe_of(arguments, row, 0, arguments.out)  # a row that is wrong is told now, not in the night
     for seed in arguments.seeds:
         for name in arguments.table:
             for row in TABLES[name].values():
@@ -127,13 +129,6 @@ def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
 def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dict[str, Any]:
     """Train once, in a process of its own; return the final figures and their course."""
     torch.set_num_threads(1)
-    given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
-    given += ["--overwrite_output_dir", "true"]
-    if arguments.steps:
-        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
-    random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
-    options = [random if option == "RANDOM" else option for option in row.options]
-    start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
     began = time.process_time()
     if row.stock[:1] == ("example",):
         recipe = json.loads(BASE.read_text()) | ({"max_steps": arguments.steps} if arguments.steps else {})
@@ -143,7 +138,7 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
         with ExitStack() as stack:
             for part in row.stock:
                 stack.enter_context(PARTS[part]())
-            train(load_recipe([*given, *start, *options]))
+            train(recipe_of(arguments, row, seed, folder))
         state = json.loads((folder / "trainer_state.json").read_text())
         evaluated = [entry for entry in state["log_history"] if "eval_map" in entry]
     return {
@@ -152,6 +147,18 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
         "course": [[entry["step"], entry["eval_map"]] for entry in evaluated],
         **{name: evaluated[-1][name] for name in FIGURES},
     }
+
+
+def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> Recipe:
+    """What one run is trained by."""
+    given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
+    given += ["--overwrite_output_dir", "true"]
+    if arguments.steps:
+        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
+    random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
+    options = [random if option == "RANDOM" else option for option in row.options]
+    start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
+    return load_recipe([*given, *start, *options])
 
 
 def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str, Any]]]:
