@@ -22,9 +22,9 @@ class ModelArguments:
 
     backbone: str = option("dinov3-vits16plus", "A name of the backbone table, a Hub id or a local folder.")
     neck: Literal["pyramid", "adapter", "plain"] = option(
-        "pyramid",
-        "pyramid: maps at strides 4/8/16/32; adapter: the same with a convolutional stem on the image, for objects "
-        "near the size of a patch; plain: every map at the patch stride.",
+        "adapter",
+        "pyramid: maps at strides 4/8/16/32; adapter: the same with a light convolutional stem on the image, for what "
+        "is smaller than a patch; plain: every map at the patch stride.",
     )
     tune: Literal["frozen", "lora", "full"] = option(
         "frozen", "How the backbone is trained. Neck and head are always trained."

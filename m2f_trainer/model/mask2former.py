@@ -50,7 +50,7 @@ class M2FConfig(Mask2FormerConfig):
 
     model_type = "mask2former_dino"
 
-    neck: str = "pyramid"
+    neck: str = "adapter"
     neck_channels: list[int] | None = None
     categories: list[dict[str, Any]] | None = None
     image_height: int = 1024

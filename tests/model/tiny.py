@@ -19,7 +19,7 @@ DINOV2 = {
 HEAD = {
     "num_queries": 7, "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "encoder_layers": 1,
     "decoder_layers": 4, "encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 2,
-    "train_num_points": 64,
+    "train_num_points": 64, "neck": "pyramid",
 }  # fmt: skip
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
 
