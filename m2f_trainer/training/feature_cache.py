@@ -169,7 +169,7 @@ def make_room(maps: MapFile) -> None:
     maps.path.unlink(missing_ok=True)
     disk = shutil.disk_usage(folder)
     room = disk.free - int(SPARE * disk.total)
-    told = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.1f} MB = {maps.size / 1e9:.2f} GB"
+    told = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
     if maps.size > room:
         raise DataError(
             f"feature_cache {maps.views}: {told} of backbone maps don't fit into {folder}, where {room / 1e9:.2f} GB "
