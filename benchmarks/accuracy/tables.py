@@ -98,7 +98,9 @@ def main() -> None:
     for name, rows in figures.items():
         print(f"\n## {name}\n\n{to_markdown(rows)}")
         save_png(
-            lines({row: runs[0]["course"] for row, runs in rows.items()}, "step; mask AP"),
+            lines(
+                {f"{row} ({one['seed']})": one["course"] for row, runs in rows.items() for one in runs}, "step; mask AP"
+            ),
             arguments.out / f"{name}.png",
         )
 
