@@ -6,7 +6,8 @@ python -m benchmarks.evaluate --whole 500 --dataset MY_COCO
 Stock is what the transformers example does: `post_process_instance_segmentation` with binary maps, encoded and scored
 by pycocotools (the example's torchmetrics needs torchvision; it encodes and scores through pycocotools). Masks are
 those of a dataset's annotations as a trained model would give them, or ellipses; weights are random, so that the whole
-evaluation's forward passes are timed and their outputs replaced.
+evaluation's forward passes are timed and their outputs replaced. The example's Trainer hands the labels to the model
+and so computes the loss of every decoder output, which ours doesn't: that is part of its pass, and shown beside it.
 """
 
 import argparse
@@ -17,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor
 from transformers import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from benchmarks import scoring
 from benchmarks.found import class_logits, logits_of
 from benchmarks.measure import alternate, compared, in_a_process, parser, peak_mb, report
-from benchmarks.stock import BACKBONES, CATEGORIES, our_model, stock_model
+from benchmarks.stock import BACKBONES, CATEGORIES, our_model, scene, stock_model
 from m2f_trainer.data.transforms import fit
 from m2f_trainer.evaluation.instances import to_instances
 
@@ -102,9 +102,9 @@ def stages(
 def whole(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
     """One row: forward passes and masks of a few images, scaled to all, and the scoring of all."""
     case = (size, arguments.queries, arguments.side, arguments.dataset, arguments.device, arguments.threads)
-    forward = alternate(forwards(arguments), arguments.measured, arguments.device)
+    forward = alternate(forwards(arguments, scoring.OBJECTS), arguments.measured, arguments.device)
     encode = alternate(stages(*case), arguments.measured, arguments.device)
-    score = scoring.measure(arguments.whole, 7, 100, arguments.dataset)
+    score = scoring.measure(arguments.whole, scoring.OBJECTS, 100, arguments.dataset)
     clock, count = "cpu" if arguments.device == "cpu" else "wall", arguments.whole
     parts = {
         name: {
@@ -120,26 +120,30 @@ def whole(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any
         "height x width": f"{size[0]}x{size[1]}",
         **{f"{name} {part} s": seconds for name in parts for part, seconds in parts[name].items()},
         **{f"{name} images/s": count / seconds for name, seconds in total.items()},
+        "stock's loss s": count * (forward["stock"][clock] - forward["stock without loss"][clock]),
         "ratio": total["stock"] / total["ours"],
     }
 
 
-def forwards(arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """One image's forward pass, both ways, with the same weights."""
+def forwards(arguments: argparse.Namespace, objects: int) -> dict[str, Callable[[], object]]:
+    """One image's pass through the model, with the same weights: ours, the example's, and that without its loss."""
     ours = our_model(arguments.backbone, arguments.side).to(arguments.device).eval()
     stock = stock_model(ours).to(arguments.device).eval()
-    pixels = torch.randint(0, 256, (1, 3, arguments.side, arguments.side), dtype=torch.uint8, device=arguments.device)
-    scaled: Tensor = ours.normalise(pixels, None)
+    our_batch, stock_batch = scene(1, arguments.side, objects, arguments.device)
 
     @torch.inference_mode()
     def our_pass() -> object:
-        return ours(pixel_values=pixels)
+        return ours(pixel_values=our_batch["pixel_values"])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stock_pass() -> object:
-        return stock(pixel_values=scaled)
+        return stock(**stock_batch)
 
-    return {"stock": stock_pass, "ours": our_pass}
+    @torch.no_grad()
+    def without_loss() -> object:
+        return stock(pixel_values=stock_batch["pixel_values"])
+
+    return {"stock": stock_pass, "ours": our_pass, "stock without loss": without_loss}
 
 
 if __name__ == "__main__":

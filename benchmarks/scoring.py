@@ -21,7 +21,7 @@ from m2f_trainer.data.coco import Category
 from m2f_trainer.evaluation.coco_map import CocoMap
 from m2f_trainer.evaluation.instances import Instances, tight_boxes
 
-SIZE, CLASSES = (480, 640), 80
+SIZE, CLASSES, OBJECTS = (480, 640), 80, 7
 POOL = 400  # different masks
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Measure every number of images asked for, and print them."""
     made = parser(__doc__ or "")
     made.add_argument("--images", type=int, nargs="+", default=[500, 5000])
-    made.add_argument("--objects", type=int, default=7, help="true objects an image")
+    made.add_argument("--objects", type=int, default=OBJECTS, help="true objects an image")
     made.add_argument("--found", type=int, default=100, help="predictions an image")
     made.add_argument("--dataset", type=Path, help="a COCO folder to take masks from")
     arguments = made.parse_args()

@@ -31,10 +31,11 @@ FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "
 
 @dataclass(frozen=True)
 class Row:
-    """Options beside the base recipe's, and what is transformers': parts, or the example with its learning rate."""
+    """Options beside the base recipe's, what is transformers' (parts, or the example with its learning rate), steps."""
 
     options: tuple[str, ...] = ()
     stock: tuple[str, ...] = ()
+    steps: int | None = None
 
 
 def _set(text: str = "") -> Row:
@@ -75,11 +76,22 @@ TABLES: dict[str, dict[str, Row]] = {
         "off": _set(),
         "4 views": _set("--feature_cache 4"),
     },
+    "feature cache, 100 tiles": {
+        "off": _set("--max_train_samples 100"),
+        "1 view": _set("--max_train_samples 100 --feature_cache 1"),
+        "4 views": _set("--max_train_samples 100 --feature_cache 4"),
+    },
     "precision": {"float32": _set(), "bfloat16": _set("--bf16 true --use_cpu true")},
     "example": {
         "ours": _set(),
         "the example, our learning rate": Row(stock=("example", "5e-4")),
         "the example, its learning rate": Row(stock=("example", "1e-5")),
+    },
+    "longer": {
+        "frozen": Row(steps=1200),
+        "frozen, 4 taps": Row(TAPS, steps=1200),
+        "LoRA, rank 16": Row(("--tune", "lora"), steps=1200),
+        "the example, our learning rate": Row(stock=("example", "5e-4"), steps=1200),
     },
 }  # fmt: skip
 
@@ -112,13 +124,13 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("out", type=Path)
     made.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    made.add_argument("--steps", type=int, help="steps of a run; evaluated at each half [the recipe's]")
+    made.add_argument("--steps", type=int, help="steps of every run; evaluated at each half [the row's]")
     return made.parse_args()
 
 
 def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
     """The JSON of one run, made where it isn't there yet."""
-    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps])
+    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps or row.steps])
     folder = arguments.out / f"{hashlib.sha256(said.encode()).hexdigest()[:10]}-{seed}"
     path: Path = folder.with_suffix(".json")
     if not path.exists():
@@ -133,7 +145,8 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
     torch.set_num_threads(1)
     began = time.process_time()
     if row.stock[:1] == ("example",):
-        recipe = json.loads(BASE.read_text()) | ({"max_steps": arguments.steps} if arguments.steps else {})
+        steps = arguments.steps or row.steps
+        recipe = json.loads(BASE.read_text()) | ({"max_steps": steps} if steps else {})
         figures = train_example(recipe, arguments.tiles, arguments.backbone, folder, float(row.stock[1]), seed)
         evaluated = [{**figures, "step": recipe["max_steps"]}]
     else:
@@ -155,8 +168,8 @@ def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) 
     """What one run is trained by."""
     given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
     given += ["--overwrite_output_dir", "true"]
-    if arguments.steps:
-        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
+    if steps := arguments.steps or row.steps:
+        given += ["--max_steps", str(steps), "--checkpointing_steps", str(steps // 2)]
     random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
     options = [random if option == "RANDOM" else option for option in row.options]
     start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []

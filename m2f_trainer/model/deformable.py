@@ -61,6 +61,33 @@ def _planes(value: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+class FewSoftmax(torch.autograd.Function):
+    """The softmax of the last dimension by whole arrays, keeping its output alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        """Exponentials of the differences to the largest, by their sum: the shape of `logits`."""
+        output = (logits - logits.amax(-1, keepdim=True)).exp_()
+        output.div_(output.sum(-1, keepdim=True))
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        """p (g - sum of p g), in the shape of `logits`."""
+        (output,) = ctx.saved_tensors
+        gradient = grad_outputs[0] * output
+        return torch.addcmul(gradient, output, gradient.sum(-1, keepdim=True), value=-1)
+
+
+def softmax_of_few(logits: Tensor) -> Tensor:
+    """Softmax over a last dimension of few numbers, for which torch's own is 9 times slower on a CPU."""
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        output: Tensor = FewSoftmax.apply(logits)  # type: ignore[no-untyped-call]
+        return output
+    return logits.softmax(-1)
+
+
 def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
     """Return the attended values (B, S, heads x D).
 

@@ -75,7 +75,7 @@ class CompactMasks:
         return self.values.index_select(0, index.flatten()).view_as(index).to(like.dtype)
 
 
-VALUES_AT_ONCE = {"cpu": 2**18, "accelerator": 2**25}
+VALUES_AT_ONCE = {"cpu": 2**21, "accelerator": 2**25}
 """Numbers worked on at once: what a CPU's caches hold, what keeps an accelerator busy."""
 
 
@@ -142,7 +142,7 @@ def match(
         if count:
             which = torch.arange(start, start + count, device=points.device)
             truth = masks.sample(which, points[image].expand(count, -1, -1))
-            logits = embeddings[:, image] @ sampled[image]
+            logits = (embeddings[:, image].flatten(0, 1) @ sampled[image]).unflatten(0, (len(embeddings), -1))
             costs.append(pair_costs(logits, probabilities[:, image], truth, classes, weights))
         start += count
     return _assign(costs, [len(classes) for classes in class_labels], class_logits)

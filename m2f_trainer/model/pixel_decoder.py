@@ -17,7 +17,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderLayer,
 )
 
-from .deformable import deformable_attention
+from .deformable import deformable_attention, softmax_of_few
 from .query_decoder import linear_placed
 
 Shape = tuple[int, int]
@@ -55,11 +55,11 @@ def encoder_layer(
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
     value = attention.value_proj(hidden).view(batch, length, heads, -1)
     offsets = linear_placed(hidden, positions, attention.sampling_offsets.weight, attention.sampling_offsets.bias)
-    offsets = offsets.view(batch, length, heads, levels, points, 2)
     weights = linear_placed(hidden, positions, attention.attention_weights.weight, attention.attention_weights.bias)
-    weights = weights.view(batch, length, heads, levels * points).softmax(-1)
+    weights = softmax_of_few(weights.view(batch, length, heads, levels * points))
     weights = weights.view(batch, length, heads, levels, points)
-    places = references[None, :, None, :, None] + offsets
+    around = references.unsqueeze(2).expand(-1, -1, points, -1).flatten(1)  # a CPU is slow to broadcast one by one
+    places = (around.unsqueeze(1) + offsets.view(batch, length, heads, -1)).view(*weights.shape, 2)
     attended = attention.output_proj(deformable_attention(value, shapes, places, weights))
     hidden = layer.self_attn_layer_norm(hidden + F.dropout(attended, layer.dropout, layer.training))
     update = checkpoint(_feed_forward, layer, hidden, use_reentrant=False, preserve_rng_state=layer.dropout > 0)
@@ -69,7 +69,7 @@ def encoder_layer(
 
 def _feed_forward(layer: Mask2FormerPixelDecoderEncoderLayer, hidden: Tensor) -> Tensor:
     """(B, S, C) -> (B, S, C). Recomputed in backward: its inner activations are the largest that a layer has."""
-    inner = F.dropout(layer.activation_fn(layer.fc1(hidden)), layer.activation_dropout, layer.training)
+    inner = F.dropout(F.relu(layer.fc1(hidden), inplace=True), layer.activation_dropout, layer.training)
     return F.dropout(layer.fc2(inner), layer.dropout, layer.training)
 
 
