@@ -31,7 +31,9 @@ CATEGORIES = [{"id": k + 1, "name": f"class {k}"} for k in range(80)]
 def our_model(backbone: str, side: int, **fields: Any) -> M2FModel:
     """A model of ours with random weights, for square images."""
     torch.manual_seed(0)
-    return build_model(BACKBONES[backbone], CATEGORIES, image_size=(side, side), neck="pyramid", **fields)
+    config = BACKBONES[backbone]
+    taps = (config.get("num_hidden_layers", 12),)
+    return build_model(config, CATEGORIES, image_size=(side, side), neck="pyramid", taps=taps, **fields)
 
 
 class StockEncoder(nn.Module):

@@ -34,7 +34,7 @@ class ModelArguments:
     )
     init_from: str | None = option(None, "A model of ours to start a new run from; the classes may differ.")
     num_queries: int = option(100, "Queries, so the most instances that one image can have.")
-    pyramid_taps: list[int] | None = option(None, "Backbone layers the neck reads, from 1. Default: the last one.")
+    pyramid_taps: list[int] | None = option(None, "Backbone layers the neck reads, from 1. Default: four, evenly.")
     drop_path: float = option(
         0.0, "Share of images that skip the backbone's last layer in training; earlier ones less."
     )

@@ -68,7 +68,8 @@ def read_config(
     """Return the backbone's configuration, set to give the maps that the neck needs.
 
     `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
-    `taps` are 1-based depths of a ViT whose maps are used (default: the last one); a ConvNeXt gives its four stages.
+    `taps` are 1-based depths of a ViT whose maps are used (default: the end of each quarter, as DINOv2's and DINOv3's
+    papers read them for dense tasks); a ConvNeXt gives its four stages.
 
     `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
 
@@ -94,7 +95,8 @@ def read_config(
     wrong = [tap for tap in taps if not 1 <= tap <= depth]
     if wrong:
         raise ModelError(f"pyramid_taps {wrong}: this backbone has {depth} layers, so a tap is between 1 and {depth}")
-    config.out_features = [stages[tap] for tap in sorted(set(taps or (depth,)))]
+    quarters = (-(-depth * k // 4) for k in (1, 2, 3, 4))
+    config.out_features = [stages[tap] for tap in sorted(set(taps or quarters))]
     return config
 
 

@@ -29,7 +29,7 @@ def build_model(
     backbone         a table name, Hub id or folder (pretrained weights), or a configuration dictionary (random weights)
     categories       the classes in order, each {"id", "name"}
     image_size       (height, width) of the padded frame
-    taps             1-based depths of a ViT that feed the neck; default the last
+    taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it
     head_checkpoint  any Mask2Former checkpoint to take the pixel decoder and transformer decoder from
     init_from        a model of ours to take all weights from, other classes included
     drop_path        share of a batch's images that skip the backbone's last layer in training; earlier layers less

@@ -75,7 +75,7 @@ class CompactMasks:
         return self.values.index_select(0, index.flatten()).view_as(index).to(like.dtype)
 
 
-VALUES_AT_ONCE = {"cpu": 2**21, "accelerator": 2**25}
+VALUES_AT_ONCE = {"cpu": 2**20, "accelerator": 2**25}
 """Numbers worked on at once: what a CPU's caches hold, what keeps an accelerator busy."""
 
 
