@@ -31,18 +31,17 @@ FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "
 
 @dataclass(frozen=True)
 class Row:
-    """Options beside the base recipe's, what is transformers' (parts, or the example with its learning rate), steps."""
+    """Options beside the base recipe's, and what is transformers': parts, or the example with its learning rate."""
 
     options: tuple[str, ...] = ()
     stock: tuple[str, ...] = ()
-    steps: int | None = None
 
 
 def _set(text: str = "") -> Row:
     return Row(tuple(text.split()))
 
 
-TAPS = ("--pyramid_taps", "3", "6", "9", "12")
+TAPS = "--pyramid_taps 3 6 9 12"
 TABLES: dict[str, dict[str, Row]] = {
     "backbone": {"pretrained": _set(), "random": Row(("--backbone_config", "RANDOM"))},
     "tune": {
@@ -54,9 +53,9 @@ TABLES: dict[str, dict[str, Row]] = {
     "neck": {
         "plain": _set("--neck plain"),
         "pyramid": _set("--neck pyramid"),
-        "pyramid, 4 taps": Row(("--neck", "pyramid", *TAPS)),
+        "pyramid, 4 taps": _set(f"--neck pyramid {TAPS}"),
         "adapter": _set(),
-        "adapter, 4 taps": Row(TAPS),
+        "adapter, 4 taps": _set(TAPS),
     },
     "fixes": {
         "ours": _set(),
@@ -87,11 +86,11 @@ TABLES: dict[str, dict[str, Row]] = {
         "the example, our learning rate": Row(stock=("example", "5e-4")),
         "the example, its learning rate": Row(stock=("example", "1e-5")),
     },
-    "longer": {
-        "frozen": Row(steps=1200),
-        "frozen, 4 taps": Row(TAPS, steps=1200),
-        "LoRA, rank 16": Row(("--tune", "lora"), steps=1200),
-        "the example, our learning rate": Row(stock=("example", "5e-4"), steps=1200),
+    "together": {
+        "frozen, the last layer": _set(),
+        "frozen, 4 taps": _set(TAPS),
+        "LoRA, 4 taps": _set(f"--tune lora {TAPS}"),
+        "LoRA, 4 taps, no jitter": _set(f"--tune lora {TAPS} --lsj_min_scale 1 --lsj_max_scale 1"),
     },
 }  # fmt: skip
 
@@ -130,7 +129,7 @@ def _arguments() -> argparse.Namespace:
 
 def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
     """The JSON of one run, made where it isn't there yet."""
-    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps or row.steps])
+    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps])
     folder = arguments.out / f"{hashlib.sha256(said.encode()).hexdigest()[:10]}-{seed}"
     path: Path = folder.with_suffix(".json")
     if not path.exists():
@@ -145,8 +144,7 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
     torch.set_num_threads(1)
     began = time.process_time()
     if row.stock[:1] == ("example",):
-        steps = arguments.steps or row.steps
-        recipe = json.loads(BASE.read_text()) | ({"max_steps": steps} if steps else {})
+        recipe = json.loads(BASE.read_text()) | ({"max_steps": arguments.steps} if arguments.steps else {})
         figures = train_example(recipe, arguments.tiles, arguments.backbone, folder, float(row.stock[1]), seed)
         evaluated = [{**figures, "step": recipe["max_steps"]}]
     else:
@@ -168,8 +166,8 @@ def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) 
     """What one run is trained by."""
     given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
     given += ["--overwrite_output_dir", "true"]
-    if steps := arguments.steps or row.steps:
-        given += ["--max_steps", str(steps), "--checkpointing_steps", str(steps // 2)]
+    if arguments.steps:
+        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
     random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
     options = [random if option == "RANDOM" else option for option in row.options]
     start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
