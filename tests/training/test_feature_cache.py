@@ -84,7 +84,7 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         _, first, _ = both(rows, tmp_path)
-        assert "3 images x 2 views x 0.0041 MB = 2.46e-05 GB of backbone maps go to" in caplog.text
+        assert "3 images x 2 views x 0.00819 MB = 4.92e-05 GB of backbone maps go to" in caplog.text
         written = first.maps.path.stat()
         assert written.st_size == first.maps.size
         both(rows, tmp_path)
