@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -92,19 +93,23 @@ def _write_labels(draw: ImageDraw.ImageDraw, instances: Instances, names: Mappin
     sides = np.sqrt(instances.boxes[:, 2:].prod(axis=1))
     largest = min(min(instances.size) / 32, float(np.median(sides)) / 2 if len(sides) else 32)  # half an object
     font = ImageFont.load_default(size=float(np.clip(largest, 9, 32)))
-    taken: list[Rectangle] = []
-    centres = instances.boxes[:, :2] + instances.boxes[:, 2:] / 2  # (n, 2), x and y
-    for index in range(len(instances)):
+    taken = np.zeros(instances.size, np.uint16)  # how many labels and centres lie on a pixel
+    middles = (instances.boxes[:, :2] + instances.boxes[:, 2:] / 2)[:, ::-1]  # (n, 2), y and x
+    centres = np.clip(middles, 0, np.array(taken.shape) - 1).astype(int).tolist()
+    for row, column in centres:
+        taken[row, column] += 1
+    for index, (row, column) in enumerate(centres):
         category_id = int(instances.category_ids[index])
         score = instances.scores[index]
         text = names.get(category_id, str(category_id)) + ("" if np.isnan(score) else f" {100 * score:.0f}%")
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
         places = _places(instances.boxes[index], (right + 4, bottom + 3), instances.size)
-        others = np.delete(centres, index, axis=0)
-        free = [p for p in places if not any(_overlap(p, other) for other in taken) and not _covers(p, others)]
+        taken[row, column] -= 1
+        free = [place for place in places if not taken[_pixels(place)].any()]
+        taken[row, column] += 1
         if not free or instances.boxes[index, 2] <= 0:
             continue
-        taken.append(free[0])
+        taken[_pixels(free[0])] += 1
         ink = colour(index)
         draw.rectangle(free[0], fill=ink)
         dark = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2] > 140
@@ -123,10 +128,7 @@ def _places(box: NDArray[np.float64], label: tuple[float, float], size: tuple[in
     ]
 
 
-def _covers(place: Rectangle, points: NDArray[np.float64]) -> bool:
-    """Whether any of the points (n, 2), x and y, lies in the rectangle."""
-    return bool(((points >= place[:2]) & (points <= place[2:])).all(axis=1).any())
-
-
-def _overlap(first: Rectangle, second: Rectangle) -> bool:
-    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
+def _pixels(place: Rectangle) -> tuple[slice, slice]:
+    """The rows and columns that a rectangle touches."""
+    left, top, right, bottom = place
+    return slice(int(top), math.ceil(bottom)), slice(int(left), math.ceil(right))
