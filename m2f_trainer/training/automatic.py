@@ -63,8 +63,8 @@ def epochs_for(images: int) -> float:
 def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train: TrainArguments, limit: int) -> int:
     """How many images a device holds in a real training step: a power of two up to `limit`, the same on all ranks.
 
-    Tried on a model of its own with the images of the most objects. A CPU isn't tried: it swaps where a GPU would
-    refuse, and gains nothing from more than a few images; it gets 2. Raises TrainingError where not even one fits.
+    Tried on a model of its own, unsharded, with the images of the most objects. A CPU isn't tried: it swaps where a GPU
+    would refuse, and gains nothing from more than a few; it gets 2. Raises TrainingError where not even one fits.
     """
     if train.device.type == "cpu":
         return min(CPU_IMAGES, limit)

@@ -98,10 +98,13 @@ def memory_text(plan: Plan) -> str:
         (f"activations, {images} x {memory.activations / GIGA:.2f}", images * memory.activations),
     ]  # fmt: skip
     rows = [(name, f"{size / GIGA:.2f} GB") for name, size in parts]
+    shared = "weights, gradients and optimiser" if plan.train.fsdp else "gradients and optimiser (ZeRO 2)"
+    sharded = f"\nUnsharded: each of N devices will hold about 1/N of {shared}."
     return (
         f"about {memory.total(images) / GIGA:.1f} GB of memory a device\n{columns(rows)}\n"
         f"Activations: what autograd keeps of two small images with {plan.instances} objects each, extrapolated\n"
         "to the full size. The rest is counted. A device's context and workspaces come on top: allow a fifth more."
+        + (sharded if plan.train.fsdp or plan.train.deepspeed else "")
     )
 
 

@@ -44,6 +44,13 @@ def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert "GB of memory a device" in text
 
 
+def test_a_dry_run_says_what_sharding_would_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_tiny(tmp_path, max_steps=2)
+    for options, told in (([], False), (["--fsdp", "true"], True)):
+        assert cli.main(["train", str(recipe), "--dry_run", *options]) == 0
+        assert ("Unsharded: each of N devices" in capsys.readouterr().out) == told
+
+
 def test_parameters_are_counted_and_a_frozen_backbone_has_neither_gradients_nor_moments() -> None:
     model = tiny_model()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
