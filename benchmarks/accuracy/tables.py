@@ -21,7 +21,7 @@ import torch
 from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
 from benchmarks.measure import in_a_process, machine
-from m2f_trainer.charts import lines, save_png
+from m2f_trainer.charts import Drawing, lines, save_png
 from m2f_trainer.recipe import Recipe, load_recipe
 from m2f_trainer.training.run import train
 
@@ -108,12 +108,7 @@ def main() -> None:
     (arguments.out / "tables.json").write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
     for name, rows in figures.items():
         print(f"\n## {name}\n\n{to_markdown(rows)}")
-        save_png(
-            lines(
-                {f"{row} ({one['seed']})": one["course"] for row, runs in rows.items() for one in runs}, "step; mask AP"
-            ),
-            arguments.out / f"{name}.png",
-        )
+        save_png(curves(rows), arguments.out / f"{name}.png")
 
 
 def _arguments() -> argparse.Namespace:
@@ -180,6 +175,18 @@ def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str
         name: [json.loads(once(arguments, row, seed).read_text()) for seed in arguments.seeds]
         for name, row in TABLES[table].items()
     }
+
+
+def curves(rows: dict[str, list[dict[str, Any]]]) -> Drawing:
+    """Mask AP over steps, mean of the seeds, a line a row."""
+    courses = {
+        row: [
+            (step, statistics.mean(one["course"][k][1] for one in runs))
+            for k, (step, _) in enumerate(runs[0]["course"])
+        ]
+        for row, runs in rows.items()
+    }
+    return lines({row: [(0, 0.0), *course] for row, course in courses.items()}, "step; mask AP")
 
 
 def to_markdown(rows: dict[str, list[dict[str, Any]]]) -> str:
