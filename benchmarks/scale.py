@@ -47,7 +47,7 @@ def sizes(arguments: argparse.Namespace) -> None:
     rows = [
         *series("instances", arguments.instances, lambda n: train_step.measure(step, "full", arguments.side[0], n)),
         *series("side", arguments.side, lambda side: train_step.measure(step, "full", side, 20)),
-        *series("images scored", arguments.images, lambda n: scoring.measure(n, 7, 100, None)),
+        *series("images scored", arguments.images, lambda n: scoring.measure(n, scoring.OBJECTS, 100, None)),
     ]
     report("Cost against size", rows, arguments)
 

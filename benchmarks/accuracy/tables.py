@@ -118,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("out", type=Path)
     made.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    made.add_argument("--steps", type=int, help="steps of every run; evaluated at each half [the row's]")
+    made.add_argument("--steps", type=int, help="steps of every run; evaluated at each half [the recipe's]")
     return made.parse_args()
 
 

@@ -37,6 +37,13 @@ def test_a_training_backbone_is_random_only_where_that_was_asked_for() -> None:
         assert torch.equal(features(model, 0), features(model, 1)), "a frozen backbone never is"
 
 
+@pytest.mark.parametrize(("layers", "read"), [(12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (5, [2, 3, 4, 5]), (1, [1])])
+def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_unless_told_otherwise(layers: int, read: list[int]) -> None:
+    vit = {**VIT, "num_hidden_layers": layers}
+    assert read_config(vit).out_features == [f"stage{layer}" for layer in read]
+    assert read_config(vit, taps=(layers,)).out_features == [f"stage{layers}"]
+
+
 def test_noise_that_a_backbone_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="'dinov2' backbone has no pos_embed_rescale, so it can't be set to 2"):
         read_config(DINOV2, rope_rescale=2.0)

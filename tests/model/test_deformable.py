@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
 from m2f_trainer.model import row_sampling
-from m2f_trainer.model.deformable import deformable_attention
+from m2f_trainer.model.deformable import deformable_attention, softmax_of_few
 from m2f_trainer.model.row_sampling import with_border, without_border
 
 SHAPES = ((3, 5), (6, 4), (1, 1))
@@ -52,6 +52,16 @@ def test_deformable_attention_and_its_gradients_are_transformers(
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_softmax_of_few_is_torchs_also_far_from_zero_and_in_its_gradient() -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 5, 12, dtype=torch.float64) * 300).requires_grad_()
+    found, expected = softmax_of_few(logits), logits.softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-300)
+    gradient = torch.randn_like(expected)
+    mine, theirs = (torch.autograd.grad(output, logits, gradient)[0] for output in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton comes with torch for CUDA")
