@@ -32,6 +32,7 @@ from m2f_trainer.data.images import open_image
 from m2f_trainer.data.masks import decode
 from m2f_trainer.evaluation.assessment import Assessment
 from m2f_trainer.model.backbones import load_pretrained
+from m2f_trainer.training.preparation import first
 
 TAPS = ["stage3", "stage6", "stage9", "stage12"]
 
@@ -111,7 +112,7 @@ def train_example(
     )  # fmt: skip
     samples = ExampleDataset(splits["train"], processor, augment=True)
     Trainer(model=model, args=arguments, train_dataset=samples, data_collator=collate).train()
-    valid = splits["valid"].select(range(recipe["max_eval_samples"]))
+    valid = first(splits["valid"], recipe.get("max_eval_samples"))
     return score(model, ExampleDataset(valid, processor, augment=False))
 
 

@@ -1,8 +1,9 @@
 """What each choice gives: python -m benchmarks.accuracy.tables TILES BACKBONE OUT [--table NAME ...] [--seeds 0 1]
 
-Every row of a table is tiles.json with some fields changed, trained on TILES (made by `tiles`) once a seed. A run that
-is there already, in OUT, is not run again, so that a night that was cut short goes on; a row that several tables share
-is run once. Prints the tables as markdown and keeps their figures in OUT/tables.json and their curves as pictures.
+Every row of a table is the recipe (tiles.json, or --recipe) with some fields changed, trained on TILES (of `tiles`, or
+any dataset) once a seed. A run that is there already, in OUT, is not run again, so that a night that was cut short goes
+on; rows of the same settings are run once. Prints the tables as markdown and keeps their figures in OUT/tables.json and
+their curves as pictures.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
 from benchmarks.measure import in_a_process, machine
 from m2f_trainer.charts import Drawing, lines, save_png
-from m2f_trainer.recipe import Recipe, load_recipe
+from m2f_trainer.recipe import OptionParser, Recipe, load_recipe
 from m2f_trainer.training.run import train
 
-BASE = Path(__file__).with_name("tiles.json")
 FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "eval_map_medium": "medium"}
 
 
@@ -41,7 +41,7 @@ def _set(text: str = "") -> Row:
     return Row(tuple(text.split()))
 
 
-TAPS = "--pyramid_taps 3 6 9 12"
+LAST, FOUR = "--pyramid_taps 12", "--pyramid_taps 3 6 9 12"
 TABLES: dict[str, dict[str, Row]] = {
     "backbone": {"pretrained": _set(), "random": Row(("--backbone_config", "RANDOM"))},
     "tune": {
@@ -52,10 +52,10 @@ TABLES: dict[str, dict[str, Row]] = {
     },
     "neck": {
         "plain": _set("--neck plain"),
-        "pyramid": _set("--neck pyramid"),
-        "pyramid, 4 taps": _set(f"--neck pyramid {TAPS}"),
-        "adapter": _set(),
-        "adapter, 4 taps": _set(TAPS),
+        "pyramid": _set(f"--neck pyramid {LAST}"),
+        "pyramid, 4 taps": _set(f"--neck pyramid {FOUR}"),
+        "adapter": _set(LAST),
+        "adapter, 4 taps": _set(FOUR),
     },
     "fixes": {
         "ours": _set(),
@@ -87,10 +87,10 @@ TABLES: dict[str, dict[str, Row]] = {
         "the example, its learning rate": Row(stock=("example", "1e-5")),
     },
     "together": {
-        "frozen, the last layer": _set(),
-        "frozen, 4 taps": _set(TAPS),
-        "LoRA, 4 taps": _set(f"--tune lora {TAPS}"),
-        "LoRA, 4 taps, no jitter": _set(f"--tune lora {TAPS} --lsj_min_scale 1 --lsj_max_scale 1"),
+        "frozen, the last layer": _set(LAST),
+        "frozen, 4 taps": _set(FOUR),
+        "LoRA, 4 taps": _set(f"--tune lora {FOUR}"),
+        "LoRA, 4 taps, no jitter": _set(f"--tune lora {FOUR} --lsj_min_scale 1 --lsj_max_scale 1"),
     },
 }  # fmt: skip
 
@@ -116,6 +116,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("tiles", type=Path)
     made.add_argument("backbone", type=Path)
     made.add_argument("out", type=Path)
+    made.add_argument("--recipe", type=Path, default=Path(__file__).with_name("tiles.json"))
     made.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     made.add_argument("--steps", type=int, help="steps of every run; evaluated at each half [the recipe's]")
@@ -124,7 +125,7 @@ def _arguments() -> argparse.Namespace:
 
 def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
     """The JSON of one run, made where it isn't there yet."""
-    said = json.dumps([BASE.read_text(), row.options, row.stock, arguments.steps])
+    said = json.dumps([settings(arguments, row), row.stock], sort_keys=True)
     folder = arguments.out / f"{hashlib.sha256(said.encode()).hexdigest()[:10]}-{seed}"
     path: Path = folder.with_suffix(".json")
     if not path.exists():
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
     torch.set_num_threads(1)
     began = time.process_time()
     if row.stock[:1] == ("example",):
-        recipe = json.loads(BASE.read_text()) | ({"max_steps": arguments.steps} if arguments.steps else {})
+        recipe = settings(arguments, row)
         figures = train_example(recipe, arguments.tiles, arguments.backbone, folder, float(row.stock[1]), seed)
         evaluated = [{**figures, "step": recipe["max_steps"]}]
     else:
@@ -157,12 +158,29 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
     }
 
 
+def settings(arguments: argparse.Namespace, row: Row) -> dict[str, Any]:
+    """The recipe's fields, and what the row and the command line set in their place."""
+    return {**json.loads(arguments.recipe.read_text()), **OptionParser().given([*_steps(arguments), *row.options])}
+
+
+def _steps(arguments: argparse.Namespace) -> list[str]:
+    if not arguments.steps:
+        return []
+    return ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
+
+
 def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> Recipe:
     """What one run is trained by."""
-    given = [str(BASE), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed)]
-    given += ["--overwrite_output_dir", "true"]
-    if arguments.steps:
-        given += ["--max_steps", str(arguments.steps), "--checkpointing_steps", str(arguments.steps // 2)]
+    given = [
+        str(arguments.recipe),
+        "--dataset_name",
+        str(arguments.tiles),
+        "--output_dir",
+        str(folder),
+        "--seed",
+        str(seed),
+    ]
+    given += ["--overwrite_output_dir", "true", *_steps(arguments)]
     random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
     options = [random if option == "RANDOM" else option for option in row.options]
     start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
