@@ -1,6 +1,7 @@
 """The `m2f` command: one function a command, each of which imports what it needs and ends by telling the next step."""
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options and arguments.command != "train":
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     bars_on_terminals_only()
+    escape_what_cannot_be_printed()
     try:
         status = COMMANDS[arguments.command](arguments, options)
         sys.stdout.flush()
@@ -209,6 +211,12 @@ def bars_on_terminals_only() -> None:
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
 
 
+def escape_what_cannot_be_printed() -> None:
+    """A class or file name that the output's encoding lacks ends no command: Windows' has few, UTF-8 no odd bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def leave_together() -> None:
     """End what binds this process to other ranks, if any; a rank that fails does not, since the others may be stuck."""
     rendezvous = sys.modules.get("m2f_trainer.rendezvous")
@@ -217,9 +225,14 @@ def leave_together() -> None:
 
 
 def is_advice(error: Exception) -> bool:
-    """Whether an error's message is for the user; the model package, which stands alone, has an error of its own."""
+    """Whether an error's message is for the user.
+
+    The model package, which stands alone, has an error of its own; what the system refuses (a folder that can't be
+    written, a full disk) has a number, and its message names the file.
+    """
     backbones = sys.modules.get("m2f_trainer.model.backbones")
-    return isinstance(error, M2FError) or (backbones is not None and isinstance(error, backbones.ModelError))
+    refused = isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, M2FError) or refused or (backbones is not None and isinstance(error, backbones.ModelError))
 
 
 def advise(*commands: str) -> None:

@@ -86,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def demo_options(command: argparse.ArgumentParser) -> None:
     command.description = "Write a small made-up dataset, train on it, evaluate, and draw predictions."
     command.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where it all goes [%(default)s]")
@@ -102,17 +109,19 @@ def check_options(command: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="write the result as JSON instead of text")
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures too")
     output.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
-    output.add_argument("--preview", type=int, metavar="N", help="draw N augmented training samples into preview/")
+    output.add_argument("--preview", type=count, metavar="N", help="draw N augmented training samples into preview/")
     output.add_argument(
         "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
     )
     command.add_argument(
-        "--streaming", type=int, metavar="N", help="of a dataset on the Hub, read only N images of each split"
+        "--streaming", type=count, metavar="N", help="of a dataset on the Hub, read only N images of each split"
     )
     model = command.add_argument_group("the model it is for", "objects are judged by its queries and input size")
-    model.add_argument("--num_queries", type=int, metavar="N", default=100, help="queries of the model [%(default)s]")
-    model.add_argument("--image_height", type=int, metavar="N", default=1024, help="its input, in pixels [%(default)s]")
-    model.add_argument("--image_width", type=int, metavar="N", default=1024, help="[%(default)s]")
+    model.add_argument("--num_queries", type=count, metavar="N", default=100, help="queries of the model [%(default)s]")
+    model.add_argument(
+        "--image_height", type=count, metavar="N", default=1024, help="its input, in pixels [%(default)s]"
+    )
+    model.add_argument("--image_width", type=count, metavar="N", default=1024, help="[%(default)s]")
 
 
 def train_options(command: argparse.ArgumentParser) -> None:
@@ -130,7 +139,7 @@ def evaluate_options(command: argparse.ArgumentParser) -> None:
         "--split", default="valid", choices=["train", "valid", "test"], help="part of it [%(default)s]"
     )
     command.add_argument("--output_dir", type=Path, help="where metrics.json and predictions.json go")
-    command.add_argument("--batch_size", type=int, metavar="N", default=4, help="images at once [%(default)s]")
+    command.add_argument("--batch_size", type=count, metavar="N", default=4, help="images at once [%(default)s]")
 
 
 def report_options(command: argparse.ArgumentParser) -> None:
@@ -157,11 +166,11 @@ def predict_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threshold", type=float, metavar="SCORE", default=0.5, help="lowest score that is kept [%(default)s]"
     )
-    command.add_argument("--batch_size", type=int, metavar="N", default=4, help="images at once [%(default)s]")
+    command.add_argument("--batch_size", type=count, metavar="N", default=4, help="images at once [%(default)s]")
     large = command.add_argument_group("large images", "TIFFs are read by windows (pip install 'm2f-trainer[tiff]')")
     large.add_argument(
         "--tile",
-        type=int,
+        type=count,
         metavar="SIDE",
         help="predict in tiles of SIDE pixels, merged across seams; best as large as the training images were",
     )
@@ -191,7 +200,7 @@ def export_options(command: argparse.ArgumentParser) -> None:
     file.add_argument("--fixed_size", action="store_true", help="images of the model's own size only")
     parity = command.add_argument_group("the comparison")
     parity.add_argument("--validation", metavar="DATASET", help="compare on its valid split [the run's own dataset]")
-    parity.add_argument("--images", type=int, default=16, metavar="N", help="images to compare on [%(default)s]")
+    parity.add_argument("--images", type=count, default=16, metavar="N", help="images to compare on [%(default)s]")
 
 
 def push_options(command: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The `m2f` command: quick help, errors without tracebacks, and the next step at each end."""
 
+import io
 import subprocess
 import sys
 import time
@@ -117,6 +118,38 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(cli.COMMANDS, "evaluate", fail)
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["evaluate", "a", "b"])
+
+
+def test_what_the_system_refuses_is_told_with_the_file_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda *_: (tmp_path / "file" / "scores").mkdir(parents=True))
+    (tmp_path / "file").touch()
+    assert cli.main(["evaluate", "a", "b"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("m2f evaluate: ")
+    assert str(tmp_path / "file") in error
+
+
+def test_names_that_the_outputs_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda *_: cli.say("Z\u00fcge \u5217\u8eca \udce9"))
+    assert cli.main(["evaluate", "a", "b"]) == 0
+    assert written.getvalue().decode("cp1252").strip() == "Z\u00fcge \\u5217\\u8eca \\udce9"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "predict m in --batch_size 0", "predict m in --tile -5", "evaluate m d --batch_size -1", "export m --images 0",
+        "check d --preview 0", "check d --num_queries 0", "check d --image_height x", "check d --streaming 0",
+    ],
+)  # fmt: skip
+def test_a_count_below_one_is_wrong_usage(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv.split())
+    assert "expected a whole number from 1 on, got" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

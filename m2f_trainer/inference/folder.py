@@ -153,8 +153,9 @@ def is_video(path: Path) -> bool:
 
 
 def _is_input(path: Path) -> bool:
-    """Whether a name is an image's or a video's, and not that of a picture which we drew."""
-    return path.suffix.lower() in (*SUFFIXES, *VIDEOS) and Path(path.stem).suffix != DRAWN
+    """Whether a name is an image's or a video's, and not hidden (macOS leaves `._a.jpg`) or of a picture we drew."""
+    named = path.suffix.lower() in (*SUFFIXES, *VIDEOS) and not path.name.startswith(".")
+    return named and Path(path.stem).suffix != DRAWN and not path.is_dir()
 
 
 def images_of(given: Path, recursive: bool) -> Iterator[Path]:

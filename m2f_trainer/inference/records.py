@@ -11,7 +11,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,10 @@ def record_of(file_name: str, instances: Instances) -> Record:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never there in part."""
+    """Write a file so that it is never there in part; of a file name that is no UTF-8, the odd bytes are escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     unfinished.replace(path)
 
 
@@ -103,12 +104,20 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
                 identity = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
                 annotations.append({**identity, **kept, "segmentation": polygons})
     images = [
-        {"id": image_id, "file_name": Path(record.file_name).name, "height": record.height, "width": record.width}
-        for image_id, record in enumerate(records)
+        {"id": image_id, "file_name": name, "height": record.height, "width": record.width}
+        for image_id, (record, name) in enumerate(zip(records, _names_below(records), strict=True))
     ]
     categories = [{"id": identity, "name": name, "supercategory": ""} for identity, name in names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_whole(folder / DATASET, json.dumps(content))
+
+
+def _names_below(records: Sequence[Record]) -> list[str]:
+    """Each file's path from the deepest folder that all of them share, so that equal names stay apart."""
+    paths = [Path(record.file_name).absolute() for record in records]
+    levels = zip(*(path.parent.parts for path in paths), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return [PurePath(*path.parts[shared:]).as_posix() for path in paths]
 
 
 def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:

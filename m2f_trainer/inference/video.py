@@ -37,10 +37,10 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def frames(path: Path) -> Iterator[Image.Image]:
-    """The frames of a video as RGB, one in memory at a time. Errors as `opened`."""
+    """The frames of a video as RGB and as players turn them, one in memory at a time. Errors as `opened`."""
     with opened(path) as container:
         for frame in container.decode(video=0):
-            yield frame.to_image()
+            yield frame.to_image().rotate(frame.rotation, expand=True)
 
 
 def frame_rate(path: Path) -> Fraction:

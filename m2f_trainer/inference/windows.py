@@ -1,6 +1,7 @@
 """Parts of an image, read without the rest where the file allows it: a TIFF by its tiles or strips, through tifffile.
 
 Pillow decodes a JPEG or PNG whole, so those must fit in memory and in Pillow's own limit; then parts are cut from it.
+So is a TIFF whose colours tifffile leaves as they are stored (palettes, CMYK) or that takes a codec it lacks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ Box = tuple[int, int, int, int]
 """y0, y1, x0, x1, ends excluded."""
 
 Pixels = NDArray[np.uint8]
+
+GREY, RGB, YCBCR = 1, 2, 6
+JPEG = 7
+"""Photometric interpretations and the one compression whose decoder makes RGB of YCbCr, as TIFF 6.0 numbers them."""
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""Classic and BigTIFF, little and big endian."""
 
 
 class Windows(Protocol):
@@ -49,23 +57,32 @@ class TiffWindows:
     """A TIFF of 8-bit grey or colour; a part costs the tiles or strips that it touches.
 
     Raises:
-        ImageError: its first page has other samples.
+        ImageError: its first page is damaged, has other samples, or is compressed in a way that can't be read here.
     """
 
     def __init__(self, path: Path) -> None:
         import tifffile
 
-        with tifffile.TiffFile(path) as file:
-            page: Any = file.pages[0]
-            self.decode = page.decode
-        self.path, self.page = path, page
-        shape = page.shape
-        if self.page.dtype != np.uint8 or self.page.planarconfig != 1 or shape[2:] not in ((), (1,), (3,), (4,)):
+        self.path = path
+        try:
+            with tifffile.TiffFile(path) as file:
+                self.page: Any = file.pages[0]
+                self.decode = self.page.decode
+        except Exception as error:  # what a damaged header makes of tifffile, of many kinds
+            raise ImageError(f"{path}: the TIFF's header is damaged ({error}). Replace the file.") from error
+        self.size: Size = self._checked_size()
+        self._decode(0)  # so that a missing codec shows before any prediction
+
+    def _checked_size(self) -> Size:
+        page, shape = self.page, self.page.shape
+        colours = page.photometric in (GREY, RGB) or (page.photometric == YCBCR and page.compression == JPEG)
+        if page.dtype != np.uint8 or page.planarconfig != 1 or not colours or shape[2:] not in ((), (1,), (3,), (4,)):
             raise ImageError(
-                f"{path}: reading by windows takes 8-bit grey, RGB or RGBA with the colours side by side, got "
-                f"{shape} of {self.page.dtype}. Convert it, for instance with `vips tiffsave --tile`."
+                f"{self.path}: reading by windows takes 8-bit grey, RGB or RGBA with the colours side by side, got "
+                f"{shape} of {page.dtype}, colours {page.photometric!r}. Convert it, for instance with "
+                "`vips tiffsave --tile`."
             )
-        self.size: Size = (int(shape[0]), int(shape[1]))
+        return int(shape[0]), int(shape[1])
 
     def read(self, box: Box) -> Pixels:
         """As `Windows.read`."""
@@ -93,8 +110,12 @@ class TiffWindows:
         """One tile or strip as (h, w, 1 or 3)."""
         with self.path.open("rb") as file:
             file.seek(self.page.dataoffsets[index])
-            data = file.read(self.page.databytecounts[index])
-        decoded, _, shape = self.decode(data, index, jpegtables=self.page.jpegtables)
+            data = file.read(self.page.databytecounts[index]) or None
+        try:
+            decoded, _, shape = self.decode(data, index, jpegtables=self.page.jpegtables)
+        except Exception as error:  # each codec has errors of its own
+            codec = " pip install imagecodecs brings it." if "imagecodecs" in str(error) else " Replace the file."
+            raise ImageError(f"{self.path}: part {index} of the TIFF can't be decoded ({error}).{codec}") from error
         if decoded is None:  # a tile that was never written
             return np.zeros((*shape[1:3], 1), np.uint8)
         pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
@@ -102,18 +123,34 @@ class TiffWindows:
 
 
 def open_windows(path: Path) -> Windows:
-    """The image of a file, by windows where it is a TIFF and tifffile is installed, else decoded whole.
+    """The image of a file, by windows where it is a TIFF that tifffile reads, else decoded whole.
 
     Raises:
         ImageError: it can't be read, or is too large to be decoded whole.
         MissingPackageError: it is a TIFF too large to be decoded whole, and tifffile is missing.
     """
-    tiff = path.suffix.lower() in (".tif", ".tiff")
+    tiff, refused = _is_tiff(path), None
     if tiff and importlib.util.find_spec("tifffile") is not None:
-        return TiffWindows(path)
+        try:
+            return TiffWindows(path)
+        except ImageError as error:
+            refused = error
     try:
         return ArrayWindows(np.asarray(open_image(path, str(path))))
-    except ImageError:
+    except ImageError as error:
+        if refused is not None:
+            raise refused from error
         if tiff:
             needs("tifffile", extra="tiff")
         raise
+
+
+def _is_tiff(path: Path) -> bool:
+    """By its first bytes: the name tells nothing of a slide called .svs, or of a JPEG called .tif."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            return False
+        with path.open("rb") as file:
+            return file.read(4) in TIFF_STARTS
+    except OSError:
+        return False

@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .backbones import ModelError, load_pretrained, read_config, stride_of
+from .backbones import BACKBONES, ModelError, load_pretrained, read_config, stride_of
 from .heads import head_fields, load_head, load_model_weights
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 
@@ -41,9 +42,9 @@ def build_model(
     _check_fields(config_fields)
     config = M2FConfig(
         backbone_config=read_config(backbone, tuple(taps), drop_path, rope_rescale),
-        backbone_name=backbone if isinstance(backbone, str) else "",
-        head_checkpoint=head_checkpoint,
-        init_from=init_from,
+        backbone_name=_lasting(backbone) if isinstance(backbone, str) else "",
+        head_checkpoint=_lasting(head_checkpoint) if head_checkpoint else None,
+        init_from=_lasting(init_from) if init_from else None,
         image_height=image_size[0],
         image_width=image_size[1],
         **{**(head_fields(head_checkpoint) if head_checkpoint else {}), **config_fields},
@@ -59,6 +60,11 @@ def build_model(
     if head_checkpoint:
         load_head(model, head_checkpoint)
     return model
+
+
+def _lasting(name: str) -> str:
+    """A folder by its full path: found again from elsewhere, and never taken for a Hub id of that name."""
+    return str(Path(name).resolve()) if name not in BACKBONES and Path(name).is_dir() else name
 
 
 def load_backbone_weights(model: M2FModel) -> None:

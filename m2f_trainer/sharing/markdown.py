@@ -34,8 +34,13 @@ def code(values: Mapping[str, Any]) -> list[str]:
 
 
 def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with each absolute path cut to its last part: the world need not know your folders."""
-    return {
-        key: PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-        for key, value in values.items()
-    }
+    """The values with each absolute path cut to its last part, at any depth: the world need not know your folders."""
+    return {key: _without_folder(value) for key, value in values.items()}
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_folders(value)
+    if isinstance(value, list):
+        return [_without_folder(one) for one in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value

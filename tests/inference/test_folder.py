@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data.images import image_size
 from m2f_trainer.errors import DataError
 from m2f_trainer.inference import folder
 from m2f_trainer.inference.folder import Options, predict_folder
@@ -139,6 +142,42 @@ def test_predictions_become_a_dataset_that_our_own_reader_takes(
     assert rows[0]["objects"][0]["counts"] == results[0]["segmentation"]["counts"]
 
 
+def test_images_of_one_name_in_two_folders_stay_apart_in_the_dataset(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "more").mkdir()
+    picture(50, 40).save(photos / "more" / "0.png")
+    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True, recursive=True))
+    images = json.loads((out / "_annotations.coco.json").read_text(encoding="utf-8"))["images"]
+    assert [one["file_name"] for one in images] == ["0.png", "1.png", "2.png", "3.png", "more/0.png"]
+    sizes = [image_size(photos / one["file_name"], one["file_name"]) for one in images]
+    assert sizes == [(one["height"], one["width"]) for one in images]
+
+
+def test_a_file_whose_name_is_no_utf_8_has_its_row_and_picture(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    try:
+        (photos / "0.png").rename(photos / odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True))
+    results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    assert Path(results[-1]["file_name"]) == photos / odd
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)][-1].endswith("caf\\udce9.png")
+
+
+def test_hidden_files_and_folders_called_like_images_are_no_inputs(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "._0.png").write_bytes(b"\x00\x05\x16\x07 what macOS leaves")
+    (photos / "scans.png").mkdir()
+    predict_folder("m", [photos, photos / "*.png"], tmp_path / "out", Options(recursive=True))
+    assert predictor.seen == 8
+
+
 def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="the extra `video` is not installed")
     from fractions import Fraction
@@ -152,3 +191,27 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     drawn = list(frames(out / "clip.instances.mp4"))
     assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
+
+
+def test_a_video_that_a_telephone_took_upright_is_read_upright(tmp_path: Path) -> None:
+    """Telephones store it lying, with a matrix in the track's header that says how to turn it."""
+    pytest.importorskip("av", reason="the extra `video` is not installed")
+    from fractions import Fraction
+
+    from m2f_trainer.inference.video import frames, write_video
+
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:16, :16] = 255
+    path = tmp_path / "clip.mp4"
+    write_video((Image.fromarray(pixels) for _ in range(2)), path, Fraction(10))
+    content = path.read_bytes()
+    matrix = content.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2; 16.16 and 2.30 fixed point
+    quarter = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(content[:matrix] + quarter + content[matrix + len(quarter) :])
+    frame = next(frames(path))
+    assert frame.size == (48, 64)
+    corners = {
+        place: np.asarray(frame.crop(box)).mean() > 128
+        for place, box in {"top left": (0, 0, 8, 8), "top right": (40, 0, 48, 8), "bottom left": (0, 56, 8, 64)}.items()
+    }
+    assert corners == {"top left": False, "top right": True, "bottom left": False}

@@ -75,3 +75,12 @@ def test_more_queries_than_the_source_has_keep_its_own_and_say_how_many_are_new(
     fewer = tiny_model(init_from=str(tmp_path), num_queries=5)
     name = "model.transformer_module.queries_embedder.weight"
     assert torch.equal(fewer.state_dict()[name], more.state_dict()[name][:5])
+
+
+def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model card would name `runs/first` as a Hub id, and its licences would be lost from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("runs/first")
+    assert tiny_model(init_from="runs/first").config.init_from == str(tmp_path / "runs" / "first")

@@ -110,8 +110,10 @@ def test_weights_from_dinov3_do_not_go_without_the_agreement(
 
 
 def test_local_folders_stay_at_home(hub: Hub, tmp_path: Path) -> None:
-    upload.push(write_model(tmp_path / "run", init_from=str(tmp_path / "older")), "me/pets")
+    backbone = {"model_type": "dinov2", "_name_or_path": "/home/someone/vit", "odd": [["/home/someone"]]}
+    upload.push(write_model(tmp_path / "run", init_from=str(tmp_path / "older"), backbone_config=backbone), "me/pets")
     assert json.loads(hub.files["recipe.json"])["dataset_name"] == "pets"
+    assert json.loads(hub.files["config.json"])["backbone_config"]["_name_or_path"] == "vit"
     assert json.loads(hub.files["config.json"])["init_from"] == "older"
     assert not any(b"/home/someone" in body or str(tmp_path).encode() in body for body in hub.bodies)
 
