@@ -174,15 +174,16 @@ def images_of(given: Path, recursive: bool) -> Iterator[Path]:
 def picture_names(paths: Sequence[Path]) -> list[str]:
     """A file name for each picture; images of one name in several folders are told apart by a number.
 
-    It is never that of an image as it came: `output_dir` may be the images' own folder, or become a dataset's.
+    It is never that of an image as it came: `output_dir` may be the images' own folder, or become a dataset's. Names
+    that differ in case alone count as one: on Windows and macOS the second picture would replace the first.
     """
     names, seen = [], set()
     for path in paths:
         suffix = DRAWN + (".mp4" if is_video(path) else ".png")
         name, number = f"{path.stem}{suffix}", 1
-        while name in seen:
+        while name.lower() in seen:
             number += 1
             name = f"{path.stem}-{number}{suffix}"
-        seen.add(name)
+        seen.add(name.lower())
         names.append(name)
     return names

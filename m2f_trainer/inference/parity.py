@@ -50,6 +50,7 @@ class Parity:
     class_logits: float  # largest difference
     mask_logits: float  # largest difference
     mask_logits_size: float  # largest absolute value, to compare with
+    instances: int  # whose masks were compared; of none the IoU is 1
     mask_iou: float  # mean over instances, each with the best of its class
     mask_iou_lowest: float
     model_ap: float
@@ -72,7 +73,7 @@ class Parity:
             f"  class logits   differ by {self.class_logits:.2e} at most",
             f"  mask logits    differ by {self.mask_logits:.2e} at most, of {self.mask_logits_size:.1f}",
             f"  mask IoU       {self.mask_iou:.5f} on average, {self.mask_iou_lowest:.5f} at worst "
-            f"(limit {self.limits.iou} on average)",
+            f"(limit {self.limits.iou} on average), of {self.instances} instances scored above {COMPARED}",
             f"  mask AP        model {self.model_ap:.5f}, file {self.file_ap:.5f}: "
             f"{abs(self.file_ap - self.model_ap):.5f} apart (limit {self.limits.ap})",
             f"  an image takes model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
@@ -80,6 +81,10 @@ class Parity:
         ]
         if self.other_size is not None:
             lines.append(f"  another size   mask logits differ by {self.other_size:.2e} at most")
+        if not self.instances:
+            lines.append(
+                "  no instance scored high enough: only logits were compared; train further, or try other images"
+            )
         return "\n".join([*lines, f"  parity is {'met' if self.met else 'NOT MET'}"])
 
 
@@ -174,6 +179,7 @@ def compare(model: M2FModel, path: Path, rows: Dataset, limits: Limits, fixed_si
         class_logits=classes,
         mask_logits=masks,
         mask_logits_size=size,
+        instances=len(overlaps),
         mask_iou=float(overlaps.mean()) if len(overlaps) else 1.0,
         mask_iou_lowest=float(overlaps.min()) if len(overlaps) else 1.0,
         model_ap=scorer(predictions[0])["map"],

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
     assert not parity.Parity(**{**vars(same), "file_ap": 0.998}).met
     assert not parity.Parity(**{**vars(same), "mask_iou": 0.98}).met
     assert not parity.Parity(**{**vars(same), "other_size": 0.06}).met
+
+
+def test_a_comparison_without_any_instance_says_so() -> None:
+    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
+    some = parity.Parity(**{**fields, "instances": 3, "other_size": None, "limits": FULL})  # type: ignore[arg-type]
+    assert "of 3 instances scored above 0.05" in some.to_text()
+    assert "only logits were compared" not in some.to_text()
+    assert "only logits were compared" in replace(some, instances=0).to_text()
 
 
 def test_the_command_exits_with_1_where_parity_is_not_met(

@@ -169,6 +169,13 @@ def test_a_file_whose_name_is_no_utf_8_has_its_row_and_picture(
         assert [row["file_name"] for row in csv.DictReader(file)][-1].endswith("caf\\udce9.png")
 
 
+def test_pictures_have_names_that_differ_on_every_file_system() -> None:
+    paths = [Path("a/Cell.png"), Path("b/cell.jpg"), Path("c/cell.png"), Path("cell.mp4")]
+    assert folder.picture_names(paths) == [
+        "Cell.instances.png", "cell-2.instances.png", "cell-3.instances.png", "cell.instances.mp4",
+    ]  # fmt: skip
+
+
 def test_hidden_files_and_folders_called_like_images_are_no_inputs(
     predictor: type[Counting], photos: Path, tmp_path: Path
 ) -> None:
