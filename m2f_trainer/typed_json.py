@@ -40,7 +40,7 @@ def parse(text: str, where: str) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
         raise RecipeError(f"Broken JSON {where}: {error}.") from error
 
 

@@ -149,6 +149,7 @@ def test_a_wrong_command_line_is_refused(options: list[str], expected: str) -> N
         ('{"seed": 1', "Broken JSON in .*recipe.json"),
         ("[" * 100_000, "Broken JSON in|expected one JSON object"),
         ("[1]", "expected one JSON object of options, got a list"),
+        ('{"seed": 1' + "0" * 5000 + "}", "Broken JSON in .*digits"),
         ("", "Broken JSON"),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
@@ -83,7 +84,11 @@ def read_config(
             raise ModelError(
                 f'a backbone configuration needs "model_type" (such as "dinov3_vit"); got {json.dumps(fields)}'
             )
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        try:
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            told = str(error).partition(". Should contain one of")[0].strip()  # of every model there is
+            raise ModelError(f"transformers takes no such backbone configuration: {told}") from error
     stages = list(config.to_dict().get("stage_names", ()))
     if not stages:
         raise ModelError(f"{config.model_type!r} is no backbone of transformers: it has no stages to take maps from")

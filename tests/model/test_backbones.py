@@ -44,6 +44,20 @@ def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_unless_told_otherwise(l
     assert read_config(vit, taps=(layers,)).out_features == [f"stage{layers}"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model_type": "dinov4"}, r"Unrecognized model identifier: dinov4$"),
+        ({"model_type": "dinov2", "hidden_size": "wide"}, r"hidden_size"),
+    ],
+)
+def test_a_backbone_configuration_that_transformers_does_not_take_is_refused(
+    fields: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"(?s)transformers takes no such backbone configuration: .*{told}"):
+        read_config(fields)
+
+
 def test_noise_that_a_backbone_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="'dinov2' backbone has no pos_embed_rescale, so it can't be set to 2"):
         read_config(DINOV2, rope_rescale=2.0)
