@@ -1,5 +1,6 @@
 """The three lists of a COCO file, entry by entry: ids that are whole and unique, names, sizes, references."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from m2f_trainer.errors import DataError
 Entry: TypeAlias = dict[str, Any]
 
 _LARGEST_ID = 2**63 - 1
+_HALF = re.compile("[\ud800-\udfff]")  # half a character, as left where a tool cut a name: no file can hold it
 
 
 def list_of(content: Mapping[str, Any], key: str, path: Path) -> list[Entry]:
@@ -34,8 +36,8 @@ def sound_images(images: list[Entry], path: Path, report: Report) -> list[Entry]
     for image in _unique(_with_ids(images, ("id",), "image", path, report), "image", path, report):
         name, where = image.get("file_name"), f"{path}: image {image['id']}"
         sides: list[Any] = [image.get("height"), image.get("width")]
-        if not isinstance(name, str) or not name:
-            problem = f"{where}: expected a `file_name`, got {rle.brief(name)}. Add it."
+        if not name or not is_text(name):
+            problem = f"{where}: expected a `file_name`, got {rle.brief(name)}. Correct it."
         elif not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > rle.MAX_PIXELS:
             problem = (
                 f"{where} ({name}): expected `height` and `width` as whole numbers from 1, of at most"
@@ -78,11 +80,11 @@ def sound_entries(
 def names_of(categories: list[Entry], path: Path, report: Report) -> dict[int, str]:
     names = {}
     for category in _unique(_with_ids(categories, ("id",), "category", path, report), "category", path, report):
-        if isinstance(category.get("name"), str):
+        if is_text(category.get("name")):
             names[category["id"]] = category["name"]
         else:
             problem = f"{path}: category {category['id']}: expected a `name`, got {rle.brief(category.get('name'))}."
-            report("bad-category-entry", path, [category["id"]], f"{problem} Add it.")
+            report("bad-category-entry", path, [category["id"]], f"{problem} Correct it.")
     return names
 
 
@@ -119,6 +121,11 @@ def _unique(entries: list[Entry], kind: str, path: Path, report: Report) -> list
             kept[fresh] = {**entry, "id": fresh}
             fresh += 1
     return list(kept.values())
+
+
+def is_text(value: object) -> bool:
+    """Whether this is text that can be written again."""
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def type_of(value: object) -> str:

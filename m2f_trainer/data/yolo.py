@@ -4,6 +4,7 @@ A label file has the image's name and a line for each object: `class x y x y ...
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from m2f_trainer.data import rle
 from m2f_trainer.data.annotations import AnnotationFile
-from m2f_trainer.data.entries import Entry
+from m2f_trainer.data.entries import Entry, is_text
 from m2f_trainer.data.findings import Report, refuse
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles
@@ -34,6 +36,11 @@ def read_yolo(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
     number = 0
     for path in image_files(folder):
         name, image_id = path.relative_to(folder).as_posix(), len(images) + 1
+        if not is_text(name):
+            report(
+                "bad-image", labels, [rle.brief(name)], f"{folder}: the name of {name!r} isn't UTF-8. Rename the file."
+            )
+            continue
         try:
             height, width = image_size(path, f"image {image_id} ({path})")
         except ImageError as error:
@@ -69,7 +76,7 @@ def contents(files: SplitFiles) -> Iterator[bytes]:
     yield files.annotations.read_bytes()
     labels = label_folder(files.image_folders[0])
     for path in image_files(files.image_folders[0]):
-        yield str(path).encode()
+        yield os.fsencode(path)
         label = (labels / path.relative_to(files.image_folders[0])).with_suffix(".txt")
         yield label.read_bytes() if label.is_file() else b""
 
@@ -77,7 +84,7 @@ def contents(files: SplitFiles) -> Iterator[bytes]:
 def _objects(label: Path, names: dict[int, str], report: Report, labels: Path) -> Iterator[tuple[int, list[float]]]:
     """(class, x y x y ... in shares) of each sound line; an image without a label file has no objects."""
     try:
-        lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []
+        lines = label.read_text(encoding="utf-8-sig").splitlines() if label.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         report("bad-annotation-entry", labels, [label.name], f"{label}: can't be read ({error}). Replace the file.")
         return
@@ -149,7 +156,7 @@ def _folder(root: Path, path: Path, split: str, value: object) -> Path:
     """The image folder of a split; `path:` of the file is left aside, and Roboflow's leading ../ means `root`."""
     if not isinstance(value, str) or value.endswith(".txt"):
         raise DataError(f"{path}: expected an image folder for {split!r}, got {value!r:.60}. Name one folder.")
-    inside = root / re.sub(r"^(\.\./|\./)+", "", value)
+    inside = root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
     folder = inside / "images" if not (inside.name == "images" or "images" in inside.parts) else inside
     found = folder if folder.is_dir() else inside
     if not found.resolve().is_relative_to(root.resolve()):

@@ -1,5 +1,7 @@
 """YOLO segmentation folders become the same rows as COCO ones, or are refused with file, line and remedy."""
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,22 @@ def test_a_folder_becomes_rows_with_masks_in_pixels(yaml, pattern, tmp_path):
     assert (one["category_id"], one["bbox"], one["area"], one["iscrowd"]) == (1, [10, 20, 50, 40], 2000, False)
     assert second["objects"] == []
     assert categories_of(splits["train"]) == (Category(1, "dog"),)
+
+
+def test_a_folder_made_on_windows_is_read_as_any_other(tmp_path):
+    root = yolo(tmp_path / "set", yaml="train: images\\train\r\nval: .\\images\\val\r\nnames: [cat, dog]\r\n")
+    (root / "labels/train/a.txt").write_bytes(b"\xef\xbb\xbf" + f"{LINE}\r\n{LINE}\r\n".encode())  # as Notepad saves it
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [2, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_a_file_name_in_another_encoding_is_told(tmp_path):
+    root = yolo(tmp_path / "set")
+    (root / "images/train/b.png").rename(root / "images/train" / os.fsdecode(b"\xe9.png"))
+    with pytest.raises(DataError, match=r"isn't UTF-8\. Rename the file"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert [len(images) for images in examine(root).scans.values()] == [1, 2]
 
 
 def test_the_cache_follows_labels_and_images(tmp_path):
