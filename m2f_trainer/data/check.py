@@ -1,6 +1,6 @@
 """What training would refuse, found before it starts: annotations are checked as they are read, images here."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +15,10 @@ _LISTED = 10
 
 
 def check_dataset(
-    splits: datasets.DatasetDict, *, train: str = "train", evaluation: Iterable[str] = ("valid",)
+    splits: datasets.DatasetDict, *, train: str = "train", evaluation: Sequence[str] = ("valid",)
 ) -> None:
-    """The error part of `m2f check`: every split asked for is there, has objects, and every image can be read.
+    """The error part of `m2f check`: every split asked for is there, every image can be read, train and valid have
+    objects.
 
     Args:
         train: the split to train on, "" for none
@@ -26,8 +27,13 @@ def check_dataset(
     Raises:
         DataError: naming every kind of problem with the first ten images
     """
-    for name in [train] * bool(train) + list(evaluation):
+    for name in [train] * bool(train) + [*evaluation]:
         check_split(splits, name)
+    if "valid" in evaluation and not _has_targets(splits["valid"]):
+        raise DataError(
+            "split 'valid': expected objects to score on, found only crowd regions or none, so that no model would be"
+            " better than another. Annotate objects in it."
+        )
     if train and not _has_targets(splits[train]):
         raise DataError(
             f"split {train!r}: expected objects to train on, found only crowd regions or none."
@@ -74,5 +80,5 @@ def _image_problem(row: Mapping[str, Any]) -> str | None:
 
 def _has_targets(rows: datasets.Dataset) -> bool:
     """Whether any annotation isn't a crowd region, read column-wise."""
-    objects = rows.data.column("objects").combine_chunks().flatten()
-    return any(not crowd for crowd in objects.field("iscrowd").to_pylist())
+    column = rows.select_columns("objects").with_format("arrow")[:]["objects"]
+    return any(not crowd for chunk in column.chunks for crowd in chunk.flatten().field("iscrowd").to_pylist())

@@ -1,5 +1,6 @@
 """What training would refuse is found before it starts."""
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,3 +66,14 @@ def test_a_training_split_of_crowd_regions_alone_is_refused(root):
     with pytest.raises(DataError, match="found only crowd regions or none"):
         check_dataset(load(root))
     check_dataset(load(root), train="", evaluation=["train"])
+
+
+def test_a_validation_split_without_objects_is_refused(root):
+    with_objects = load(root)["valid"]
+    write(root, {**content(), "annotations": []}, split="valid")
+    splits = load(root)
+    with pytest.raises(DataError, match="split 'valid': expected objects to score on"):
+        check_dataset(splits)
+    splits["valid"] = datasets.concatenate_datasets([splits["valid"], with_objects]).select([0])
+    with pytest.raises(DataError, match="split 'valid'"):
+        check_dataset(splits)

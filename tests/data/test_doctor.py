@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data.coco import load_coco
 from m2f_trainer.data.doctor import Examination, examine
 from m2f_trainer.data.findings import KINDS
 from m2f_trainer.data.inspection import Settings, crosses_itself
@@ -335,6 +336,37 @@ def test_a_split_without_objects_is_an_error(tmp_path):
     write(tmp_path, {**content(), "annotations": []}, split="valid")
     Image.fromarray(np.arange(320, dtype=np.uint8).reshape(16, 20)).save(tmp_path / "valid/a.png")
     assert [one.kind for one in examine(tmp_path).findings] == ["no-objects"]
+
+
+def test_a_test_split_without_objects_is_told_and_taken_as_training_takes_it(tmp_path):
+    for shade, (split, coco) in enumerate(
+        {"train": content(), "valid": content(), "test": {**content(), "annotations": []}}.items()
+    ):
+        write(tmp_path, coco, split=split)
+        Image.fromarray(np.roll(np.arange(320, dtype=np.uint8), 50 * shade).reshape(16, 20)).save(
+            tmp_path / split / "a.png"
+        )
+    examination = examine(tmp_path)
+    assert [(one.kind, one.file) for one in examination.findings] == [
+        ("missing-class", str(tmp_path / "test/_annotations.coco.json"))
+    ]
+    assert examination.status == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"images": [{"id": 1, "file_name": "x/a\ud83d.png", "height": 16, "width": 20}]}, "bad-image-entry"),
+        ({"categories": [{"id": 5, "name": "cell \ud83d"}]}, "bad-category-entry"),
+    ],
+)
+def test_a_name_cut_in_the_middle_of_a_character_is_an_error(changes, kind, tmp_path):
+    write(tmp_path, content(**changes))
+    findings = examine(tmp_path).findings
+    assert kind in {one.kind for one in findings}
+    assert r"\ud83d" in next(one.message for one in findings if one.kind == kind)
+    with pytest.raises(DataError, match=r"\\ud83d"):
+        load_coco(tmp_path, cache_dir=tmp_path / "cache")
 
 
 def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
