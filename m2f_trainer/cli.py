@@ -59,7 +59,7 @@ def demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from m2f_trainer.data.doctor import examine
+    from m2f_trainer.data.doctor import UNUSABLE, examine
     from m2f_trainer.data.inspection import Settings
     from m2f_trainer.data.summary import to_json, to_text
 
@@ -69,27 +69,30 @@ def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     written = write_check(arguments, result)
     if not arguments.json:
         say("\n".join(written))
-        sound, name = not result.status or arguments.fix, shlex.quote(str(arguments.fix or arguments.dataset))
-        streamed = " --streaming true --max_steps 10000" * (arguments.streaming is not None and not arguments.fix)
+        fixed = arguments.fix if result.status != UNUSABLE else None
+        name = shlex.quote(str(fixed or arguments.dataset))
+        streamed = " --streaming true --max_steps 10000" * (arguments.streaming is not None and not fixed)
         train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {name}{streamed}"
-        advise(train_it if sound else f"m2f check {name} --fix corrected")
+        mend_it = f"m2f check {name}" + " --fix corrected" * (result.status != UNUSABLE)
+        advise(train_it if fixed or not result.status else mend_it)
     return result.status
 
 
 def write_check(arguments: argparse.Namespace, result: "Examination") -> list[str]:
     """Write what was asked for beside the text: page, corrected copy, pictures. Return what to say about it."""
+    from m2f_trainer.data.doctor import UNUSABLE
     from m2f_trainer.data.page import render
     from m2f_trainer.data.pictures import preview
     from m2f_trainer.data.repair import repair
+    from m2f_trainer.markup import write_page
 
     told = []
     if arguments.html:
-        arguments.html.write_text(render(result), encoding="utf-8")
-        told.append(f"page: {arguments.html}")
-    if arguments.fix:
+        told.append(f"page: {write_page(arguments.html, render(result))}")
+    if arguments.fix and result.status != UNUSABLE:
         changes = repair(result, arguments.fix)
         told.append(f"corrected copy: {arguments.fix}, {len(changes)} change(s) listed in changes.json")
-    if arguments.preview and result.status != 2:
+    if arguments.preview and result.status != UNUSABLE:
         from m2f_trainer.arguments import DataArguments
         from m2f_trainer.data.transforms import TrainTransform
 

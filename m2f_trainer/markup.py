@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -55,6 +56,13 @@ def page(title: str, parts: Sequence[str], script: str = "") -> str:
     body = "\n".join(parts) + (f"\n<script>{script}</script>" if script else "")
     content = f"<head>{head}<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body>"
     return f'<!doctype html>\n<html lang="en">{content}</html>\n'
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page, and the folder it goes to; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, sortable: bool = False) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from m2f_trainer.data.coco import Category
 from m2f_trainer.data.images import open_image
+from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation.instances import Instances, tight_boxes
 from m2f_trainer.evaluation.overlays import draw_instances
 
@@ -29,9 +30,16 @@ def truth_of(row: Mapping[str, Any]) -> Instances:
 def beside(row: Mapping[str, Any], found: Instances | None, names: Mapping[int, str], longest: int) -> Image.Image:
     """The image of a row twice, with its truth on the left and what was found on the right.
 
-    Each is at most `longest` pixels of its longer side. Raises ImageError where the image can't be read.
+    Each is at most `longest` pixels of its longer side. Raises ImageError where the image can't be read, or is no
+    longer of the size that was predicted.
     """
-    image, truth = open_image(row["image"], f"image {row['image_id']}"), truth_of(row)
+    where, truth = f"image {row['image_id']}", truth_of(row)
+    image = open_image(row["image"], where, size=truth.size)
+    if found is not None and found.size != truth.size:
+        raise ImageError(
+            f"{where}: predicted at {found.size[1]}x{found.size[0]} pixels, and now has {image.width}x{image.height}:"
+            " the dataset has changed since. Score the model again."
+        )
     nothing = Instances(truth.image_id, truth.category_ids[:0], truth.scores[:0], [], truth.boxes[:0], truth.size)
     left, right = (draw_instances(image, one, names) for one in (truth, found or nothing))
     left.thumbnail((longest, longest))

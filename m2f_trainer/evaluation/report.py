@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.evaluation.runs import Run, named, rows_of_run
-from m2f_trainer.markup import SORT, chart, grid, page, photograph, table
+from m2f_trainer.markup import SORT, chart, grid, page, photograph, table, write_page
 
 SUMMARY = {
     "eval_map": "AP", "eval_map_50": "AP50", "eval_map_75": "AP75", "eval_map_small": "small",
@@ -30,9 +31,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     """Write the page about these runs; returns its path. Raises ModelFolderError where a folder holds no evaluation."""
     runs = named(list(folders))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(f"m2f report: {title}", list(_parts(title, runs)), SORT), encoding="utf-8")
-    return output
+    return write_page(output, page(f"m2f report: {title}", list(_parts(title, runs)), SORT))
 
 
 def _parts(title: str, runs: Sequence[Run]) -> Iterator[str]:
@@ -77,9 +76,11 @@ def _setting(run: Run) -> list[str]:
 
 
 def _courses(runs: Sequence[Run]) -> Iterator[str]:
+    """A chart of each figure that was told; -1, a figure without truth, and what is no number are left out."""
     for key, title in COURSES.items():
         unit = 100 if key.startswith("eval_") else 1  # percent, as in the tables
-        series = {run.name: [(x, unit * y) for x, y in run.course[key]] for run in runs if run.course.get(key)}
+        told = {run.name: [(x, unit * y) for x, y in run.course.get(key, []) if 0 <= y < math.inf] for run in runs}
+        series = {name: curve for name, curve in told.items() if curve}
         if series:
             yield chart(title, lines(series, "step"))
 
@@ -138,7 +139,9 @@ def _photographs(run: Run, most: int) -> Iterator[str]:
     yield f"<h2>Images of {html.escape(run.name)}: truth on the left, prediction on the right</h2>"
     rows = rows_of_run(run)
     if rows is None:
-        yield f"<p>No pictures: the dataset {html.escape(str(run.recipe.get('dataset_name') or ''))} is not here.</p>"
+        name = run.recipe.get("dataset_name")
+        why = f"the dataset {name} is not here" if name else "the folder doesn't say which dataset it is about"
+        yield f"<p>No pictures: {html.escape(why)}.</p>"
         return
     categories = [Category(row["id"], row["name"]) for row in run.details["classes"]]
     for kind in ("worst", "best"):

@@ -13,9 +13,11 @@ from datasets import Dataset
 
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.errors import DataError, ModelFolderError
-from m2f_trainer.evaluation.curves import EVALUATION, read_details
+from m2f_trainer.evaluation.curves import EVALUATION
 
 Course = dict[str, list[tuple[float, float]]]
+
+_REMEDY = "Copy the folder again, or take another checkpoint."
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Run:
 def read_run(folder: Path, name: str | None = None) -> Run:
     """Read what there is; of a run that isn't finished, its newest checkpoint. Raises ModelFolderError."""
     source = folder if (folder / EVALUATION).is_file() else newest_checkpoint(folder)
-    details = read_details(source) if source else {}
+    details = read_json(source / EVALUATION) if source else {}
     if source is None or not details:
         raise ModelFolderError(
             f"{folder}: expected {EVALUATION} in it or in one of its checkpoints, found none. Give the folder of a run "
@@ -60,8 +62,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON object, or an empty one where the file is missing. Raises ModelFolderError where it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: can't be read as JSON ({error}). {_REMEDY}") from error
+    if not isinstance(values, dict):
+        raise ModelFolderError(f"{path}: expected a JSON object, got a {type(values).__name__}. {_REMEDY}")
     return values
 
 

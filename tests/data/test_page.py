@@ -135,3 +135,17 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_check_writes_its_page_into_a_new_folder_or_says_why_not(root, tmp_path, capsys):
+    page = tmp_path / "new" / "folder" / "page.html"
+    assert cli.main(["check", str(root), "--html", str(page)]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert cli.main(["check", str(root), "--html", str(tmp_path)]) == 1
+    assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_not_corrected(tmp_path, capsys):
+    assert cli.main(["check", str(tmp_path / "nowhere"), "--fix", str(tmp_path / "fixed")]) == 2
+    assert not (tmp_path / "fixed").exists()
+    assert capsys.readouterr().out.endswith(f"Next:\n  m2f check {tmp_path / 'nowhere'}\n")

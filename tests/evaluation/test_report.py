@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -143,6 +144,42 @@ def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path
 def test_the_course_keeps_the_last_telling_of_a_step() -> None:
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "epoch": 1}, {"step": 1, "loss": 1.0, "note": "x"}]
     assert course_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "metrics.json", "recipe.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", [b'{"step": 4, ', b"[]", b"\xff\xfe{}"])
+def test_a_damaged_file_of_a_run_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"figures": {}}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=rf"{name}: .*Copy the folder again"):
+        named([tmp_path])
+
+
+def test_a_course_leaves_out_what_was_not_scored_and_what_is_no_number(data: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", data)
+    history = [{"step": 2, "eval_map": -1.0, "loss": float("nan")}, {"step": 4, "eval_map": -1.0, "loss": 8.0}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    words = Reader(write_report([folder], tmp_path / "page.html").read_text()).words
+    assert "Training loss" in words
+    assert "Mask AP" not in words
+
+
+def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(data, changed)
+    folder = write_run(tmp_path / "run", changed)
+    for image in (changed / "valid").glob("*.jpg"):
+        Image.open(image).resize((50, 40)).save(image)
+    said = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    assert "No pictures: image" in said
+    coco = json.loads((changed / "valid/_annotations.coco.json").read_text())
+    coco["images"] = [{**one, "width": 50, "height": 40} for one in coco["images"]]
+    coco["annotations"] = [
+        {**one, "segmentation": {"size": [40, 50], "counts": [900, 1100]}} for one in coco["annotations"]
+    ]
+    (changed / "valid/_annotations.coco.json").write_text(json.dumps(coco))
+    said = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    assert "and now has 50x40: the dataset has changed since" in said
 
 
 def test_charts_are_drawn_as_svg_and_as_png(data: Path, tmp_path: Path) -> None:
