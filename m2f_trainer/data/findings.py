@@ -117,13 +117,16 @@ KINDS: Mapping[str, Kind] = {
         "category id with two names", "Splits disagree on what a class is.", "Give it one name, or two ids."
     ),
     "duplicate-image": _warning(
-        "image twice in a split", "It counts double in training or score.", "Keep one of them.", "the first is kept"
+        "image twice in a split",
+        "It counts double in training or score.",
+        "Keep one of them.",
+        "the first is kept, where no object sets them apart",
     ),
     "leakage": _warning(
         "image in two splits",
         "Scores on images that were trained on are too good.",
         "Keep it in one split.",
-        "left out of the split that trains, or comes first",
+        "left out of the split that trains, or comes first, where no object sets them apart",
     ),
     "box-mismatch": _warning(
         "`bbox` beside its mask", "One of the two is wrong; box scores use the box.", "Recompute it.", "recomputed"

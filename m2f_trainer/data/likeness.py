@@ -18,6 +18,8 @@ _SIDE = 16  # of the thumbnail that is compared
 _ALIKE = 0.997  # correlation from which two thumbnails are one picture
 _FLAT = 1.0  # grey levels of standard deviation below which a thumbnail shows nothing
 _BLOCK = 1024
+_GRID, _LONGEST = 32, 512  # cells a side, and pixels a side that they are taken from, where two images are compared
+_APART = 10.0  # grey levels: copies at JPEG quality 10, or half the size, stay below; objects of a cell's size don't
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -63,6 +65,22 @@ def thumbnail(image: Image.Image) -> Vector:
         return np.zeros_like(greys)
     centred = greys - greys.mean()
     return np.asarray(centred / np.linalg.norm(centred), dtype=np.float32)
+
+
+def same_in_detail(first: Image.Image, other: Image.Image) -> bool:
+    """Whether nothing sets two images that look the same apart that could be an object: no cell of a grid differs by
+    `_APART` levels, brightness and contrast aside. Frames of a camera that stands still look the same, too.
+    """
+    size = min(first.width, other.width, _LONGEST), min(first.height, other.height, _LONGEST)
+    cells = [_cells(image.convert("L").resize(size, Image.Resampling.BILINEAR)) for image in (first, other)]
+    one, two = (values - values.mean() for values in cells)
+    fitted = one * (one @ two / max(one @ one, 1e-9))
+    return bool(np.abs(two - fitted).max() < _APART)
+
+
+def _cells(image: Image.Image) -> Vector:
+    small = image.resize((_GRID, _GRID), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float32).reshape(-1)  # (1024,)
 
 
 def same_pictures(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 from m2f_trainer.data.doctor import Examination, Place, folded
 from m2f_trainer.data.entries import Entry
 from m2f_trainer.data.findings import KINDS
+from m2f_trainer.data.images import open_image
 from m2f_trainer.data.inspection import Scan
+from m2f_trainer.data.likeness import same_in_detail
 from m2f_trainer.errors import DataError
 
 CHANGES = "changes.json"
@@ -66,10 +68,17 @@ def _copy_changes(examination: Examination, dropped: Mapping[Place, Place]) -> I
 
 def _second_copies(examination: Examination) -> dict[Place, Place]:
     """Images to leave out, each with the copy that stays: across splits, the one that scores."""
+    scans = {(split, scan.entry["id"]): scan for split, found in examination.scans.items() for scan in found}
     dropped: dict[Place, Place] = {}
     for group in examination.copies:
         first, *others = sorted(group, key=lambda place: (_STAYING.index(place[0]), place[1]))
-        dropped |= dict.fromkeys(others, first)
+        staying = {scans[first].look.digest: first}
+        for other in others:
+            twin = staying.setdefault(scans[other].look.digest, other)
+            if twin != other:
+                dropped[other] = twin
+            elif same_in_detail(*(open_image(scans[place].source, f"image {place[1]}") for place in (first, other))):
+                dropped[other] = first
     return dropped
 
 

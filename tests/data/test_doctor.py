@@ -17,7 +17,7 @@ from m2f_trainer.data.inspection import Settings, crosses_itself
 from m2f_trainer.data.repair import repair
 from m2f_trainer.data.sample import write_sample
 from m2f_trainer.errors import DataError
-from tests.data.folders import REAL, content, needs_real_data, write
+from tests.data.folders import REAL, annotation, content, needs_real_data, write
 
 Coco = dict[str, Any]
 PLANTS: dict[str, Callable[[Coco, Path], Any]] = {}
@@ -367,6 +367,28 @@ def test_a_name_cut_in_the_middle_of_a_character_is_an_error(changes, kind, tmp_
     assert r"\ud83d" in next(one.message for one in findings if one.kind == kind)
     with pytest.raises(DataError, match=r"\\ud83d"):
         load_coco(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_frames_of_one_scene_that_differ_by_an_object_all_stay(tmp_path):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(30, 150, size=(12, 16), dtype=np.uint8))
+    scene = np.asarray(coarse.resize((320, 240), Image.Resampling.BILINEAR))
+    for split in ("train", "valid"):
+        places = rng.integers(0, 220, size=(3, 2)).tolist()
+        places.append(places[0])  # the last frame shows what the first does
+        images = [{"id": k, "file_name": f"{k}.png", "height": 240, "width": 320} for k in range(4)]
+        corners = [[x, y, x + 14, y, x + 14, y + 14, x, y + 14] for x, y in places]
+        objects = [annotation(k, image_id=k, segmentation=[corners[k]], bbox=None, area=None) for k in range(4)]
+        write(tmp_path / "set", content(*objects, images=images), split=split)
+        for k, (x, y) in enumerate(places):
+            frame = scene + rng.integers(0, 3, size=scene.shape, dtype=np.uint8)
+            frame[y : y + 14, x : x + 14] += 30
+            Image.fromarray(frame).save(tmp_path / "set" / split / f"{k}.png")
+    examination = examine(tmp_path / "set")
+    assert len(examination.copies[0]) > 5, "alike"
+    changes = repair(examination, tmp_path / "fixed")
+    assert [(one["finding"], one["id"]) for one in changes] == [("duplicate-image", 3)]
+    assert [len(images) for images in examine(tmp_path / "fixed").scans.values()] == [4, 3]
 
 
 def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
