@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 
+from m2f_trainer.data.coco import Category, categories_of
+from m2f_trainer.data.doctor import folded
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.transforms import describe
 from m2f_trainer.errors import DataError, ImageError
@@ -59,6 +61,22 @@ def check_split(splits: datasets.DatasetDict, name: str) -> None:
         more = f"\n... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "\n".join(problems[:_LISTED])
         raise ImageError(f"split {name!r}: {len(problems)} image(s) can't be used:\n{listed}{more}")
+
+
+def check_categories(known: Sequence[Category], rows: datasets.Dataset) -> None:
+    """A split's category ids mean what they mean to a model: its scores would be of other classes otherwise.
+
+    Raises:
+        DataError: an id of both has two names; case, spaces and a number in place of a name aside
+    """
+    names = {category.id: category.name for category in known}
+    for category in categories_of(rows):
+        name = names.get(category.id, category.name)
+        if folded(name) != folded(category.name) and str(category.id) not in (name, category.name):
+            raise DataError(
+                f"category {category.id} is {name!r} to the model and {category.name!r} in the dataset."
+                " Give the dataset's categories the ids and names that the model has."
+            )
 
 
 def image_problems(rows: datasets.Dataset) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from m2f_trainer.data.check import check_split
+from m2f_trainer.data.check import check_categories, check_split
 from m2f_trainer.data.coco import Category, categories_of
 from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
@@ -175,13 +175,15 @@ def evaluate_folder(
     """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
 
     `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
-    predictions.json (COCO results form). Raises DataError for an unknown split.
+    predictions.json (COCO results form). Raises DataError for an unknown split, or categories of other names.
     """
     loaded = load_model(model)
     splits = load_dataset(dataset)
     check_split(splits, split)
+    categories = [Category(**c) for c in loaded.config.categories or []]
+    check_categories(categories, splits[split])
     size = (loaded.config.image_height, loaded.config.image_width)
-    rows = InstanceDataset(splits[split], EvalTransform(*size), [Category(**c) for c in loaded.config.categories or []])
+    rows = InstanceDataset(splits[split], EvalTransform(*size), categories)
     arguments = TrainArguments(
         output_dir=str(output_dir or "."),
         per_device_eval_batch_size=batch_size,

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_trainer.data.check import check_dataset
-from m2f_trainer.data.coco import load_coco
+from m2f_trainer.data.check import check_categories, check_dataset
+from m2f_trainer.data.coco import Category, load_coco
 from m2f_trainer.errors import DataError, ImageError
 from tests.data.folders import REAL, annotation, content, needs_real_data, write
 
@@ -77,3 +77,16 @@ def test_a_validation_split_without_objects_is_refused(root):
     splits["valid"] = datasets.concatenate_datasets([splits["valid"], with_objects]).select([0])
     with pytest.raises(DataError, match="split 'valid'"):
         check_dataset(splits)
+
+
+@pytest.mark.parametrize(
+    ("name", "sound"), [("cell", True), (" Cell", True), ("5", True), ("nucleus", False), ("7", False)]
+)
+def test_an_id_that_means_another_class_to_the_model_is_refused(name, sound, root):
+    rows = load(root)["valid"]
+    known = [Category(2, "wall"), Category(5, name)]
+    if sound:
+        check_categories(known, rows)
+        return
+    with pytest.raises(DataError, match=f"category 5 is '{name}' to the model and 'cell' in the dataset"):
+        check_categories(known, rows)

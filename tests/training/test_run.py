@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from m2f_trainer.data.coco import load_coco
+from m2f_trainer.data.coco import categories_of, load_coco
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.sample import write_sample
 from m2f_trainer.errors import DataError
 from m2f_trainer.evaluation.curves import read_details, read_metrics
 from m2f_trainer.inference.folder import Options, predict_folder
@@ -174,3 +176,12 @@ def test_a_dataset_without_a_valid_split_is_refused_before_training(tmp_path: Pa
     assert done.returncode == 1
     assert "valid" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_is_not_scored_on_classes_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_sample(tmp_path / "set", images=(2, 2, 0))
+    named = next(iter(categories_of(load_coco(root)["valid"])))
+    config = SimpleNamespace(categories=[{"id": named.id, "name": "another"}])
+    monkeypatch.setattr("m2f_trainer.training.run.load_model", lambda _: SimpleNamespace(config=config))
+    with pytest.raises(DataError, match=f"category {named.id} is 'another' to the model and '{named.name}'"):
+        evaluate_folder("a model", str(root))
