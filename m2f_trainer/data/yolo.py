@@ -72,11 +72,11 @@ def label_folder(images: Path) -> Path:
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:
-    """What the rows depend on: data.yaml, image names, labels."""
+    """What the rows depend on: data.yaml, image names, their sizes (told by those of the files), labels."""
     yield files.annotations.read_bytes()
     labels = label_folder(files.image_folders[0])
     for path in image_files(files.image_folders[0]):
-        yield os.fsencode(path)
+        yield os.fsencode(f"{path} {path.stat().st_size}")
         label = (labels / path.relative_to(files.image_folders[0])).with_suffix(".txt")
         yield label.read_bytes() if label.is_file() else b""
 

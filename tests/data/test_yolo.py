@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.data import masks
+from m2f_trainer.data.check import check_dataset
 from m2f_trainer.data.coco import Category, categories_of, load_coco
 from m2f_trainer.data.doctor import examine
 from m2f_trainer.data.repair import repair
@@ -77,6 +78,8 @@ def test_the_cache_follows_labels_and_images(tmp_path):
     assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 1
     (root / "labels/train/a.txt").write_text(f"{LINE}\n{LINE}\n")
     assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 2
+    Image.open(root / "images/train/a.jpg").resize((50, 40)).save(root / "images/train/a.jpg")
+    check_dataset(load_coco(root, cache_dir=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
