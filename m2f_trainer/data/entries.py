@@ -128,6 +128,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and not _HALF.search(value)
 
 
+def printable(text: str) -> str:
+    """Text from a dataset without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def type_of(value: object) -> str:
     """A JSON value's type as messages call it."""
     return "null" if value is None else type(value).__name__

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from m2f_trainer.data.doctor import Examination
+from m2f_trainer.data.entries import printable
 from m2f_trainer.data.findings import KINDS, Finding
 from m2f_trainer.data.inspection import Scan
 from m2f_trainer.data.transforms import fit
@@ -72,7 +73,7 @@ def to_json(examination: Examination) -> str:
     """The whole result as JSON."""
     findings = [{**finding.to_json(), "file": relative(finding, examination)} for finding in examination.findings]
     result = {"dataset": str(examination.root), "status": examination.status, "summary": figures(examination)}
-    return json.dumps({**result, "findings": findings}, indent=1, ensure_ascii=False)
+    return json.dumps({**result, "findings": findings}, indent=1)
 
 
 def to_text(examination: Examination) -> str:
@@ -118,7 +119,7 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield f"{len(told['classes'])} classes:"
     ordered = sorted(told["classes"].items(), key=lambda item: -sum(item[1].values()))
     for name, counts in ordered[:_SHOWN_CLASSES]:
-        yield f"  {_printable(name):24}" + "  ".join(f"{split} {count}" for split, count in counts.items())
+        yield f"  {printable(name):24}" + "  ".join(f"{split} {count}" for split, count in counts.items())
     if len(ordered) > _SHOWN_CLASSES:
         yield f"  ... and {len(ordered) - _SHOWN_CLASSES} more"
 
@@ -127,16 +128,11 @@ def _finding_lines(finding: Finding, examination: Examination) -> list[str]:
     kind = KINDS[finding.kind]
     ids = f", ids {finding.some_ids()}" if finding.ids else ""
     return [
-        f"{finding.severity}: {kind.title}: {finding.count} in {relative(finding, examination)}{_printable(ids)}",
-        f"    {_printable(finding.message)}",
+        f"{finding.severity}: {kind.title}: {finding.count} in {relative(finding, examination)}{printable(ids)}",
+        f"    {printable(finding.message)}",
         f"    why it matters: {kind.why} What to do: {kind.remedy}" + (f" --fix: {kind.fix}." if kind.fix else ""),
         "",
     ]
-
-
-def _printable(text: str) -> str:
-    """Text from a dataset without what could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _split_figures(scans: Sequence[Scan]) -> dict[str, int]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2f_trainer.data.entries import printable
+
 COLUMNS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
 TITLES = ("AP", "AP50", "AP75", "small", "medium", "large", "AR100")
 CLASS_KEY = "map_class/"
@@ -36,7 +38,7 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
     if classes:
         lines += ["", f"{'class':{width}}{'AP':>8}"]
     ranked = sorted(classes.items(), key=lambda item: -item[1])
-    return "\n".join(lines + [f"{name:{width}}{_percent(value):>8}" for name, value in ranked])
+    return "\n".join(lines + [f"{printable(name):{width}}{_percent(value):>8}" for name, value in ranked])
 
 
 def _percent(value: float) -> str:

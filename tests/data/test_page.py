@@ -1,5 +1,6 @@
 """What `m2f check` shows: text, JSON and one page that needs nothing else, with every name escaped."""
 
+import io
 import json
 from html.parser import HTMLParser
 
@@ -149,3 +150,15 @@ def test_what_cannot_be_read_is_not_corrected(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "nowhere"), "--fix", str(tmp_path / "fixed")]) == 2
     assert not (tmp_path / "fixed").exists()
     assert capsys.readouterr().out.endswith(f"Next:\n  m2f check {tmp_path / 'nowhere'}\n")
+
+
+def test_json_is_sound_whatever_the_terminal_can_show(root, monkeypatch):
+    for split in ("train", "valid"):
+        path = root / split / "_annotations.coco.json"
+        coco = json.loads(path.read_text())
+        coco["categories"] = [{**one, "name": f"雲😀{one['id']}"} for one in coco["categories"]]
+        path.write_text(json.dumps(coco))
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert cli.main(["check", str(root), "--json"]) == 0
+    assert any(name.startswith("雲😀") for name in json.loads(written.getvalue())["summary"]["classes"])

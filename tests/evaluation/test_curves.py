@@ -34,6 +34,11 @@ def test_the_table_reads_the_trainers_prefixed_metrics() -> None:
     assert metrics_table({f"eval_{key}": value for key, value in METRICS.items()}, "eval_") == metrics_table(METRICS)
 
 
+def test_a_class_name_cannot_steer_the_terminal() -> None:
+    table = metrics_table({"map_class/a\x1b[2J": 0.5, "map_class/b\nc": 0.25})
+    assert [line.split() for line in table.splitlines()[4:]] == [["class", "AP"], ["a?[2J", "50.0"], ["b?c", "25.0"]]
+
+
 def test_written_metrics_are_read_back_to_the_last_bit(tmp_path: Path) -> None:
     metrics = {"map": 1 / 3, "map_50": 0.1 + 0.2}
     path = write_metrics(metrics, tmp_path / "new" / "metrics.json")
