@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.hub_streams import load_stream
 from m2f_trainer.errors import DataError, ModelFolderError
 from m2f_trainer.evaluation.curves import EVALUATION
 
@@ -99,6 +100,7 @@ def rows_of_run(run: Run) -> Dataset | None:
     if not name:
         return None
     try:
-        return load_dataset(str(name)).get("valid")
+        splits = load_stream(str(name))[1] if run.recipe.get("streaming") else load_dataset(str(name))
+        return splits.get("valid")
     except (DataError, OSError):
         return None

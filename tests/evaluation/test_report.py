@@ -128,6 +128,18 @@ def test_a_page_without_the_dataset_says_so(data: Path, tmp_path: Path) -> None:
     assert any("is not here" in word for word in reader.words)
 
 
+def test_pictures_of_a_streamed_run_need_no_download_of_its_training_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, splits = write_run(tmp_path / "run", data), load_coco(data)
+    (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
+    opened: list[str] = []
+    monkeypatch.setattr("m2f_trainer.evaluation.runs.load_dataset", opened.append)
+    monkeypatch.setattr("m2f_trainer.evaluation.runs.load_stream", lambda name: (name, splits))
+    assert "img" in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
+    assert opened == []
+
+
 def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         write_run(tmp_path / "run" / f"checkpoint-{step}", data)
