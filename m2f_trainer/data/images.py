@@ -22,6 +22,7 @@ ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDAr
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # none starts an external decoder
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+CUT = "Cut the image into tiles; `m2f predict --tile` does so by itself where it is a TIFF."
 _DIRECT = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _DEEP_GREYS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -74,9 +75,7 @@ def check_pixels(size: tuple[int, int], where: str) -> None:
     """
     width, height = size
     if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. Cut the image into tiles."
-        )
+        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. {CUT}")
 
 
 def check_size(found: tuple[int, int], expected: tuple[int, int], where: str) -> None:
@@ -138,9 +137,7 @@ def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). Cut the image into tiles."
-        ) from error
+        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). {CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(
             f"{where}: not an image of a known format ({', '.join(FORMATS)}): {_looks_like(file)}."

@@ -50,7 +50,8 @@ def own_origins(config: Mapping[str, Any]) -> Iterator[Origin]:
 def backbone_origin(name: str, config: Mapping[str, Any]) -> Origin:
     """The licence of a backbone, by the table or, for a folder, by its architecture."""
     architecture = str((config.get("backbone_config") or {}).get("model_type", ""))
-    if architecture.startswith("dinov3") or "dinov3" in name.lower():
+    own = Path(name).name if Path(name).is_absolute() else name  # the folders above it may be called anything
+    if architecture.startswith("dinov3") or "dinov3" in own.lower():
         duty = (
             f"Derivatives stay under the [DINOv3 License]({DINOV3_LINK}): pass a copy of the agreement on with them, "
             'show "Built with DINOv3", and keep to its limits of use.'

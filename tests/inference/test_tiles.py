@@ -200,6 +200,15 @@ def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
         open_windows(tmp_path / "a.tif")
 
 
+def test_an_image_too_large_to_be_decoded_is_sent_to_the_format_that_is_read_by_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"at most 100 pixels, got 210x150\. .*--tile` does so .* a TIFF"):
+        open_windows(tmp_path / "a.png")
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_tiff_that_ends_after_its_start_is_told(tmp_path: Path) -> None:
     pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")

@@ -127,6 +127,8 @@ def test_escaping_keeps_plain_words_and_one_line() -> None:
             "random numbers",
         ),
         ({"backbone_name": "someone/vit"}, ("other", "see-the-licences-below"), "look it up where it was published"),
+        ({"backbone_name": "/home/a/dinov3/vit"}, ("other", "see-the-licences-below"), "look it up where it was"),
+        ({"backbone_name": "/home/a/my_DINOv3"}, ("other", "dinov3-license"), "Built with DINOv3."),
         ({"head_checkpoint": "/heads/mine"}, ("other", "see-the-licences-below"), "that is CC BY-NC 4.0"),
     ],
 )
