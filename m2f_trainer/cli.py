@@ -228,11 +228,7 @@ def leave_together() -> None:
 
 
 def is_advice(error: Exception) -> bool:
-    """Whether an error's message is for the user.
-
-    The model package, which stands alone, has an error of its own; what the system refuses (a folder that can't be
-    written, a full disk) has a number, and its message names the file.
-    """
+    """Whether its message is for the user: ours, the lone model package's, or the system's (a full disk), numbered."""
     backbones = sys.modules.get("m2f_trainer.model.backbones")
     refused = isinstance(error, OSError) and error.errno is not None
     return isinstance(error, M2FError) or refused or (backbones is not None and isinstance(error, backbones.ModelError))
