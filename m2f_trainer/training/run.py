@@ -16,7 +16,7 @@ from m2f_trainer.data.collator import InstanceDataset
 from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.sample import write_sample
 from m2f_trainer.data.transforms import EvalTransform
-from m2f_trainer.errors import ImageError
+from m2f_trainer.errors import ImageError, RecipeError
 from m2f_trainer.evaluation.curves import (
     CLASSES,
     EVALUATION,
@@ -175,8 +175,14 @@ def evaluate_folder(
     """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
 
     `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
-    predictions.json (COCO results form). Raises DataError for an unknown split, or categories of other names.
+    predictions.json (COCO results form).
+
+    Raises:
+        DataError: an unknown split, or categories of other names
+        RecipeError: `output_dir` is a run's folder, whose own figures would be replaced
     """
+    if output_dir is not None and Path(output_dir, RECIPE).is_file():
+        raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
     loaded = load_model(model)
     splits = load_dataset(dataset)
     check_split(splits, split)

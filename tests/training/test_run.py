@@ -13,7 +13,7 @@ import torch
 from m2f_trainer.data.coco import categories_of, load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.sample import write_sample
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.evaluation.curves import read_details, read_metrics
 from m2f_trainer.inference.folder import Options, predict_folder
 from m2f_trainer.inference.predictor import Predictor
@@ -77,6 +77,13 @@ def test_test_figures_are_of_the_test_split(folder: Path) -> None:
     held = read_metrics(folder / "run" / "metrics.json")
     assert held["test_mar_100"] == pytest.approx(again["eval_mar_100"], abs=1e-9)
     assert held["test_box_mar_100"] == pytest.approx(again["eval_box_mar_100"], abs=1e-9)
+
+
+def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(folder: Path) -> None:
+    held = (folder / "run" / "metrics.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run"):
+        evaluate_folder(str(folder / "run"), str(folder / "data"), "test", output_dir=folder / "run")
+    assert (folder / "run" / "metrics.json").read_bytes() == held
 
 
 def test_written_predictions_score_what_pycocotools_says(folder: Path, tmp_path: Path) -> None:
