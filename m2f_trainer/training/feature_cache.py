@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from m2f_trainer.data.coco import Category
-from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.data.collator import InstanceDataset, collate, labelled
 from m2f_trainer.data.samples import Sample
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError
@@ -101,7 +101,10 @@ class OneOfViews:
 
 
 class AllViews(Dataset[dict[str, Any]]):
-    """Every view of every image once, in the order of the file's records."""
+    """Every view of every image once, in the order of the file's records.
+
+    The view is handed on and not set as the dataset's epoch, which all data workers share.
+    """
 
     def __init__(self, dataset: InstanceDataset, views: int, share: slice) -> None:
         self.dataset, self.views = dataset, views
@@ -112,8 +115,8 @@ class AllViews(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         index, view = divmod(self.records[place], self.views)
-        self.dataset.set_epoch(view)
-        return self.dataset[index]
+        rows = self.dataset.rows
+        return labelled(self.dataset.transform(rows[index], view, index, rows), self.dataset.class_of)
 
 
 def cached(

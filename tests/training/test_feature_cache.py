@@ -17,7 +17,7 @@ from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.adapters import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.recipe import load_recipe
-from m2f_trainer.training.feature_cache import CachedViews, MapFile, cached
+from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, cached
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
@@ -61,6 +61,20 @@ def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
             patch.setattr(encoder, "see", lambda pixels: [one.bfloat16().float() for one in see(pixels)])
             rounded = loss_of(model, plain)
         torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
+
+
+def test_a_data_worker_at_another_view_does_not_change_what_this_one_reads(
+    rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = InstanceDataset(rows, TrainTransform(64, 64, color_jitter=0.4), categories_of(rows))
+    alone = []
+    for index, view in ((index, view) for index in range(3) for view in range(3)):
+        dataset.set_epoch(view)
+        alone.append(dataset[index]["pixel_values"])
+    monkeypatch.setattr(dataset, "_epoch", torch.tensor(2))  # shared memory, which the other has just written
+    monkeypatch.setattr(dataset, "set_epoch", lambda _: None)
+    found = AllViews(dataset, 3, slice(None))
+    assert [torch.equal(found[record]["pixel_values"], alone[record]) for record in range(9)] == [True] * 9
 
 
 def test_the_backbone_does_not_run_in_training_and_views_come_round(
