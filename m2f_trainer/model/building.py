@@ -30,7 +30,8 @@ def build_model(
     backbone         a table name, Hub id or folder (pretrained weights), or a configuration dictionary (random weights)
     categories       the classes in order, each {"id", "name"}
     image_size       (height, width) of the padded frame
-    taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it
+    taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it, or those of
+                     init_from
     head_checkpoint  any Mask2Former checkpoint to take the pixel decoder and transformer decoder from
     init_from        a model of ours to take all weights from, other classes included
     drop_path        share of a batch's images that skip the backbone's last layer in training; earlier layers less
@@ -40,8 +41,12 @@ def build_model(
     Raises ModelError when a part can't be had or doesn't fit.
     """
     _check_fields(config_fields)
+    source = load_model(init_from) if init_from else None
+    backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
+    if source is not None and not taps and backbone_of(source.config).stage_names == backbone_config.stage_names:
+        backbone_config.out_features = backbone_of(source.config).out_features
     config = M2FConfig(
-        backbone_config=read_config(backbone, tuple(taps), drop_path, rope_rescale),
+        backbone_config=backbone_config,
         backbone_name=_lasting(backbone) if isinstance(backbone, str) else "",
         head_checkpoint=_lasting(head_checkpoint) if head_checkpoint else None,
         init_from=_lasting(init_from) if init_from else None,
@@ -52,8 +57,8 @@ def build_model(
     )
     _check_size(backbone_of(config), image_size)
     model = M2FModel(config)
-    if init_from:
-        load_model_weights(model, load_model(init_from))
+    if source is not None:
+        load_model_weights(model, source)
         return model
     if isinstance(backbone, str):
         load_backbone_weights(model)

@@ -19,6 +19,7 @@ HEAD_FIELDS = (
     "num_attention_heads", "dim_feedforward", "num_queries", "enforce_input_projection", "common_stride",
 )  # fmt: skip
 ENCODER = "model.pixel_level_module.encoder."
+BACKBONE = f"{ENCODER}backbone."
 QUERIES = ("queries_embedder.weight", "queries_features.weight")
 
 
@@ -76,8 +77,19 @@ def load_head(model: nn.Module, checkpoint: str) -> LoadReport:
 
 
 def load_model_weights(model: Any, source: Any) -> LoadReport:
-    """Copy everything that fits from a model of ours; class scores follow the category's name."""
+    """Copy everything that fits from a model of ours; class scores follow the category's name.
+
+    Raises ModelError where the backbones differ: ours would stay as random as it was made.
+    """
     report = _copy_matching(model, source.state_dict())
+    missing = [name for name in report.new if name.startswith(BACKBONE)]
+    if missing:
+        theirs = source.config.backbone_name or source.config.backbone_config.model_type
+        raise ModelError(
+            f"init_from {source.config.name_or_path!r}: its backbone ({theirs}) is another one, {len(missing)} of the "
+            f"tensors wanted are not in it, such as {missing[0]}. Give the backbone and the backbone_config of the "
+            "recipe.json there, or leave init_from out"
+        )
     _copy_classes(model, source)
     logger.warning("weights from %s: %s", source.config.name_or_path, report)
     return report

@@ -1,6 +1,7 @@
 """Starting from a published head or from a model of ours."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.building import build_model
 from m2f_trainer.model.heads import load_head
-from tests.model.tiny import CATEGORIES, HEAD, VIT, tiny_model
+from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,21 @@ def test_a_new_run_from_a_model_of_ours_carries_class_scores_over_by_name(tmp_pa
     assert torch.equal(new.class_predictor.weight[[2, 0, 3]], old.class_predictor.weight)
     shared = [name for name in old.state_dict() if not name.startswith("class_predictor")]
     assert all(torch.equal(new.state_dict()[name], old.state_dict()[name]) for name in shared)
+
+
+def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(tmp_path: Path) -> None:
+    old = tiny_model(taps=(2,))
+    old.save_pretrained(tmp_path)
+    new = tiny_model(init_from=str(tmp_path))
+    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
+    assert len(tiny_model(init_from=str(tmp_path), taps=(1, 2)).config.backbone_config.out_features) == 2
+
+
+@pytest.mark.parametrize("backbone", [DINOV2, {**VIT, "num_hidden_layers": 3}, {**VIT, "hidden_size": 16}])
+def test_a_new_run_on_another_backbone_than_its_start_is_refused(backbone: Any, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"init_from .*: its backbone \(dinov3_vit\) is another one, \d+ of the"):
+        tiny_model(backbone, image_size=(56, 56), init_from=str(tmp_path))
 
 
 def test_more_queries_than_the_source_has_keep_its_own_and_say_how_many_are_new(head: Path, tmp_path: Path) -> None:
