@@ -45,8 +45,7 @@ class Average(TrainerCallback):
         """The model becomes the average, unless the best checkpoint's was loaded, which is one already."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
             swap(kwargs["optimizer"])
-        for slots in kwargs["optimizer"].state.values():
-            slots.pop(AVERAGE, None)
+        forget(kwargs["optimizer"])
 
 
 @torch.no_grad()
@@ -75,6 +74,12 @@ def swap(optimizer: Any) -> None:
             held = weight.clone()
             weight.copy_(slots[AVERAGE])
             slots[AVERAGE].copy_(held)
+
+
+def forget(optimizer: Any) -> None:
+    """Drop the averages."""
+    for slots in optimizer.state.values():
+        slots.pop(AVERAGE, None)
 
 
 @contextmanager

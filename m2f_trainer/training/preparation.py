@@ -1,5 +1,6 @@
 """What a recipe names, made ready to train: data, augmentation, model, and what is saved beside it."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from m2f_trainer.data.hub import load_dataset
 from m2f_trainer.data.hub_streams import Stream, load_stream
 from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
+from m2f_trainer.errors import RecipeError
+from m2f_trainer.evaluation.assessment import Assessment
 from m2f_trainer.model.adapters import LoraSettings, set_tuning
 from m2f_trainer.model.building import build_model
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
@@ -37,6 +40,17 @@ class SavedWithModel:
         """Write recipe.json and preprocessor_config.json."""
         save_recipe(self.recipe, Path(folder, RECIPE))
         image_processor(self.config).save_pretrained(folder)
+
+
+def require_figure(name: str | None, rows: Dataset) -> None:
+    """Raise RecipeError where evaluations have no figure of that name, which the Trainer finds at the first one."""
+    figures = [f"eval_{figure}" for figure in Assessment(rows.select([0]))([])]
+    wanted = f"eval_{str(name).removeprefix('eval_')}"
+    if name is not None and wanted not in figures:
+        nearest = difflib.get_close_matches(wanted, figures, n=1, cutoff=0.0)[0]
+        raise RecipeError(
+            f"metric_for_best_model={name}: no such figure; the nearest is {nearest}. There are {', '.join(figures)}."
+        )
 
 
 def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
@@ -112,7 +126,7 @@ def train_transform(recipe: Recipe) -> TrainTransform:
         data.image_width,
         flip=augment.pop("horizontal_flip"),
         min_area=data.min_instance_area,
-        seed=recipe.train.data_seed or recipe.train.seed,
+        seed=recipe.train.seed if recipe.train.data_seed is None else recipe.train.data_seed,
         **augment,
     )
 

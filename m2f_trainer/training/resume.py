@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from m2f_trainer.arguments import ModelArguments
 from m2f_trainer.errors import CheckpointError
+from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.checkpoints import FINGERPRINT, MANIFEST, STATE, checkpoints, damage
+from m2f_trainer.training.ema import forget, swap
 from m2f_trainer.training.fingerprint import FIXED, differences, same_sample, updates_an_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
@@ -77,6 +81,8 @@ def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
 
 def _sound(folder: Path) -> Path:
     reason = damage(folder) if folder.is_dir() else "there is no such folder"
+    if checkpoints(folder):
+        reason = f"it is a run's folder, and not one of its checkpoints, such as {checkpoints(folder)[-1][1].name}"
     if reason is not None:
         raise CheckpointError(
             f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint"
@@ -116,6 +122,16 @@ def starting_point(checkpoint: Path | None, arguments: TrainArguments, facts: Ma
     return checkpoint
 
 
+def as_it_reads(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
+    """The model's fields with the backbone layers that the checkpoint's neck reads, where the recipe names none.
+
+    A recipe without `pyramid_taps` has meant other layers before: those are the layers that the weights know.
+    """
+    if checkpoint is None or model.pyramid_taps is not None:
+        return model
+    return replace(model, pyramid_taps=list(backbone_of(M2FConfig.from_pretrained(checkpoint)).out_indices))
+
+
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
     """What a run that starts there needs beside the usual callbacks."""
     if start is None:
@@ -135,13 +151,17 @@ def from_main(arguments: TrainArguments, decide: Callable[[], Path | None]) -> P
 def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
     """A folder that stands for the checkpoint in the changed run: links to its files, and a state that counts anew.
 
-    Figures and best checkpoint of the former counting are dropped with it where the counting changes.
+    Figures of the former counting are dropped with it where that changes, and so is the best checkpoint, also where its
+    figure was of other validation images.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     step = same_sample(state["global_step"], then, now)
-    if step != state["global_step"]:
-        state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None, "log_history": []}
+    recounted = step != state["global_step"]
+    if recounted or then.get("valid_data") != now.get("valid_data"):
+        state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
+    if recounted:
+        state |= {"log_history": []}
     state |= {"global_step": step, "epoch": step / updates_an_epoch(now)}
     folder = output_dir / ADAPTED
     shutil.rmtree(folder, ignore_errors=True)
@@ -178,12 +198,18 @@ class Resumed(TrainerCallback):
 
 
 class NewSettings(TrainerCallback):
-    """Lets changed learning rates and weight decay take effect: a checkpoint's optimiser brings its own."""
+    """Lets changed learning rates and weight decay, and an average that is given up, take effect.
+
+    A checkpoint's optimiser brings its own of each. Without the average, the weights that it was made of go on.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Set the optimiser's groups and the schedule as a fresh run of these settings has them at this step."""
+        if isinstance(args, TrainArguments) and args.ema_decay is None:
+            swap(kwargs["optimizer"])
+            forget(kwargs["optimizer"])
         fresh = parameter_groups(model, rates_of(args))
         schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
         if isinstance(schedule, LambdaLR):

@@ -53,10 +53,11 @@ from m2f_trainer.training.preparation import (
     eval_transform,
     known,
     load_data,
+    require_figure,
     train_transform,
     training_samples,
 )
-from m2f_trainer.training.resume import find_resume, from_main, resume_callbacks, starting_point
+from m2f_trainer.training.resume import as_it_reads, find_resume, from_main, resume_callbacks, starting_point
 from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
 from m2f_trainer.training.uploads import hub_target, upload_callbacks
@@ -77,10 +78,11 @@ def train(recipe: Recipe) -> dict[str, float]:
         checkpoint = from_main(recipe.train, lambda: find_resume(recipe.train))
         train_rows, splits = load_data(recipe.data)
         categories = categories_of(known(train_rows))
+        require_figure(recipe.train.metric_for_best_model, splits["valid"])
         recipe = resolved(recipe, known(train_rows), checkpoint)
         facts = fingerprint(recipe, train_rows, splits["valid"], categories)
         start = from_main(recipe.train, lambda: starting_point(checkpoint, recipe.train, facts))
-        model = build(recipe.model, recipe.data, categories)
+        model = build(as_it_reads(recipe.model, start), recipe.data, categories)
         trainer = M2FTrainer(
             model,
             recipe.train.for_trainer(),
@@ -132,6 +134,8 @@ def final_figures(
 ) -> dict[str, float]:
     """The figures of the model in the trainer's hands: its checkpoint's, and the test split's if there is one."""
     best = trainer.state.best_model_checkpoint if recipe.train.load_best_model_at_end else None
+    if not best and not trainer.latest_metrics:  # resumed where nothing was left to train
+        trainer.evaluate()
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
     if trainer.is_world_process_zero():
         details = read_details(Path(best)) if best else trainer.details

@@ -102,7 +102,13 @@ class M2FTrainer(Trainer):
             self.add_callback(Average(args.ema_decay))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,)."""
+        """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,).
+
+        A run that was at its end when it was resumed gets no batch: the Trainer would train a step more, each time.
+        """
+        if 0 < self.state.max_steps <= self.state.global_step:
+            batch_samples.clear()
+            self.control.should_training_stop = True
         self.step_batches = batch_samples
         config = self.accelerator.unwrap_model(self.model).config
         if not batch_samples or "class_labels" not in batch_samples[0]:

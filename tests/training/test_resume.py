@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainerControl, TrainerState
 
+from m2f_trainer.arguments import ModelArguments
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.train_arguments import TrainArguments
-from m2f_trainer.training import resume
+from m2f_trainer.training import ema, resume
 from m2f_trainer.training.checkpoints import FINGERPRINT, STATE, write_manifest
+from m2f_trainer.training.optimizer import Rates, parameter_groups
+from tests.model.tiny import tiny_model
 
 FACTS = {
     "train_images": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1,
@@ -41,6 +46,22 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_file(tmp_path: P
     (folder / STATE).unlink()
     with pytest.raises(CheckpointError, match=r"trainer_state.json is missing. Say true to take the newest"):
         resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(folder)))
+
+
+def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run", 2)
+    with pytest.raises(
+        CheckpointError, match=r"it is a run's folder, and not one of its checkpoints, such as check.*-2"
+    ):
+        resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "run")))
+
+
+def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3, valid_data="old")
+    for data, best in (("old", 2), ("new", None)):
+        adapted = resume.adapt(folder, tmp_path, {**FACTS, "valid_data": data})
+        state = json.loads((adapted / STATE).read_text())
+        assert (state["best_global_step"], state["log_history"]) == (best, [1])
 
 
 def test_overwriting_deletes_the_other_runs_checkpoints(tmp_path: Path) -> None:
@@ -80,3 +101,31 @@ def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
     assert (state["global_step"], state["epoch"], state["best_global_step"]) == (12, 1.2, None)
     assert (adapted / "optimizer.pt").read_bytes() == b"1"
     assert json.loads((folder / STATE).read_text())["global_step"] == 6
+
+
+def test_a_resumed_run_reads_the_layers_of_its_checkpoint_whatever_the_default_is_by_now(tmp_path: Path) -> None:
+    tiny_model(taps=(2,)).save_pretrained(tmp_path)
+    assert resume.as_it_reads(ModelArguments(), tmp_path).pyramid_taps == [2]
+    assert resume.as_it_reads(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
+    assert resume.as_it_reads(ModelArguments(), None).pyramid_taps is None
+
+
+def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, Rates(0.1, 0.0)))
+    model.class_predictor.weight.grad = torch.ones_like(model.class_predictor.weight)
+    optimizer.step()
+    ema.update(optimizer, 0.9)
+    weight = model.class_predictor.weight.detach().clone()
+    optimizer.step()
+    ema.update(optimizer, 0.9)
+    ema.swap(optimizer)  # as a checkpoint holds them
+    average, args = model.class_predictor.weight.detach().clone(), arguments(tmp_path)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    told = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    resume.NewSettings().on_train_begin(args, TrainerState(), TrainerControl(), **told)
+    raw = model.class_predictor.weight.detach().clone()
+    assert not torch.equal(raw, average)
+    torch.testing.assert_close(raw, weight - 0.1, rtol=0, atol=1e-3)
+    with ema.averaged(optimizer):  # as evaluations and saves have the model
+        assert torch.equal(model.class_predictor.weight, raw)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from m2f_trainer.data.coco import categories_of, load_coco
 from m2f_trainer.data.images import open_image
@@ -19,6 +20,7 @@ from m2f_trainer.inference.folder import Options, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.recipe import load_recipe
+from m2f_trainer.training.preparation import train_transform
 from m2f_trainer.training.run import evaluate_folder, train
 from tests.training.runs import m2f, write_tiny
 
@@ -29,6 +31,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train(load_recipe([str(write_tiny(folder))]))
     return folder
+
+
+def test_a_best_figure_that_no_evaluation_has_is_refused_before_the_model_is_made(tmp_path: Path) -> None:
+    recipe = str(write_tiny(tmp_path, backbone_config=None, metric_for_best_model="map50"))
+    with pytest.raises(
+        RecipeError, match=r"metric_for_best_model=map50: no such figure; the nearest is eval_map_50. The"
+    ):
+        train(load_recipe([recipe, "--image_height", "64", "--image_width", "64"]))
+
+
+def test_a_finished_run_that_is_resumed_trains_no_step_more_and_keeps_its_figures(tmp_path: Path) -> None:
+    fields = {"max_steps": 1, "load_best_model_at_end": False, "lr_scheduler_type": "constant"}
+    recipe = [str(write_tiny(tmp_path, images=(4, 1, 0), **fields))]
+    first, run = train(load_recipe(recipe)), tmp_path / "run"
+    weights = load_file(run / "model.safetensors")
+    again = train(load_recipe([*recipe, "--resume_from_checkpoint", "true"]))
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(run / "model.safetensors").items())
+    assert again["eval_map"] == first["eval_map"] == read_metrics(run / "metrics.json")["eval_map"]
+    assert read_details(run)["classes"]
+
+
+def test_the_data_s_own_seed_may_be_zero() -> None:
+    assert train_transform(load_recipe(["--dataset_name", "coco", "--data_seed", "0"])).seed == 0
 
 
 def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(folder: Path) -> None:
