@@ -34,7 +34,9 @@ class ModelArguments:
     )
     init_from: str | None = option(None, "A model of ours to start a new run from; the classes may differ.")
     num_queries: int = option(100, "Queries, so the most instances that one image can have.")
-    pyramid_taps: list[int] | None = option(None, "Backbone layers the neck reads, from 1. Default: four, evenly.")
+    pyramid_taps: list[int] | None = option(
+        None, "Backbone layers the neck reads, from 1. Default: four, evenly, or those of init_from."
+    )
     drop_path: float = option(
         0.0, "Share of images that skip the backbone's last layer in training; earlier ones less."
     )
@@ -133,9 +135,9 @@ class DataArguments:
 
 
 def check_ranges(arguments: object, ranges: Mapping[str, tuple[float, float | None]]) -> None:
-    """Raise RecipeError unless each named field is None or between its bounds, both of them allowed."""
+    """Raise RecipeError unless each named field is no number (None, "auto") or between its bounds, both allowed."""
     for name, (low, high) in ranges.items():
         value = vars(arguments)[name]
-        if value is not None and not low <= value <= (value if high is None else high):
+        if isinstance(value, int | float) and not low <= value <= (value if high is None else high):
             wanted = f"at least {low}" if high is None else f"between {low} and {high}"
             raise RecipeError(f"{name}: expected {wanted}, got {value}.")

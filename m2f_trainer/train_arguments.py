@@ -9,13 +9,17 @@ from datetime import timedelta
 from importlib.util import find_spec
 from os import cpu_count
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from m2f_trainer.arguments import check_ranges, option
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.rendezvous import meet_afresh
+
+POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+"""The original's schedule, in the words of transformers' `polynomial`."""
 
 
 @dataclass
@@ -103,6 +107,7 @@ class TrainArguments(TrainingArguments):
         check_ranges(self, {"early_stopping_patience": (1, None), "backbone_lr_multiplier": (0, None)})
         check_ranges(self, {"layer_decay": (0.01, 1), "head_first_steps": (0, None)})
         check_ranges(self, {"ema_decay": (0, 1)})
+        self._require_sound_numbers()
         if self.remove_unused_columns:
             raise RecipeError(
                 "remove_unused_columns must stay false: the batch carries more than the model's arguments."
@@ -154,13 +159,25 @@ class TrainArguments(TrainingArguments):
         steps = int(super().get_warmup_steps(num_training_steps))
         return max(0, min(steps, num_training_steps - 1))
 
+    def _require_sound_numbers(self) -> None:
+        """What torch or the Trainer would stumble over once the model is built."""
+        at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        not_negative = ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers")
+        check_ranges(self, dict.fromkeys(at_least_one, (1, None)) | dict.fromkeys(not_negative, (0, None)))
+        check_ranges(self, {"seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1)})
+        if self.max_steps == 0 or self.num_train_epochs == 0:
+            raise RecipeError("max_steps and num_train_epochs: expected a run of at least one step, got 0.")
+
     def _resolve_schedule(self) -> None:
         """Say `step`, which transformers doesn't know, in its words and milestones (the original's)."""
         if self.lr_scheduler_type == "step":
             self.lr_scheduler_type = "constant_with_warmup"
             self.lr_milestones = [0.889, 0.963] if self.lr_milestones is None else self.lr_milestones
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+            self.lr_scheduler_kwargs = dict(POLYNOMIAL)
+        if self.lr_scheduler_type != "polynomial" and self.lr_scheduler_kwargs == POLYNOMIAL:
+            self.lr_scheduler_kwargs = None  # what a saved recipe had for its own schedule
+        require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         if not all(0 < share < 1 for share in self.lr_milestones or ()):
             raise RecipeError(f"lr_milestones: expected shares of the run, between 0 and 1, got {self.lr_milestones}.")
 
@@ -195,6 +212,15 @@ def parse_checkpointing_steps(value: str | int) -> int | str:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise RecipeError(f'checkpointing_steps: expected a whole number of steps from 1 on or "epoch", got {value!r}.')
+
+
+def require_schedule(name: str, settings: Any) -> None:
+    """Raise RecipeError where transformers can't make the schedule of these settings."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, 1, 2, settings if isinstance(settings, dict) else None)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {settings}: {error}.") from error
 
 
 def computes_in_bf16() -> bool:

@@ -231,11 +231,27 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
         (["--head_checkpoint", "a", "--init_from", "b"], "Keep one of them"),
         (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
         (["--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
+        (["--learning_rate=-0.1"], "learning_rate: expected at least 0, got -0.1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected at least 1, got 0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size: expected at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected at least 1, got 0"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers: expected at least 0, got -1"),
+        (["--seed", "-1"], "seed: expected between 0 and 4294967295, got -1"),
+        (["--max_steps", "0"], "expected a run of at least one step"),
+        (["--num_train_epochs", "0"], "expected a run of at least one step"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_min_lr with .* One of min_lr or min_lr_rate"),
+        (["--lr_scheduler_kwargs", '{"powr": 1}'], "polynomial with .*'powr'"),
     ],
 )
 def test_values_out_of_range_are_refused(options: list[str], expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
         load_recipe(["--dataset_name", "coco", *options])
+
+
+def test_a_saved_recipe_takes_another_schedule(tmp_path: Path) -> None:
+    save_recipe(load_recipe(["--dataset_name", "coco"]), tmp_path / "saved.json")
+    train = load_recipe([str(tmp_path / "saved.json"), "--lr_scheduler_type", "cosine"]).train
+    assert (train.lr_scheduler_type, train.lr_scheduler_kwargs) == ("cosine", None)
 
 
 def test_a_token_is_refused_and_not_repeated(tmp_path: Path) -> None:

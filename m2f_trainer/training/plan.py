@@ -1,5 +1,6 @@
 """What a run would do, told before it does it: `m2f train RECIPE --dry_run`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
         for group in parameter_groups(model, rates_of(train))
     ]
     an_epoch = updates_an_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
-    steps = train.max_steps if train.max_steps > 0 else round(train.num_train_epochs * an_epoch)
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)

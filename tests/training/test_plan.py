@@ -8,8 +8,9 @@ import torch
 
 from m2f_trainer import cli
 from m2f_trainer.model.adapters import set_tuning
+from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.memory import activations, estimate, kept
-from m2f_trainer.training.plan import columns
+from m2f_trainer.training.plan import columns, plan
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
@@ -42,6 +43,11 @@ def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert f"10 {top:.2e} 0.00e+00" in text, "at step 10 the head is warm, and the backbone stands still"
     assert f"learning_rate {top}" in text
     assert "GB of memory a device" in text
+
+
+def test_half_epochs_make_as_many_steps_as_the_trainer_takes() -> None:
+    train = TrainArguments(use_cpu=True, report_to="none", num_train_epochs=0.5, per_device_train_batch_size=1)
+    assert plan(tiny_model(), train, images=5, instances=1).steps == 3
 
 
 def test_a_dry_run_says_what_sharding_would_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
