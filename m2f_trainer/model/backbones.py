@@ -94,6 +94,10 @@ def read_config(
         raise ModelError(f"{config.model_type!r} is no backbone of transformers: it has no stages to take maps from")
     _set_noise(config, drop_path, rope_rescale)
     if is_pyramidal(config):
+        if taps:
+            raise ModelError(
+                f"pyramid_taps are layers of a ViT; {config.model_type!r} gives its four stages. Leave them out"
+            )
         config.out_features = stages[-4:]
         return config
     depth = len(stages) - 1

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from m2f_trainer.arguments import ModelArguments
 from m2f_trainer.errors import CheckpointError
+from m2f_trainer.model.backbones import is_pyramidal
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.checkpoints import FINGERPRINT, MANIFEST, STATE, checkpoints, damage
@@ -129,7 +130,8 @@ def as_it_reads(model: ModelArguments, checkpoint: Path | None) -> ModelArgument
     """
     if checkpoint is None or model.pyramid_taps is not None:
         return model
-    return replace(model, pyramid_taps=list(backbone_of(M2FConfig.from_pretrained(checkpoint)).out_indices))
+    backbone = backbone_of(M2FConfig.from_pretrained(checkpoint))
+    return model if is_pyramidal(backbone) else replace(model, pyramid_taps=list(backbone.out_indices))
 
 
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:

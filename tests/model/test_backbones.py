@@ -58,6 +58,13 @@ def test_a_backbone_configuration_that_transformers_does_not_take_is_refused(
         read_config(fields)
 
 
+def test_layers_are_not_chosen_of_a_backbone_that_gives_its_stages() -> None:
+    fields = {"model_type": "dinov3_convnext"}
+    assert read_config(fields).out_features == ["stage1", "stage2", "stage3", "stage4"]
+    with pytest.raises(ModelError, match="four stages"):
+        read_config(fields, taps=(3, 6))
+
+
 def test_noise_that_a_backbone_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="'dinov2' backbone has no pos_embed_rescale, so it can't be set to 2"):
         read_config(DINOV2, rope_rescale=2.0)
