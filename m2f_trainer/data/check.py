@@ -19,8 +19,8 @@ _LISTED = 10
 def check_dataset(
     splits: datasets.DatasetDict, *, train: str = "train", evaluation: Sequence[str] = ("valid",)
 ) -> None:
-    """The error part of `m2f check`: every split asked for is there, every image can be read, train and valid have
-    objects.
+    """The error part of `m2f check`: every split asked for is there with images that can be read, and train and valid
+    have objects (without them every AP would be -1, and no model better than another).
 
     Args:
         train: the split to train on, "" for none
@@ -31,16 +31,12 @@ def check_dataset(
     """
     for name in [train] * bool(train) + [*evaluation]:
         check_split(splits, name)
-    if "valid" in evaluation and not _has_targets(splits["valid"]):
-        raise DataError(
-            "split 'valid': expected objects to score on, found only crowd regions or none, so that no model would be"
-            " better than another. Annotate objects in it."
-        )
-    if train and not _has_targets(splits[train]):
-        raise DataError(
-            f"split {train!r}: expected objects to train on, found only crowd regions or none."
-            " Annotate objects in it; of CVAT's brush masks, which it writes as crowds, m2f check --fix makes objects."
-        )
+    for name, use, wanted in ((train, "train on", bool(train)), ("valid", "score on", "valid" in evaluation)):
+        if wanted and not _has_targets(splits[name]):
+            raise DataError(
+                f"split {name!r}: expected objects to {use}, found only crowd regions or none. Annotate objects in it;"
+                " of CVAT's brush masks, which it writes as crowds, m2f check --fix makes objects."
+            )
 
 
 def check_split(splits: datasets.DatasetDict, name: str) -> None:

@@ -34,7 +34,7 @@ def step(model: nn.Module, batch: dict[str, Any], trainer: Any) -> torch.Tensor:
 def trainer_of(model: Any) -> Any:
     return SimpleNamespace(
         step_batches=[], accelerator=SimpleNamespace(unwrap_model=lambda one: one), model=model,
-        args=SimpleNamespace(world_size=1),
+        args=SimpleNamespace(world_size=1), state=SimpleNamespace(max_steps=1, global_step=0),
     )  # fmt: skip
 
 
