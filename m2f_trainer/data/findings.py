@@ -117,10 +117,7 @@ KINDS: Mapping[str, Kind] = {
         "category id with two names", "Splits disagree on what a class is.", "Give it one name, or two ids."
     ),
     "duplicate-image": _warning(
-        "image twice in a split",
-        "It counts double in training or score.",
-        "Keep one of them.",
-        "the first is kept, where no object sets them apart",
+        "image twice in a split", "It counts double.", "Keep one.", "the first is kept, where no object sets them apart"
     ),
     "leakage": _warning(
         "image in two splits",
