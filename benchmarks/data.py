@@ -22,7 +22,7 @@ SIDE = 1024
 
 def made_up_row(instances: int, height: int = 480, width: int = 640) -> dict[str, Any]:
     """A smooth noise photo as a JPEG, and overlapping polygons of 8 to 40 points."""
-    from m2f_trainer.data import masks
+    from m2f_trainer.masks import segmentation as masks
 
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, size=(height // 8, width // 8, 3), dtype=np.uint8))
@@ -54,7 +54,7 @@ class StockPath:
         )
 
     def __call__(self, row: dict[str, Any], index: int) -> Any:
-        from m2f_trainer.data import masks
+        from m2f_trainer.masks import segmentation as masks
 
         pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
         ids = np.zeros((row["height"], row["width"]), dtype=np.int32)
@@ -95,7 +95,7 @@ def times(instances: int, samples: int) -> dict[str, float]:
 
 def memory(path: str, instances: int) -> float:
     """Peak MB that a batch of one image adds, in a process of its own."""
-    from m2f_trainer.data.collator import collate
+    from m2f_trainer.data.collate import collate
     from m2f_trainer.data.transforms import TrainTransform
 
     few, row = made_up_row(1), made_up_row(instances)

@@ -61,7 +61,7 @@ def index(root: str, cache: str) -> dict[str, float]:
     CPU seconds are those of this process and of processes that it started; there are none today, and a peak of theirs
     would be told apart.
     """
-    from m2f_trainer.data.coco import load_coco
+    from m2f_trainer.data.dataset import load_coco
 
     before, start = cpu_seconds(), time.perf_counter()
     rows = load_coco(root, cache_dir=cache, annotations={"train": FILE})["train"]
@@ -78,7 +78,7 @@ def cpu_seconds() -> float:
 
 def worker_memory(root: str, cache: str) -> dict[str, float]:
     """Memory in MB that a forked worker writes to and so has to itself while it reads 5,000 random rows."""
-    from m2f_trainer.data.coco import load_coco
+    from m2f_trainer.data.dataset import load_coco
 
     rows = load_coco(root, cache_dir=cache, annotations={"train": FILE})["train"]
     reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)

@@ -25,8 +25,8 @@ from benchmarks import scoring
 from benchmarks.found import class_logits, logits_of
 from benchmarks.measure import alternate, compared, in_a_process, parser, peak_mb, report
 from benchmarks.stock import BACKBONES, CATEGORIES, our_model, scene, stock_model
-from m2f_trainer.data.transforms import fit
-from m2f_trainer.evaluation.instances import to_instances
+from m2f_trainer.data.geometry import fit
+from m2f_trainer.inference.postprocess import to_instances
 
 Case = tuple[tuple[int, int], int, int, Path | None, str, int]
 """Original size, queries, side of the model's input, dataset, device, threads."""

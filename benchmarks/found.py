@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.stock import CATEGORIES, scene
-from m2f_trainer.data.coco import load_coco
-from m2f_trainer.data.collator import unpack_masks
-from m2f_trainer.data.masks import decode
+from m2f_trainer.data.collate import unpack_masks
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.masks.segmentation import decode
 
 Mask = NDArray[np.uint8]
 

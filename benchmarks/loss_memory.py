@@ -17,8 +17,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from benchmarks.measure import in_a_process, parser, peak_mb, report
 from benchmarks.stock import CATEGORIES, scene
+from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.criterion import Criterion, LossSettings
-from m2f_trainer.model.matching import CompactMasks
 
 WIDTH, OUTPUTS = 256, 10
 

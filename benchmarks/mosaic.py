@@ -19,15 +19,15 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.data import rle
-from m2f_trainer.data.coco import categories_of
-from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
-from m2f_trainer.evaluation.coco_map import CocoMap
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.evaluation.coco import CocoMap
+from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.inference.tiles import meet, predict_tiled
 from m2f_trainer.inference.windows import ArrayWindows, Box
+from m2f_trainer.masks import rle
 
 THRESHOLD = 0.05
 KEPT = ("map", "map_50", "map_75")

@@ -17,9 +17,9 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.found import masks_of, nudged
 from benchmarks.measure import in_a_process, parser, peak_mb, report
-from m2f_trainer.data.coco import Category
-from m2f_trainer.evaluation.coco_map import CocoMap
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.evaluation.coco import CocoMap
+from m2f_trainer.inference.instances import Instances, tight_boxes
 
 SIZE, CLASSES, OBJECTS = (480, 640), 80, 7
 POOL = 400  # different masks

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
-from m2f_trainer.data.collator import pack_masks
-from m2f_trainer.model.building import build_model
+from m2f_trainer.data.collate import pack_masks
+from m2f_trainer.model.build import build_model
+from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.model.pyramid import Encoder
 
 VIT = {"model_type": "dinov3_vit", "patch_size": 16, "use_gated_mlp": True, "hidden_act": "silu"}
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import alternate, compared, kept_bytes, parser, peak_mb, report, waits
 from benchmarks.stock import BACKBONES, our_model, scene, stock_model
-from m2f_trainer.model.adapters import set_tuning
+from m2f_trainer.model.lora import set_tuning
 
 
 def main() -> None:

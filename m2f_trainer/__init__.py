@@ -1,44 +1,40 @@
 """Fine-tunes Mask2Former on DINOv3 backbones for instance segmentation.
 
-The public names load on first use, so importing the package takes no time. transformers' Auto classes know our models
-as soon as both packages are imported, in either order (`auto_classes.py`).
+The public names are imported on first use, so that importing the package takes no time.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from m2f_trainer.auto_classes import register_with_transformers
+from m2f_trainer.version import __version__
 
 if TYPE_CHECKING:
-    from m2f_trainer.data.coco import load_coco
-    from m2f_trainer.evaluation.coco_map import CocoMap
+    from m2f_trainer.data.dataset import load_coco
+    from m2f_trainer.evaluation.coco import CocoMap
     from m2f_trainer.inference.predictor import Predictor
-    from m2f_trainer.model.building import build_model
+    from m2f_trainer.model.build import build_model
     from m2f_trainer.model.mask2former import load_model
     from m2f_trainer.training.trainer import M2FTrainer
 
-__version__ = "0.1.0"
 __all__ = ["CocoMap", "M2FTrainer", "Predictor", "__version__", "build_model", "load_coco", "load_model"]
 
-HOMES = {
-    "load_coco": "m2f_trainer.data.coco",
-    "build_model": "m2f_trainer.model.building",
+PUBLIC = {
+    "load_coco": "m2f_trainer.data.dataset",
+    "build_model": "m2f_trainer.model.build",
     "load_model": "m2f_trainer.model.mask2former",
     "M2FTrainer": "m2f_trainer.training.trainer",
-    "CocoMap": "m2f_trainer.evaluation.coco_map",
+    "CocoMap": "m2f_trainer.evaluation.coco",
     "Predictor": "m2f_trainer.inference.predictor",
 }
 """Public name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(sorted(HOMES))}")
-    return getattr(importlib.import_module(HOMES[name]), name)
+    if name not in PUBLIC:
+        public = ", ".join(sorted(PUBLIC))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {public}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES})
-
-
-register_with_transformers()
+    return sorted({*globals(), *PUBLIC})

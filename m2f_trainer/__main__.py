@@ -2,7 +2,7 @@
 
 import sys
 
-from m2f_trainer.cli import main
+from m2f_trainer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -78,3 +78,9 @@ def needs(*packages: str, extra: str) -> None:
             f"this needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
             f"pip install 'm2f-trainer[{extra}]'"
         )
+
+
+LEVERS = (
+    "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
+    "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"
+)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.arguments import DataArguments, ModelArguments
+from m2f_trainer.config.arguments import DataArguments, ModelArguments
+from m2f_trainer.config.recipe import load_recipe, save_recipe
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.building import build_model
+from m2f_trainer.model.build import build_model
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.recipe import load_recipe, save_recipe
-from m2f_trainer.train_arguments import TrainArguments
 from tests.training.runs import write_tiny
 
 ROOT = Path(__file__).parents[1]

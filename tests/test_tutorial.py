@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.synthetic import write_sample
 from tests.training.runs import ROOT, TINY
 
 TEXT = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")

@@ -11,13 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from m2f_trainer import Predictor
-from m2f_trainer.charts import lines, save_png
-from m2f_trainer.data.coco import categories_of
-from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.gallery import truth_of
-from m2f_trainer.evaluation.overlays import draw_instances
-from m2f_trainer.evaluation.runs import read_run
+from m2f_trainer.run_folder import read_run
+from m2f_trainer.viz.charts import lines, save_png
+from m2f_trainer.viz.overlay import draw_instances
 
 IMAGES, SIDE, GAP = 4, 220, 4
 

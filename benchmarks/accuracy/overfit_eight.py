@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from m2f_trainer.recipe import load_recipe
+from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.training.run import train
 
 ANNOTATIONS = "_annotations.coco.json"

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from benchmarks.accuracy.stock_parts import postprocessed
-from m2f_trainer.data.coco import categories_of
-from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
-from m2f_trainer.data.masks import decode
-from m2f_trainer.evaluation.assessment import Assessment
+from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.masks.segmentation import decode
 from m2f_trainer.model.backbones import load_pretrained
-from m2f_trainer.training.preparation import first
+from m2f_trainer.training.prepare import first
 
 TAPS = ["stage3", "stage6", "stage9", "stage12"]
 

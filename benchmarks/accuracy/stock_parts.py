@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Mask2FormerImageProcessorPil, Trainer
 
-from m2f_trainer.evaluation.instances import Instances
+from m2f_trainer.inference.instances import Instances
 from m2f_trainer.model import mask2former
 from m2f_trainer.training import trainer
 from m2f_trainer.training.optimizer import HEAD

@@ -22,9 +22,9 @@ import torch
 from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
 from benchmarks.measure import in_a_process, machine
-from m2f_trainer.charts import Drawing, lines, save_png
-from m2f_trainer.recipe import OptionParser, Recipe, load_recipe
+from m2f_trainer.config.recipe import OptionParser, Recipe, load_recipe
 from m2f_trainer.training.run import train
+from m2f_trainer.viz.charts import Drawing, lines, save_png
 
 FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "eval_map_medium": "medium"}
 

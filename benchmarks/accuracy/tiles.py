@@ -13,10 +13,10 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from m2f_trainer.data.coco import categories_of
-from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
-from m2f_trainer.data.masks import decode, encode
+from m2f_trainer.masks.segmentation import decode, encode
 
 MOST, LEAST = 2, 16
 

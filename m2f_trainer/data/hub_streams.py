@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from m2f_trainer.data.coco import Category, advice_alone, features_of
-from m2f_trainer.data.findings import Report
-from m2f_trainer.data.hub import (
+from m2f_trainer.data.dataset import Category, advice_alone, features_of
+from m2f_trainer.data.hub_dataset import (
+    HubSplit,
     class_names,
     is_hub_set,
     is_ours,
@@ -22,8 +22,8 @@ from m2f_trainer.data.hub import (
     stored_categories,
     usable_splits,
 )
-from m2f_trainer.data.hub_rows import HubSplit
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.problems import Report
 from m2f_trainer.data.transforms import describe
 from m2f_trainer.errors import DataError
 

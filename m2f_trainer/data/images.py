@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
 
-from m2f_trainer.data.rle import MAX_PIXELS
 from m2f_trainer.errors import ImageError
+from m2f_trainer.masks.rle import MAX_PIXELS
 
 ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDArray[Any]
 

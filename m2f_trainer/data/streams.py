@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from m2f_trainer.data.collator import Transform, labelled
+from m2f_trainer.data.collate import Transform, labelled
 from m2f_trainer.data.hub_streams import Row, Stream
 from m2f_trainer.errors import DataError
 

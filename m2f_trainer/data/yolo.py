@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from m2f_trainer.data import rle
-from m2f_trainer.data.annotations import AnnotationFile
-from m2f_trainer.data.entries import Entry, is_text
-from m2f_trainer.data.findings import Report, refuse
+from m2f_trainer.data.coco_json import AnnotationFile, Entry, is_text
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles
+from m2f_trainer.data.problems import Report, refuse
 from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.masks import rle
 
 _REACH = 1.0  # a share may lie this far outside 0..1: further out it isn't one
 

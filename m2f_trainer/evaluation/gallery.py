@@ -9,11 +9,27 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from m2f_trainer.data.coco import Category
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.hub_streams import load_stream
 from m2f_trainer.data.images import open_image
-from m2f_trainer.errors import ImageError
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
-from m2f_trainer.evaluation.overlays import draw_instances
+from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.inference.instances import Instances, tight_boxes
+from m2f_trainer.run_folder import Run
+from m2f_trainer.viz.overlay import draw_instances
+
+
+def rows_of_run(run: Run) -> Dataset | None:
+    """The valid split that the run was scored on; None where its dataset can't be had here."""
+    name = run.recipe.get("dataset_name")
+    if not name:
+        return None
+    try:
+        splits = load_stream(str(name))[1] if run.recipe.get("streaming") else load_dataset(str(name))
+        return splits.get("valid")
+    except (DataError, OSError):
+        return None
+
 
 GAP = 6  # pixels between the two
 

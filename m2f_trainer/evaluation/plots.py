@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2f_trainer.charts import Drawing, bars, lines, save_png, squares
+from m2f_trainer.viz.charts import Drawing, bars, lines, save_png, squares
 
 MOST_CLASSES = 12  # a confusion matrix of more is told by its largest confusions
 RECALLS = [place / 100 for place in range(101)]

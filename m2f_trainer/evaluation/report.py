@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2f_trainer.charts import lines
-from m2f_trainer.data.coco import Category
+from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
-from m2f_trainer.evaluation.gallery import pictures
-from m2f_trainer.evaluation.runs import Run, named, rows_of_run
-from m2f_trainer.markup import SORT, chart, grid, page, photograph, table, write_page
+from m2f_trainer.evaluation.gallery import pictures, rows_of_run
+from m2f_trainer.run_folder import Run, named
+from m2f_trainer.viz.charts import lines
+from m2f_trainer.viz.html import SORT, chart, grid, page, photograph, table, write_page
 
 SUMMARY = {
     "eval_map": "AP", "eval_map_50": "AP50", "eval_map_75": "AP75", "eval_map_small": "small",

@@ -12,7 +12,8 @@ from PIL import Image
 
 from m2f_trainer.data.images import ImageSource
 from m2f_trainer.data.transforms import EvalTransform
-from m2f_trainer.evaluation.instances import Instances, to_instances
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.model.mask2former import M2FModel, load_model
 
 

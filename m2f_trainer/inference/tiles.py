@@ -20,11 +20,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m2f_trainer.data import rle
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
-from m2f_trainer.evaluation.mask_runs import encode_runs
+from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.inference.windows import Box, Pixels, Size, Windows
+from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import encode_runs
 
 SAME_OBJECT = 0.5
 """The IoU inside two tiles' overlap above which two pieces are one object."""

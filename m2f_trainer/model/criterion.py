@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .deformable import ALIGN_CORNERS, BILINEAR, ZEROS
-from .matching import CompactMasks, Matches, match, portions
+from .compact_masks import CompactMasks, portions
+from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
+from .matcher import Matches, match
 
 
 @dataclass(frozen=True)

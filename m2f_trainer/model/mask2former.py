@@ -25,12 +25,12 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .backbones import ModelError
+from .compact_masks import CompactMasks
 from .criterion import Criterion, LossSettings
-from .initialisers import NECK_LAYERS, start_head_layer, start_neck_layer, torch_linear
-from .matching import CompactMasks
+from .encoder import Encoder
+from .initialization import NECK_LAYERS, start_head_layer, start_neck_layer, torch_linear
 from .pixel_decoder import PixelDecoder
-from .pyramid import Encoder
-from .query_decoder import QueryDecoder
+from .transformer_decoder import QueryDecoder
 
 AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,8 +17,8 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderLayer,
 )
 
-from .deformable import deformable_attention, softmax_of_few
-from .query_decoder import linear_placed
+from .deformable_attention import deformable_attention, softmax_of_few
+from .transformer_decoder import linear_placed
 
 Shape = tuple[int, int]
 

@@ -21,14 +21,13 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2f_trainer.data.coco import Category
-from m2f_trainer.data.collator import InstanceDataset, collate, labelled
-from m2f_trainer.data.samples import Sample
-from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.data.collate import InstanceDataset, collate, labelled
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.transforms import Sample, TrainTransform
 from m2f_trainer.errors import DataError
+from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.model.pyramid import Encoder
-from m2f_trainer.training.fingerprint import digest_of
+from m2f_trainer.training.checkpointing.fingerprint import digest_of
 
 logger = logging.getLogger(__name__)
 FOLDER, MAPS, KEY = "feature_cache", "maps.bf16", "maps.json"

@@ -3,51 +3,44 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from m2f_trainer.data.check import check_categories, check_split
-from m2f_trainer.data.coco import Category, categories_of
-from m2f_trainer.data.collator import InstanceDataset
-from m2f_trainer.data.hub import load_dataset
-from m2f_trainer.data.sample import write_sample
-from m2f_trainer.data.transforms import EvalTransform
-from m2f_trainer.errors import ImageError, RecipeError
-from m2f_trainer.evaluation.curves import (
-    CLASSES,
+from m2f_trainer.config.recipe import Recipe
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import Category, categories_of
+from m2f_trainer.distributed import from_main
+from m2f_trainer.errors import ImageError
+from m2f_trainer.hub.model_card import Form, draw_pictures, write_card
+from m2f_trainer.hub.upload import push
+from m2f_trainer.model.lora import lora_layers, save_adapter
+from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.run_folder import (
+    ADAPTER_FOLDER,
     EVALUATION,
+    FINGERPRINT,
+    METRICS,
     read_details,
     read_metrics,
-    write_classes,
     write_details,
     write_metrics,
 )
-from m2f_trainer.evaluation.instances import Instances
-from m2f_trainer.evaluation.plots import write_plots
-from m2f_trainer.inference.folder import predict_folder
-from m2f_trainer.model.adapters import lora_layers, save_adapter
-from m2f_trainer.model.backbones import BACKBONES
-from m2f_trainer.model.mask2former import M2FModel, load_model
-from m2f_trainer.recipe import Recipe, load_recipe
-from m2f_trainer.sharing.card import Form, write_card
-from m2f_trainer.sharing.results import draw_pictures
-from m2f_trainer.sharing.upload import push
-from m2f_trainer.train_arguments import TrainArguments
-from m2f_trainer.training.automatic import images_a_device, resolve
-from m2f_trainer.training.callbacks import EvaluateAtEverySave
-from m2f_trainer.training.checkpoints import FINGERPRINT, METRICS, RECIPE
-from m2f_trainer.training.console import ClassTable
-from m2f_trainer.training.cost import Cost
+from m2f_trainer.training.auto import images_a_device, resolve
+from m2f_trainer.training.callbacks.pictures import Pictures
+from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
+from m2f_trainer.training.callbacks.signals import StopOnSignal
+from m2f_trainer.training.callbacks.uploads import hub_target, upload_callbacks
+from m2f_trainer.training.checkpointing.checkpoints import only_run
+from m2f_trainer.training.checkpointing.fingerprint import fingerprint
+from m2f_trainer.training.checkpointing.resume import as_it_reads, find_resume, resume_callbacks, starting_point
+from m2f_trainer.training.data_workers import explained
+from m2f_trainer.training.dry_run import plan, to_text
 from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
-from m2f_trainer.training.fingerprint import fingerprint
-from m2f_trainer.training.lock import only_run
-from m2f_trainer.training.pictures import Pictures
-from m2f_trainer.training.plan import plan, to_text
-from m2f_trainer.training.preparation import (
+from m2f_trainer.training.prepare import (
     SavedWithModel,
     build,
     eval_transform,
@@ -57,15 +50,9 @@ from m2f_trainer.training.preparation import (
     train_transform,
     training_samples,
 )
-from m2f_trainer.training.resume import as_it_reads, find_resume, from_main, resume_callbacks, starting_point
-from m2f_trainer.training.signals import StopOnSignal
 from m2f_trainer.training.trainer import M2FTrainer
-from m2f_trainer.training.uploads import hub_target, upload_callbacks
-from m2f_trainer.training.workers import explained
 
 logger = logging.getLogger(__name__)
-ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
-WORTH_WORKERS = 64  # images; starting and ending worker processes takes longer than reading fewer
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -75,13 +62,13 @@ def train(recipe: Recipe) -> dict[str, float]:
     """
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, only_run(recipe.train):
-        checkpoint = from_main(recipe.train, lambda: find_resume(recipe.train))
+        checkpoint = from_main(lambda: find_resume(recipe.train))
         train_rows, splits = load_data(recipe.data)
         categories = categories_of(known(train_rows))
         require_figure(recipe.train.metric_for_best_model, splits["valid"])
         recipe = resolved(recipe, known(train_rows), checkpoint)
         facts = fingerprint(recipe, train_rows, splits["valid"], categories)
-        start = from_main(recipe.train, lambda: starting_point(checkpoint, recipe.train, facts))
+        start = from_main(lambda: starting_point(checkpoint, recipe.train, facts))
         model = build(as_it_reads(recipe.model, start), recipe.data, categories)
         trainer = M2FTrainer(
             model,
@@ -171,69 +158,3 @@ def illustrate(output: Path, rows: Dataset) -> None:
         draw_pictures(output, rows, read_details(output))
     except ImageError as error:
         logger.warning("The card gets no pictures: %s", error)
-
-
-def evaluate_folder(
-    model: str, dataset: str, split: str = "valid", output_dir: Path | None = None, batch_size: int = 4
-) -> dict[str, float]:
-    """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
-
-    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
-    predictions.json (COCO results form).
-
-    Raises:
-        DataError: an unknown split, or categories of other names
-        RecipeError: `output_dir` is a run's folder, whose own figures would be replaced
-    """
-    if output_dir is not None and Path(output_dir, RECIPE).is_file():
-        raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
-    loaded = load_model(model)
-    splits = load_dataset(dataset)
-    check_split(splits, split)
-    categories = [Category(**c) for c in loaded.config.categories or []]
-    check_categories(categories, splits[split])
-    size = (loaded.config.image_height, loaded.config.image_width)
-    rows = InstanceDataset(splits[split], EvalTransform(*size), categories)
-    arguments = TrainArguments(
-        output_dir=str(output_dir or "."),
-        per_device_eval_batch_size=batch_size,
-        report_to="none",
-        bf16=False,
-    )
-    if len(rows) < WORTH_WORKERS:
-        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
-    trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
-    figures = trainer.evaluate()
-    if output_dir is not None and trainer.is_world_process_zero():
-        write_metrics(figures, Path(output_dir, METRICS))
-        write_details(trainer.details, Path(output_dir, EVALUATION))
-        write_classes(trainer.details, Path(output_dir, CLASSES))
-        write_plots(trainer.details, output_dir)
-        write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
-    return figures
-
-
-def write_predictions(predictions: Sequence[Instances], path: Path) -> None:
-    """Write predictions in COCO results form."""
-    results = [result for instances in predictions for result in instances.to_coco()]
-    path.write_text(json.dumps(results), encoding="utf-8")
-
-
-def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], None] = logger.warning) -> None:
-    """The whole path on a small made-up dataset: write it, train recipes/quickstart.json, evaluate, draw predictions.
-
-    `backbone`: a pretrained one by name, instead of the small random ViT; it needs the Hub.
-    """
-    torch.set_num_threads(1)  # tensors this small are slower on several, much slower on a busy machine
-    data, run, pictures = output_dir / "data", output_dir / "run", output_dir / "pictures"
-    write_sample(data)
-    options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(run)]
-    if backbone is not None:
-        side = str(8 * BACKBONES[backbone].stride if backbone in BACKBONES else 128)
-        options += ["--backbone", backbone, "--backbone_config", "null", "--image_height", side, "--image_width", side]
-    if (run / RECIPE).is_file():
-        shutil.rmtree(run)  # an earlier demo's
-    figures = train(load_recipe(options))
-    predict_folder(str(run), [data / "test"], pictures)
-    say(f"mask AP on the held-out images: {figures['eval_map']:.3f} (valid), {figures['test_map']:.3f} (test)")
-    say(f"model: {run}\npictures of the test images: {pictures}\ndataset: {data}")

@@ -4,19 +4,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.adapters import lora_layers
-from m2f_trainer.train_arguments import TrainArguments
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks where it is sharded; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from m2f_trainer.model.lora import lora_layers
 
 
 def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:

@@ -18,31 +18,23 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from m2f_trainer.data.collator import InstanceDataset, collate
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.streams import InstanceStream
-from m2f_trainer.evaluation.assessment import Assessment
-from m2f_trainer.evaluation.curves import EVALUATION, write_details, write_metrics
-from m2f_trainer.evaluation.instances import Instances, to_instances
+from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.train_arguments import TrainArguments
-from m2f_trainer.training.callbacks import DataWait, SeedEveryStep
-from m2f_trainer.training.checkpoints import (
-    FINGERPRINT,
-    METRICS,
-    PICKLED_ARGUMENTS,
-    figures_of_step,
-    rotate,
-    staged,
-)
-from m2f_trainer.training.console import console
+from m2f_trainer.run_folder import EVALUATION, FINGERPRINT, METRICS, PICKLED_ARGUMENTS, write_details, write_metrics
+from m2f_trainer.training.callbacks.guards import FiniteGuard
+from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
+from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
+from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
+from m2f_trainer.training.data_workers import Watched, WatchedStream, watch
 from m2f_trainer.training.ema import Average, averaged
-from m2f_trainer.training.guards import FiniteGuard
-from m2f_trainer.training.optimizer import Grouped
-from m2f_trainer.training.schedule import ShapedRates
+from m2f_trainer.training.optimizer import Grouped, ShapedRates
 from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
-from m2f_trainer.training.uploads import NoStockUpload, refuse_stock_upload
-from m2f_trainer.training.workers import Watched, WatchedStream, watch
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 

@@ -249,16 +249,16 @@ def with_name(folder: Path, name: str) -> Path:
 
 def try_dataset(root: str) -> None:
     """What a training run does with its data first."""
-    from m2f_trainer.data.check import check_dataset
-    from m2f_trainer.data.coco import load_coco
+    from m2f_trainer.data.dataset import load_coco
+    from m2f_trainer.data.validate import check_dataset
 
     check_dataset(load_coco(root, cache_dir=Path(root).with_name("cache")))
 
 
 def try_check(root: str) -> None:
     """`m2f check`: its text is the message."""
-    from m2f_trainer.data.doctor import examine
-    from m2f_trainer.data.summary import to_text
+    from m2f_trainer.doctor.examine import examine
+    from m2f_trainer.doctor.summary import to_text
     from m2f_trainer.errors import DataError
 
     examination = examine(root)
@@ -267,7 +267,7 @@ def try_check(root: str) -> None:
 
 
 def try_recipe(argv: list[str]) -> None:
-    from m2f_trainer.recipe import load_recipe
+    from m2f_trainer.config.recipe import load_recipe
 
     load_recipe(argv)
 

@@ -8,18 +8,17 @@ import datasets
 import numpy as np
 import pytest
 
-from m2f_trainer.data import masks
-from m2f_trainer.data.check import check_dataset
-from m2f_trainer.data.coco import categories_of, load_coco
-from m2f_trainer.data.doctor import examine
-from m2f_trainer.data.holdout import held_out
-from m2f_trainer.data.hub import load_hub
-from m2f_trainer.data.inspection import Settings
-from m2f_trainer.data.repair import repair
+from m2f_trainer.data.dataset import categories_of, held_out, load_coco
+from m2f_trainer.data.hub_dataset import load_hub
+from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
+from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
+from m2f_trainer.masks import segmentation as masks
 from tests.data.exports import EXPORTS, label_studio, pictures, vgg_own
 from tests.data.folders import annotation, content, write
-from tests.data.test_hub import as_pushed
+from tests.data.test_hub_dataset import as_pushed
 
 SETTINGS = Settings(64, 64)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.data import masks, rle
 from m2f_trainer.errors import MaskError
+from m2f_trainer.masks import rle
+from m2f_trainer.masks import segmentation as masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
 ODD = [None, "3", True, float("nan"), float("inf"), -1e9, 1e9, [1], 10**30]

@@ -6,18 +6,18 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
-from m2f_trainer import cli
-from m2f_trainer.data.coco import Category, features_of, load_coco
-from m2f_trainer.data.doctor import examine
-from m2f_trainer.data.findings import Findings
-from m2f_trainer.data.hub import load_hub, read_hub
-from m2f_trainer.data.inspection import Settings
-from m2f_trainer.data.page import render
-from m2f_trainer.data.repair import repair
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.cli import main as cli
+from m2f_trainer.data.dataset import Category, features_of, load_coco
+from m2f_trainer.data.hub_dataset import load_hub, read_hub
+from m2f_trainer.data.problems import Findings
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
+from m2f_trainer.doctor.page import render
+from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
 from tests.data.folders import SQUARE
-from tests.data.test_hub import as_pushed
+from tests.data.test_hub_dataset import as_pushed
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_images_of_the_hub_are_read_when_looked_at_and_not_kept(tmp_path, monkey
     monkeypatch.setattr(
         type(files["train"]), "source", lambda self, image: held.append(image["id"]) or source(self, image)
     )
-    monkeypatch.setattr("m2f_trainer.data.doctor.read_hub", lambda name, report: files)
+    monkeypatch.setattr("m2f_trainer.doctor.examine.read_hub", lambda name, report: files)
     examination = examine(folder, Settings(64, 64))
     assert len(held) == 93
     assert not any("source" in vars(scan) for scan in examination.scans["train"])

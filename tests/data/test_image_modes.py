@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_trainer.data import masks
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.errors import ImageError
+from m2f_trainer.masks import segmentation as masks
 from tests.data.test_transforms import whole
 
 SHAPE = np.zeros((60, 90), dtype=np.uint8)

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from m2f_trainer.arguments import AUGMENTATIONS, DataArguments
-from m2f_trainer.data.coco import categories_of, load_coco
-from m2f_trainer.data.collator import InstanceDataset, collate
-from m2f_trainer.data.sample import write_sample
-from m2f_trainer.data.samples import at_least, paste
-from m2f_trainer.data.transforms import EvalTransform, TrainTransform
+from m2f_trainer.config.arguments import AUGMENTATIONS, DataArguments
+from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform, at_least, paste
 from m2f_trainer.errors import RecipeError
 from tests.data.test_transforms import disc, rectangle, row_of, whole
 

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from m2f_trainer.data.coco import Category, load_coco
-from m2f_trainer.data.collator import collate
-from m2f_trainer.data.hub import load_hub
+from m2f_trainer.data.collate import collate
+from m2f_trainer.data.dataset import Category, load_coco
+from m2f_trainer.data.hub_dataset import load_hub
 from m2f_trainer.data.hub_streams import load_stream, open_stream
-from m2f_trainer.data.sample import write_sample
 from m2f_trainer.data.streams import InstanceStream
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError
 from tests.data.folders import SQUARE, content, write
-from tests.data.test_hub import as_pushed
+from tests.data.test_hub_dataset import as_pushed
 
 IMAGES = 14
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from m2f_trainer.data import masks
-from m2f_trainer.data.coco import load_coco
-from m2f_trainer.data.transforms import EvalTransform, TrainTransform, draw_colors, fit, make_sample
-from m2f_trainer.data.views import View
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.geometry import View, fit
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform, draw_colors, make_sample
 from m2f_trainer.errors import ImageError
+from m2f_trainer.masks import segmentation as masks
 from tests.data.folders import REAL, needs_real_data
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_trainer.data import masks
-from m2f_trainer.data.check import check_dataset
-from m2f_trainer.data.coco import Category, categories_of, load_coco
-from m2f_trainer.data.doctor import examine
-from m2f_trainer.data.repair import repair
+from m2f_trainer.data.dataset import Category, categories_of, load_coco
+from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
 from m2f_trainer.errors import DataError
+from m2f_trainer.masks import segmentation as masks
 
 LINE = "1 0.1 0.25 0.6 0.25 0.6 0.75 0.1 0.75"
 YAML = "path: .\ntrain: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n"

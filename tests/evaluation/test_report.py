@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_trainer import cli
-from m2f_trainer.charts import Drawing, Line, Text, lines, picture, round_above, series_colour, svg
-from m2f_trainer.data.coco import load_coco
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.cli import main as cli
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
-from m2f_trainer.evaluation.assessment import Assessment
-from m2f_trainer.evaluation.curves import write_details, write_metrics
+from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.evaluation.gallery import GAP, beside, truth_of
 from m2f_trainer.evaluation.plots import confusion, precision_recall, reliability, write_plots
 from m2f_trainer.evaluation.report import write_report
-from m2f_trainer.evaluation.runs import course_of, named
+from m2f_trainer.run_folder import course_of, named, write_details, write_metrics
+from m2f_trainer.viz.charts import Drawing, Line, Text, lines, picture, round_above, series_colour, svg
 from tests.evaluation.truth import perfect
 
 EVIL = '<script>alert("1")</script>'
@@ -134,8 +133,8 @@ def test_pictures_of_a_streamed_run_need_no_download_of_its_training_images(
     folder, splits = write_run(tmp_path / "run", data), load_coco(data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
     opened: list[str] = []
-    monkeypatch.setattr("m2f_trainer.evaluation.runs.load_dataset", opened.append)
-    monkeypatch.setattr("m2f_trainer.evaluation.runs.load_stream", lambda name: (name, splits))
+    monkeypatch.setattr("m2f_trainer.run_folder.load_dataset", opened.append)
+    monkeypatch.setattr("m2f_trainer.run_folder.load_stream", lambda name: (name, splits))
     assert "img" in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
     assert opened == []
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.data.coco import Category
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.inference.instances import Instances, tight_boxes
 
 REAL_DATA = Path(os.environ.get("M2F_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 

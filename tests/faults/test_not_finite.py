@@ -12,10 +12,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from m2f_trainer.data.collator import collate
+from m2f_trainer.data.collate import collate
 from m2f_trainer.model.mask2former import M2FModel, load_model
-from m2f_trainer.training.guards import read_batch
-from m2f_trainer.training.resume import newest_complete
+from m2f_trainer.training.callbacks.guards import read_batch
+from m2f_trainer.training.checkpointing.resume import newest_complete
 from tests.faults.tiny import Prepare, Started, at_step, losses, options, train
 from tests.training.engines import engine
 

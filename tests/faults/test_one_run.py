@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from m2f_trainer.training.resume import newest_complete
+from m2f_trainer.training.checkpointing.resume import newest_complete
 from tests.faults.tiny import Started, at_step, die, losses, options, train
 
 VARIANTS: dict[str, dict[str, Any]] = {

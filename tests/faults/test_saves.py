@@ -14,9 +14,10 @@ from unittest.mock import patch
 
 import pytest
 
-from m2f_trainer.training import checkpoints
-from m2f_trainer.training.checkpoints import MANIFEST, damage, rotate, write_manifest
-from m2f_trainer.training.resume import newest_complete
+from m2f_trainer.run_folder import MANIFEST
+from m2f_trainer.training.checkpointing import checkpoints
+from m2f_trainer.training.checkpointing.checkpoints import damage, rotate, write_manifest
+from m2f_trainer.training.checkpointing.resume import newest_complete
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.faults.tiny import Started, at_step, die, losses, options, same_weights, stop_self, train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.training.checkpoints import write_manifest
+from m2f_trainer.training.checkpointing.checkpoints import write_manifest
 from tests.faults.tiny import CANARY, options, train
 
 LOADED = [

@@ -9,10 +9,9 @@ from unittest.mock import patch
 
 import pytest
 
-from m2f_trainer.evaluation.curves import read_metrics
-from m2f_trainer.training import checkpoints
-from m2f_trainer.training.checkpoints import METRICS
-from m2f_trainer.training.resume import newest_complete
+from m2f_trainer.run_folder import METRICS, read_metrics
+from m2f_trainer.training.checkpointing import checkpoints
+from m2f_trainer.training.checkpointing.resume import newest_complete
 from tests.faults.tiny import Ran, Started, at_step, losses, options, same_weights, stop_self, train
 
 PHASES = {"training": 3, "evaluation": 4, "save": 4}  # the step that is saved

@@ -1,4 +1,4 @@
-"""A Hub that fails at the end of a run: the run says so, and its result stays. (More in tests/sharing.)"""
+"""A Hub that fails at the end of a run: the run says so, and its result stays. (More in tests/hub.)"""
 
 from functools import partial
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from m2f_trainer.hub import upload
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.sharing import upload
 from tests.faults.tiny import CANARY, options, train
-from tests.sharing.hub import CUT, Hub
+from tests.hub.loopback import CUT, Hub
 
 
 def send_to(address: str) -> None:

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import pytest
 
-from m2f_trainer.data.collator import InstanceDataset
-from m2f_trainer.training.resume import newest_complete
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.training.checkpointing.resume import newest_complete
 from tests.faults.tiny import Ran, die, options, train
 
 BAD = 5  # the sample that does it; its image id is one more

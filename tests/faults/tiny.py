@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from m2f_trainer.cli import main
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.cli.main import main
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.training import run
 from tests.model.tiny import VIT
 

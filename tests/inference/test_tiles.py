@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError, MissingPackageError, RecipeError
-from m2f_trainer.evaluation.instances import Instances, tight_boxes
-from m2f_trainer.inference.records import record_of, write_dataset
+from m2f_trainer.inference.instances import Instances, tight_boxes
+from m2f_trainer.inference.results import record_of, write_dataset
 from m2f_trainer.inference.tiles import lay_tiles, predict_tiled
 from m2f_trainer.inference.windows import ArrayWindows, TiffWindows, Windows, open_windows
 

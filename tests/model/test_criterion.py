@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2f_trainer.model import matching
+from m2f_trainer.model import matcher as matching
+from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points
-from m2f_trainer.model.matching import CompactMasks, Matches
+from m2f_trainer.model.matcher import Matches
 from tests.model.tiny import images, labels, tiny_model
 
 SETTINGS = LossSettings(num_points=32)

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForUniversalSegmentation
 
 from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.encoder import ChannelNorm
 from m2f_trainer.model.mask2former import M2FModel, load_model
-from m2f_trainer.model.pyramid import ChannelNorm
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, labels, tiny_model
 
 

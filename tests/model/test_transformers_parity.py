@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
+from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.criterion import Criterion, LossSettings, Points
-from m2f_trainer.model.matching import CompactMasks
 from m2f_trainer.model.pixel_decoder import PixelDecoder
-from m2f_trainer.model.query_decoder import QueryDecoder
+from m2f_trainer.model.transformer_decoder import QueryDecoder
 
 POINTS = 256
 

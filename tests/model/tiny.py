@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from m2f_trainer.model.building import build_model
+from m2f_trainer.model.build import build_model
 from m2f_trainer.model.mask2former import M2FModel
 
 VIT = {

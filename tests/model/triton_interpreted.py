@@ -3,8 +3,8 @@
 import torch
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
-from m2f_trainer.model.triton_sampling import TritonSampling
-from tests.model.test_deformable import SHAPES, inputs, places
+from m2f_trainer.model.deformable_triton import TritonSampling
+from tests.model.test_deformable_attention import SHAPES, inputs, places
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from m2f_trainer.cli import main
+from m2f_trainer.cli.main import main
+from m2f_trainer.distributed import whole
 from m2f_trainer.training import run, sharding
-from m2f_trainer.training.sharding import whole
 from tests.training.gradients_of_one_step import same_points
 
 GRADIENTS = "gradients.pt"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from m2f_trainer.train_arguments import TrainArguments
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.model.tiny import images, tiny_model
 

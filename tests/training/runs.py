@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.synthetic import write_sample
 
 ROOT = Path(__file__).parents[2]
 TINY = {

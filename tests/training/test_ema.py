@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-from m2f_trainer.evaluation.curves import read_metrics
+from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.recipe import load_recipe
+from m2f_trainer.run_folder import read_metrics
 from m2f_trainer.training import ema, run
 from tests.training.runs import write_tiny
 

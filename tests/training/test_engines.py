@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f_trainer.evaluation.curves import read_metrics
+from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.recipe import load_recipe
-from m2f_trainer.training.checkpoints import damage
-from m2f_trainer.training.run import evaluate_folder, train
+from m2f_trainer.run_folder import read_metrics
+from m2f_trainer.training.checkpointing.checkpoints import damage
+from m2f_trainer.training.evaluate import evaluate_folder
+from m2f_trainer.training.run import train
 from tests.faults.tiny import losses
 from tests.training.engines import GRADIENTS, engine
 from tests.training.runs import ROOT, m2f, write_tiny

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2f_trainer.data.coco import categories_of, load_coco
-from m2f_trainer.data.collator import InstanceDataset, collate
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError, RecipeError
-from m2f_trainer.model.adapters import set_tuning
+from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.recipe import load_recipe
 from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, cached
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.adapters import LoraSettings, set_tuning
-from m2f_trainer.train_arguments import TrainArguments
+from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.training.optimizer import Rates, parameter_groups, undecayed
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, tiny_model
 

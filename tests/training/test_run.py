@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f_trainer.data.coco import categories_of, load_coco
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.images import open_image
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
-from m2f_trainer.evaluation.curves import read_details, read_metrics
-from m2f_trainer.inference.folder import Options, predict_folder
+from m2f_trainer.inference.predict import Options, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.recipe import load_recipe
-from m2f_trainer.training.preparation import train_transform
-from m2f_trainer.training.run import evaluate_folder, train
+from m2f_trainer.run_folder import read_details, read_metrics
+from m2f_trainer.training.evaluate import evaluate_folder
+from m2f_trainer.training.prepare import train_transform
+from m2f_trainer.training.run import train
 from tests.training.runs import m2f, write_tiny
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.train_arguments import TrainArguments
-from m2f_trainer.training.schedule import ShapedRates, curve
+from m2f_trainer.training.optimizer import ShapedRates, curve
 
 STEPS = 100
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from m2f_trainer.config.recipe import load_recipe, save_recipe
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.distributed import whole
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.adapters import set_tuning
-from m2f_trainer.recipe import load_recipe, save_recipe
-from m2f_trainer.train_arguments import TrainArguments
+from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.training.run import train
-from m2f_trainer.training.sharding import require_engine, whole
+from m2f_trainer.training.sharding import require_engine
 from tests.model.tiny import CONVNEXT, tiny_model
 from tests.training.runs import write_tiny
 

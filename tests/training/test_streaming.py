@@ -7,12 +7,12 @@ from pathlib import Path
 import datasets
 import pytest
 
-from m2f_trainer.data.coco import load_coco
-from m2f_trainer.data.sample import write_sample
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.recipe import load_recipe
 from m2f_trainer.training.run import train
-from tests.data.test_hub import as_pushed
+from tests.data.test_hub_dataset import as_pushed
 from tests.training.runs import TINY, m2f
 
 

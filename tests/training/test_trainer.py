@@ -8,13 +8,13 @@ import torch
 from huggingface_hub import constants
 from torch.utils.data import TensorDataset
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError, SharingError
+from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.sharing.upload import push
-from m2f_trainer.train_arguments import TrainArguments
 from m2f_trainer.training.trainer import M2FTrainer
+from tests.hub.loopback import Hub
 from tests.model.tiny import tiny_model
-from tests.sharing.hub import Hub
 
 
 def trainer_of(folder: Path, **fields: Any) -> M2FTrainer:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from benchmarks.stock import CATEGORIES, scene
-from m2f_trainer.model.adapters import set_tuning
-from m2f_trainer.train_arguments import TrainArguments
-from m2f_trainer.training.guards import FiniteGuard
-from m2f_trainer.training.signals import any_rank
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.distributed import any_rank
+from m2f_trainer.model.lora import set_tuning
+from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.model.pretend_device import DEVICE, Pretended, Waits, moved, sent
 from tests.model.tiny import tiny_model

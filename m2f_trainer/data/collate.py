@@ -1,0 +1,111 @@
+"""Samples to batches. Instances stay bitmaps cropped to their boxes, packed end to end, until they reach the device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.transforms import Sample
+from m2f_trainer.errors import DataError
+
+Transform: TypeAlias = Callable[[Mapping[str, Any], int, int, Sequence[Mapping[str, Any]]], Sample]
+
+
+class InstanceDataset(Dataset[dict[str, Any]]):
+    """Rows seen through a transform, with class k for the k-th category. Crowd regions never come through."""
+
+    def __init__(self, rows: datasets.Dataset, transform: Transform, categories: Sequence[Category]) -> None:
+        self.rows = rows
+        self.transform = transform
+        self.class_of = {category.id: k for k, category in enumerate(categories)}
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's augmentations, in workers too; call it before the epoch's first batch is asked for."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample of `transform` with class_labels int64 (N,) for its category ids.
+
+        Raises:
+            DataError: the image can't be read, or a category isn't one of the model's
+        """
+        return labelled(self.transform(self.rows[index], int(self._epoch), index, self.rows), self.class_of)
+
+
+def labelled(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
+    """The sample with class_labels int64 (N,) for its category ids. Raises DataError for one that has no class."""
+    ids = sample["category_ids"].tolist()
+    unknown = sorted(set(ids) - set(class_of))
+    if unknown:
+        raise DataError(
+            f"image {sample['image_id']}: expected categories {sorted(class_of)}, got {unknown}."
+            " Use the dataset the model's categories come from."
+        )
+    kept = {key: value for key, value in sample.items() if key != "category_ids"}
+    return {**kept, "class_labels": torch.tensor([class_of[key] for key in ids], dtype=torch.int64)}
+
+
+def collate(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """A batch of B samples with T instances in all; an empty one of None, which a resumed stream throws away.
+
+    Returns:
+        pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
+        original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order;
+        where the samples have them, backbone_maps, (B, C, h, w) each
+    """
+    samples = [sample for sample in found if sample is not None]
+    if not samples:
+        return {}
+    batch = {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "pixel_mask": torch.stack([sample["pixel_mask"] for sample in samples]),
+        "mask_labels": pack_masks(
+            [bitmap for sample in samples for bitmap in sample["masks"]],
+            torch.cat([sample["boxes"] for sample in samples]),
+        ),
+        "class_labels": [sample["class_labels"] for sample in samples],
+        "image_id": torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64),
+        "original_size": torch.tensor([sample["original_size"] for sample in samples], dtype=torch.int64),
+        "resized_size": torch.tensor([sample["resized_size"] for sample in samples], dtype=torch.int64),
+    }
+    if "backbone_maps" in samples[0]:
+        maps = zip(*(sample["backbone_maps"] for sample in samples), strict=True)
+        batch["backbone_maps"] = [torch.stack(images) for images in maps]
+    return batch
+
+
+def pack_masks(bitmaps: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], boxes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """T bitmaps as values uint8 (V,), boxes int64 (T, 4) and offsets int64 (T,); `unpack_masks` is the inverse.
+
+    Each bitmap gets a border of zeros, and its box grows by one pixel, so that the loss can read a point outside the
+    box at the border (`m2f_trainer.model.compact_masks.CompactMasks`).
+    """
+    sizes = torch.tensor([(bitmap.shape[0] + 2) * (bitmap.shape[1] + 2) for bitmap in bitmaps], dtype=torch.int64)
+    offsets = torch.cumsum(sizes, dim=0) - sizes
+    values = np.zeros(int(sizes.sum()), dtype=np.uint8)
+    for bitmap, start in zip(bitmaps, offsets.tolist(), strict=True):
+        height, width = bitmap.shape
+        framed = values[start : start + (height + 2) * (width + 2)].reshape(height + 2, width + 2)
+        framed[1:-1, 1:-1] = bitmap
+    grown = boxes.to(torch.int64) + torch.tensor([-1, -1, 1, 1])
+    return {"values": torch.from_numpy(values), "boxes": grown, "offsets": offsets}
+
+
+def unpack_masks(packed: Mapping[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """The whole masks, uint8 (T, H, W), for tests, pictures and code that wants them dense."""
+    dense = torch.zeros((len(packed["offsets"]), height + 2, width + 2), dtype=torch.uint8)
+    corners = zip(packed["boxes"].tolist(), packed["offsets"].tolist(), strict=True)
+    for mask, ((x0, y0, x1, y1), offset) in zip(dense, corners, strict=True):
+        count = (y1 - y0) * (x1 - x0)
+        bitmap = packed["values"][offset : offset + count].view(y1 - y0, x1 - x0)
+        mask[y0 + 1 : y1 + 1, x0 + 1 : x1 + 1] = bitmap
+    return dense[:, 1:-1, 1:-1].to(packed["values"].device)

@@ -1,0 +1,157 @@
+"""What a sample shows of its image: a window of the resized frame, computed from just the pixels behind it."""
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from m2f_trainer.masks import rle
+
+Size: TypeAlias = tuple[int, int]
+Window: TypeAlias = tuple[int, int, int, int]
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sample shows of the resized image: a window (x0, y0, x1, y1) of it, perhaps mirrored, then turned
+    anticlockwise by `turns` quarters.
+    """
+
+    original: Size
+    resized: Size
+    window: Window
+    flip: bool = False
+    turns: int = 0
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Resized pixels for an original one, along y and x."""
+        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
+
+    def source(self, window: Window) -> tuple[float, float, float, float]:
+        """The original frame's (x0, y0, x1, y1) behind a window of the resized one."""
+        sy, sx = self.scale
+        x0, y0, x1, y1 = window
+        height, width = self.original
+        return x0 / sx, y0 / sy, min(x1 / sx, width), min(y1 / sy, height)
+
+
+def see_image(image: Image.Image, view: View, colors: tuple[float, ...] | None = None, quick: bool = False) -> Pixels:
+    """The window of the resized image (h, w, 3), resized from just that part of the original by Pillow's bilinear.
+
+    `quick` may round a level (of 255) otherwise, in two thirds of the time: good enough to train on, while predictions
+    are to be the same wherever an image is resized as the exported constants say.
+    """
+    x0, y0, x1, y1 = view.window
+    shrink_x, shrink_y = view.original[1] / image.width, view.original[0] / image.height
+    left, top, right, bottom = view.source(view.window)
+    part = (left / shrink_x, top / shrink_y, min(right / shrink_x, image.width), min(bottom / shrink_y, image.height))
+    small_first = colors is not None and image.width * image.height < (x1 - x0) * (y1 - y0)
+    if small_first:
+        image = image.convert("RGB", colors)
+    if quick and not (left or top) and part[2] >= image.width and part[3] >= image.height:
+        pixels = _resize_whole(np.asarray(image), (y1 - y0, x1 - x0))
+    else:
+        pixels = np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=part))
+    if colors is None or small_first:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).convert("RGB", colors))
+
+
+def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
+    """Pillow's bilinear to within a level; it can't start inside a pixel as Pillow can."""
+    if pixels.shape[:2] == size:
+        return pixels
+    bands = torch.tensor(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    resized = torch.nn.functional.interpolate(bands, size, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def see_mask(counts: str, view: View) -> tuple[rle.Box, rle.Bitmap] | None:
+    """An object's box in the view's own frame and its bitmap cropped to it, None where nothing of it is in view."""
+    height, width = view.original
+    runs = rle.read_runs(counts, height, width)
+    window = _window_of(rle.box_of(runs, height), view)
+    if window is None:
+        return None
+    x0, y0 = view.window[:2]
+    placed = (window[0] - x0, window[1] - y0, window[2] - x0, window[3] - y0)
+    trimmed = trim(_resize_mask(runs, window, view), placed)
+    return None if trimmed is None else _oriented(*trimmed, view)
+
+
+def _oriented(box: rle.Box, bitmap: rle.Bitmap, view: View) -> tuple[rle.Box, rle.Bitmap]:
+    """Box and bitmap mirrored and turned as the view is."""
+    left, top, right, bottom = box
+    width, height = view.window[2] - view.window[0], view.window[3] - view.window[1]
+    if view.flip:
+        left, right = width - right, width - left
+    for _ in range(view.turns % 4):
+        left, top, right, bottom = top, width - right, bottom, width - left
+        width, height = height, width
+    return (left, top, right, bottom), np.ascontiguousarray(orient(bitmap, view))
+
+
+def orient(pixels: Pixels, view: View) -> Pixels:
+    """Pixels (h, w) or (h, w, 3) of a window, mirrored and turned as the view is."""
+    return np.rot90(pixels[:, ::-1] if view.flip else pixels, view.turns)
+
+
+def _window_of(box: rle.Box, view: View) -> Window | None:
+    """The part of the view's window that an original box covers, None where that is nothing."""
+    sy, sx = view.scale
+    x0, y0 = max(view.window[0], math.floor(box[0] * sx)), max(view.window[1], math.floor(box[1] * sy))
+    x1, y1 = min(view.window[2], math.ceil(box[2] * sx)), min(view.window[3], math.ceil(box[3] * sy))
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def _resize_mask(runs: rle.Runs, window: Window, view: View) -> npt.NDArray[np.bool_]:
+    """The mask in a window of the resized frame: pixels of which at least half is covered, bilinearly.
+
+    The same as resizing the whole mask: the part decoded reaches one filter support beyond the window.
+    """
+    x0, y0, x1, y1 = view.source(window)
+    height, width = view.original
+    reach_y, reach_x = (math.ceil(max(1.0, 1 / scale)) + 1 for scale in view.scale)
+    left, top = max(0, math.floor(x0) - reach_x), max(0, math.floor(y0) - reach_y)
+    right, bottom = min(width, math.ceil(x1) + reach_x), min(height, math.ceil(y1) + reach_y)
+    part = rle.paint(runs, (left, top, right, bottom), height)
+    if view.resized == view.original:
+        crop = part[window[1] - top : window[3] - top, window[0] - left : window[2] - left]
+        return crop.astype(np.bool_)
+    image = Image.fromarray(np.ascontiguousarray(part) * np.uint8(255))
+    size = (window[2] - window[0], window[3] - window[1])
+    seen = image.resize(size, Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))
+    covered: npt.NDArray[np.bool_] = np.asarray(seen) > 127
+    return covered
+
+
+def trim(bitmap: npt.NDArray[np.bool_], box: rle.Box) -> tuple[rle.Box, rle.Bitmap] | None:
+    """The bitmap without empty rows and columns at its edges, and its box; None where it is empty."""
+    rows, columns = np.flatnonzero(bitmap.any(axis=1)), np.flatnonzero(bitmap.any(axis=0))
+    if not len(rows):
+        return None
+    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    trimmed = np.ascontiguousarray(bitmap[y0:y1, x0:x1]).view(np.uint8)
+    return (box[0] + x0, box[1] + y0, box[0] + x1, box[1] + y1), trimmed
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one image lies in its padded frame."""
+
+    original: Size
+    resized: Size
+    padded: Size
+
+
+def fit(original: Size, padded: Size) -> Geometry:
+    """The largest size of the same aspect that fits, at least one pixel a side."""
+    scale = min(padded[0] / original[0], padded[1] / original[1])
+    height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(original, padded, strict=True))
+    return Geometry(original, (height, width), padded)

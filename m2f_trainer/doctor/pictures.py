@@ -1,0 +1,55 @@
+"""Images with their masks drawn over them: for the doctor's page, and to look at augmented samples."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m2f_trainer.data.images import open_image
+from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.doctor.examine import Examination
+from m2f_trainer.doctor.scan import Scan
+from m2f_trainer.masks import segmentation as masks
+from m2f_trainer.viz.overlay import draw_masks, draw_sample
+
+
+def draw_objects(source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int) -> Image.Image:
+    """An image with the masks of its rows' `objects`, brought to `longest` pixels of its longer side at most."""
+    image = open_image(source, "picture")
+    size = image.size
+    image.thumbnail((longest, longest))
+    looks = []
+    for one in objects:
+        bitmap = masks.decode(one["counts"], size[1], size[0])
+        small = Image.fromarray(np.ascontiguousarray(bitmap) * np.uint8(255)).resize(
+            image.size, Image.Resampling.BILINEAR
+        )
+        looks.append(((0, 0, image.width, image.height), (np.asarray(small) > 127).astype(np.uint8)))
+    return draw_masks(image, looks)
+
+
+def preview(examination: Examination, count: int, transform: TrainTransform, folder: Path) -> list[Path]:
+    """Draws the first `count` training samples of epoch 0, and of the epochs after it where there are fewer images."""
+    rows = _Rows(examination.scans.get("train") or next(iter(examination.scans.values())))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(count):
+        epoch, index = divmod(number, len(rows))
+        paths.append(folder / f"sample_{number:03d}.jpg")
+        draw_sample(transform(rows[index], epoch, index, rows)).save(paths[-1], quality=90)
+    return paths
+
+
+class _Rows(Sequence[Mapping[str, Any]]):
+    """Scans as rows, each made when it is asked for: the images of a Hub dataset are in them."""
+
+    def __init__(self, scans: Sequence[Scan]) -> None:
+        self._scans = scans
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._scans[place].row()

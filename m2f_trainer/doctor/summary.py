@@ -1,0 +1,147 @@
+"""What a dataset is made of, in figures: for the text, the JSON and the page of `m2f check`."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2f_trainer.data.geometry import fit
+from m2f_trainer.data.problems import KINDS, Finding, printable
+from m2f_trainer.doctor.examine import Examination
+from m2f_trainer.doctor.scan import Scan
+
+_SHOWN_CLASSES = 30
+
+
+def figures(examination: Examination) -> dict[str, Any]:
+    """Splits, classes, instances per image, object sizes and image sizes."""
+    splits = {split: _split_figures(scans) for split, scans in examination.scans.items()}
+    return {
+        "splits": splits,
+        "classes": class_counts(examination),
+        "instances_per_image": _spread(instances_per_image(examination)),
+        "num_queries": examination.settings.num_queries,
+        "streaming": examination.settings.streaming,
+        "input_size": [examination.settings.image_height, examination.settings.image_width],
+        "object_side_at_input": _spread(object_sides(examination)),
+        "image_sizes": image_sizes(examination)[:20],
+    }
+
+
+def every_image(examination: Examination) -> Iterator[Scan]:
+    for scans in examination.scans.values():
+        yield from scans
+
+
+def instances_per_image(examination: Examination) -> list[int]:
+    return [len(scan.targets) for scan in every_image(examination)]
+
+
+def object_sides(examination: Examination) -> list[float]:
+    """The square root of each object's pixels at the input size."""
+    padded = (examination.settings.image_height, examination.settings.image_width)
+    sides = []
+    for scan in every_image(examination):
+        original = (scan.entry["height"], scan.entry["width"])
+        resized = fit(original, padded).resized
+        share = resized[0] * resized[1] / (original[0] * original[1])
+        sides += [(one["mask_area"] * share) ** 0.5 for one in scan.targets if one["mask_area"]]
+    return sides
+
+
+def image_sizes(examination: Examination) -> list[tuple[str, int]]:
+    """(width x height, how many images), the commonest first."""
+    return Counter(f"{scan.entry['width']}x{scan.entry['height']}" for scan in every_image(examination)).most_common()
+
+
+def class_counts(examination: Examination) -> dict[str, dict[str, int]]:
+    """Class name -> split -> instances, crowds left out; a name that two classes share gets their ids."""
+    names = Counter(category.name for category in examination.categories)
+    label = {one.id: one.name if names[one.name] == 1 else f"{one.name} [{one.id}]" for one in examination.categories}
+    table = {label[one.id]: dict.fromkeys(examination.scans, 0) for one in examination.categories}
+    for split, scans in examination.scans.items():
+        for category_id, count in Counter(one["category_id"] for scan in scans for one in scan.targets).items():
+            table[label[category_id]][split] = count
+    return table
+
+
+def to_json(examination: Examination) -> str:
+    """The whole result as JSON."""
+    findings = [{**finding.to_json(), "file": relative(finding, examination)} for finding in examination.findings]
+    result = {"dataset": str(examination.root), "status": examination.status, "summary": figures(examination)}
+    return json.dumps({**result, "findings": findings}, indent=1)
+
+
+def to_text(examination: Examination) -> str:
+    """The whole result for a terminal."""
+    parts = [*(_summary_lines(examination) if examination.status < 2 else []), ""]
+    for finding in examination.findings:
+        parts += _finding_lines(finding, examination)
+    return "\n".join([*parts, verdict(examination)])
+
+
+def verdict(examination: Examination) -> str:
+    """One line: how many errors and warnings, and whether training would take the dataset."""
+    counts = Counter(finding.severity for finding in examination.findings)
+    told = ", ".join(f"{counts[kind] or 'no'} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning"))
+    meaning = ("training can start", "training would refuse it", "nothing in it can be used")
+    return f"{told}: {meaning[examination.status]}."
+
+
+def relative(finding: Finding, examination: Examination) -> str:
+    """The finding's file as seen from the dataset's folder."""
+    path = Path(finding.file)
+    return str(path.relative_to(examination.root)) if path.is_relative_to(examination.root) else finding.file
+
+
+def _summary_lines(examination: Examination) -> Iterator[str]:
+    told = figures(examination)
+    yield f"{'split':8}{'images':>9}{'empty':>8}{'objects':>10}{'crowds':>8}"
+    for split, row in told["splits"].items():
+        yield f"{split:8}{row['images']:9}{row['empty']:8}{row['instances']:10}{row['crowds']:8}"
+    if told["streaming"] is not None:
+        yield f"streamed: at most {told['streaming']} images of each split were read"
+    per_image, sides, size = told["instances_per_image"], told["object_side_at_input"], told["input_size"]
+    yield (
+        f"objects in an image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
+        f" most {per_image['max']:g}; the model has {told['num_queries']} queries"
+    )
+    yield (
+        f"object side at {size[1]}x{size[0]}: median {sides['p50']:.0f} px, 1 % under {sides['p1']:.0f} px;"
+        " a mask value covers 4 px"
+    )
+    sizes = told["image_sizes"]
+    yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)
+    yield f"{len(told['classes'])} classes:"
+    ordered = sorted(told["classes"].items(), key=lambda item: -sum(item[1].values()))
+    for name, counts in ordered[:_SHOWN_CLASSES]:
+        yield f"  {printable(name):24}" + "  ".join(f"{split} {count}" for split, count in counts.items())
+    if len(ordered) > _SHOWN_CLASSES:
+        yield f"  ... and {len(ordered) - _SHOWN_CLASSES} more"
+
+
+def _finding_lines(finding: Finding, examination: Examination) -> list[str]:
+    kind = KINDS[finding.kind]
+    ids = f", ids {finding.some_ids()}" if finding.ids else ""
+    return [
+        f"{finding.severity}: {kind.title}: {finding.count} in {relative(finding, examination)}{printable(ids)}",
+        f"    {printable(finding.message)}",
+        f"    why it matters: {kind.why} What to do: {kind.remedy}" + (f" --fix: {kind.fix}." if kind.fix else ""),
+        "",
+    ]
+
+
+def _split_figures(scans: Sequence[Scan]) -> dict[str, int]:
+    targets = [len(scan.targets) for scan in scans]
+    crowds = sum(len(scan.objects) for scan in scans) - sum(targets)
+    return {"images": len(scans), "empty": targets.count(0), "instances": sum(targets), "crowds": crowds}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {"p1": 0.0, "p50": 0.0, "p99": 0.0, "max": 0.0}
+    p1, p50, p99 = np.percentile(values, (1, 50, 99)).tolist()
+    return {"p1": round(p1, 2), "p50": round(p50, 2), "p99": round(p99, 2), "max": round(max(values), 2)}

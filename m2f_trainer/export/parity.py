@@ -1,0 +1,244 @@
+"""An exported file against the model that it was made from, on real images: logits, masks, AP and time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+
+from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.validate import check_split
+from m2f_trainer.evaluation.coco import CocoMap
+from m2f_trainer.export.export import INPUTS, frame_stride
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+
+REPORT = "parity.json"
+COMPARED = 0.05
+"""The lowest score of an instance whose mask is compared."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What parity means: the mask AP may differ by less than `ap`, and the masks' mean IoU is above `iou`."""
+
+    ap: float
+    iou: float
+
+
+FULL, HALF = Limits(0.001, 0.99), Limits(0.01, 0.95)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was measured; `model_*` is the model in torch, `file_*` the exported file."""
+
+    images: int
+    class_logits: float  # largest difference
+    mask_logits: float  # largest difference
+    mask_logits_size: float  # largest absolute value, to compare with
+    instances: int  # whose masks were compared; of none the IoU is 1
+    mask_iou: float  # mean over instances, each with the best of its class
+    mask_iou_lowest: float
+    model_ap: float
+    file_ap: float
+    model_seconds: float  # median of an image
+    file_seconds: float
+    other_size: float | None  # largest difference of mask logits in a frame of another size; None where it is fixed
+    limits: Limits
+
+    @property
+    def met(self) -> bool:
+        """Whether the file may be used in the model's place."""
+        other_size = self.other_size is None or self.other_size <= 0.05 * self.mask_logits_size
+        return abs(self.file_ap - self.model_ap) < self.limits.ap and self.mask_iou > self.limits.iou and other_size
+
+    def to_text(self) -> str:
+        """The report for people."""
+        lines = [
+            f"parity on {self.images} images",
+            f"  class logits   differ by {self.class_logits:.2e} at most",
+            f"  mask logits    differ by {self.mask_logits:.2e} at most, of {self.mask_logits_size:.1f}",
+            f"  mask IoU       {self.mask_iou:.5f} on average, {self.mask_iou_lowest:.5f} at worst "
+            f"(limit {self.limits.iou} on average), of {self.instances} instances scored above {COMPARED}",
+            f"  mask AP        model {self.model_ap:.5f}, file {self.file_ap:.5f}: "
+            f"{abs(self.file_ap - self.model_ap):.5f} apart (limit {self.limits.ap})",
+            f"  an image takes model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
+            "(network alone, median, wall time on this device)",
+        ]
+        if self.other_size is not None:
+            lines.append(f"  another size   mask logits differ by {self.other_size:.2e} at most")
+        if not self.instances:
+            lines.append(
+                "  no instance scored high enough: only logits were compared; train further, or try other images"
+            )
+        return "\n".join([*lines, f"  parity is {'met' if self.met else 'NOT MET'}"])
+
+
+class Runner(nn.Module):
+    """Stands in for a model in a Predictor: runs it, keeps its last logits and how long each call took."""
+
+    def __init__(self, config: M2FConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.device = torch.device("cpu")
+        self.logits: list[tuple[Tensor, Tensor]] = []
+        self.seconds: list[float] = []
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) and (B, H, W) -> class and mask logits."""
+        raise NotImplementedError
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Mask2FormerForUniversalSegmentationOutput:
+        """As the model's, without a loss."""
+        start = time.perf_counter()
+        classes, masks = self.run(pixel_values, pixel_mask)
+        self.seconds.append(time.perf_counter() - start)
+        self.logits.append((classes, masks))
+        return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+
+
+class ModelRunner(Runner):
+    """The model itself, on the CPU."""
+
+    def __init__(self, model: M2FModel) -> None:
+        super().__init__(model.config)
+        self.model = model
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        assert output.class_queries_logits is not None
+        assert output.masks_queries_logits is not None
+        return output.class_queries_logits, output.masks_queries_logits
+
+
+class OnnxRunner(Runner):
+    """An ONNX file in onnxruntime, on as many threads as torch has."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        import onnxruntime
+
+        super().__init__(config)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        usable = [name for name in onnxruntime.get_available_providers() if name[:4] in ("CUDA", "CPUE")]
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=usable)
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(INPUTS, (pixel_values.numpy(), pixel_mask.numpy()), strict=True))
+        classes, masks = self.session.run(None, given)
+        return torch.from_numpy(classes), torch.from_numpy(masks)
+
+
+class ProgramRunner(Runner):
+    """A torch program."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        super().__init__(config)
+        self.programs = (torch.export.load(path).module(),)  # within a tuple: no part whose mode could be set
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        classes, masks = self.programs[0](pixel_values, pixel_mask)
+        return classes, masks
+
+
+RUNNERS = {".onnx": OnnxRunner, ".pt2": ProgramRunner}
+
+
+def compare(model: M2FModel, path: Path, rows: Dataset, limits: Limits, fixed_size: bool) -> Parity:
+    """Run model and file on the images of `rows`, one by one, and write parity.json beside the file."""
+    ours, file = ModelRunner(model), RUNNERS[path.suffix](path, model.config)
+    differences, predictions, size = [], ([], []), 0.0  # type: ignore[var-annotated]
+    for row in rows:
+        for runner, found in zip((ours, file), predictions, strict=True):
+            (instances,) = Predictor(runner)(row["image"], threshold=0.0)  # type: ignore[arg-type]
+            found.append(replace(instances, image_id=row["image_id"]))
+        (model_logits,), (file_logits,) = ours.logits, file.logits
+        differences.append([_apart(*pair) for pair in zip(model_logits, file_logits, strict=True)])
+        size = max(size, float(model_logits[1].abs().max()))
+        ours.logits.clear()
+        file.logits.clear()
+    overlaps = np.concatenate([best_overlaps(*pair) for pair in zip(*predictions, strict=True)])
+    scorer = CocoMap(rows)
+    classes, masks = np.max(differences, axis=0).tolist()
+    parity = Parity(
+        images=len(rows),
+        class_logits=classes,
+        mask_logits=masks,
+        mask_logits_size=size,
+        instances=len(overlaps),
+        mask_iou=float(overlaps.mean()) if len(overlaps) else 1.0,
+        mask_iou_lowest=float(overlaps.min()) if len(overlaps) else 1.0,
+        model_ap=scorer(predictions[0])["map"],
+        file_ap=scorer(predictions[1])["map"],
+        model_seconds=statistics.median(ours.seconds),
+        file_seconds=statistics.median(file.seconds),
+        other_size=None if fixed_size else other_size(ours, file),
+        limits=limits,
+    )
+    written = json.dumps({**asdict(parity), "met": parity.met}, indent=2) + "\n"
+    path.with_name(REPORT).write_text(written, encoding="utf-8")
+    return parity
+
+
+def _apart(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max())
+
+
+@torch.inference_mode()
+def other_size(ours: Runner, file: Runner) -> float:
+    """How far mask logits of noise lie apart, for two images in a frame that is larger by one stride and two."""
+    config, stride = ours.config, frame_stride(ours.config)
+    height, width = config.image_height + stride, config.image_width + 2 * stride
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, height, width), generator=noise, dtype=torch.uint8)
+    valid = torch.ones(2, height, width, dtype=torch.bool)
+    return _apart(ours.run(pixels, valid)[1], file.run(pixels, valid)[1])
+
+
+def best_overlaps(reference: Instances, other: Instances) -> NDArray[np.float64]:
+    """(n,) for each instance of `reference` above `COMPARED`: the IoU with the best of its class in `other`."""
+    kept = reference.above(COMPARED)
+    if not len(kept) or not len(other):
+        return np.zeros(len(kept))
+    overlaps = np.asarray(coco_mask.iou(other.rles, kept.rles, [0] * len(kept)))  # (other, kept)
+    same = other.category_ids[:, None] == kept.category_ids[None]
+    best: NDArray[np.float64] = np.where(same, overlaps, 0.0).max(0)
+    return best
+
+
+def check_export(
+    model: M2FModel, path: Path, dataset: str | None, images: int, limits: Limits, fixed_size: bool
+) -> Parity:
+    """`compare` on the first `images` of a dataset's valid split; of the made-up sample set where none is given.
+
+    Raises:
+        DataError: the dataset can't be read, or has no valid split.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        splits = load_dataset(dataset or str(write_sample(folder, images=(1, images, 0))))
+        check_split(splits, "valid")
+        rows = splits["valid"].select(range(min(images, len(splits["valid"]))))
+        return compare(model, path, rows, limits, fixed_size)
+
+
+def dataset_of(folder: Path) -> str | None:
+    """The dataset that a run's recipe names, where it is still there."""
+    recipe = folder / "recipe.json"
+    if not recipe.is_file():
+        return None
+    name = json.loads(recipe.read_text(encoding="utf-8")).get("dataset_name")
+    return str(name) if name and Path(name).is_dir() else None

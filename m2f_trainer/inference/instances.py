@@ -1,0 +1,139 @@
+"""What a model found in an image, and the one way from its logits to that.
+
+Three frames: *logits* (h, w), *padded* (the network's input) and *original* (the image as it came). As in the original
+Mask2Former, mask logits are resized to the padded frame, the padding is cropped, the rest is resized to the original
+frame, and only then thresholded at zero; the score is class probability x mean mask probability inside that mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from m2f_trainer.errors import MaskError, needs
+from m2f_trainer.masks.segmentation import decode, to_counts
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """The n instances predicted in one image, best first, all in the original frame.
+
+    Attributes:
+        image_id: the dataset's id of the image.
+        category_ids: (n,) int64, the dataset's own category ids.
+        scores: (n,) float64 in [0, 1].
+        rles: n COCO run-length encodings, `{"size": [H, W], "counts": bytes}`, column-major and compressed.
+        boxes: (n, 4) float64, x, y, width, height: the tight boxes of the masks.
+        size: (H, W) of the original image.
+
+    >>> (found,) = Instances.from_coco([
+    ...     {"image_id": 5, "category_id": 3, "score": 0.4, "segmentation": {"size": [4, 4], "counts": "52203"}},
+    ...     {"image_id": 5, "category_id": 1, "score": 0.9, "segmentation": {"size": [4, 4], "counts": "52203"}},
+    ... ])
+    >>> len(found), found.category_ids.tolist(), found.scores.tolist(), len(found.above(0.5))
+    (2, [1, 3], [0.9, 0.4], 1)
+    """
+
+    image_id: int
+    category_ids: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    rles: list[dict[str, Any]]
+    boxes: NDArray[np.float64]
+    size: Size
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def above(self, threshold: float) -> Instances:
+        """Those whose score is greater than `threshold`; zero drops the empty masks alone."""
+        kept = np.flatnonzero(self.scores > threshold)
+        rles = [self.rles[index] for index in kept]
+        return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """(H, W) of zeros and ones."""
+        return decode(self.rles[index]["counts"].decode("ascii"), *self.size)
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """COCO results entries, made afresh at each call, since scorers write into them.
+
+        They carry no `bbox`: with one, pycocotools takes the box's area for the small, medium and large ranges.
+        """
+        return [
+            {
+                "image_id": self.image_id,
+                "category_id": int(category_id),
+                "segmentation": {"size": list(self.size), "counts": rle["counts"].decode("ascii")},
+                "score": float(score),
+            }
+            for category_id, score, rle in zip(self.category_ids, self.scores, self.rles, strict=True)
+        ]
+
+    @classmethod
+    def from_coco(cls, results: Iterable[Mapping[str, Any]]) -> list[Instances]:
+        """The inverse of `to_coco` for the entries of many images, in the order in which the images first appear.
+
+        Raises:
+            MaskError: an entry's run lengths don't fill its image, or the sizes within one image disagree.
+        """
+        by_image: dict[int, list[Mapping[str, Any]]] = {}
+        for result in results:
+            by_image.setdefault(int(result["image_id"]), []).append(result)
+        return [_instances_of(image_id, entries) for image_id, entries in by_image.items()]
+
+    def to_supervision(self, names: Mapping[int, str] | None = None) -> Any:
+        """These instances as `supervision.Detections`, whose masks are dense, with `names` under "class_name".
+
+        Raises:
+            MissingPackageError: supervision is not installed.
+        """
+        needs("supervision", extra="supervision")
+        import supervision
+
+        x, y, width, height = self.boxes.T
+        words = names or {}
+        return supervision.Detections(
+            xyxy=np.stack([x, y, x + width, y + height], axis=1),
+            mask=np.stack([self.mask(index) for index in range(len(self))]).astype(bool) if len(self) else None,
+            confidence=self.scores,
+            class_id=self.category_ids,
+            data={"class_name": np.array([words.get(int(k), str(k)) for k in self.category_ids], dtype=str)},
+        )
+
+    def overlay(self, image: Image.Image, names: Mapping[int, str] | None = None) -> Image.Image:
+        """A copy of `image` with these instances drawn on it; `names` maps category ids to words."""
+        from m2f_trainer.viz.overlay import draw_instances
+
+        return draw_instances(image, self, names or {})
+
+
+def _instances_of(image_id: int, entries: Sequence[Mapping[str, Any]]) -> Instances:
+    sizes = {(int(entry["segmentation"]["size"][0]), int(entry["segmentation"]["size"][1])) for entry in entries}
+    if len(sizes) != 1:
+        raise MaskError(
+            f"Expected every prediction of image_id {image_id} to have one mask size, found {sorted(sizes)}. "
+            "Write the predictions again at the size of the original image."
+        )
+    size = sizes.pop()
+    where = f"a prediction of image_id {image_id}"
+    counts = [to_counts(entry["segmentation"], *size, where) for entry in entries]
+    scores = np.array([entry["score"] for entry in entries], np.float64)
+    order = np.argsort(-scores, kind="stable")
+    rles = [{"size": list(size), "counts": counts[index].encode("ascii")} for index in order]
+    category_ids = np.array([entry["category_id"] for entry in entries], np.int64)
+    return Instances(image_id, category_ids[order], scores[order], rles, tight_boxes(rles), size)
+
+
+def tight_boxes(rles: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """(n, 4) x, y, width, height; zeros for an empty mask."""
+    if not rles:
+        return np.zeros((0, 4))
+    return np.asarray(coco_mask.toBbox(rles), np.float64)

@@ -1,0 +1,118 @@
+"""What was found in each image, on disk: one small file an image, and at the end the files that people ask for.
+
+A file is written whole or not at all, and after its picture, so that a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.masks import rle
+from m2f_trainer.masks.polygons import outlines
+from m2f_trainer.run_folder import write_whole
+
+RESULTS, TABLE, DATASET = "predictions.json", "predictions.csv", "_annotations.coco.json"
+COLUMNS = ("file_name", "image_id", "category_id", "category", "score", "x", "y", "width", "height", "area")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image or video frame: `instances` are COCO results without image ids, each with `bbox` and `area`."""
+
+    file_name: str
+    height: int
+    width: int
+    instances: list[dict[str, Any]]
+
+
+def record_of(file_name: str, instances: Instances) -> Record:
+    """What is kept of an image."""
+    height, width = instances.size
+    entries = []
+    for entry, box in zip(instances.to_coco(), instances.boxes.tolist(), strict=True):
+        del entry["image_id"]
+        area = rle.area(rle.read_own(entry["segmentation"]["counts"]))
+        entries.append({**entry, "bbox": box, "area": area})
+    return Record(file_name, height, width, entries)
+
+
+def keep(path: Path, key: Sequence[object], records: Sequence[Record]) -> None:
+    """Remember the records of one input, and `key`: what they were made from."""
+    write_whole(path, json.dumps({"key": list(key), "records": [asdict(record) for record in records]}))
+
+
+def kept(path: Path, key: Sequence[object]) -> list[Record] | None:
+    """The inverse of `keep`; None where nothing was kept, or with another key."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [Record(**record) for record in content["records"]] if content["key"] == list(key) else None
+
+
+def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:
+    """predictions.json, in COCO results form and each naming its file, and predictions.csv."""
+    numbered = [(image_id, record, entry) for image_id, record in enumerate(records) for entry in record.instances]
+    results = [
+        {
+            "image_id": image_id,
+            **{key: entry[key] for key in ("category_id", "segmentation", "score")},
+            "file_name": record.file_name,
+        }
+        for image_id, record, entry in numbered
+    ]
+    write_whole(folder / RESULTS, json.dumps(results))
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(COLUMNS)
+    for image_id, record, entry in numbered:
+        category, score = entry["category_id"], f"{entry['score']:.6f}"
+        table.writerow(
+            [record.file_name, image_id, category, names.get(category, ""), score, *entry["bbox"], entry["area"]]
+        )
+    write_whole(folder / TABLE, text.getvalue())
+
+
+def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:
+    """The predictions as a COCO dataset with polygons, for annotation tools such as CVAT and Label Studio.
+
+    Polygons have no holes, so holes are filled; `score` is kept beside each annotation.
+    """
+    annotations: list[dict[str, Any]] = []
+    for image_id, record in enumerate(records):
+        for entry in record.instances:
+            polygons = _polygons(entry["segmentation"])
+            kept = {key: entry[key] for key in ("category_id", "bbox", "area", "score")}
+            if polygons:
+                identity = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
+                annotations.append({**identity, **kept, "segmentation": polygons})
+    images = [
+        {"id": image_id, "file_name": name, "height": record.height, "width": record.width}
+        for image_id, (record, name) in enumerate(zip(records, _names_below(records), strict=True))
+    ]
+    categories = [{"id": identity, "name": name, "supercategory": ""} for identity, name in names.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_whole(folder / DATASET, json.dumps(content))
+
+
+def _names_below(records: Sequence[Record]) -> list[str]:
+    """Each file's path from the deepest folder that all of them share, so that equal names stay apart."""
+    paths = [Path(record.file_name).absolute() for record in records]
+    levels = zip(*(path.parent.parts for path in paths), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return [PurePath(*path.parts[shared:]).as_posix() for path in paths]
+
+
+def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:
+    runs, height = rle.read_own(segmentation["counts"]), segmentation["size"][0]
+    box = rle.box_of(runs, height)
+    return outlines(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []

@@ -1,0 +1,84 @@
+"""The binary masks of a batch, stored as bitmaps of their own boxes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompactMasks:
+    """The T binary masks of a batch, each as a bitmap of its own box: memory follows the objects' area.
+
+    values  uint8 (V,), 0 or 1: all bitmaps one after another, row by row
+    boxes   int64 (T, 4): x0, y0, x1, y1 of each bitmap in the padded frame; the outermost rows and columns of a bitmap
+            are zero (they may lie one pixel outside the frame), so that a point outside reads the border's zero
+    offsets int64 (T,): where each bitmap starts in `values`
+    size    (H, W) of the padded frame
+    """
+
+    values: Tensor
+    boxes: Tensor
+    offsets: Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, labels: Mapping[str, Tensor] | Sequence[Tensor], size: Sequence[int]) -> "CompactMasks":
+        """Take a batch's `mask_labels`: the fields above, or dense masks; `size` is (H, W) of the padded frame."""
+        if not isinstance(labels, Mapping):
+            return cls.from_dense(labels)
+        height, width = size
+        return cls(labels["values"], labels["boxes"].long(), labels["offsets"].long(), (height, width))
+
+    @classmethod
+    def from_dense(cls, masks: Sequence[Tensor]) -> "CompactMasks":
+        """Take dense masks, one (N, H, W) an image, as transformers' models do."""
+        dense = torch.cat([F.pad(mask.to(torch.uint8), (1, 1, 1, 1)) for mask in masks])
+        count, height, width = dense.shape
+        box = torch.tensor([-1, -1, width - 1, height - 1], device=dense.device)
+        starts = torch.arange(count, device=dense.device) * (height * width)
+        return cls(dense.flatten(), box.expand(count, 4), starts, (height - 2, width - 2))
+
+    def sample(self, which: Tensor, points: Tensor) -> Tensor:
+        """Bilinear values of masks `which` (M,) at points (M, P, 2), x and y in [0, 1] -> (M, P) in [0, 1].
+
+        Equal to torch's grid_sample(align_corners=False, padding_mode="zeros") on the dense masks.
+        """
+        values = points.new_empty(points.shape[:-1])
+        for rows in portions(len(which), points.shape[1], points.device):
+            self._sample(which[rows], points[rows], values[rows])
+        return values
+
+    def _sample(self, which: Tensor, points: Tensor, values: Tensor) -> None:
+        """`sample` of some masks into `values`, the places counted in pixels from the bitmap's edge."""
+        boxes, start = self.boxes[which], self.offsets[which].unsqueeze(1)
+        sides = boxes[:, 2:] - boxes[:, :2]  # (m, 2)
+        last = (sides - 1).unsqueeze(1).to(points)
+        frame = torch.cat([points.new_full((1,), side) for side in self.size[::-1]])  # filled on the device
+        place = (points * frame).sub_(boxes[:, None, :2] + 0.5)
+        place = torch.minimum(place.clamp_(min=0), last, out=place)
+        first = torch.minimum(place.floor(), last - 1)
+        x, y = place.sub_(first).unbind(-1)
+        kind = torch.int32 if len(self.values) < 2**31 else torch.int64
+        width = sides[:, :1].to(kind)
+        column, row = first.to(kind).unbind(-1)
+        index = torch.addcmul(start.to(kind) + column, row, width)  # of the upper left pixel, (m, P)
+        upper = torch.lerp(self._read(index, values), self._read(index + 1, values), x)
+        index += width
+        lower = torch.lerp(self._read(index, values), self._read(index + 1, values), x)
+        torch.lerp(upper, lower, y, out=values)
+
+    def _read(self, index: Tensor, like: Tensor) -> Tensor:
+        return self.values.index_select(0, index.flatten()).view_as(index).to(like.dtype)
+
+
+VALUES_AT_ONCE = {"cpu": 2**20, "accelerator": 2**25}
+"""Numbers worked on at once: what a CPU's caches hold, what keeps an accelerator busy."""
+
+
+def portions(count: int, each: int, device: torch.device) -> list[slice]:
+    """Slices of `count` rows of `each` numbers that the device takes at once."""
+    size = max(1, VALUES_AT_ONCE["cpu" if device.type == "cpu" else "accelerator"] // max(1, each))
+    return [slice(start, start + size) for start in range(0, count, size)]

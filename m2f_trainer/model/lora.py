@@ -1,0 +1,189 @@
+"""Which part of the backbone trains: none, low-rank adapters (LoRA, through peft), or all of it.
+
+A model with adapters still saves and loads as a plain model: its state dict holds the merged weights under their usual
+names, with the factors beside them. Whoever loads it without peft reads the merged weights and ignores the factors; a
+resumed run reads the factors and keeps the base weights that it started from.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .backbones import ModelError
+from .build import load_backbone_weights
+from .mask2former import M2FConfig, M2FModel
+
+ADAPTER = "default"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA (Hu et al. 2022, https://arxiv.org/abs/2106.09685): the update is alpha / rank x B A."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    mlp: bool = False  # the feed-forward layers too, not only attention
+
+
+def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> None:
+    """Set what trains in the backbone: "frozen", "lora" or "full". Neck and head always train.
+
+    Raises ModelError for another word, and for LoRA on a backbone without attention.
+    """
+    backbone = model.encoder.backbone
+    if tune not in ("frozen", "lora", "full"):
+        raise ModelError(f"tune must be 'frozen', 'lora' or 'full', got {tune!r}")
+    if tune != "full":
+        backbone.requires_grad_(False)
+    if tune == "lora":
+        attach_lora(model, lora or LoraSettings())
+
+
+def attach_lora(model: M2FModel, settings: LoraSettings) -> None:
+    """Put trainable low-rank factors beside the backbone's attention (and feed-forward) matrices."""
+    backbone = model.encoder.backbone
+    targets = lora_targets(backbone, settings.mlp)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
+    )
+    inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
+    model.register_state_dict_post_hook(_merge_on_save)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_keep_base_on_load)  # type: ignore[no-untyped-call]
+
+
+def lora_targets(backbone: nn.Module, mlp: bool) -> list[str]:
+    """Names of the linear layers of attention, and of the feed-forward part where asked. Raises ModelError if none."""
+    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    words = ("attention", "mlp") if mlp else ("attention",)
+    targets = [name for name in linears if any(word in name.split(".") for word in words)]
+    if not targets:
+        raise ModelError(
+            "tune 'lora' needs a backbone with attention layers (a ViT); use 'frozen' or 'full' with this one"
+        )
+    return targets
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def _merge_on_save(model: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """State dict of a model with adapters -> the one of the merged model, and the factors."""
+    for name, layer in lora_layers(model).items():
+        for key in ("weight", "bias"):
+            base = state.pop(f"{prefix}{name}.base_layer.{key}", None)
+            if base is not None:
+                state[f"{prefix}{name}.{key}"] = base + layer.get_delta_weight(ADAPTER) if key == "weight" else base
+
+
+def _keep_base_on_load(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Undo `_merge_on_save`: take the factors from `state`, and the base weights from the model as it stands.
+
+    Raises ModelError when the merged weights in `state` were made from another base.
+    """
+    for name, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        for key, current in base.named_parameters(recurse=False):
+            merged = state.pop(f"{prefix}{name}.{key}", None)
+            state[f"{prefix}{name}.base_layer.{key}"] = current.detach()
+            if merged is not None and key == "weight":
+                _check_base(f"{prefix}{name}", merged, current, layer.scaling[ADAPTER], state)
+
+
+def _check_base(name: str, merged: Tensor, base: Tensor, scale: float, state: dict[str, Tensor]) -> None:
+    down, up = (state.get(f"{name}.lora_{letter}.{ADAPTER}.weight") for letter in "AB")
+    if down is None or up is None:
+        raise ModelError(f"{name}: no LoRA factors beside the merged weights, so this is no checkpoint of a LoRA run")
+    expected = base.detach().cpu().float() + scale * (up.float() @ down.float()).cpu()
+    if not torch.allclose(merged.cpu().float(), expected, rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"{name}: the checkpoint's merged weights don't come from this backbone's: it was trained on other "
+            "pretrained weights. Start from the same backbone, or from this checkpoint with init_from"
+        )
+
+
+def merge(model: M2FModel) -> None:
+    """Add the adapters into the weights for good; the model then needs no peft."""
+    for name, layer in lora_layers(model).items():
+        layer.merge(adapter_names=[ADAPTER])
+        model.set_submodule(name, layer.get_base_layer())
+    model._state_dict_hooks.clear()
+    model._load_state_dict_pre_hooks.clear()
+
+
+def save_adapter(model: M2FModel, folder: Path) -> None:
+    """Write all but the backbone's own weights: the factors, neck and head, their configuration, and the model's.
+
+    A few megabytes where the whole model has hundreds; `load_adapter` puts them on the backbone again.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ModelError("this model has no adapters: only a model trained with tune 'lora' can be saved adapter-only")
+    folder.mkdir(parents=True, exist_ok=True)
+    base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in base | frozen}
+    save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    config = model.encoder.backbone.peft_config[ADAPTER].to_dict()
+    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(listed, indent=2, default=str) + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
+
+
+def load_adapter(folder: Path) -> M2FModel:
+    """Load what `save_adapter` wrote, on the backbone it was trained on (fetched from where it came from)."""
+    model = _with_adapter(folder)
+    merge(model)
+    return model
+
+
+def load_adapters(folders: Mapping[str, Path]) -> dict[str, M2FModel]:
+    """Load several adapters as models that share one backbone in memory, each with its own factors, neck and head.
+
+    Raises ModelError when they were trained on different backbones.
+    """
+    models: dict[str, M2FModel] = {}
+    for name, folder in folders.items():
+        base = next(iter(models.values()), None)
+        models[name] = _with_adapter(folder, base)
+    return models
+
+
+def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
+    """The model of an adapter, its factors apart; its backbone's own weights are those of `base` where one is given."""
+    model = M2FModel(M2FConfig.from_pretrained(folder))
+    if base is None:
+        load_backbone_weights(model)
+    elif base.config.backbone_name != model.config.backbone_name:
+        raise ModelError(
+            f"{folder} was trained on {model.config.backbone_name!r}, not on {base.config.backbone_name!r} as the first"
+            " adapter: only adapters of one backbone can share it"
+        )
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    mlp = any("mlp" in target for target in settings["target_modules"])
+    attach_lora(model, LoraSettings(settings["r"], settings["lora_alpha"], settings["lora_dropout"], mlp))
+    if base is not None:
+        _share_backbone(model, base)
+    model.load_state_dict(load_file(folder / ADAPTER_WEIGHTS), strict=False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _share_backbone(model: M2FModel, base: M2FModel) -> None:
+    """Let the backbone's own weights be those of `base`, in the same memory; the factors stay the model's."""
+    theirs = {name.replace(".base_layer.", "."): tensor for name, tensor in base.encoder.backbone.named_parameters()}
+    for name, parameter in model.encoder.backbone.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = theirs[name.replace(".base_layer.", ".")].data

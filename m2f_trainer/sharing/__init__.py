@@ -1,1 +1,0 @@
-"""Passing a model on: its card, its licence chain and its upload."""

@@ -1,0 +1,134 @@
+"""What a recipe leaves to us with the word "auto": learning rate, images a device, epochs."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from m2f_trainer.config.recipe import AUTO, AUTOMATIC, Recipe, load_recipe
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.errors import LEVERS, TrainingError
+from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.run_folder import RECIPE
+from m2f_trainer.training.optimizer import parameter_groups, rates_of
+
+logger = logging.getLogger(__name__)
+REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # the original's, and that of every published recipe
+CPU_IMAGES, FIRST_TRY, HEADROOM = 2, 4, 0.9
+EPOCHS = ((500, 150), (2_000, 75), (10_000, 40), (math.inf, 25))
+"""(below so many training images, epochs): the middle of the ranges in RF-DETR's guide to fine-tuning."""
+
+
+def resolve(recipe: Recipe, images: int, checkpoint: Path | None, probe: Callable[[int], int]) -> Recipe:
+    """The recipe with numbers for "auto"; a resumed run goes on with the numbers it had.
+
+    `images` are those of the train split; `probe` finds how many a device holds, up to a number.
+    """
+    names = [name for name in AUTOMATIC if vars(recipe.train)[name] == AUTO]
+    if not names:
+        return recipe
+    train = copy(recipe.train)
+    if checkpoint is not None and (checkpoint / RECIPE).is_file():
+        before = load_recipe([str(checkpoint / RECIPE)]).train
+        vars(train).update({name: vars(before)[name] for name in names})
+    else:
+        spread = train.world_size * train.gradient_accumulation_steps
+        if "num_train_epochs" in names:
+            train.num_train_epochs = epochs_for(images)
+        if "per_device_train_batch_size" in names:
+            train.per_device_train_batch_size = probe(min(max(REFERENCE_IMAGES // spread, 1), images))
+        if "learning_rate" in names:
+            train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
+    logger.warning("auto: %s", ", ".join(f"{name} = {vars(train)[name]:g}" for name in names))
+    return Recipe(recipe.model, recipe.data, train)
+
+
+def rate_for(images: int) -> float:
+    """1e-4 for 16 images an optimiser step, with the square root of their number (as AdamW's noise asks for)."""
+    return REFERENCE_RATE * math.sqrt(images / REFERENCE_IMAGES)
+
+
+def epochs_for(images: int) -> float:
+    """Epochs for a number of training images, from the table `EPOCHS`."""
+    return float(next(epochs for below, epochs in EPOCHS if images < below))
+
+
+def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train: TrainArguments, limit: int) -> int:
+    """How many images a device holds in a real training step: a power of two up to `limit`, the same on all ranks.
+
+    Tried on a model of its own, unsharded, with the images of the most objects. A CPU isn't tried: it swaps where a GPU
+    would refuse, and gains nothing from more than a few; it gets 2. Raises TrainingError where not even one fits.
+    """
+    if train.device.type == "cpu":
+        return min(CPU_IMAGES, limit)
+    model = build().train()
+    model.to(train.device)
+    if train.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    samples = fullest(rows, limit)
+    found = largest(lambda images: fits(model, samples[:images], train), limit)
+    if dist.is_initialized():
+        least = torch.tensor(found, device=train.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        found = int(least)
+    if found == 0:
+        raise TrainingError(f"not even one image of this size fits the device's memory. {LEVERS}")
+    return found
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest power of two up to `limit` that fits, found by doubling or halving from 4; 0 if 1 does not fit."""
+    images = min(FIRST_TRY, 1 << int(math.log2(limit)))
+    if not fits(images):
+        while images > 1:
+            images //= 2
+            if fits(images):
+                return images
+        return 0
+    while images * 2 <= limit and fits(images * 2):
+        images *= 2
+    return images
+
+
+def fullest(rows: InstanceDataset, count: int) -> list[dict[str, Any]]:
+    """Samples of the `count` images with the most objects."""
+    objects = [len(some) for some in rows.rows["objects"]]
+    order = sorted(range(len(objects)), key=lambda index: -objects[index])
+    return [rows[index] for index in order[:count]]
+
+
+def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArguments) -> bool:
+    """Whether forward, backward and update of a batch leave a tenth of the device's memory free."""
+    device = train.device
+    try:
+        step(model, collate(samples), train)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            most, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return device.type != "cuda" or most <= HEADROOM * total
+
+
+def step(model: M2FModel, batch: dict[str, Any], train: TrainArguments) -> None:
+    """One training step as the Trainer makes it; the weights don't move."""
+    device = train.device
+    groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in parameter_groups(model, rates_of(train))]
+    optimizer = torch.optim.AdamW(groups)
+    moved = {name: batch[name].to(device) for name in ("pixel_values", "pixel_mask")}
+    masks = {name: tensor.to(device) for name, tensor in batch["mask_labels"].items()}
+    classes = [labels.to(device) for labels in batch["class_labels"]]
+    kind = torch.bfloat16 if train.bf16 else torch.float16
+    with torch.autocast(device.type, kind, enabled=bool(train.bf16 or train.fp16)):
+        loss = model(**moved, mask_labels=masks, class_labels=classes).loss
+    loss.backward()
+    optimizer.step()

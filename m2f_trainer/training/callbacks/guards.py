@@ -1,0 +1,93 @@
+"""A loss or gradient that is not finite ends the run before it reaches the weights."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from m2f_trainer.distributed import any_rank, whole
+from m2f_trainer.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+
+class FiniteGuard(TrainerCallback):
+    """Ends the run before an update that isn't finite: weights and checkpoints stay as they were.
+
+    `batches` gives the micro-batches of the step in hand, `loss` the loss since the last log.
+    """
+
+    def __init__(
+        self, batches: Callable[[], Sequence[Mapping[str, Any]]], loss: Callable[[], Tensor], scaled: bool
+    ) -> None:
+        self.batches, self.loss, self.scaled = batches, loss, scaled
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the loss, and the gradients unless a float16 scaler does that."""
+        total = self.loss().detach()
+        if not self.scaled:
+            total = total + gradient_norm(model).to(total)
+        if any_rank(~torch.isfinite(total), total.device):
+            raise TrainingError(self._report(model, Path(str(args.output_dir)), state, args))
+
+    def _report(self, model: nn.Module, output: Path, state: TrainerState, args: TrainingArguments) -> str:
+        step, rank = state.global_step + 1, args.process_index
+        folder = output / f"not-finite-step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, batch in enumerate(self.batches()):
+            write_batch(batch, folder / f"batch-{rank}-{number}.safetensors")
+        images = sorted(gather_object([image for batch in self.batches() for image in batch["image_id"].tolist()]))
+        found = {name: p.grad.isfinite().all() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = [name for name, finite in found.items() if not whole(finite)]
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        if rank == 0:
+            described = {"step": step, "seed": args.seed, "image_ids": images, "gradients_not_finite": gradients}
+            (folder / "report.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            if all(tensor.isfinite().all() for tensor in weights.values()):
+                model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        what = "loss" if not torch.isfinite(self.loss()) else "gradient"
+        return (
+            f"step {step}: the {what} is not finite. The step's images are {', '.join(map(str, images))}; they, the "
+            f"weights before the step and what was found are in {folder}. Look at these images and their annotations; "
+            "or resume from an earlier checkpoint with a lower learning_rate or without fp16"
+        )
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients: not finite where any of them isn't."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def write_batch(batch: Mapping[str, Any], path: Path) -> None:
+    """Write a collated batch's tensors; `read_batch` is the inverse."""
+    flat: dict[str, Tensor] = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            flat[key] = value
+        else:
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            flat |= {f"{key}.{part}": tensor for part, tensor in parts}
+    save_file({key: tensor.contiguous() for key, tensor in flat.items()}, path)
+
+
+def read_batch(path: Path) -> dict[str, Any]:
+    """Read what `write_batch` wrote: a batch as `collate` makes it, for `model(**batch)`."""
+    batch: dict[str, Any] = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.partition(".")
+        if part:
+            batch.setdefault(name, {})[part] = tensor
+        else:
+            batch[name] = tensor
+    labels = batch.get("class_labels", {})
+    return {**batch, "class_labels": [labels[str(image)] for image in range(len(labels))]}

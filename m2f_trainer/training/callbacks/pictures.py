@@ -1,0 +1,99 @@
+"""Pictures for the loggers: augmented samples at the start, predictions beside truth at each evaluation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    MLflowCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
+
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.evaluation.gallery import beside
+from m2f_trainer.training.trainer import M2FTrainer
+from m2f_trainer.viz.overlay import draw_sample
+
+SHOWN, LONGEST, LEAST_SCORE = 4, 480, 0.5
+
+Named: TypeAlias = Mapping[str, NDArray[np.uint8]]
+"""Pictures (H, W, 3) by what a logger calls them."""
+
+
+class Pictures(TrainerCallback):
+    """Sends pictures wherever the Trainer's own callbacks send figures; draws none where nobody takes them."""
+
+    def __init__(self, trainer: M2FTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first training samples as the model is shown them, with their masks."""
+        samples = self.trainer.train_dataset
+        if isinstance(samples, InstanceDataset):
+            shown = range(min(SHOWN, len(samples)))
+            self._send(lambda: {f"train/sample_{k}": np.asarray(draw_sample(samples[k])) for k in shown}, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first validation images, the truth on the left."""
+        samples = self.trainer.eval_dataset
+        if isinstance(samples, InstanceDataset):
+            self._send(lambda: self._predictions(samples), state)
+
+    def _predictions(self, samples: InstanceDataset) -> Named:
+        found = {one.image_id: one.above(LEAST_SCORE) for one in self.trainer.predictions}
+        names = {category.id: category.name for category in categories_of(samples.rows)}
+        rows = [samples.rows[index] for index in range(min(SHOWN, len(samples)))]
+        return {
+            f"valid/truth_and_prediction_{index}": np.asarray(beside(row, found.get(row["image_id"]), names, LONGEST))
+            for index, row in enumerate(rows)
+        }
+
+    def _send(self, draw: Callable[[], Named], state: TrainerState) -> None:
+        loggers = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, tuple(_SENDERS))]
+        if loggers and state.is_world_process_zero:
+            pictures = draw()
+            for logger in loggers:
+                send = next(send for kind, send in _SENDERS.items() if isinstance(logger, kind))
+                send(logger, pictures, state.global_step)
+
+
+def _to_tensorboard(logger: TensorBoardCallback, pictures: Named, step: int) -> None:
+    if logger.tb_writer is not None:
+        for name, picture in pictures.items():
+            logger.tb_writer.add_image(name, picture, step, dataformats="HWC")
+
+
+def _to_wandb(_: WandbCallback, pictures: Named, step: int) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({name: wandb.Image(picture) for name, picture in pictures.items()} | {"train/global_step": step})
+
+
+def _to_trackio(_: TrackioCallback, pictures: Named, step: int) -> None:
+    import trackio
+
+    if trackio.context_vars.current_run.get() is not None:
+        trackio.log({name: trackio.Image(picture) for name, picture in pictures.items()} | {"train/global_step": step})
+
+
+def _to_mlflow(_: MLflowCallback, pictures: Named, step: int) -> None:
+    import mlflow
+
+    if mlflow.active_run() is not None:
+        for name, picture in pictures.items():
+            mlflow.log_image(picture, key=name, step=step)
+
+
+_SENDERS: Mapping[type[TrainerCallback], Callable[[Any, Named, int], None]] = {
+    TensorBoardCallback: _to_tensorboard,
+    WandbCallback: _to_wandb,
+    TrackioCallback: _to_trackio,
+    MLflowCallback: _to_mlflow,
+}
+"""How pictures reach the logger that a callback stands for; none of these packages is needed unless it is used."""

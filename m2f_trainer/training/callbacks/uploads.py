@@ -1,0 +1,70 @@
+"""Uploads of a run: where they go, and each checkpoint's as it is saved.
+
+The Trainer's own would send the whole folder, logs and optimizer too; ours send the files on `hub`'s list.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import RecipeError, SharingError
+from m2f_trainer.hub.upload import Target, push
+
+logger = logging.getLogger(__name__)
+
+
+def hub_target(args: TrainArguments) -> Target:
+    """The repository that a recipe names, or one of the output folder's name."""
+    return Target(
+        args.hub_model_id or Path(str(args.output_dir)).name,
+        private=bool(args.hub_private_repo),
+        revision=args.hub_revision,
+    )
+
+
+class PushEverySave(TrainerCallback):
+    """Uploads the model of each checkpoint. An upload that fails is told, and the run goes on."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is in its place by now."""
+        if state.is_world_process_zero:
+            try:
+                push(Path(str(args.output_dir), f"checkpoint-{state.global_step}"), self.target)
+            except SharingError as error:
+                logger.warning("step %d: %s The run goes on.", state.global_step, error)
+
+
+class NoStockUpload(TrainerCallback):
+    """Stops the Trainer's own upload before its first request, whoever calls it."""
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raises SharingError."""
+        raise SharingError(_advice(args))
+
+
+def refuse_stock_upload(args: TrainingArguments) -> None:
+    """Raise RecipeError where arguments ask the Trainer to upload: it would make the repository at once."""
+    if args.push_to_hub:
+        raise RecipeError(_advice(args))
+
+
+def _advice(args: TrainingArguments) -> str:
+    folder = args.output_dir
+    return (
+        f"push_to_hub: transformers' Trainer would upload all of {folder}, logs included. Leave it out. After "
+        f'trainer.train(), call trainer.save_model() and m2f_trainer.hub.upload.push("{folder}", "NAME/MODEL"), '
+        f"or run m2f push {folder} NAME/MODEL: they send the model with card and licences, and nothing else"
+    )
+
+
+def upload_callbacks(args: TrainArguments) -> list[TrainerCallback]:
+    """One where the recipe uploads at every save; none where it uploads at the end alone."""
+    wanted = args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE
+    return [PushEverySave(hub_target(args))] if wanted else []

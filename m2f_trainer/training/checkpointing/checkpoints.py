@@ -1,0 +1,297 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written into a staging folder. Its manifest (every file's size and SHA-256) is written last, all is
+synced to the disk, and only then is the folder renamed to `checkpoint-N`. So a kill at any moment leaves the finished
+checkpoints as they were; and what was damaged later is found by its manifest before it is trusted.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from errno import EACCES, EAGAIN
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from safetensors import SafetensorError
+from torch.nn import Parameter
+from transformers import Trainer, TrainerState
+
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.distributed import any_rank, whole
+from m2f_trainer.errors import TrainingError
+from m2f_trainer.run_folder import MANIFEST, METRICS, STAGING, STATE
+
+
+def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """All `checkpoint-N` folders with their steps, oldest step first; whether they are complete is not asked."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file of the folder, and see all of it onto the disk; the manifest itself comes last."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
+        _sync(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(_manifest_text(files), encoding="utf-8")
+    _sync(manifest)
+    _sync(folder)
+
+
+def _manifest_text(files: Mapping[str, Any]) -> str:
+    return json.dumps({"version": 1, "files": files}, indent=2) + "\n"
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint, naming the file; None when it is just as it was written."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        whole = bool(files) and text == _manifest_text(files)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: its writing was cut short"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+    if not whole:
+        return f"{MANIFEST} is not what was written"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("size"):
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.get('size')}"
+        if digest(path) != entry.get("sha256"):
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staged(trainer: Trainer) -> Iterator[Path]:
+    """Let the Trainer write its checkpoint into a staging folder; complete it and move it into place at the end.
+
+    Yields the folder being written, for what else belongs in it. All ranks take part. Raises TrainingError when a
+    weight is not finite or the disk is too full; the checkpoints that were there stay.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    output = Path(str(args.output_dir))
+    staging = output / STAGING
+    require_finite(trainer)
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+        require_space(output, expected_size(trainer))
+    trainer.accelerator.wait_for_everyone()
+    args.output_dir = str(staging)
+    try:
+        yield staging / f"checkpoint-{step}"
+        args.output_dir = str(output)
+        trainer.accelerator.wait_for_everyone()
+        _point_at_best(trainer.state, output / f"checkpoint-{step}")
+        if args.should_save:
+            _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(
+            f"checkpoint {step} could not be written ({error}): {_space(output)}. The checkpoints before it are as "
+            "they were: free some space, or lower save_total_limit, and run again with --resume_from_checkpoint true"
+        ) from error
+    finally:
+        args.output_dir = str(output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _point_at_best(state: TrainerState, final: Path) -> None:
+    """Name the best checkpoint by its final place, on every rank: the Trainer has seen it in the staging folder."""
+    best = final.with_name(f"checkpoint-{state.best_global_step}")
+    if best == final or best.is_dir():  # else it is in the folder that the run was resumed from
+        state.best_model_checkpoint = str(best)
+
+
+def _finish(trainer: Trainer, written: Path, final: Path) -> None:
+    """Write state and manifest, and rename."""
+    state = trainer.state
+    state.save_to_json(str(written / STATE))
+    write_manifest(written)
+    if final.exists():
+        _remove(final)
+    written.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def figures_of_step(latest: Mapping[str, float], step: int) -> Mapping[str, float]:
+    """What goes into a checkpoint's metrics.json: the figures of that very step, or that it was not evaluated.
+
+    The latter is saved when a signal stops a run between evaluations: a scheduler does not wait for one. Such a
+    checkpoint is there to be resumed from. Evaluating it then would add to the evaluations by which the best model and
+    early stopping are decided, and the resumed run would not be the uninterrupted one.
+    """
+    return latest if latest.get("step") == step else {"step": step, "evaluated": False}
+
+
+def was_evaluated(folder: Path) -> bool:
+    """Whether a checkpoint holds figures, or is only the state of a run that was stopped."""
+    try:
+        return json.loads((folder / METRICS).read_text(encoding="utf-8")).get("evaluated") is not False
+    except (OSError, ValueError, AttributeError):
+        return True  # damage is another matter
+
+
+def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_step: int) -> None:
+    """Keep the checkpoint just written, the best one, and the newest complete others up to `limit`; drop older ones.
+
+    Newer or older is told by the step, never by a file's time. Steps beyond `newest_step` are another branch of the run
+    (one that was resumed from an earlier checkpoint): they are left alone. One that was not evaluated doesn't count
+    towards the limit, and goes with the next save.
+    """
+    if not limit or limit < 0:
+        return
+    older = [(step, folder) for step, folder in checkpoints(output_dir) if step < newest_step]
+    kept = {step for step, _ in older if step == best_step}
+    if was_evaluated(output_dir / f"checkpoint-{newest_step}"):
+        kept.add(newest_step)
+    for step, folder in reversed(older):
+        if len(kept) < limit and (folder / MANIFEST).is_file() and was_evaluated(folder):
+            kept.add(step)
+    for step, folder in older:
+        if step not in kept:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; one that is half deleted no longer bears a checkpoint's name."""
+    doomed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def require_finite(trainer: Trainer) -> None:
+    """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
+    model: Any = trainer.model
+    parameters: dict[str, Parameter] = dict(model.named_parameters())
+    finite = torch.stack([whole(torch.isfinite(one.detach()).all()) for one in parameters.values()])
+    if any_rank(~finite.all(), finite.device):
+        broken = [name for name, good in zip(parameters, finite.tolist(), strict=True) if not good]
+        named = f"{broken[0]} and {len(broken) - 1} other parameters" if broken else "parameters of another rank"
+        raise TrainingError(
+            f"step {trainer.state.global_step}: {named} are no longer finite, so no checkpoint is written. Resume "
+            "with --resume_from_checkpoint true and a lower learning_rate"
+        )
+
+
+def expected_size(trainer: Trainer) -> int:
+    """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept.
+
+    FSDP and DeepSpeed write the weights a second time, for a resume, and DeepSpeed those that it trains a third time.
+    """
+    model: Any = trainer.model
+    parameters: list[Parameter] = list(model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    weights *= 2 if trainer.args.fsdp or trainer.args.deepspeed else 1
+    averaged = isinstance(trainer.args, TrainArguments) and trainer.args.ema_decay is not None
+    slots = 2 + int(averaged) + int(bool(trainer.args.deepspeed))
+    moments = sum(
+        slots * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+    )
+    return weights + (0 if trainer.args.save_only_model else moments)
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raise TrainingError unless `need` bytes and a little more are free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < need * 1.02 + 2**20:
+        raise TrainingError(
+            f"disk full: a checkpoint needs {need / 1e6:.0f} MB, and {_space(folder)}. Free some space, or lower "
+            "save_total_limit, and run again with --resume_from_checkpoint true"
+        )
+
+
+def _space(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
+
+
+logger = logging.getLogger(__name__)
+LOCK = ".lock"
+
+
+def only_run(arguments: TrainArguments) -> AbstractContextManager[None]:
+    """Hold the output folder: the first process does for all of a run."""
+    return run_lock(Path(arguments.output_dir or ".")) if arguments.process_index == 0 else nullcontext()
+
+
+@contextmanager
+def run_lock(output_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises TrainingError at once when another one holds it.
+
+    The kernel keeps the lock (a POSIX record lock) and drops it with the process, however that ends; data workers don't
+    inherit it. The file's content only tells who holds it, so that a stale one needs no cure.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK).open("a+", encoding="utf-8") as file:
+        _take(file, output_dir)
+        former = _holder(file)
+        if former is not None:
+            logger.warning("%s: took over from a run that is gone (%s)", output_dir, former)
+        _write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        try:
+            yield
+        finally:
+            _write(file, "")
+
+
+def _take(file: TextIO, output_dir: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (EACCES, EAGAIN):
+            logger.warning("%s: no locks here (%s), so a second run would not be noticed", output_dir, error)
+            return
+        raise TrainingError(
+            f"{output_dir} is in use by another run ({_holder(file) or 'just starting'}). Wait for it, stop it, or "
+            "give another output_dir"
+        ) from error
+
+
+def _write(file: TextIO, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def _holder(file: TextIO) -> str | None:
+    """Who wrote the lock file; None when it is empty. It isn't opened again: closing it would drop the lock."""
+    file.seek(0)
+    text = file.read()
+    try:
+        content = json.loads(text)
+        return f"process {content['pid']} on {content['host']}"
+    except (ValueError, KeyError, TypeError):
+        return text.strip() or None

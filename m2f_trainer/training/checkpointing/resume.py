@@ -1,0 +1,214 @@
+"""Where a run goes on from, and whether it is still the same run."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from m2f_trainer.config.arguments import ModelArguments
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import CheckpointError
+from m2f_trainer.model.backbones import is_pyramidal
+from m2f_trainer.model.mask2former import M2FConfig, backbone_of
+from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, STATE
+from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
+from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_an_epoch
+from m2f_trainer.training.ema import forget, swap
+from m2f_trainer.training.optimizer import parameter_groups, rates_of
+
+logger = logging.getLogger(__name__)
+ADAPTED = ".resume"
+
+
+def find_resume(arguments: TrainArguments) -> Path | None:
+    """Return the checkpoint to go on from: the newest complete one, or the named one if it is sound; None for none.
+
+    Processes that torchrun has restarted go on from the newest complete one by themselves. Raises CheckpointError when
+    the named one is damaged, when there is none, and when another run's checkpoints are in the way.
+    """
+    output_dir, resume = Path(arguments.output_dir or "."), arguments.resume
+    if restarted():
+        found = newest_complete(output_dir)
+        if found is not None or resume is True:
+            return found
+    if resume is False:
+        clear_for_new_run(output_dir, arguments.overwrite_output_dir or restarted())
+        return None
+    if isinstance(resume, str) and resume != "auto":
+        return _sound(Path(resume))
+    found = newest_complete(output_dir)
+    if found is None and resume is True:
+        raise CheckpointError(
+            f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or "
+            "name a checkpoint elsewhere"
+        )
+    return found
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again, after a rank had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint without damage; says which ones were passed over, and why."""
+    for _, folder in reversed(checkpoints(output_dir)):
+        reason = damage(folder)
+        if reason is None:
+            logger.warning("resuming from %s", folder)
+            return folder
+        logger.warning("passed over %s: %s", folder, reason)
+    return None
+
+
+def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
+    """Delete another run's checkpoints where that was said. Raises CheckpointError where it was not."""
+    found = checkpoints(output_dir)
+    if found and not overwrite:
+        raise CheckpointError(
+            f"{output_dir} holds the checkpoints of another run, up to step {found[-1][0]}. Go on with it with "
+            "--resume_from_checkpoint true, delete them with --overwrite_output_dir true, or give another output_dir"
+        )
+    for _, folder in found:
+        shutil.rmtree(folder)
+
+
+def _sound(folder: Path) -> Path:
+    reason = damage(folder) if folder.is_dir() else "there is no such folder"
+    if checkpoints(folder):
+        reason = f"it is a run's folder, and not one of its checkpoints, such as {checkpoints(folder)[-1][1].name}"
+    if reason is not None:
+        raise CheckpointError(
+            f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint"
+        )
+    return folder
+
+
+def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> bool:
+    """Whether anything changed since the checkpoint. Raises CheckpointError, which lists it, where it may not."""
+    path = checkpoint / FINGERPRINT
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint} has no {FINGERPRINT}, so that it can't be told what it was trained with. Start a new run "
+            "from it with --init_from"
+        )
+    changed = differences(json.loads(path.read_text(encoding="utf-8")), now)
+    listed = "; ".join(changed.values())
+    if FIXED & set(changed):
+        raise CheckpointError(
+            f"{checkpoint} is of another model or engine: {listed}. Start a new run from its weights with "
+            f"--init_from {checkpoint}"
+        )
+    if changed and not allow_changes:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other settings: {listed}. Set them back, or go on from the same sample "
+            "with --allow_changes true"
+        )
+    if changed:
+        logger.warning("resuming with changes: %s", listed)
+    return bool(changed)
+
+
+def starting_point(checkpoint: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> Path | None:
+    """What to hand to the Trainer: the checkpoint, or its stand-in where settings have changed. See `accept`."""
+    if checkpoint is not None and accept(checkpoint, facts, arguments.allow_changes):
+        return adapt(checkpoint, Path(arguments.output_dir or "."), facts)
+    return checkpoint
+
+
+def as_it_reads(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
+    """The model's fields with the backbone layers that the checkpoint's neck reads, where the recipe names none.
+
+    A recipe without `pyramid_taps` has meant other layers before: those are the layers that the weights know.
+    """
+    if checkpoint is None or model.pyramid_taps is not None:
+        return model
+    backbone = backbone_of(M2FConfig.from_pretrained(checkpoint))
+    return model if is_pyramidal(backbone) else replace(model, pyramid_taps=list(backbone.out_indices))
+
+
+def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
+    """What a run that starts there needs beside the usual callbacks."""
+    if start is None:
+        return []
+    step = int(json.loads((start / STATE).read_text(encoding="utf-8"))["global_step"])
+    return [Resumed(step), *([NewSettings()] if start.name == ADAPTED else [])]
+
+
+def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
+    """A folder that stands for the checkpoint in the changed run: links to its files, and a state that counts anew.
+
+    Figures of the former counting are dropped with it where that changes, and so is the best checkpoint, also where its
+    figure was of other validation images.
+    """
+    then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    step = same_sample(state["global_step"], then, now)
+    recounted = step != state["global_step"]
+    if recounted or then.get("valid_data") != now.get("valid_data"):
+        state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
+    if recounted:
+        state |= {"log_history": []}
+    state |= {"global_step": step, "epoch": step / updates_an_epoch(now)}
+    folder = output_dir / ADAPTED
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.name not in (STATE, MANIFEST):
+            (folder / path.name).symlink_to(path.resolve())
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    return folder
+
+
+class Resumed(TrainerCallback):
+    """Lets a changed rhythm of saves take effect, and keeps the folder's newest checkpoint the run's newest."""
+
+    def __init__(self, start: int) -> None:
+        self.start: int | None = start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The checkpoint's state brought the rhythm that it was written in."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Rename checkpoints of steps that are trained again. Until the first save they are all there is, and stay."""
+        if self.start is not None and state.is_world_process_zero:
+            for step, folder in checkpoints(Path(str(args.output_dir))):
+                if step > self.start and step != state.global_step:
+                    aside = folder.with_name(f"set-aside-{folder.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
+                    logger.warning("%s is of another course of this run: it is now %s", folder, aside.name)
+        self.start = None
+
+
+class NewSettings(TrainerCallback):
+    """Lets changed learning rates and weight decay, and an average that is given up, take effect.
+
+    A checkpoint's optimiser brings its own of each. Without the average, the weights that it was made of go on.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Set the optimiser's groups and the schedule as a fresh run of these settings has them at this step."""
+        if isinstance(args, TrainArguments) and args.ema_decay is None:
+            swap(kwargs["optimizer"])
+            forget(kwargs["optimizer"])
+        fresh = parameter_groups(model, rates_of(args))
+        schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [group["lr"] for group in fresh]
+            schedule.last_epoch = state.global_step
+            for group, new, factor in zip(groups, fresh, schedule.lr_lambdas, strict=True):
+                group["initial_lr"], group["weight_decay"] = new["lr"], new["weight_decay"]
+                group["lr"] = new["lr"] * factor(state.global_step)

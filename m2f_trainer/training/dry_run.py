@@ -1,0 +1,202 @@
+"""What a run would do, told before it does it: `m2f train RECIPE --dry_run`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.model.backbones import stride_of
+from m2f_trainer.model.mask2former import M2FModel, backbone_of
+from m2f_trainer.training.checkpointing.fingerprint import updates_an_epoch
+from m2f_trainer.training.optimizer import curve, parameter_groups, rates_of
+
+ADAM_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a device holds while training on one image; `activations` are of each image, the others are there once."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    def total(self, images: int) -> int:
+        """With so many images at once."""
+        return self.weights + self.gradients + self.optimizer + images * self.activations
+
+
+def estimate(model: M2FModel, instances: int, *, bf16: bool, averaged: bool) -> Memory:
+    """The memory that training a model with AdamW takes, at its own image size and with so many instances an image."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.named_parameters()}
+    trained = sum(sizes[name] for name, tensor in model.named_parameters() if tensor.requires_grad)
+    slots = ADAM_MOMENTS + int(averaged)
+    return Memory(sum(sizes.values()), trained, slots * trained, activations(model, instances, bf16))
+
+
+def activations(model: M2FModel, instances: int, bf16: bool) -> int:
+    """Bytes that autograd keeps of one image of the model's size, extrapolated from an eighth and a quarter of it."""
+    config = model.config
+    stride, sides = stride_of(backbone_of(config)), (config.image_height, config.image_width)
+    small = [max(round(side / 8 / stride), 4) * stride for side in sides]
+    middle = [max(round(side / 4 / stride), 8) * stride for side in sides]
+    first, second = (kept(model, size, instances, bf16) for size in (small, middle))
+    area = config.image_height * config.image_width - small[0] * small[1]
+    slope = (second - first) / (middle[0] * middle[1] - small[0] * small[1])
+    return int(first + slope * area)
+
+
+def kept(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
+    """Bytes kept between forward and backward, the parameters aside, of one image (H, W) with so many instances."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mode, device = model.training, model.device
+    model.train()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        loss = model(**scene(size, instances, device)).loss
+    total = sum(found.values())
+    del loss
+    model.train(mode)
+    return total
+
+
+def scene(size: Sequence[int], instances: int, device: torch.device) -> Mapping[str, object]:
+    """A grey image (1, 3, H, W) with objects of a quarter of its sides, in the model's own terms."""
+    height, width = size
+    masks = torch.zeros(instances, height, width, device=device)
+    masks[:, : height // 4, : width // 4] = 1
+    return {
+        "pixel_values": torch.full((1, 3, height, width), 127, dtype=torch.uint8, device=device),
+        "mask_labels": [masks],
+        "class_labels": [torch.zeros(instances, dtype=torch.long, device=device)],
+    }
+
+
+GIGA, MEGA = 1e9, 1e6
+POINTS = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of the run, where the learning rate is told
+RESOLVED = (
+    "learning_rate", "backbone_lr_multiplier", "layer_decay", "lr_scheduler_type", "lr_milestones", "warmup_steps",
+    "head_first_steps", "weight_decay", "max_grad_norm", "ema_decay", "optim", "bf16", "fp16", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it runs. `groups` are the optimiser's, with the number of values in each."""
+
+    groups: list[dict[str, Any]]
+    parameters: int
+    trained: int
+    memory: Memory
+    instances: int
+    images: int
+    steps_an_epoch: int
+    steps: int
+    train: TrainArguments
+
+
+def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) -> Plan:
+    """The plan of a run with so many training images, and so many instances in each."""
+    groups = [
+        {**group, "params": sum(parameter.numel() for parameter in group["params"])}
+        for group in parameter_groups(model, rates_of(train))
+    ]
+    an_epoch = updates_an_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
+    memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(group["params"] for group in groups)
+    return Plan(groups, total, trained, memory, instances, images, an_epoch, max(steps, 1), train)
+
+
+def to_text(plan: Plan) -> str:
+    """The plan as a page of text."""
+    share = 100 * plan.trained / plan.parameters
+    counts = f"{plan.parameters / MEGA:.1f} M parameters, {plan.trained / MEGA:.1f} M of them trained ({share:.1f} %)"
+    groups = [
+        (group["name"], f"{group['params']:,}", f"{group['lr']:.2e}", f"{group['weight_decay']:g}")
+        for group in plan.groups
+    ]
+    table = columns([("group", "parameters", "learning rate", "weight decay"), *groups])
+    parts = [counts, table, steps_text(plan), curve_text(plan), memory_text(plan), resolved_text(plan.train)]
+    return "\n\n".join([*parts, "This was a dry run: nothing was trained, and nothing written."])
+
+
+def steps_text(plan: Plan) -> str:
+    """How long the run is."""
+    train = plan.train
+    device, accumulated, devices = (
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        train.world_size,
+    )
+    return (
+        f"{plan.steps:,} optimiser steps, {plan.steps_an_epoch:,} an epoch: "
+        f"{plan.steps / plan.steps_an_epoch:.1f} epochs of {plan.images:,} images\n"
+        f"{device * accumulated * devices} images a step: "
+        f"{device} a device x {accumulated} accumulated x {devices} devices"
+    )
+
+
+def curve_text(plan: Plan) -> str:
+    """The learning rates of head and backbone at a few steps; the backbone's is that of its last block."""
+    head, backbone = curve(plan.train, plan.steps)
+    rate, multiplier = plan.train.learning_rate, plan.train.backbone_lr_multiplier or 0.0
+    rows = []
+    for step in sorted({min(round(point * plan.steps), plan.steps - 1) for point in POINTS}):
+        rows.append((f"{step:,}", f"{rate * head(step):.2e}", f"{rate * multiplier * backbone(step):.2e}"))
+    trains = any(group["name"] not in ("neck and head", "backbone LoRA") for group in plan.groups)
+    heads = ("at step", "learning rate", "of the backbone")
+    return columns([row if trains else row[:2] for row in [heads, *rows]])
+
+
+def memory_text(plan: Plan) -> str:
+    """The estimate, its parts, and how it was made."""
+    memory, images = plan.memory, plan.train.per_device_train_batch_size
+    parts = [
+        ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimizer),
+        (f"activations, {images} x {memory.activations / GIGA:.2f}", images * memory.activations),
+    ]  # fmt: skip
+    rows = [(name, f"{size / GIGA:.2f} GB") for name, size in parts]
+    shared = "weights, gradients and optimiser" if plan.train.fsdp else "gradients and optimiser (ZeRO 2)"
+    sharded = f"\nUnsharded: each of N devices will hold about 1/N of {shared}."
+    return (
+        f"about {memory.total(images) / GIGA:.1f} GB of memory a device\n{columns(rows)}\n"
+        f"Activations: what autograd keeps of two small images with {plan.instances} objects each, extrapolated\n"
+        "to the full size. The rest is counted. A device's context and workspaces come on top: allow a fifth more."
+        + (sharded if plan.train.fsdp or plan.train.deepspeed else "")
+    )
+
+
+def resolved_text(train: TrainArguments) -> str:
+    """The values that decide the optimisation, defaults and "auto" resolved."""
+    values = {name: vars(train)[name] for name in RESOLVED}
+    return columns([(name, str(getattr(value, "value", value))) for name, value in values.items()])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns: the first flush left, the others flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )

@@ -1,0 +1,75 @@
+"""Score a saved model on a split of a dataset: `m2f evaluate`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.transforms import EvalTransform
+from m2f_trainer.data.validate import check_categories, check_split
+from m2f_trainer.errors import RecipeError
+from m2f_trainer.evaluation.plots import write_plots
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.run_folder import (
+    CLASSES,
+    EVALUATION,
+    METRICS,
+    PREDICTIONS,
+    RECIPE,
+    write_classes,
+    write_details,
+    write_metrics,
+)
+from m2f_trainer.training.trainer import M2FTrainer
+
+WORTH_WORKERS = 64  # images; starting and ending worker processes takes longer than reading fewer
+
+
+def evaluate_folder(
+    model: str, dataset: str, split: str = "valid", output_dir: Path | None = None, batch_size: int = 4
+) -> dict[str, float]:
+    """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
+
+    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
+    predictions.json (COCO results form).
+
+    Raises:
+        DataError: an unknown split, or categories of other names
+        RecipeError: `output_dir` is a run's folder, whose own figures would be replaced
+    """
+    if output_dir is not None and Path(output_dir, RECIPE).is_file():
+        raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
+    loaded = load_model(model)
+    splits = load_dataset(dataset)
+    check_split(splits, split)
+    categories = [Category(**c) for c in loaded.config.categories or []]
+    check_categories(categories, splits[split])
+    size = (loaded.config.image_height, loaded.config.image_width)
+    rows = InstanceDataset(splits[split], EvalTransform(*size), categories)
+    arguments = TrainArguments(
+        output_dir=str(output_dir or "."),
+        per_device_eval_batch_size=batch_size,
+        report_to="none",
+        bf16=False,
+    )
+    if len(rows) < WORTH_WORKERS:
+        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
+    trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
+    figures = trainer.evaluate()
+    if output_dir is not None and trainer.is_world_process_zero():
+        write_metrics(figures, Path(output_dir, METRICS))
+        write_details(trainer.details, Path(output_dir, EVALUATION))
+        write_classes(trainer.details, Path(output_dir, CLASSES))
+        write_plots(trainer.details, output_dir)
+        write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
+    return figures
+
+
+def write_predictions(predictions: Sequence[Instances], path: Path) -> None:
+    """Write predictions in COCO results form."""
+    results = [result for instances in predictions for result in instances.to_coco()]
+    path.write_text(json.dumps(results), encoding="utf-8")

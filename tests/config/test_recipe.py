@@ -1,0 +1,309 @@
+"""Recipes: JSON and options in, three dataclasses out; every error names what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from m2f_trainer.config.recipe import find_recipe, load_recipe, save_recipe
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import RecipeError
+
+
+def write(folder: Path, values: dict[str, Any] | str) -> str:
+    path = folder / "recipe.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(argv)
+    return str(caught.value)
+
+
+def test_json_alone_makes_a_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe([write(tmp_path, {"dataset_name": "coco", "tune": "lora", "max_steps": 7, "lora_rank": 8})])
+    assert (recipe.data.dataset_name, recipe.model.tune, recipe.train.max_steps) == ("coco", "lora", 7)
+
+
+def test_the_command_line_alone_makes_a_recipe() -> None:
+    recipe = load_recipe(
+        ["--dataset_name", "coco", "--learning_rate=3e-4", "--no_horizontal_flip", "--num-queries", "7"]
+    )
+    assert (recipe.train.learning_rate, recipe.data.horizontal_flip, recipe.model.num_queries) == (3e-4, False, 7)
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dataset_name": "coco", "max_steps": 7, "seed": 1})
+    recipe = load_recipe([path, "--max_steps", "9", "--head_config", '{"hidden_dim": 32}'])
+    assert (recipe.train.max_steps, recipe.train.seed, recipe.model.head_config) == (9, 1, {"hidden_dim": 32})
+
+
+def test_null_on_the_command_line_takes_an_optional_value_back(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dataset_name": "coco", "backbone_config": {"model_type": "dinov3_vit", "patch_size": 8}})
+    assert load_recipe([path, "--backbone_config", "null"]).model.backbone_config is None
+
+
+def test_the_defaults_are_those_of_the_literature() -> None:
+    train = load_recipe(["--dataset_name", "coco"]).train
+    assert (train.learning_rate, train.weight_decay, train.max_grad_norm) == (1e-4, 0.05, 0.01)
+    assert (train.lr_scheduler_type, train.lr_scheduler_kwargs) == ("polynomial", {"power": 0.9, "lr_end": 0.0})
+    assert (train.metric_for_best_model, train.greater_is_better, train.load_best_model_at_end) == (
+        "eval_map",
+        True,
+        True,
+    )
+    assert (train.remove_unused_columns, train.backbone_lr_multiplier) == (False, 0.1)
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpointing_steps", "50", "--max_steps", "100", "--report_to", "none"]])
+def test_a_saved_recipe_loads_as_an_equal_one(tmp_path: Path, options: list[str]) -> None:
+    recipe = load_recipe(["--dataset_name", "coco", *options])
+    save_recipe(recipe, tmp_path / "saved.json")
+    assert load_recipe([str(tmp_path / "saved.json")]) == recipe
+
+
+def test_a_saved_recipe_has_no_token_and_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    save_recipe(load_recipe(["--dataset_name", "coco"]), tmp_path / "saved.json")
+    text = (tmp_path / "saved.json").read_text()
+    assert "hf_canary" not in text
+    assert not {"hub_token", "local_rank"} & set(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("values", "nearest"),
+    [
+        ({"bakcbone": "x"}, "the nearest is backbone."),
+        ({"datasetname": "x"}, "the nearest is dataset_name."),
+        ({"evaluation_strategy": "no"}, "the nearest is eval_strategy."),
+        ({"checkpoint_steps": 3}, "the nearest is checkpointing_steps."),
+        ({"model_name_or_path": "x"}, "use backbone"),
+        ({"do_reduce_labels": True}, "leave it out"),
+        ({"warmup_ratio": 0.1}, "use warmup_steps"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path, values: dict[str, Any], nearest: str) -> None:
+    message = error_of(write(tmp_path, values))
+    assert f"Unknown option {next(iter(values))} in {tmp_path}" in message
+    assert nearest in message
+
+
+def test_an_unknown_option_names_the_nearest_valid_one() -> None:
+    assert "Unknown option --image_hight on the command line: the nearest is --image_height." in error_of(
+        "--image_hight", "3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"max_steps": "many"}, "max_steps in .*: expected a whole number, got 'many'"),
+        ({"max_steps": 1.5}, "expected a whole number, got 1.5"),
+        ({"max_steps": True}, "expected a whole number, got True"),
+        ({"learning_rate": "1e-4"}, "expected a number or \"auto\", got '1e-4'"),
+        ({"learning_rate": None}, 'expected a number or "auto", got None'),
+        ({"horizontal_flip": "yes"}, "expected true or false, got 'yes'"),
+        ({"backbone": 3}, "expected a string, got 3"),
+        ({"neck": "fpn"}, 'expected "pyramid" or "adapter" or "plain", got \'fpn\''),
+        ({"pyramid_taps": [1, "2"]}, "expected a list of whole numbers or null"),
+        ({"backbone_config": [1]}, "expected an object or a string or null"),
+        ({"early_stopping_patience": "3"}, "expected a whole number or null, got '3'"),
+        ({"checkpointing_steps": 1.5}, "expected a string, got 1.5"),
+    ],
+)
+def test_a_wrong_type_in_json_is_refused(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe([write(tmp_path, values)])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--max_steps", "many"], "--max_steps.*invalid int value: 'many'"),
+        (["--learning_rate", "nan"], "learning_rate on the command line: expected a finite number, got nan"),
+        (["--neck", "fpn"], "--neck: invalid choice: 'fpn'"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["--image-width", "32", "--image_width=32"], "--image_width is given twice"),
+        (["--seed", "1", "stray"], "Expected --option value, got 'stray'"),
+        (["--backbone_config", '{"a": 1, "a": 2}'], "The key 'a' stands 2 times"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(options: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"seed": 1, "max_steps": 2, "seed": 3}', "The key 'seed' stands 2 times in .*recipe.json. Keep one"),
+        ('{"head_config": {"hidden_dim": 1, "hidden_dim": 2}}', "The key 'hidden_dim' stands 2 times"),
+        ('{"learning_rate": NaN}', "NaN stands in .*expected a finite number"),
+        ('{"learning_rate": -Infinity}', "-Infinity stands in"),
+        ('{"learning_rate": 1e999}', "expected a finite number, got inf"),
+        ('{"seed": 1', "Broken JSON in .*recipe.json"),
+        ("[" * 100_000, "Broken JSON in|expected one JSON object"),
+        ("[1]", "expected one JSON object of options, got a list"),
+        ('{"seed": 1' + "0" * 5000 + "}", "Broken JSON in .*digits"),
+        ("", "Broken JSON"),
+    ],
+)
+def test_broken_json_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe([write(tmp_path, text)])
+
+
+def test_a_missing_recipe_names_those_that_come_with_the_package() -> None:
+    message = error_of("no_such_recipe.json")
+    assert "No recipe 'no_such_recipe.json'" in message
+    assert "dinov3_vits16plus_1024, " in message
+
+
+def test_a_shipped_recipe_is_found_by_its_name() -> None:
+    assert find_recipe("quickstart").name == find_recipe("quickstart.json").name == "quickstart.json"
+
+
+def test_a_missing_dataset_is_named() -> None:
+    assert "dataset_name is missing" in error_of("--max_steps", "3")
+
+
+@pytest.mark.parametrize(("value", "strategy", "steps"), [(300, "steps", 300), ("epoch", "epoch", None)])
+def test_checkpointing_steps_sets_saving_and_evaluation_together(
+    tmp_path: Path, value: int | str, strategy: str, steps: int | None
+) -> None:
+    train = load_recipe([write(tmp_path, {"dataset_name": "coco", "checkpointing_steps": value})]).train
+    assert (train.save_strategy, train.eval_strategy) == (strategy, strategy)
+    assert (train.save_steps, train.eval_steps) == (steps, steps)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"checkpointing_steps": 300, "save_steps": 100},
+        {"checkpointing_steps": 300, "eval_steps": 100},
+        {"checkpointing_steps": 300, "eval_strategy": "epoch"},
+        {"checkpointing_steps": "epoch", "save_strategy": "no"},
+        {"save_steps": 500},
+    ],
+)
+def test_fields_that_contradict_checkpointing_steps_are_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    message = error_of(write(tmp_path, {"dataset_name": "coco", **values}))
+    assert "contradicts checkpointing_steps=" in message
+    assert "or set checkpointing_steps" in message
+
+
+def test_fields_that_agree_with_checkpointing_steps_are_taken(tmp_path: Path) -> None:
+    values = {"dataset_name": "coco", "checkpointing_steps": 300, "save_steps": 300, "eval_strategy": "steps"}
+    assert load_recipe([write(tmp_path, values)]).train.eval_steps == 300
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "epochs", ""])
+def test_other_checkpointing_steps_are_refused(value: str) -> None:
+    assert f'or "epoch", got {value!r}' in error_of("--dataset_name", "coco", f"--checkpointing_steps={value}")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--backbone", "dinov3-vits16plus", "--image_height", "1000"], "image_height=1000 .* 16. .* 992 or 1008."),
+        (["--backbone", "dinov2-small", "--image_width", "1024"], "nearest are 1022 or 1036."),
+        (["--backbone", "dinov3-convnext-tiny", "--image_width", "20"], "nearest are 32."),
+        (["--backbone_config", '{"model_type": "dinov3_vit", "patch_size": 10}'], "1024 .* 1020 or 1030."),
+    ],
+)
+def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(["--dataset_name", "coco", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--num_queries", "0"], "num_queries: expected at least 1, got 0"),
+        (["--lora_dropout", "1.5"], "lora_dropout: expected between 0 and 1, got 1.5"),
+        (["--lsj_min_scale", "3"], "lsj_min_scale: expected between 0.01 and 2.0, got 3"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience: expected at least 1"),
+        (["--head_checkpoint", "a", "--init_from", "b"], "Keep one of them"),
+        (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
+        (["--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
+        (["--learning_rate=-0.1"], "learning_rate: expected at least 0, got -0.1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected at least 1, got 0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size: expected at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected at least 1, got 0"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers: expected at least 0, got -1"),
+        (["--seed", "-1"], "seed: expected between 0 and 4294967295, got -1"),
+        (["--max_steps", "0"], "expected a run of at least one step"),
+        (["--num_train_epochs", "0"], "expected a run of at least one step"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_min_lr with .* One of min_lr or min_lr_rate"),
+        (["--lr_scheduler_kwargs", '{"powr": 1}'], "polynomial with .*'powr'"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(["--dataset_name", "coco", *options])
+
+
+def test_a_saved_recipe_takes_another_schedule(tmp_path: Path) -> None:
+    save_recipe(load_recipe(["--dataset_name", "coco"]), tmp_path / "saved.json")
+    train = load_recipe([str(tmp_path / "saved.json"), "--lr_scheduler_type", "cosine"]).train
+    assert (train.lr_scheduler_type, train.lr_scheduler_kwargs) == ("cosine", None)
+
+
+def test_a_token_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    for message in (error_of("--hub_token", "hf_canary"), error_of(write(tmp_path, {"hub_token": "hf_canary"}))):
+        assert "HF_TOKEN" in message
+        assert "hf auth login" in message
+        assert "canary" not in message
+    with pytest.raises(RecipeError, match="HF_TOKEN"):
+        TrainArguments(hub_token="hf_canary")
+
+
+@pytest.mark.parametrize("values", [{"init_from": "evil.py"}, {"head_config": {"activation_function": ["a/b.py"]}}])
+def test_a_recipe_names_no_python_file(tmp_path: Path, values: dict[str, Any]) -> None:
+    assert "a recipe holds values, never code" in error_of(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("value", "resume"),
+    [(True, True), ("true", True), (False, False), (None, False), ("runs/a/checkpoint-3", "runs/a/checkpoint-3")],
+)
+def test_resume_from_checkpoint_takes_true_or_a_folder(tmp_path: Path, value: Any, resume: bool | str) -> None:
+    path = write(tmp_path, {"dataset_name": "coco", "resume_from_checkpoint": value})
+    assert load_recipe([path]).train.resume == resume
+
+
+def test_the_trainer_gets_arguments_that_upload_nothing_by_themselves() -> None:
+    train = load_recipe(["--dataset_name", "coco", "--push_to_hub", "--hub_model_id", "me/pets"]).train
+    assert train.push_to_hub
+    assert not train.for_trainer().push_to_hub
+    assert train.for_trainer().hub_model_id == "me/pets"
+
+
+def test_loggers_know_a_run_by_its_folder_but_the_recipe_of_another_run_does_not_inherit_that_name() -> None:
+    train = load_recipe(["--dataset_name", "coco", "--output_dir", "runs/first"]).train
+    assert train.for_trainer().run_name == "first"
+    assert train.run_name is None
+    train.run_name = "mine"
+    assert train.for_trainer().run_name == "mine"
+
+
+@pytest.mark.parametrize("total", [1, 2, 30])
+def test_the_polynomial_schedule_warms_up_and_ends_at_zero_however_short_the_run(total: int) -> None:
+    train = TrainArguments()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    warmup = train.get_warmup_steps(total)
+    schedule = get_scheduler("polynomial", optimizer, warmup, total, train.lr_scheduler_kwargs)
+    rates = [schedule.get_last_lr()[0]]
+    for _ in range(total):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert max(rates) == rates[warmup] == train.learning_rate
+    assert rates[-1] == 0.0
+    halfway = (total + warmup) // 2
+    assert rates[halfway] == pytest.approx(1e-4 * (1 - (halfway - warmup) / (total - warmup)) ** 0.9)

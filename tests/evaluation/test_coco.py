@@ -1,0 +1,185 @@
+"""The COCO figures are pycocotools' own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.errors import DataError
+from m2f_trainer.evaluation.coco import CocoMap, Engine
+from m2f_trainer.inference.instances import Instances
+from tests.evaluation.truth import (
+    REAL_DATA,
+    categories_in,
+    instances_from,
+    perfect,
+    real_annotations,
+    rows_of,
+    synthetic,
+)
+
+ENGINES: tuple[Engine, ...] = ("hotcoco", "pycocotools")
+KEYS = ["map", "map_50", "map_75", "map_small", "map_medium", "map_large"]
+KEYS += ["mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"]
+
+
+def use(engine: Engine) -> Engine:
+    if engine == "hotcoco":
+        pytest.importorskip("hotcoco")
+    return engine
+
+
+def official(coco: dict[str, Any], predictions: list[Instances], kind: str) -> COCOeval:
+    """pycocotools alone, on the annotation dictionary as it is."""
+    truth = COCO()
+    truth.dataset = copy.deepcopy(coco)
+    entries = [entry for item in predictions for entry in item.to_coco()]
+    if kind == "bbox":
+        boxes = [box for item in predictions for box in item.boxes.tolist()]
+        entries = [
+            {key: value for key, value in entry.items() if key != "segmentation"} | {"bbox": box}
+            for entry, box in zip(entries, boxes, strict=True)
+        ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        scorer = COCOeval(truth, truth.loadRes(entries), kind)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return scorer
+
+
+def from_one(coco: dict[str, Any]) -> dict[str, Any]:
+    """The same annotations numbered from 1: with id 0 pycocotools itself counts a match as a miss."""
+    annotations = [item | {"id": number} for number, item in enumerate(coco["annotations"], 1)]
+    return coco | {"annotations": annotations}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_figure_equals_pycocotools(engine: Engine) -> None:
+    coco, predictions = synthetic(30, seed=1)
+    metrics = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))(predictions)
+    for kind, prefix in (("segm", ""), ("bbox", "box_")):
+        stats = official(from_one(coco), predictions, kind).stats
+        assert [metrics[prefix + key] for key in KEYS] == pytest.approx(list(stats), abs=1e-12)
+    assert 0.05 < metrics["map"] < 0.95
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_class_figures_equal_pycocotools_and_absent_classes_are_minus_one(engine: Engine) -> None:
+    coco, predictions = synthetic(12, seed=2)
+    metrics = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))(predictions)
+    precision = official(from_one(coco), predictions, "segm").eval["precision"]
+    for index, category in enumerate(sorted(coco["categories"], key=lambda item: item["id"])):
+        values = precision[:, :, index, 0, -1]
+        expected = values[values > -1].mean() if (values > -1).any() else -1
+        assert metrics[f"map_class/{category['name']}"] == pytest.approx(expected, abs=1e-12)
+    assert metrics["map_class/thing 999"] == -1
+
+
+@pytest.mark.parametrize("name", ["nuclei_tiny", "coco_tiny", "coco_permissive"])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_perfect_predictions_of_real_annotations_score_what_pycocotools_says(
+    name: str, split: str, tmp_path: Path
+) -> None:
+    coco = real_annotations(name, split)
+    rows = load_coco(REAL_DATA / name, cache_dir=tmp_path)[split]
+    predictions = perfect(rows)
+    for engine in ENGINES:
+        metrics = CocoMap(rows, engine=use(engine))(predictions)
+        for kind, prefix in (("segm", ""), ("bbox", "box_")):
+            stats = official(coco, predictions, kind).stats
+            assert [metrics[prefix + key] for key in KEYS] == pytest.approx(list(stats), abs=1e-12)
+        assert metrics["map"] > 0.9
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_image_predicted_twice_counts_once(engine: Engine) -> None:
+    coco, predictions = synthetic(8, seed=3)
+    scorer = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))
+    assert scorer(predictions + predictions[:3]) == scorer(predictions)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_order_of_the_images_does_not_matter(engine: Engine) -> None:
+    coco, predictions = synthetic(8, seed=4)
+    scorer = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))
+    assert scorer(predictions[::-1]) == scorer(predictions)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_predictions_score_zero(engine: Engine) -> None:
+    coco, predictions = synthetic(6, seed=5)
+    scorer = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))
+    none = [instances_from(item.image_id, item.size, []) for item in predictions]
+    for given in ([], none):
+        metrics = scorer(given)
+        assert metrics["map"] == 0
+        assert metrics["box_mar_100"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_split_without_objects_scores_minus_one(engine: Engine) -> None:
+    coco, predictions = synthetic(4, seed=6)
+    scorer = CocoMap(rows_of(coco | {"annotations": []}), categories_in(coco), engine=use(engine))
+    assert scorer(predictions)["map"] == -1
+    assert scorer([])["map"] == -1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scoring_leaves_the_predictions_as_they_were_and_prints_nothing(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco, predictions = synthetic(5, seed=7)
+    before = [item.to_coco() for item in predictions]
+    scorer = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))
+    assert scorer(predictions) == scorer(predictions)
+    assert [item.to_coco() for item in predictions] == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_both_engines_give_the_same_numbers_to_the_last_bit() -> None:
+    pytest.importorskip("hotcoco")
+    coco, predictions = synthetic(300, seed=8)
+    rows, categories = rows_of(coco), categories_in(coco)
+    first = CocoMap(rows, categories, engine="hotcoco")(predictions)
+    assert first == CocoMap(rows, categories, engine="pycocotools")(predictions)
+
+
+def test_predictions_of_an_unknown_image_are_an_error() -> None:
+    coco, predictions = synthetic(3, seed=9)
+    stranger = instances_from(123456, (10, 10), [])
+    with pytest.raises(DataError, match=r"3 images alone, found image_id 123456\. Score against the split"):
+        CocoMap(rows_of(coco), categories_in(coco))([*predictions, stranger])
+
+
+def test_masks_of_another_size_are_an_error() -> None:
+    coco, predictions = synthetic(1, seed=10)
+    wrong = instances_from(1000, (4, 4), [(2, 1.0, b"`0")])
+    with pytest.raises(DataError, match=r"image_id 1000 at its original size \(\d+, \d+\) .*found \(4, 4\)"):
+        CocoMap(rows_of(coco), categories_in(coco))([wrong])
+    assert predictions
+
+
+def test_classes_that_share_a_name_stay_apart() -> None:
+    coco, predictions = synthetic(3, seed=11, categories=2)
+    for category in coco["categories"][:2]:
+        category["name"] = "twin"
+    metrics = CocoMap(rows_of(coco), categories_in(coco))(predictions)
+    assert {"map_class/twin (2)", "map_class/twin (5)"} <= set(metrics)
+
+
+def test_every_value_is_a_plain_float() -> None:
+    coco, predictions = synthetic(3, seed=12)
+    metrics = CocoMap(rows_of(coco), categories_in(coco))(predictions)
+    assert {type(value) for value in metrics.values()} == {float}
+    assert all(np.isfinite(list(metrics.values())))

@@ -1,0 +1,178 @@
+"""A model as one file: what it computes, what is written beside it, and what the comparison finds."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m2f_trainer.cli import main as cli
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.errors import MissingPackageError
+from m2f_trainer.export import parity
+from m2f_trainer.export.export import export_model
+from m2f_trainer.export.parity import FULL, HALF, Limits, ModelRunner, Runner, check_export
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, tiny_model
+
+EXAMPLE = Path(__file__).parents[2] / "recipes" / "onnx_predict.py"
+SHAPES = [{"id": k, "name": name} for k, name in enumerate(("circle", "square", "triangle"), 1)]
+SMALL = {**VIT, "num_hidden_layers": 1}
+
+
+def model_of(backbone: dict[str, object], **fields: object) -> M2FModel:
+    """A model for the made-up dataset, its masks not all alike."""
+    return tiny_model(backbone, categories=SHAPES, **{"decoder_layers": 2, **fields}).eval()
+
+
+def logits(model: M2FModel, pixels: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        output = model(pixels, torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.bool))
+    return [output.class_queries_logits, output.masks_queries_logits]
+
+
+@pytest.mark.slow
+def test_a_torch_program_gives_the_models_logits_for_any_number_of_images(tmp_path: Path) -> None:
+    model = model_of(SMALL)
+    path = export_model(model, "torch", tmp_path, fixed_size=True)
+    program = torch.export.load(path).module()
+    for count in (1, 3):
+        pixels = images(count)
+        found = program(pixels, torch.ones(count, 64, 64, dtype=torch.bool))
+        for one, other in zip(found, logits(model, pixels), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    constants = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    assert constants["postprocessing"]["categories"] == SHAPES
+    assert constants["preprocessing"]["image_height"] == 64
+    assert constants["inputs"]["sides"] == "64 x 64 only"
+
+
+class Faulty(ModelRunner):
+    """A file whose masks are inverted."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        super().__init__(model_of(SMALL))
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        classes, masks = super().run(pixel_values, pixel_mask)
+        return classes, -masks
+
+
+class Faithful(Faulty):
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return ModelRunner.run(self, pixel_values, pixel_mask)
+
+
+@pytest.mark.parametrize(("runner", "met"), [(Faithful, True), (Faulty, False)])
+def test_a_file_that_computes_something_else_fails_the_comparison(
+    runner: type[Runner], met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+    found = check_export(model_of(SMALL), tmp_path / "model.pt2", None, 2, FULL, fixed_size=True)
+    assert found.met is met
+    assert ("NOT MET" in found.to_text()) is not met
+    assert json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["met"] is met
+    assert (found.mask_logits == 0) is met
+
+
+def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
+    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
+    same = parity.Parity(**{**fields, "other_size": None, "limits": Limits(0.001, 0.99)})  # type: ignore[arg-type]
+    assert same.met
+    assert not parity.Parity(**{**vars(same), "file_ap": 0.998}).met
+    assert not parity.Parity(**{**vars(same), "mask_iou": 0.98}).met
+    assert not parity.Parity(**{**vars(same), "other_size": 0.06}).met
+
+
+def test_a_comparison_without_any_instance_says_so() -> None:
+    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
+    some = parity.Parity(**{**fields, "instances": 3, "other_size": None, "limits": FULL})  # type: ignore[arg-type]
+    assert "of 3 instances scored above 0.05" in some.to_text()
+    assert "only logits were compared" not in some.to_text()
+    assert "only logits were compared" in replace(some, instances=0).to_text()
+
+
+def test_the_command_exits_with_1_where_parity_is_not_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_of(SMALL).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("m2f_trainer.export.export.trace", lambda *_: None)
+    monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"program"))
+    for runner, status in ((Faulty, 1), (Faithful, 0)):
+        monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+        argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
+        assert cli.main([*argv, "--images", "2", "--fixed_size"]) == status
+    out = capsys.readouterr().out
+    assert "parity is NOT MET" in out
+    assert "made-up images, whose AP says nothing" in out
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(MissingPackageError, match=r"needs onnxscript, which is not installed.*m2f-trainer\[export\]"):
+        export_model(model_of(SMALL), "onnx", tmp_path)
+
+
+def example() -> object:
+    """The module of the example, which knows nothing of this package."""
+    spec = importlib.util.spec_from_file_location("onnx_predict", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [VIT, DINOV2, CONVNEXT], ids=lambda one: one["model_type"])
+def test_an_onnx_file_equals_the_model_at_any_size(backbone: dict[str, object], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    size = (56, 56) if backbone is DINOV2 else (128, 128) if backbone is CONVNEXT else (64, 64)
+    model = model_of(backbone, image_size=size)
+    path = export_model(model, "onnx", tmp_path)
+    found = check_export(model, path, None, 4, FULL, fixed_size=False)
+    assert found.met, found.to_text()
+    assert found.mask_logits < 1e-3
+    assert found.other_size is not None
+    assert found.other_size < 1e-3
+
+
+@pytest.mark.slow
+def test_the_example_finds_what_the_predictor_finds_and_a_half_precise_file_nearly_so(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    data = write_sample(tmp_path / "data", images=(1, 2, 0)) / "valid"
+    model = model_of(VIT)
+    half = export_model(model_of(VIT), "onnx", tmp_path / "half", half=True)
+    assert check_export(model, half, None, 4, HALF, fixed_size=False).met
+    path = export_model(model, "onnx", tmp_path / "full")
+    assert half.stat().st_size < path.stat().st_size
+    module = example()
+    module.THRESHOLD = 0.0  # type: ignore[attr-defined]
+    session = onnxruntime.InferenceSession(str(path))
+    constants = json.loads(path.with_name("model.json").read_text(encoding="utf-8"))
+    for file in sorted(data.glob("*.png")) + sorted(data.glob("*.jpg")):
+        found = list(module.predict(session, constants, Image.open(file).convert("RGB")))  # type: ignore[attr-defined]
+        (expected,) = Predictor(model)(file, threshold=0.0)
+        assert len(found) == len(expected) > 0
+        found.sort(key=lambda instance: -instance[1])
+        np.testing.assert_allclose([score for _, score, _ in found], expected.scores, atol=1e-4)
+        assert [category["id"] for category, _, _ in found] == expected.category_ids.tolist()
+        for index, (_, _, inside) in enumerate(found):
+            assert (inside != expected.mask(index).astype(bool)).mean() < 1e-3
+    environment = {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(path), str(file)], check=True, cwd=tmp_path, env=environment
+    )
+    assert run.returncode == 0
+    assert file.with_suffix(".instances.png").is_file()

@@ -1,0 +1,242 @@
+"""Model cards: figures in model-index form, harmless names, and the licence chain."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folder import CONFIG, write_json, write_model
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.errors import SharingError
+from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.gallery import truth_of
+from m2f_trainer.hub.licences import AGREEMENT, legal_text
+from m2f_trainer.hub.markdown import escape
+from m2f_trainer.hub.model_card import Form, draw_pictures, is_untouched, write_card
+from m2f_trainer.run_folder import write_details
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard(write_card(folder).read_text(encoding="utf-8"), ignore_metadata_errors=False)
+
+
+def test_the_card_tells_task_library_and_figures_in_model_index_form(tmp_path: Path) -> None:
+    data = card_of(write_model(tmp_path / "run")).data
+    assert data.pipeline_tag == "image-segmentation"
+    assert {"image-segmentation", "instance-segmentation", "mask2former", "dinov2"} <= set(data.tags)
+    assert data.library_name == "transformers"
+    assert data.base_model == ["facebook/dinov2-small"]
+    figures = {(one.dataset_split, one.metric_type): one.metric_value for one in data.eval_results}
+    assert figures == {("valid", "map"): 0.5123, ("valid", "map_50"): 0.75, ("valid", "box_map"): 0.6}
+    assert {one.dataset_name for one in data.eval_results} == {"pets"}
+
+
+def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
+    text = write_card(write_model(tmp_path / "run"), Form("me/pets")).read_text(encoding="utf-8")
+    assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 | - |" in text
+    assert "It finds at most 100 objects in an image" in text
+    assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
+    assert "m2f predict me/pets photos/" in text
+    assert 'pipeline("image-segmentation", model="me/pets", trust_remote_code=True)' in text
+    assert "/home/someone" not in text
+
+
+def test_the_test_split_has_a_row_of_its_own(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    write_json(folder / "metrics.json", {"eval_map": 0.5, "test_map": 0.4, "test_map_class/cat": 0.4})
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "| valid | 50.0 |" in text
+    assert "| test | 40.0 |" in text
+    assert "| class | mask AP (test) |" in text
+
+
+def test_a_card_without_figures_or_recipe_is_still_a_card(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", CONFIG)
+    assert "## Results" not in card_of(tmp_path).content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "---\nlicense: mit\n---",
+        "<script>alert(1)</script>",
+        "a|b\n\n# Title",
+        "[x](javascript:1)",
+        "`rm -rf`",
+        "\x1b[31m",
+    ],
+)
+def test_names_from_strangers_stay_text(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / "run", categories=[{"id": 1, "name": name}])
+    write_json(folder / "recipe.json", {"dataset_name": name.replace("/", "")})
+    write_json(folder / "metrics.json", {"eval_map": 0.5, f"eval_map_class/{name}": 0.5})
+    card = card_of(folder)
+    assert card.data.license == "apache-2.0"
+    assert "<script" not in card.text
+    assert "](" not in card.text
+    assert "\n# Title" not in card.text
+    assert "\x1b" not in card.content
+    assert card.text.count("\n| ") == card.text.count(" |\n")
+
+
+def test_escaping_keeps_plain_words_and_one_line() -> None:
+    assert escape("traffic light") == "traffic light"
+    assert escape("a\nb  c") == "a b c"
+    assert escape('x"; import os #', code=True) == "x_; import os #"
+
+
+@pytest.mark.parametrize(
+    ("changes", "licence", "told"),
+    [
+        ({}, ("apache-2.0", None), "| facebook/dinov2\\-small | apache-2.0 |"),
+        (
+            {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("other", "dinov3-license"),
+            "Built with DINOv3.",
+        ),
+        (
+            {"backbone_name": "/models/mine", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("other", "dinov3-license"),
+            "pass a copy of the agreement on",
+        ),
+        (
+            {"head_checkpoint": "facebook/mask2former-swin-small-coco-instance"},
+            ("cc-by-nc-4.0", None),
+            "Not for commercial use",
+        ),
+        (
+            {
+                "backbone_name": "dinov3-vitl16",
+                "backbone_config": {"model_type": "dinov3_vit"},
+                "head_checkpoint": "facebook/mask2former-swin-large-coco-instance",
+            },
+            ("other", "dinov3-license-and-cc-by-nc-4.0"),
+            "Not for commercial use",
+        ),
+        (
+            {"backbone_name": "", "backbone_config": {"model_type": "dinov3_vit"}},
+            ("apache-2.0", None),
+            "random numbers",
+        ),
+        ({"backbone_name": "someone/vit"}, ("other", "see-the-licences-below"), "look it up where it was published"),
+        ({"backbone_name": "/home/a/dinov3/vit"}, ("other", "see-the-licences-below"), "look it up where it was"),
+        ({"backbone_name": "/home/a/my_DINOv3"}, ("other", "dinov3-license"), "Built with DINOv3."),
+        ({"head_checkpoint": "/heads/mine"}, ("other", "see-the-licences-below"), "that is CC BY-NC 4.0"),
+    ],
+)
+def test_the_licence_follows_from_what_the_weights_started_from(
+    tmp_path: Path, changes: dict[str, object], licence: tuple[str, str | None], told: str
+) -> None:
+    card = card_of(write_model(tmp_path / "run", **changes))
+    assert (card.data.license, card.data.license_name) == licence
+    assert told in card.text
+
+
+def test_the_licences_of_a_model_it_was_started_from_carry_over(tmp_path: Path) -> None:
+    first = write_model(tmp_path / "first", head_checkpoint="facebook/mask2former-swin-small-coco-instance")
+    second = write_model(tmp_path / "second", init_from=str(first))
+    assert card_of(write_model(tmp_path / "third", init_from=str(second))).data.license == "cc-by-nc-4.0"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SharingError, match=r"holds no model: expected config\.json there"):
+        write_card(tmp_path)
+
+
+def test_the_licence_notes_are_found_and_name_the_official_texts() -> None:
+    note = legal_text("DINOV3_LICENSE.md")
+    for part in ("ai.meta.com/resources/models-and-libraries/dinov3-license", "CC BY-NC 4.0", "HF_TOKEN", AGREEMENT):
+        assert part in note
+    assert legal_text("LICENSE").lstrip().startswith("Apache License")
+    assert "Mask2Former" in legal_text("NOTICE")
+
+
+def scored(folder: Path) -> Path:
+    """A model's folder with the details of an evaluation: of three images, one is seen perfectly, the others not."""
+    rows = load_coco(write_sample(folder / "data", images=(1, 3, 0)))["valid"]
+    perfect = truth_of(rows[0])
+    assessment = Assessment(rows)
+    assessment([replace(perfect, scores=np.full(len(perfect), 0.9))])
+    run = write_model(folder / "run")
+    write_details(assessment.details, run / "evaluation.json")
+    draw_pictures(run, rows, assessment.details)
+    return run
+
+
+def test_the_card_shows_the_best_and_the_worst_images_only_where_asked_for(tmp_path: Path) -> None:
+    run = scored(tmp_path)
+    plain = write_card(run).read_text(encoding="utf-8")
+    assert "pictures/" not in plain
+    card = write_card(run, Form("me/pets", pictures=True)).read_text(encoding="utf-8")
+    shown = re.findall(r"!\[(.+?)\]\((pictures/\w+\.jpg)\)", card)
+    assert [file for _, file in shown] == ["pictures/worst_1.jpg", "pictures/worst_2.jpg", "pictures/best_1.jpg"]
+    assert re.fullmatch(r"Best 1: [1-9]\d* found, 0 wrong, 0 missed", shown[-1][0])
+    assert "0 found, 0 wrong" in shown[0][0]
+    for _, file in shown:
+        with Image.open(run / file) as picture:
+            assert picture.width > 2 * picture.height * 0.5
+            assert not picture.getexif()
+
+
+def test_the_card_tells_what_goes_wrong_and_what_its_figures_rest_on(tmp_path: Path) -> None:
+    text = write_card(scored(tmp_path)).read_text(encoding="utf-8")
+    assert re.search(r"^\| missed \| [1-9]\d* \| \d", text, flags=re.MULTILINE)
+    assert "| nothing there |" not in text
+    assert "are of 3 images and one training run" in text
+    assert "so that their figures say little: " in text
+    assert "| class | mask AP (valid) | objects (valid) | AP50 | best threshold |" in text
+
+
+def test_the_card_tells_data_time_hardware_and_software(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    cost = {"seconds": 7384.2, "peak_memory": 3 * 2**29, "processes": 2, "hardware": "a GPU", "software": "torch 2"}
+    state = {"global_step": 1800, "epoch": 15.5, "stateful_callbacks": {"Cost": {"args": {}, "attributes": cost}}}
+    write_json(folder / "trainer_state.json", state)
+    write_json(folder / "fingerprint.json", {"train_images": 1464, "train_data": "ab" * 32, "valid_data": "cd" * 32})
+    text = write_card(folder).read_text(encoding="utf-8")
+    for told in (
+        "pets, 1,464 images to train on", f"valid annotations (SHA-256): `{'cd' * 32}`", "1,800 steps, 15.5 epochs",
+        "2 h 03 min, evaluations", "2 x a GPU; peak memory of a process 1.5 GiB", "Software: torch 2",
+    ):  # fmt: skip
+        assert told in text
+
+
+def test_the_recipe_in_the_card_is_a_recipe_without_local_folders(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    given = {"max_steps": 77, "tune": "lora", "seed": 7, "optim": "sgd", "backbone": "/home/someone/vit `"}
+    write_json(
+        folder / "recipe.json", {**given, "dataset_name": "/home/a/pets", "output_dir": "/b", "logging_steps": 3}
+    )
+    (block,) = re.findall(r"```json\n(.*?)\n```", write_card(folder).read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown = json.loads(block)
+    assert shown == {**given, "dataset_name": "pets", "backbone": "vit `"}
+    (tmp_path / "again.json").write_text(
+        json.dumps({**shown, "backbone": "dinov2-small", "image_height": 14, "image_width": 14})
+    )
+    assert load_recipe([str(tmp_path / "again.json")]).train.max_steps == 77
+
+
+def test_the_card_of_an_adapter_alone_tells_how_to_put_it_on_its_backbone(tmp_path: Path) -> None:
+    text = write_card(write_model(tmp_path / "run"), Form("me/pets", adapter_only=True)).read_text(encoding="utf-8")
+    assert 'load_adapter(Path(snapshot_download("me/pets")))' in text
+    assert "m2f predict me/pets" not in text
+
+
+def test_a_card_knows_whether_someone_has_changed_it(tmp_path: Path) -> None:
+    card = write_card(write_model(tmp_path / "run")).read_text(encoding="utf-8")
+    assert is_untouched(card)
+    for changed in (card.replace("cat", "dog"), card + "more", "mine", ""):
+        assert not is_untouched(changed)
+
+
+def test_the_folder_of_a_backbone_is_not_told(tmp_path: Path) -> None:
+    text = write_card(write_model(tmp_path / "run", backbone_name="/home/someone/vit")).read_text(encoding="utf-8")
+    assert "| vit |" in text
+    assert "someone" not in text

@@ -1,0 +1,224 @@
+"""`m2f predict`: any inputs, several outputs, and nothing done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data.images import image_size
+from m2f_trainer.errors import DataError
+from m2f_trainer.inference import predict as folder
+from m2f_trainer.inference.predict import Options, predict_folder
+from m2f_trainer.inference.predictor import Predictor
+from tests.inference.test_predictor import BrightnessModel, picture
+
+
+class Counting(Predictor):
+    """Counts the images that it predicts, and dies at one of them where told."""
+
+    seen = 0
+    dies_at = -1
+
+    def _predict(self, batch: Sequence[tuple[int, object]], top_k: int) -> list[object]:  # type: ignore[override]
+        type(self).seen += len(batch)
+        if type(self).seen == type(self).dies_at:
+            raise KeyboardInterrupt
+        return super()._predict(batch, top_k)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def predictor(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
+    Counting.seen, Counting.dies_at = 0, -1
+    monkeypatch.setattr(Counting, "from_pretrained", lambda _: Counting(BrightnessModel()))  # type: ignore[arg-type]
+    monkeypatch.setattr(folder, "Predictor", Counting)
+    return Counting
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        picture(80 + number, 60).save(tmp_path / "in" / f"{number}.png")
+    return tmp_path / "in"
+
+
+def test_a_folder_gives_pictures_results_and_a_table_that_agree(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    out = predict_folder("m", [photos], tmp_path / "out", Options(batch_size=3))
+    results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    assert [(one["image_id"], Path(one["file_name"]).name) for one in results] == [(k, f"{k}.png") for k in range(4)]
+    assert set(results[0]) == {"image_id", "category_id", "segmentation", "score", "file_name"}
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["category"] for row in rows] == ["light"] * 4
+    assert float(rows[0]["width"]) == pytest.approx(30, abs=3)
+    assert float(rows[0]["score"]) == pytest.approx(results[0]["score"], abs=1e-6)
+    assert {path.name for path in out.glob("*.png")} == {f"{k}.instances.png" for k in range(4)}
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_images_that_are_left(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    predictor.dies_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder("m", [photos], tmp_path / "out", Options(batch_size=1))
+    assert not (tmp_path / "out" / "predictions.json").exists()
+    predictor.seen, predictor.dies_at = 0, -1
+    out = predict_folder("m", [photos], tmp_path / "out", Options(batch_size=1))
+    assert predictor.seen == 2
+    straight = predict_folder("m", [photos], tmp_path / "straight", Options(batch_size=1))
+    for name in ("predictions.json", "predictions.csv"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
+    predictor.seen = 0
+    predict_folder("m", [photos], out, Options(batch_size=1))
+    assert predictor.seen == 0
+    predict_folder("m", [photos], out, Options(batch_size=1, threshold=0.1))
+    assert predictor.seen == 4, "another threshold is another result"
+    picture(90, 90).save(photos / "1.png")
+    predict_folder("m", [photos], out, Options(batch_size=1, threshold=0.1))
+    assert predictor.seen == 5, "a changed image is predicted again"
+
+
+def test_a_pattern_takes_what_matches_and_one_that_matches_nothing_is_an_error(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    out = predict_folder("m", [photos / "[12].png"], tmp_path / "out")
+    assert {path.name for path in out.glob("*.png")} == {"1.instances.png", "2.instances.png"}
+    with pytest.raises(DataError, match="found nothing"):
+        predict_folder("m", [photos / "*.jpg"], tmp_path / "none")
+
+
+def test_the_images_own_folder_can_take_the_pictures_time_and_again(predictor: type[Counting], photos: Path) -> None:
+    before = {path.name: path.read_bytes() for path in photos.glob("*.png")}
+    predict_folder("m", [photos], photos)
+    predict_folder("m", [photos], photos, Options(threshold=0.1))
+    assert {name: (photos / name).read_bytes() for name in before} == before
+    assert len(list(photos.glob("*.png"))) == 8
+
+
+def test_where_nothing_is_found_a_lower_threshold_is_advised(
+    predictor: type[Counting], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict_folder("m", [photos], tmp_path / "out", Options(threshold=0.99999))
+    assert "Nothing scored above 0.99999: try a lower --threshold." in caplog.text
+
+
+def test_tiles_find_in_a_mosaic_what_single_images_show(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    pixels = np.zeros((64, 300, 3), np.uint8)
+    for left in (30, 130, 230):
+        pixels[20:40, left : left + 24] = 255
+    Image.fromarray(pixels).save(tmp_path / "mosaic.png")
+    out = predict_folder("m", [tmp_path / "mosaic.png"], tmp_path / "out", Options(tile=96, overlap=0.2))
+    (found,) = [json.loads((out / "predictions.json").read_text(encoding="utf-8"))]
+    assert len(found) == 3
+    assert all(one["segmentation"]["size"] == [64, 300] for one in found)
+    assert predictor.seen == 4
+
+
+def test_predictions_become_a_dataset_that_our_own_reader_takes(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    from m2f_trainer.data.dataset import load_coco
+
+    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True))
+    (photos / "train").mkdir()
+    for path in photos.glob("*.png"):
+        path.rename(photos / "train" / path.name)
+    (out / "_annotations.coco.json").rename(photos / "train" / "_annotations.coco.json")
+    rows = load_coco(photos, cache_dir=tmp_path / "cache")["train"]
+    results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    assert [row["objects"][0]["category_id"] for row in rows] == [7] * 4
+    assert rows[0]["objects"][0]["counts"] == results[0]["segmentation"]["counts"]
+
+
+def test_images_of_one_name_in_two_folders_stay_apart_in_the_dataset(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "more").mkdir()
+    picture(50, 40).save(photos / "more" / "0.png")
+    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True, recursive=True))
+    images = json.loads((out / "_annotations.coco.json").read_text(encoding="utf-8"))["images"]
+    assert [one["file_name"] for one in images] == ["0.png", "1.png", "2.png", "3.png", "more/0.png"]
+    sizes = [image_size(photos / one["file_name"], one["file_name"]) for one in images]
+    assert sizes == [(one["height"], one["width"]) for one in images]
+
+
+def test_a_file_whose_name_is_no_utf_8_has_its_row_and_picture(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    try:
+        (photos / "0.png").rename(photos / odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True))
+    results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    assert Path(results[-1]["file_name"]) == photos / odd
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)][-1].endswith("caf\\udce9.png")
+
+
+def test_pictures_have_names_that_differ_on_every_file_system() -> None:
+    paths = [Path("a/Cell.png"), Path("b/cell.jpg"), Path("c/cell.png"), Path("cell.mp4")]
+    assert folder.picture_names(paths) == [
+        "Cell.instances.png", "cell-2.instances.png", "cell-3.instances.png", "cell.instances.mp4",
+    ]  # fmt: skip
+
+
+def test_hidden_files_and_folders_called_like_images_are_no_inputs(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "._0.png").write_bytes(b"\x00\x05\x16\x07 what macOS leaves")
+    (photos / "scans.png").mkdir()
+    predict_folder("m", [photos, photos / "*.png"], tmp_path / "out", Options(recursive=True))
+    assert predictor.seen == 8
+
+
+def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="the extra `video` is not installed")
+    from fractions import Fraction
+
+    from m2f_trainer.inference.video import frame_rate, frames, write_video
+
+    write_video((picture(64, 48) for _ in range(5)), tmp_path / "clip.mp4", Fraction(10))
+    out = predict_folder("m", [tmp_path / "clip.mp4"], tmp_path / "out")
+    results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    assert [one["file_name"].rsplit("#")[1] for one in results] == list("01234")
+    drawn = list(frames(out / "clip.instances.mp4"))
+    assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
+    assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
+
+
+def test_a_video_that_a_telephone_took_upright_is_read_upright(tmp_path: Path) -> None:
+    """Telephones store it lying, with a matrix in the track's header that says how to turn it."""
+    pytest.importorskip("av", reason="the extra `video` is not installed")
+    from fractions import Fraction
+
+    from m2f_trainer.inference.video import frames, write_video
+
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:16, :16] = 255
+    path = tmp_path / "clip.mp4"
+    write_video((Image.fromarray(pixels) for _ in range(2)), path, Fraction(10))
+    content = path.read_bytes()
+    matrix = content.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2; 16.16 and 2.30 fixed point
+    quarter = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(content[:matrix] + quarter + content[matrix + len(quarter) :])
+    frame = next(frames(path))
+    assert frame.size == (48, 64)
+    corners = {
+        place: np.asarray(frame.crop(box)).mean() > 128
+        for place, box in {"top left": (0, 0, 8, 8), "top right": (40, 0, 48, 8), "bottom left": (0, 56, 8, 64)}.items()
+    }
+    assert corners == {"top left": False, "top right": True, "bottom left": False}

@@ -1,0 +1,102 @@
+"""Pictures of samples and predictions reach the loggers in use, and nothing is drawn where there are none."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import TrainerControl, TrainerState
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.training.callbacks.pictures import Pictures
+from tests.evaluation.truth import perfect
+
+TOLD: Any = None, TrainerState(global_step=7), TrainerControl()
+
+
+class Writer:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, np.ndarray] = {}
+
+    def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
+        assert (step, dataformats) == (7, "HWC")
+        self.images[name] = picture
+
+
+def trainer(folder: Path, *callbacks: Any) -> Any:
+    splits = load_coco(write_sample(folder / "data", images=(5, 2, 0)))
+    samples, valid = (
+        InstanceDataset(splits[name], TrainTransform(64, 64), categories_of(splits["train"]))
+        for name in ("train", "valid")
+    )
+    return SimpleNamespace(
+        callback_handler=SimpleNamespace(callbacks=list(callbacks)),
+        train_dataset=samples, eval_dataset=valid, predictions=perfect(splits["valid"]),
+    )  # fmt: skip
+
+
+def test_samples_come_at_the_start_and_predictions_at_each_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra: pip install m2f-trainer[tensorboard]")
+    writer = Writer()
+    board = TensorBoardCallback(tb_writer=writer)
+    pictures = Pictures(trainer(tmp_path, board))
+    pictures.on_train_begin(*TOLD)
+    assert sorted(writer.images) == SAMPLES
+    assert writer.images["train/sample_0"].shape == (64, 64, 3)
+    pictures.on_evaluate(*TOLD)
+    both = writer.images["valid/truth_and_prediction_0"]
+    half = (both.shape[1] - 6) // 2
+    left, right = both[:, :half], both[:, half + 6 :]
+    assert (left == right).mean() > 0.7, "perfect predictions look like the truth but for their scores"
+
+
+SAMPLES = [f"train/sample_{k}" for k in range(4)]
+
+
+def fake_packages(monkeypatch: pytest.MonkeyPatch, running: bool) -> dict[str, list[str]]:
+    """The three loggers' packages as far as they are used, and the names of what each was given."""
+    got: dict[str, list[str]] = {"wandb": [], "trackio": [], "mlflow": []}
+    run = object() if running else None
+
+    def log(package: str) -> Any:
+        return lambda told: got[package].extend(name for name, value in told.items() if isinstance(value, np.ndarray))
+
+    wandb = SimpleNamespace(run=run, Image=lambda picture: picture, log=log("wandb"))
+    context = SimpleNamespace(current_run=SimpleNamespace(get=lambda: run))
+    trackio = SimpleNamespace(context_vars=context, Image=lambda picture: picture, log=log("trackio"))
+    mlflow = SimpleNamespace(active_run=lambda: run, log_image=lambda _, key, step: got["mlflow"].append(key))
+    for name, package in (("wandb", wandb), ("trackio", trackio), ("mlflow", mlflow)):
+        monkeypatch.setitem(sys.modules, name, package)
+    return got
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_pictures_go_to_wandb_trackio_and_mlflow_while_their_run_is_open(
+    running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = fake_packages(monkeypatch, running)
+    loggers = [object.__new__(kind) for kind in (WandbCallback, TrackioCallback, MLflowCallback)]
+    loggers[2]._auto_end_run = False  # what it looks at when it is thrown away
+    Pictures(trainer(tmp_path, *loggers)).on_train_begin(*TOLD)
+    assert got == dict.fromkeys(got, SAMPLES if running else [])
+
+
+def test_other_ranks_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = fake_packages(monkeypatch, True)
+    state = TrainerState(global_step=7, is_world_process_zero=False)
+    Pictures(trainer(tmp_path, object.__new__(WandbCallback))).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    assert not got["wandb"]
+
+
+def test_without_a_logger_nothing_is_drawn(tmp_path: Path) -> None:
+    pictures = Pictures(trainer(tmp_path))
+    pictures.on_train_begin(*TOLD)
+    pictures.on_evaluate(*TOLD)

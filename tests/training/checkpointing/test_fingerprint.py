@@ -1,0 +1,62 @@
+"""What decides a run's numbers."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.training.checkpointing import fingerprint
+
+FACTS = {
+    "train_images": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1,
+    "dataloader_drop_last": False, "tune": "lora",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "now", "expected"),
+    [
+        (7, {}, 7),
+        (7, {"per_device_train_batch_size": 1}, 14),
+        (7, {"per_device_train_batch_size": 4}, 4),  # 14 samples: an epoch of 3 steps, and one step
+        (5, {"world_size": 2}, 3),
+        (6, {"gradient_accumulation_steps": 2}, 3),  # half a step is trained again
+        (10, {"train_images": 5, "per_device_train_batch_size": 5}, 4),
+    ],
+)
+def test_a_changed_run_goes_on_at_the_same_sample(step: int, now: dict[str, int], expected: int) -> None:
+    assert fingerprint.same_sample(step, FACTS, {**FACTS, **now}) == expected
+
+
+def test_the_digest_follows_the_annotations_and_not_the_folder(tmp_path: Path) -> None:
+    root = write_sample(tmp_path / "a", images=(3, 1, 0))
+    shutil.copytree(root, tmp_path / "b")
+    other = write_sample(tmp_path / "c", images=(3, 1, 0), seed=1)
+    digests = [fingerprint.digest_of(load_coco(folder)["train"]) for folder in (root, tmp_path / "b", other)]
+    assert digests[0] == digests[1] != digests[2]
+    rows = load_coco(root)["train"]
+    assert fingerprint.digest_of(rows.select([0, 1])) != digests[0]
+    assert fingerprint.digest_of(rows.select([1, 0, 2])) != digests[0]
+    assert fingerprint.digest_of(rows.select([0, 1, 2])) == digests[0]
+
+
+def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands_for(tmp_path: Path) -> None:
+    splits = load_coco(write_sample(tmp_path, images=(3, 1, 0)))
+    categories = categories_of(splits["train"])
+
+    def changed(*options: str) -> set[str]:
+        then, now = (
+            fingerprint.fingerprint(
+                load_recipe(["quickstart", "--dataset_name", "x", *given]), splits["train"], splits["valid"], categories
+            )
+            for given in ((), options)
+        )
+        return set(fingerprint.differences(then, now))
+
+    assert changed("--augmentation", "strong") == {"color_jitter", "rotate90", "copy_paste"}
+    assert changed("--rotate90", "true", "--min_instance_area", "9") == {"rotate90", "min_instance_area"}
+    assert changed("--horizontal_flip", "false", "--lsj_min_scale", "0.5") == {"horizontal_flip", "lsj_min_scale"}
+    assert changed("--color_jitter", "0") == set()

@@ -1,0 +1,133 @@
+"""Where a run goes on from, and whether it is the same run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from m2f_trainer.config.arguments import ModelArguments
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import CheckpointError
+from m2f_trainer.run_folder import FINGERPRINT, STATE
+from m2f_trainer.training import ema
+from m2f_trainer.training.checkpointing import resume
+from m2f_trainer.training.checkpointing.checkpoints import write_manifest
+from m2f_trainer.training.optimizer import Rates, parameter_groups
+from tests.model.tiny import tiny_model
+
+FACTS = {
+    "train_images": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1,
+    "dataloader_drop_last": False, "tune": "lora",
+}  # fmt: skip
+
+
+def arguments(folder: Path, **fields: object) -> TrainArguments:
+    return TrainArguments(output_dir=str(folder), use_cpu=True, report_to="none", **fields)  # type: ignore[arg-type]
+
+
+def checkpoint(output: Path, step: int, **facts: object) -> Path:
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / STATE).write_text(json.dumps({"global_step": step, "best_global_step": 2, "log_history": [1]}))
+    (folder / FINGERPRINT).write_text(json.dumps({**FACTS, **facts}))
+    write_manifest(folder)
+    return folder
+
+
+def test_auto_starts_anew_where_there_is_nothing_and_true_does_not(tmp_path: Path) -> None:
+    assert resume.find_resume(arguments(tmp_path, resume_from_checkpoint="auto")) is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
+        resume.find_resume(arguments(tmp_path, resume_from_checkpoint="true"))
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_file(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 2)
+    assert resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(folder))) == folder
+    (folder / STATE).unlink()
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing. Say true to take the newest"):
+        resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(folder)))
+
+
+def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run", 2)
+    with pytest.raises(
+        CheckpointError, match=r"it is a run's folder, and not one of its checkpoints, such as check.*-2"
+    ):
+        resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "run")))
+
+
+def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3, valid_data="old")
+    for data, best in (("old", 2), ("new", None)):
+        adapted = resume.adapt(folder, tmp_path, {**FACTS, "valid_data": data})
+        state = json.loads((adapted / STATE).read_text())
+        assert (state["best_global_step"], state["log_history"]) == (best, [1])
+
+
+def test_overwriting_deletes_the_other_runs_checkpoints(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="holds the checkpoints of another run, up to step 2"):
+        resume.find_resume(arguments(tmp_path))
+    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_process_that_torchrun_restarted_resumes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) is None
+    folder = checkpoint(tmp_path, 2)
+    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) == folder
+
+
+def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4)
+    assert not resume.accept(folder, FACTS, allow_changes=False)
+    changed = {**FACTS, "world_size": 2, "train_images": 11}
+    with pytest.raises(CheckpointError, match=r"train_images was 10, is 11; world_size was 1, is 2. Set them back"):
+        resume.accept(folder, changed, allow_changes=False)
+    assert resume.accept(folder, changed, allow_changes=True)
+    with pytest.raises(CheckpointError, match=r"of another model or engine: tune was 'lora', is 'full'. Start"):
+        resume.accept(folder, {**FACTS, "tune": "full"}, allow_changes=True)
+    (folder / FINGERPRINT).unlink()
+    with pytest.raises(CheckpointError, match=r"has no fingerprint.json"):
+        resume.accept(folder, FACTS, allow_changes=True)
+
+
+def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 6)
+    (folder / "optimizer.pt").write_bytes(b"1")
+    adapted = resume.adapt(folder, tmp_path, {**FACTS, "per_device_train_batch_size": 1})
+    state = json.loads((adapted / STATE).read_text())
+    assert (state["global_step"], state["epoch"], state["best_global_step"]) == (12, 1.2, None)
+    assert (adapted / "optimizer.pt").read_bytes() == b"1"
+    assert json.loads((folder / STATE).read_text())["global_step"] == 6
+
+
+def test_a_resumed_run_reads_the_layers_of_its_checkpoint_whatever_the_default_is_by_now(tmp_path: Path) -> None:
+    tiny_model(taps=(2,)).save_pretrained(tmp_path)
+    assert resume.as_it_reads(ModelArguments(), tmp_path).pyramid_taps == [2]
+    assert resume.as_it_reads(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
+    assert resume.as_it_reads(ModelArguments(), None).pyramid_taps is None
+
+
+def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, Rates(0.1, 0.0)))
+    model.class_predictor.weight.grad = torch.ones_like(model.class_predictor.weight)
+    optimizer.step()
+    ema.update(optimizer, 0.9)
+    weight = model.class_predictor.weight.detach().clone()
+    optimizer.step()
+    ema.update(optimizer, 0.9)
+    ema.swap(optimizer)  # as a checkpoint holds them
+    average, args = model.class_predictor.weight.detach().clone(), arguments(tmp_path)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    told = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    resume.NewSettings().on_train_begin(args, TrainerState(), TrainerControl(), **told)
+    raw = model.class_predictor.weight.detach().clone()
+    assert not torch.equal(raw, average)
+    torch.testing.assert_close(raw, weight - 0.1, rtol=0, atol=1e-3)
+    with ema.averaged(optimizer):  # as evaluations and saves have the model
+        assert torch.equal(model.class_predictor.weight, raw)

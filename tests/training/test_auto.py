@@ -1,0 +1,100 @@
+"""What "auto" resolves to, against hand-made numbers."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2f_trainer.config.recipe import AUTOMATIC, load_recipe
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.errors import RecipeError, TrainingError
+from m2f_trainer.training import auto as automatic
+from m2f_trainer.training.prepare import train_transform
+from m2f_trainer.training.run import train
+from tests.model.tiny import tiny_model
+from tests.training.runs import write_tiny
+
+
+@pytest.mark.parametrize(("images", "rate"), [(16, 1e-4), (4, 5e-5), (64, 2e-4), (32, 1e-4 * math.sqrt(2))])
+def test_the_learning_rate_goes_with_the_root_of_the_images_a_step(images: int, rate: float) -> None:
+    assert automatic.rate_for(images) == pytest.approx(rate)
+
+
+def test_small_datasets_are_seen_more_often() -> None:
+    assert [automatic.epochs_for(images) for images in (10, 499, 500, 9_999, 118_000)] == [150, 150, 75, 40, 25]
+
+
+@pytest.mark.parametrize(
+    ("room", "limit", "found"),
+    [(100, 16, 16), (100, 12, 8), (100, 1, 1), (9, 16, 8), (3, 16, 2), (1, 16, 1), (0, 16, 0)],
+)
+def test_the_largest_power_of_two_that_fits_is_found_and_nothing_is_tried_twice(
+    room: int, limit: int, found: int
+) -> None:
+    tried: list[int] = []
+    assert automatic.largest(lambda images: not tried.append(images) and images <= room, limit) == found  # type: ignore[func-returns-value]
+    assert len(tried) == len(set(tried))
+    assert max(tried) <= limit
+
+
+def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_fullest_images(tmp_path: Path) -> None:
+    recipe = load_recipe([str(write_tiny(tmp_path))])
+    rows = load_coco(tmp_path / "data")["train"]
+    categories = categories_of(rows)
+    dataset = InstanceDataset(rows, train_transform(recipe), categories)
+    (sample,) = automatic.fullest(dataset, 1)
+    most = max(len(row["objects"]) for row in rows)
+    assert sample["image_id"] in {row["image_id"] for row in rows if len(row["objects"]) == most}
+    model = tiny_model(categories=[vars(category) for category in categories]).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert automatic.fits(model, [sample], recipe.train)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_device_that_holds_no_image_is_an_error_with_levers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = load_recipe([str(write_tiny(tmp_path))])
+    rows = load_coco(tmp_path / "data")["train"]
+    dataset = InstanceDataset(rows, train_transform(recipe), categories_of(rows))
+    assert automatic.images_a_device(tiny_model, dataset, recipe.train, 16) == 2, "a CPU"
+
+    class OnAnother:
+        device, gradient_checkpointing = torch.device("meta"), False
+
+    monkeypatch.setattr(automatic, "fits", lambda *_: False)
+    with pytest.raises(
+        TrainingError, match=r"not even one image of this size fits .*Lower per_device_train_batch_size"
+    ):
+        automatic.images_a_device(tiny_model, dataset, OnAnother(), 16)  # type: ignore[arg-type]
+
+
+def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = dict.fromkeys(AUTOMATIC, "auto")
+    path = write_tiny(tmp_path, **words)
+    with caplog.at_level(logging.WARNING):
+        train(load_recipe([str(path)]))
+    assert "learning_rate = 3.53553e-05, per_device_train_batch_size = 2, num_train_epochs = 150" in caplog.text
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    saved = json.loads((checkpoint / "recipe.json").read_text())
+    expected = {"learning_rate": 1e-4 * math.sqrt(2 / 16), "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    assert {name: saved[name] for name in AUTOMATIC} == pytest.approx(expected)
+
+    def unasked(_: int) -> int:
+        raise AssertionError
+
+    again = automatic.resolve(load_recipe([str(path)]), 3000, checkpoint, unasked)
+    assert {name: vars(again.train)[name] for name in AUTOMATIC} == pytest.approx(expected)
+
+
+def test_auto_is_a_word_of_three_fields_on_the_command_line_and_in_json_and_of_no_other() -> None:
+    given = [token for name in AUTOMATIC for token in (f"--{name}", "auto")]
+    assert all(vars(load_recipe(["--dataset_name", "coco", *given]).train)[name] == "auto" for name in AUTOMATIC)
+    with pytest.raises(RecipeError, match="--weight_decay"):
+        load_recipe(["--dataset_name", "coco", "--weight_decay", "auto"])
+    with pytest.raises(RecipeError, match="--learning_rate"):
+        load_recipe(["--dataset_name", "coco", "--learning_rate", "Auto"])
