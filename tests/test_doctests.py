@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ("evaluation.instances", "inference.outlines", "inference.predictor", "inference.tiles")
+MODULES = ("inference.instances", "masks.polygons", "inference.predictor", "inference.tiles")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -83,7 +83,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def find_recipe(name: str) -> Path:
     """The file `name`, or the recipe of that name that comes with the package. Raises RecipeError."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
     for path in [Path(name), *(folder / f"{name.removesuffix('.json')}.json" for folder in folders)]:
         if path.is_file():

@@ -133,8 +133,8 @@ def test_pictures_of_a_streamed_run_need_no_download_of_its_training_images(
     folder, splits = write_run(tmp_path / "run", data), load_coco(data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
     opened: list[str] = []
-    monkeypatch.setattr("m2f_trainer.run_folder.load_dataset", opened.append)
-    monkeypatch.setattr("m2f_trainer.run_folder.load_stream", lambda name: (name, splits))
+    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_dataset", opened.append)
+    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_stream", lambda name: (name, splits))
     assert "img" in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
     assert opened == []
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folder import CONFIG, write_json, write_model
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -21,6 +20,7 @@ from m2f_trainer.hub.licences import AGREEMENT, legal_text
 from m2f_trainer.hub.markdown import escape
 from m2f_trainer.hub.model_card import Form, draw_pictures, is_untouched, write_card
 from m2f_trainer.run_folder import write_details
+from tests.hub.folder import CONFIG, write_json, write_model
 
 
 def card_of(folder: Path) -> ModelCard:

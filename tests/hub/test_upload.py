@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from folder import write_model
-from hub import CUT, HALF_HEARD, LATE, SILENT, STALLED, TRICKLE, Hub
 from huggingface_hub import constants
 from transformers import TrainerControl, TrainerState
 
@@ -20,6 +18,8 @@ from m2f_trainer.hub import upload as contents
 from m2f_trainer.hub.licences import AGREEMENT
 from m2f_trainer.hub.model_card import write_card
 from m2f_trainer.training.callbacks.uploads import upload_callbacks
+from tests.hub.folder import write_model
+from tests.hub.loopback import CUT, HALF_HEARD, LATE, SILENT, STALLED, TRICKLE, Hub
 from tests.model.tiny import tiny_model
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
