@@ -1,0 +1,54 @@
+"""Ours and its rivals on the same data with the same CPU time: python -m benchmarks.rivals DATASET OUT [options]
+
+Each rival is trained in an environment of its own once for each budget and seed, then scored by one script. Results
+are kept in OUT/results: a finished one is not run again. Writes OUT/rivals.md, OUT/rivals.json and OUT/rivals.png.
+See README.md beside this file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.rivals.report import write_report
+from benchmarks.rivals.running import Benchmark
+from benchmarks.rivals.table import TABLE, rivals_of
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run what is missing, then report."""
+    given = _parser().parse_args(words)
+    rivals = rivals_of(given.dataset, given.rivals, given.table)
+    out = given.out.absolute()
+    benchmark = Benchmark(
+        given.dataset.resolve(), given.backbone.absolute(), out, (given.environments or out / "environments").absolute()
+    )
+    results = []
+    for seed in given.seeds:
+        for minutes in given.minutes:
+            for rival in rivals:
+                results.append(benchmark.result(rival, minutes, seed))
+    order = {rival.name: k for k, rival in enumerate(rivals)}
+    results.sort(key=lambda one: order[one["rival"]])
+    command = " ".join(["python -m benchmarks.rivals", *(sys.argv[1:] if words is None else words)])
+    print(write_report(results, out, command))
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.rivals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("dataset", type=Path, help="folder with train/ and valid/, each with _annotations.coco.json")
+    made.add_argument("out", type=Path)
+    made.add_argument(
+        "--backbone", type=Path, required=True, help="folder of a pretrained DINOv2, as transformers has it"
+    )
+    made.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20], help="budgets in CPU-minutes [5 10 20]")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--rivals", nargs="+", help="rows of the table [all]")
+    made.add_argument("--table", type=Path, default=TABLE)
+    made.add_argument("--environments", type=Path, help="where the rivals' environments are kept [OUT/environments]")
+    return made
+
+
+if __name__ == "__main__":
+    main()
