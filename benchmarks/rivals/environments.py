@@ -42,8 +42,12 @@ def prepare(packages: Sequence[str], folder: Path) -> Path:
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """Python's version, and those of the packages, in an environment."""
+    """Versions of Python and of the packages in an environment; for ours, the commit too."""
     names = [package.split("==")[0] for package in packages] or ["torch", "transformers", "m2f-trainer"]
-    told = subprocess.run([str(python), "-c", VERSIONS, *names], check=True, capture_output=True, text=True).stdout
-    found: dict[str, str] = json.loads(told)
+    told = subprocess.run([str(python), "-c", VERSIONS, *names], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(told.stdout)
+    if not packages:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        told = subprocess.run(git, check=False, capture_output=True, text=True)
+        found["commit"] = told.stdout.strip() or "not in git"
     return found

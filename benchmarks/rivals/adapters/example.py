@@ -20,8 +20,8 @@ from transformers import (
 from benchmarks.accuracy.stock_example import ExampleDataset, collate, stock_model
 from benchmarks.accuracy.stock_parts import postprocessed
 from benchmarks.rivals.task import Task, serve
-from m2f_trainer.data.coco import categories_of
-from m2f_trainer.data.hub import load_dataset
+from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.data.hub_dataset import load_dataset
 
 STOPPING = 1.0
 """CPU seconds kept for writing the model."""
