@@ -20,7 +20,7 @@ from m2f_trainer.training.optimizer import HEAD
 @contextmanager
 def initialisation() -> Iterator[None]:
     """New layers start as transformers' `_init_weights` leaves them."""
-    replaced = {"NECK_LAYERS": (), "start_head_layer": _nothing, "torch_linear": _nothing}
+    replaced = {"NECK_LAYERS": (), "init_head_layer": _nothing, "init_class_head": _nothing}
     with patch.multiple(mask2former, **replaced):  # type: ignore[arg-type]
         yield
 

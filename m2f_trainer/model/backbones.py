@@ -1,4 +1,4 @@
-"""Backbones as data: one table of names, and the one way to load any of them (or any Hub id or folder)."""
+"""The table of known backbones, and loading of any of them, of any Hub id or folder."""
 
 import json
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 
 class ModelError(ValueError):
-    """A backbone, head or model folder can't be had or doesn't fit. The message says what to do."""
+    """A backbone, head or model folder can't be loaded or doesn't fit. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """One known backbone: where its weights are, and what its geometry asks of the images."""
+    """One known backbone: its weights' Hub id, geometry and licence."""
 
     hub_id: str
     stride: int  # image sides must be multiples of it: the patch size of a ViT, 32 for a ConvNeXt
@@ -66,7 +66,7 @@ def read_config(
     drop_path: float = 0.0,
     rope_rescale: float | None = None,
 ) -> PreTrainedConfig:
-    """Return the backbone's configuration, set to give the maps that the neck needs.
+    """Return the backbone's configuration, set to output the feature maps that the neck needs.
 
     `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
     `taps` are 1-based depths of a ViT whose maps are used (default: the end of each quarter, as DINOv2's and DINOv3's
@@ -74,7 +74,7 @@ def read_config(
 
     `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
 
-    Raises ModelError when the configuration can't be read, naming the steps that give access.
+    Raises ModelError when the configuration can't be read; the message names the steps to get access.
     """
     if isinstance(backbone, str):
         config: PreTrainedConfig = _from_pretrained(AutoConfig, backbone)
@@ -87,11 +87,13 @@ def read_config(
         try:
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         except (ValueError, TypeError, StrictDataclassError) as error:
-            told = str(error).partition(". Should contain one of")[0].strip()  # of every model there is
-            raise ModelError(f"transformers takes no such backbone configuration: {told}") from error
+            reason = str(error).partition(". Should contain one of")[0].strip()  # without the list of all models
+            raise ModelError(f"transformers rejects this backbone configuration: {reason}") from error
     stages = list(config.to_dict().get("stage_names", ()))
     if not stages:
-        raise ModelError(f"{config.model_type!r} is no backbone of transformers: it has no stages to take maps from")
+        raise ModelError(
+            f"{config.model_type!r} is not a backbone of transformers: it has no stages to take feature maps from"
+        )
     _set_noise(config, drop_path, rope_rescale)
     if is_pyramidal(config):
         if taps:
@@ -110,11 +112,13 @@ def read_config(
 
 
 def _set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | None) -> None:
-    """Set what a backbone does at random while it trains, all of it. Raises ModelError where it can't.
+    """Set stochastic depth and RoPE rescaling, the backbone's randomness in training.
 
-    DINOv3's pretraining rescales the RoPE coordinates of each batch by a factor of up to 2, and its configurations
-    still say so, which would go on in fine-tuning. Practice there is mixed; here it is off unless asked for, since
-    large-scale jitter changes sizes already, and does so together with the masks.
+    Raises ModelError where the backbone has no such setting.
+
+    DINOv3's pretraining rescales the RoPE coordinates of each batch by a factor of up to 2, and its published
+    configurations keep that on in fine-tuning. Practice is mixed; here it is off by default, since large-scale jitter
+    already varies the scale, together with the masks.
     """
     known = config.to_dict()
     for name, value in (("drop_path_rate", drop_path), ("pos_embed_rescale", rope_rescale)):
@@ -128,12 +132,12 @@ def _set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float |
 
 
 def is_pyramidal(config: PreTrainedConfig) -> bool:
-    """Tell whether the backbone itself gives strides 4, 8, 16 and 32 (a ConvNeXt), rather than one stride (a ViT)."""
+    """True when the backbone outputs strides 4, 8, 16 and 32 (ConvNeXt) instead of one stride (ViT)."""
     return "hidden_sizes" in config.to_dict()
 
 
 def stride_of(config: PreTrainedConfig) -> int:
-    """Return the number that image sides must be multiples of: a ViT's patch size, 32 for a pyramid of stages."""
+    """Image sides must be multiples of this: a ViT's patch size, or 32 for a ConvNeXt."""
     patch = 32 if is_pyramidal(config) else config.patch_size
     return int(patch) if isinstance(patch, int) else int(max(patch))
 
@@ -141,8 +145,8 @@ def stride_of(config: PreTrainedConfig) -> int:
 def load_pretrained(backbone: str, config: PreTrainedConfig) -> nn.Module:
     """Return the pretrained backbone with `config`'s taps.
 
-    The class is looked up by the configuration: `AutoBackbone.from_pretrained` asks the Hub even for a local folder.
-    Raises ModelError when the weights can't be had, or don't fill the backbone.
+    The class is looked up by configuration, because `AutoBackbone.from_pretrained` contacts the Hub even for a local
+    folder. Raises ModelError when the weights can't be loaded or are incomplete.
     """
     loader = MODEL_FOR_BACKBONE_MAPPING[type(config)]
     model, report = _from_pretrained(loader, backbone, config=config, output_loading_info=True)

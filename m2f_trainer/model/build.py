@@ -1,4 +1,4 @@
-"""Makes a model to be trained: configuration from parts, pretrained backbone, head from elsewhere."""
+"""Builds a model to train: its configuration, pretrained backbone and initial head weights."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,13 @@ def build_model(
     image_size       (height, width) of the padded frame
     taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it, or those of
                      init_from
-    head_checkpoint  any Mask2Former checkpoint to take the pixel decoder and transformer decoder from
-    init_from        a model of ours to take all weights from, other classes included
-    drop_path        share of a batch's images that skip the backbone's last layer in training; earlier layers less
-    rope_rescale     DINOv3's positions are scaled in training by a random factor from 1 / this to this; default not
+    head_checkpoint  any Mask2Former checkpoint to initialise pixel decoder and transformer decoder from
+    init_from        an m2f_trainer model to initialise all weights from; its classes may differ
+    drop_path        stochastic depth rate of the backbone's last layer; it grows linearly from 0 at the first
+    rope_rescale     scale DINOv3's RoPE coordinates in training by a random factor in [1 / this, this]; default off
     config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim
 
-    Raises ModelError when a part can't be had or doesn't fit.
+    Raises ModelError when a part can't be loaded or doesn't fit.
     """
     _check_fields(config_fields)
     source = load_model(init_from) if init_from else None
@@ -47,9 +47,9 @@ def build_model(
         backbone_config.out_features = backbone_of(source.config).out_features
     config = M2FConfig(
         backbone_config=backbone_config,
-        backbone_name=_lasting(backbone) if isinstance(backbone, str) else "",
-        head_checkpoint=_lasting(head_checkpoint) if head_checkpoint else None,
-        init_from=_lasting(init_from) if init_from else None,
+        backbone_name=_absolute_source(backbone) if isinstance(backbone, str) else "",
+        head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
+        init_from=_absolute_source(init_from) if init_from else None,
         image_height=image_size[0],
         image_width=image_size[1],
         **{**(head_fields(head_checkpoint) if head_checkpoint else {}), **config_fields},
@@ -67,8 +67,8 @@ def build_model(
     return model
 
 
-def _lasting(name: str) -> str:
-    """A folder by its full path: found again from elsewhere, and never taken for a Hub id of that name."""
+def _absolute_source(name: str) -> str:
+    """The absolute path of a folder: valid from any working directory, and never mistaken for a Hub id."""
     return str(Path(name).resolve()) if name not in BACKBONES and Path(name).is_dir() else name
 
 
@@ -87,7 +87,7 @@ def _check_fields(given: Mapping[str, Any]) -> None:
 
 
 def _label_fields(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration's three views of the classes: ours, and transformers' two maps."""
+    """The configuration's class fields: our `categories`, and transformers' `id2label` and `label2id`."""
     names = [str(category["name"]) for category in categories]
     return {
         "categories": [{"id": int(category["id"]), "name": str(category["name"])} for category in categories],

@@ -47,12 +47,12 @@ class CompactMasks:
         Equal to torch's grid_sample(align_corners=False, padding_mode="zeros") on the dense masks.
         """
         values = points.new_empty(points.shape[:-1])
-        for rows in portions(len(which), points.shape[1], points.device):
+        for rows in chunks(len(which), points.shape[1], points.device):
             self._sample(which[rows], points[rows], values[rows])
         return values
 
     def _sample(self, which: Tensor, points: Tensor, values: Tensor) -> None:
-        """`sample` of some masks into `values`, the places counted in pixels from the bitmap's edge."""
+        """Sample masks `which` into `values`; positions are in pixels from the bitmap's corner."""
         boxes, start = self.boxes[which], self.offsets[which].unsqueeze(1)
         sides = boxes[:, 2:] - boxes[:, :2]  # (m, 2)
         last = (sides - 1).unsqueeze(1).to(points)
@@ -75,10 +75,10 @@ class CompactMasks:
 
 
 VALUES_AT_ONCE = {"cpu": 2**20, "accelerator": 2**25}
-"""Numbers worked on at once: what a CPU's caches hold, what keeps an accelerator busy."""
+"""Values processed at once: what fits a CPU's caches, and what keeps an accelerator busy."""
 
 
-def portions(count: int, each: int, device: torch.device) -> list[slice]:
-    """Slices of `count` rows of `each` numbers that the device takes at once."""
+def chunks(count: int, each: int, device: torch.device) -> list[slice]:
+    """Split `count` rows of `each` values into slices that the device processes at once."""
     size = max(1, VALUES_AT_ONCE["cpu" if device.type == "cpu" else "accelerator"] // max(1, each))
     return [slice(start, start + size) for start in range(0, count, size)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compact_masks import CompactMasks, portions
+from .compact_masks import CompactMasks, chunks
 from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
 from .matcher import Matches, match
 
@@ -193,11 +193,11 @@ class PointLosses(torch.autograd.Function):
 
 
 def _pieces(matches: Matches, features: Tensor, settings: LossSettings) -> list[tuple[int, slice]]:
-    """The pairs, in portions of one image each: (image, rows)."""
+    """The pairs, in chunks of one image each: (image, rows)."""
     each = max(features[0, 0].numel(), int(settings.num_points * settings.oversample_ratio))
     pieces, start = [], 0
     for image, count in enumerate(matches.per_image):
-        for part in portions(count, each, features.device):
+        for part in chunks(count, each, features.device):
             pieces.append((image, slice(start + part.start, start + min(part.stop, count))))
         start += count
     return pieces

@@ -1,9 +1,9 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, eq. 3) that keeps no samples.
+"""Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, eq. 3) with low memory.
 
-transformers' version keeps every sampled value for the backward pass. Here the samples are taken again in backward:
-what is kept falls to the inputs, and level after level is sampled instead of one large stack. A CPU samples whole rows
-instead of single channels (row_sampling.py). On CUDA, M2F_TRITON=1 in the environment takes kernels of our own instead
-of torch's `grid_sample` (triton_sampling.py); they are off by default until a GPU has measured them.
+transformers' version keeps every sampled value for the backward pass. Here samples are recomputed in backward, so that
+only the inputs are kept, and levels are sampled one after another. A CPU samples whole rows
+instead of single channels (deformable_cpu.py). On CUDA, M2F_TRITON=1 in the environment selects our own kernels instead
+of torch's `grid_sample` (deformable_triton.py); they are off by default until a GPU has measured them.
 """
 
 import os
@@ -20,7 +20,7 @@ BILINEAR, ZEROS, ALIGN_CORNERS = 0, 0, False
 
 
 class DeformableSampling(torch.autograd.Function):
-    """The weighted sum of samples as one differentiable step; samples live only while one level is at work."""
+    """The weighted sum of samples as one differentiable step; samples exist for one level at a time."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grid: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -37,7 +37,7 @@ class DeformableSampling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Sample again and return the gradients of value, grid and weights, in their shapes."""
+        """Recompute the samples; return the gradients of value, grid and weights, in their shapes."""
         value, grid, weights = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad_grid, grad_weights = torch.empty_like(grid), torch.empty_like(weights)
@@ -61,12 +61,12 @@ def _planes(value: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class FewSoftmax(torch.autograd.Function):
-    """The softmax of the last dimension by whole arrays, keeping its output alone."""
+class SmallSoftmax(torch.autograd.Function):
+    """Softmax over the last dimension, computed on whole arrays; only its output is kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        """Exponentials of the differences to the largest, by their sum: the shape of `logits`."""
+        """exp(x - max x) / sum, in the shape of `logits`."""
         output = (logits - logits.amax(-1, keepdim=True)).exp_()
         output.div_(output.sum(-1, keepdim=True))
         ctx.save_for_backward(output)
@@ -80,10 +80,10 @@ class FewSoftmax(torch.autograd.Function):
         return torch.addcmul(gradient, output, gradient.sum(-1, keepdim=True), value=-1)
 
 
-def softmax_of_few(logits: Tensor) -> Tensor:
-    """Softmax over a last dimension of few numbers, for which torch's own is 9 times slower on a CPU."""
+def small_softmax(logits: Tensor) -> Tensor:
+    """Softmax over a short last dimension, for which torch's own is 9 times slower on a CPU."""
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        output: Tensor = FewSoftmax.apply(logits)  # type: ignore[no-untyped-call]
+        output: Tensor = SmallSoftmax.apply(logits)  # type: ignore[no-untyped-call]
         return output
     return logits.softmax(-1)
 

@@ -1,8 +1,8 @@
 """Deformable attention for CPUs: every sample is a weighted sum of four whole rows.
 
-`grid_sample` visits one channel after another, so that each of a sample's values comes from another cache line. Here a
-position's channels lie side by side, as the projection leaves them: the forward pass is an embedding bag a corner, and
-its transpose, the gradient of the values, a product with a sparse matrix. On a CPU that is several times faster.
+`grid_sample` reads one channel at a time, so each value of a sample comes from another cache line. Here the channels of
+a position are contiguous, as the projection leaves them. The forward pass is one embedding bag per corner; the gradient
+of the values, its transpose, is a product with a sparse matrix. On a CPU this is several times faster.
 """
 
 import warnings
@@ -19,13 +19,13 @@ BORDER = 2
 """Rows of zeros around each level: a sample clamped to them reads zeros and has no gradient, as outside the map."""
 
 QUERIES_AT_ONCE = 512
-"""What keeps a chunk's samples within a core's cache."""
+"""Chunk size that keeps the samples within a core's cache."""
 
 Shapes = Sequence[tuple[int, int]]
 
 
 class RowSampling(torch.autograd.Function):
-    """The weighted sum of samples as one differentiable step that keeps its inputs alone."""
+    """The weighted sum of samples as one differentiable step that keeps only its inputs."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
@@ -67,9 +67,9 @@ class RowSampling(torch.autograd.Function):
 
 
 class Grid:
-    """Where the samples of a chunk of queries lie among the rows of all levels: a row is a position and a head.
+    """Row indices of a chunk's samples. A row is the channels of one position and one head, over all levels.
 
-    The constants are spelled out for every sample, so that arithmetic runs over whole arrays: (q, H x L x P).
+    Constants are expanded to every sample, so that arithmetic runs on whole arrays: (q, H x L x P).
     """
 
     def __init__(self, shapes: Shapes, heads: int, points: int) -> None:
@@ -120,7 +120,7 @@ def _gradients(dots: Sequence[Tensor], weights: Tensor, x: Tensor, y: Tensor) ->
 
 
 def _dots(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
-    """Inner products of the named rows with each vector: rows (n, k), vectors (n, D) -> (n x k,)."""
+    """Inner products of table rows with each vector: rows (n, k), vectors (n, D) -> (n x k,)."""
     starts = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -132,7 +132,7 @@ def _dots(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _spread(rows: Tensor, shares: Tensor, vectors: Tensor, count: int) -> Tensor:
-    """Give each named row its share of each vector: rows and shares (n, k), vectors (n, D) -> (count, D)."""
+    """Scatter-add weighted vectors to rows: rows and shares (n, k), vectors (n, D) -> (count, D)."""
     starts = np.arange(0, rows.numel() + 1, rows.shape[1], dtype=np.int32)
     matrix = csr_array((shares.flatten().numpy(), rows.flatten().numpy(), starts), shape=(len(rows), count))
     return torch.from_numpy(matrix.T @ vectors.numpy())

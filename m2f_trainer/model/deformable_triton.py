@@ -1,8 +1,8 @@
-"""Deformable attention on CUDA in Triton: samples are read, weighted and summed in registers, and never written.
+"""Deformable attention on CUDA in Triton: samples are read, weighted and summed in registers and never stored.
 
-Off unless M2F_TRITON=1 is set, since no GPU has measured it yet; its numbers are proved by Triton's interpreter on a
-CPU. A program takes some queries of one head and one level: a query's channels lie side by side, so that each corner of
-a sample is one coalesced read. In backward the values' gradient is summed by atomic additions, whose order varies.
+Off unless M2F_TRITON=1 is set: it has not been measured on a GPU yet; its results are tested with Triton's interpreter
+on a CPU. A program handles a block of queries of one head and one level. A query's channels are contiguous, so each
+corner of a sample is one coalesced read. The values' gradient uses atomic additions, whose order varies.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # absent without a GPU build of torch; `deformable.py` comes here only where it is asked for
+try:  # absent without a GPU build of torch; imported only when M2F_TRITON=1
     import triton
     import triton.language as tl
 except ImportError as missing:
@@ -32,7 +32,7 @@ def _corner(table, x, y, height, width, stride, channels, wide):  # type: ignore
 
 @triton.jit
 def _place(places, at, live, height, width):  # type: ignore[no-untyped-def]
-    """Whole pixels and fractions of places; those without any corner inside, or that are no numbers, go far out."""
+    """Whole pixels and fractions of places; points without a corner inside, and NaNs, are moved outside."""
     x = tl.load(places + 2 * at, mask=live, other=-2.0)
     y = tl.load(places + 2 * at + 1, mask=live, other=-2.0)
     near = (x > -1) & (x < width) & (y > -1) & (y < height)
@@ -107,7 +107,7 @@ def _backward_level(  # type: ignore[no-untyped-def]
 
 
 class TritonSampling(torch.autograd.Function):
-    """The weighted sum of samples as one differentiable step that keeps its inputs alone."""
+    """The weighted sum of samples as one differentiable step that keeps only its inputs."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:

@@ -1,4 +1,4 @@
-"""The encoder of Mask2Former: a DINO backbone and the neck that gives Mask2Former its four maps."""
+"""The encoder: a DINO backbone and a neck that turns its features into Mask2Former's four maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ class ChannelNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Normalise each position's channels: (B, C, h, w) -> (B, C, h, w).
 
-        In the precision of its weights, as CUDA's autocast does: in bfloat16 a CPU's sum over all positions, which the
-        gradients of weight and bias are, loses most of its digits.
+        Computed in the precision of its weights, as under CUDA's autocast: the gradients of weight and bias are sums
+        over all positions, which lose most of their digits on a CPU in bfloat16.
         """
         wide = features.permute(0, 2, 3, 1).to(self.norm.weight.dtype)
         normalised: Tensor = self.norm(wide).permute(0, 3, 1, 2)
@@ -71,7 +71,7 @@ def _projection(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class ConvStem(nn.Module):
-    """A light convolutional net on the image, which keeps what is smaller than a patch: maps of strides 4, 8 and 16.
+    """A small convolutional network on the image that preserves detail below the patch size: strides 4, 8 and 16.
 
     After the spatial prior module of ViT-Adapter (Chen et al. 2023, https://arxiv.org/abs/2205.08534, section 3.2),
     with fewer layers, and the layer norms of the pyramid instead of batch norms.
@@ -91,7 +91,7 @@ class ConvStem(nn.Module):
     def forward(self, pixel_values: Tensor, finest: torch.Size) -> list[Tensor]:
         """Images (B, 3, H, W) and the finest map's (4h, 4w) -> [(B, C0, 4h, 4w), (B, C1, 2h, 2w), (B, C2, h, w)].
 
-        The image is first resized to four times the finest map, which is its own size where the patch is of 16 pixels.
+        The image is first resized to four times the finest map: its own size when the patch size is 16.
         """
         size = [4 * side for side in finest]
         features = nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=True)
@@ -126,7 +126,7 @@ class PlainNeck(nn.Module):
 
 
 class StagesNeck(nn.Module):
-    """A ConvNeXt's own four stages, unchanged."""
+    """The four stages of a ConvNeXt, unchanged."""
 
     def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Four maps of strides 4, 8, 16 and 32 -> the same."""
@@ -171,11 +171,11 @@ class Encoder(nn.Module):
         _deepen_drop_path(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("mask_token") or not parameter.numel():
-                parameter.requires_grad_(False)  # used in pretraining only; or no register tokens, which FSDP refuses
+                parameter.requires_grad_(False)  # used in pretraining only; and FSDP refuses empty parameters
 
     @property
     def frozen(self) -> bool:
-        """True when nothing in the backbone trains."""
+        """True when no parameter of the backbone is trained."""
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -188,13 +188,13 @@ class Encoder(nn.Module):
     def forward(self, pixel_values: Tensor, maps: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Normalised images (B, 3, H, W) -> four maps, fine to coarse, (B, C_i, h_i, w_i).
 
-        `maps` are the backbone's, where they are known already.
+        `maps`: the backbone's feature maps if already computed (see `backbone_features`).
         """
-        four: list[Tensor] = self.neck(self.see(pixel_values) if maps is None else maps, pixel_values)
+        four: list[Tensor] = self.neck(self.backbone_features(pixel_values) if maps is None else maps, pixel_values)
         return four
 
-    def see(self, pixel_values: Tensor) -> Sequence[Tensor]:
-        """Normalised images (B, 3, H, W) -> the backbone's maps, (B, C, h, w) each."""
+    def backbone_features(self, pixel_values: Tensor) -> Sequence[Tensor]:
+        """Normalised images (B, 3, H, W) -> the backbone's feature maps, (B, C, h, w) each."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps: Sequence[Tensor] = self.backbone(pixel_values).feature_maps
         return maps
@@ -203,8 +203,8 @@ class Encoder(nn.Module):
 def _deepen_drop_path(backbone: nn.Module) -> None:
     """Raise a ViT's drop path from 0 at its first layer to the configured rate at its last.
 
-    As stochastic depth was published (Huang et al. 2016, https://arxiv.org/abs/1603.09382, section 3); transformers
-    gives every layer of a ViT the same rate. A ConvNeXt has it right already.
+    Linear decay rule of stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382, section 3).
+    transformers gives every ViT layer the same rate; its ConvNeXt already follows the rule.
     """
     drops: list[Any] = [module for name, module in backbone.named_modules() if name.endswith(".drop_path")]
     rates = [drop.drop_prob for drop in drops if not isinstance(drop, nn.Identity)]

@@ -1,4 +1,4 @@
-"""How new layers start: as in the original Mask2Former and ViTDet, not with transformers' std 0.02."""
+"""Initial weights of new layers: those of the original Mask2Former and ViTDet, not transformers' normal(0, 0.02)."""
 
 import math
 
@@ -15,14 +15,14 @@ from .pixel_decoder import PixelDecoder
 NECK_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, SimplePyramid, AdapterPyramid, ConvStem)
 
 
-def start_head_layer(module: nn.Module) -> None:
-    """Start what transformers' own initialisation leaves unlike the original's."""
+def init_head_layer(module: nn.Module) -> None:
+    """Re-initialise the layers that transformers initialises differently from the original."""
     if isinstance(module, PixelDecoder):
-        _start_pixel_decoder(module)
+        _init_pixel_decoder(module)
     elif isinstance(module, Mask2FormerPixelDecoderEncoderLayer):
         _xavier_linears(module.fc1, module.fc2)
     elif isinstance(module, Mask2FormerMaskedAttentionDecoderLayer):
-        _start_decoder_layer(module)
+        _init_decoder_layer(module)
 
 
 def _uniform_bias(bias: Tensor | None, fan_in: int) -> None:
@@ -31,14 +31,14 @@ def _uniform_bias(bias: Tensor | None, fan_in: int) -> None:
         init.uniform_(bias, -bound, bound)
 
 
-def torch_linear(linear: nn.Linear) -> None:
-    """torch's default, which the original keeps for its class head."""
+def init_class_head(linear: nn.Linear) -> None:
+    """torch's default initialisation, which the original uses for its class head."""
     init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
     _uniform_bias(linear.bias, linear.in_features)
 
 
-def start_neck_layer(module: nn.Module) -> None:
-    """torch's default for the neck's convolutions, as ViTDet's pyramid."""
+def init_neck_layer(module: nn.Module) -> None:
+    """torch's default initialisation for the neck's convolutions, as in ViTDet's pyramid."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         _uniform_bias(module.bias, module.weight[0].numel())
@@ -51,7 +51,7 @@ def _xavier_linears(*linears: nn.Linear) -> None:
         _uniform_bias(linear.bias, linear.in_features)
 
 
-def _start_pixel_decoder(decoder: PixelDecoder) -> None:
+def _init_pixel_decoder(decoder: PixelDecoder) -> None:
     """msdeformattn.py: input projections xavier with zero bias; the other convolutions c2_xavier_fill."""
     for projection in decoder.input_projections:
         init.xavier_uniform_(next(projection.children()).weight)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def _start_pixel_decoder(decoder: PixelDecoder) -> None:
         init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
 
-def _start_decoder_layer(layer: Mask2FormerMaskedAttentionDecoderLayer) -> None:
+def _init_decoder_layer(layer: Mask2FormerMaskedAttentionDecoderLayer) -> None:
     """mask2former_transformer_decoder.py: xavier everywhere, attention packed as one (3 C, C) matrix, zero biases."""
     attention = layer.self_attn
     width = attention.embed_dim

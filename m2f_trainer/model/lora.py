@@ -1,8 +1,8 @@
-"""Which part of the backbone trains: none, low-rank adapters (LoRA, through peft), or all of it.
+"""Tuning of the backbone: frozen, low-rank adapters (LoRA, through peft), or full.
 
 A model with adapters still saves and loads as a plain model: its state dict holds the merged weights under their usual
-names, with the factors beside them. Whoever loads it without peft reads the merged weights and ignores the factors; a
-resumed run reads the factors and keeps the base weights that it started from.
+names, with the factors beside them. Without peft the merged weights are read and the factors ignored; a resumed
+run reads the factors and keeps the base weights that it started from.
 """
 
 import json
@@ -36,9 +36,9 @@ class LoraSettings:
 
 
 def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> None:
-    """Set what trains in the backbone: "frozen", "lora" or "full". Neck and head always train.
+    """Set the tuning of the backbone: "frozen", "lora" or "full". Neck and head are always trained.
 
-    Raises ModelError for another word, and for LoRA on a backbone without attention.
+    Raises ModelError for any other value, and for LoRA on a backbone without attention layers.
     """
     backbone = model.encoder.backbone
     if tune not in ("frozen", "lora", "full"):
@@ -50,7 +50,7 @@ def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> 
 
 
 def attach_lora(model: M2FModel, settings: LoraSettings) -> None:
-    """Put trainable low-rank factors beside the backbone's attention (and feed-forward) matrices."""
+    """Add trainable low-rank factors to the backbone's attention (and feed-forward) layers."""
     backbone = model.encoder.backbone
     targets = lora_targets(backbone, settings.mlp)
     config = LoraConfig(
@@ -62,7 +62,7 @@ def attach_lora(model: M2FModel, settings: LoraSettings) -> None:
 
 
 def lora_targets(backbone: nn.Module, mlp: bool) -> list[str]:
-    """Names of the linear layers of attention, and of the feed-forward part where asked. Raises ModelError if none."""
+    """Names of the attention's linear layers, with `mlp` also the feed-forward ones. Raises ModelError if none."""
     linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     words = ("attention", "mlp") if mlp else ("attention",)
     targets = [name for name in linears if any(word in name.split(".") for word in words)]
@@ -80,7 +80,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def _merge_on_save(model: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """State dict of a model with adapters -> the one of the merged model, and the factors."""
+    """Turn the state dict of a model with adapters into that of the merged model, plus the factors."""
     for name, layer in lora_layers(model).items():
         for key in ("weight", "bias"):
             base = state.pop(f"{prefix}{name}.base_layer.{key}", None)
@@ -89,7 +89,7 @@ def _merge_on_save(model: nn.Module, state: dict[str, Tensor], prefix: str, _: A
 
 
 def _keep_base_on_load(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Undo `_merge_on_save`: take the factors from `state`, and the base weights from the model as it stands.
+    """Undo `_merge_on_save`: take the factors from `state` and the base weights from the model itself.
 
     Raises ModelError when the merged weights in `state` were made from another base.
     """
@@ -115,7 +115,7 @@ def _check_base(name: str, merged: Tensor, base: Tensor, scale: float, state: di
 
 
 def merge(model: M2FModel) -> None:
-    """Add the adapters into the weights for good; the model then needs no peft."""
+    """Merge the adapters into the weights permanently; the model then needs no peft."""
     for name, layer in lora_layers(model).items():
         layer.merge(adapter_names=[ADAPTER])
         model.set_submodule(name, layer.get_base_layer())
@@ -124,13 +124,13 @@ def merge(model: M2FModel) -> None:
 
 
 def save_adapter(model: M2FModel, folder: Path) -> None:
-    """Write all but the backbone's own weights: the factors, neck and head, their configuration, and the model's.
+    """Save everything except the backbone's own weights: LoRA factors, neck, head and both configurations.
 
-    A few megabytes where the whole model has hundreds; `load_adapter` puts them on the backbone again.
+    A few megabytes instead of hundreds; `load_adapter` is the inverse.
     """
     layers = lora_layers(model)
     if not layers:
-        raise ModelError("this model has no adapters: only a model trained with tune 'lora' can be saved adapter-only")
+        raise ModelError("this model has no adapters: only a model trained with tune 'lora' can be saved as an adapter")
     folder.mkdir(parents=True, exist_ok=True)
     base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -143,7 +143,7 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
 
 
 def load_adapter(folder: Path) -> M2FModel:
-    """Load what `save_adapter` wrote, on the backbone it was trained on (fetched from where it came from)."""
+    """Load what `save_adapter` wrote, onto the backbone it was trained with (loaded from its original source)."""
     model = _with_adapter(folder)
     merge(model)
     return model
@@ -162,7 +162,7 @@ def load_adapters(folders: Mapping[str, Path]) -> dict[str, M2FModel]:
 
 
 def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
-    """The model of an adapter, its factors apart; its backbone's own weights are those of `base` where one is given."""
+    """The model of an adapter, not merged; with `base` it shares that model's backbone weights."""
     model = M2FModel(M2FConfig.from_pretrained(folder))
     if base is None:
         load_backbone_weights(model)
@@ -182,7 +182,7 @@ def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
 
 
 def _share_backbone(model: M2FModel, base: M2FModel) -> None:
-    """Let the backbone's own weights be those of `base`, in the same memory; the factors stay the model's."""
+    """Share the memory of `base`'s backbone weights; the LoRA factors stay the model's own."""
     theirs = {name.replace(".base_layer.", "."): tensor for name, tensor in base.encoder.backbone.named_parameters()}
     for name, parameter in model.encoder.backbone.named_parameters():
         if ".lora_" not in name:

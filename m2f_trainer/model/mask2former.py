@@ -1,7 +1,7 @@
-"""Mask2Former on a DINO backbone: configuration, assembly, saving and loading. `building` makes one to be trained.
+"""Mask2Former on a DINO backbone: configuration, assembly, saving and loading. `build.py` builds one to train.
 
-The pixel decoder, transformer decoder and class head keep transformers' names and shapes, so weights interchange with
-any Mask2Former checkpoint. This file and the ones it imports are copied into every saved folder, so that the model
+The pixel decoder, transformer decoder and class head keep transformers' names and shapes, so weights can be exchanged
+with any Mask2Former checkpoint. This file and the ones it imports are copied into every saved folder, so that the model
 loads with `trust_remote_code=True` where m2f_trainer isn't installed.
 """
 
@@ -28,7 +28,7 @@ from .backbones import ModelError
 from .compact_masks import CompactMasks
 from .criterion import Criterion, LossSettings
 from .encoder import Encoder
-from .initialization import NECK_LAYERS, start_head_layer, start_neck_layer, torch_linear
+from .initialization import NECK_LAYERS, init_class_head, init_head_layer, init_neck_layer
 from .pixel_decoder import PixelDecoder
 from .transformer_decoder import QueryDecoder
 
@@ -62,7 +62,7 @@ class M2FConfig(Mask2FormerConfig):
     init_from: str | None = None
 
     def validate_architecture(self) -> None:
-        """Nothing to refuse: transformers' own check would warn about every backbone but Swin."""
+        """No check: transformers' own would warn about every backbone but Swin."""
 
 
 class PixelLevelModule(nn.Module):
@@ -134,7 +134,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         class_labels  one int64 (N_b,) an image
         num_items_in_batch
                       the loss's two divisors over the whole global batch (see `criterion.normalizer`)
-        backbone_maps (B, C, h, w) each: what the backbone made of these images before, of any type of float
+        backbone_maps (B, C, h, w) each: precomputed backbone features of these images, any float type
         """
         maps = None if backbone_maps is None else [one.to(self.pixel_mean.dtype) for one in backbone_maps]
         hidden, embeddings, features = self.model(self.normalise(pixel_values, pixel_mask), maps)
@@ -160,7 +160,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         return encoder
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
-        """None: there are no word embeddings, which accelerate's FSDP asks for and transformers would raise."""
+        """None: there are no word embeddings. accelerate's FSDP asks for them; transformers' default would raise."""
 
     def normalise(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
         """Bring uint8 pixels to the backbone's scale on the device, padding to 0; floats pass unchanged."""
@@ -170,10 +170,10 @@ class M2FModel(Mask2FormerPreTrainedModel):
         return scaled if pixel_mask is None else scaled * pixel_mask.unsqueeze(1)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As transformers', under the names the modules have.
+        """As transformers', with tensors under the names of the modules.
 
-        By default transformers writes a DINOv3 backbone under the names of its first release, which `load_state_dict`,
-        and so a resumed Trainer, takes for unknown: the backbone would silently stay as it was.
+        By default transformers writes a DINOv3 backbone under the names of its first release. `load_state_dict`, and so
+        a resumed Trainer, does not know those names: the backbone would silently keep its old weights.
         """
         here = f"{__name__.rsplit('.', 1)[-1]}.{M2FModel.__name__}"  # type(self) may be FSDP's
         self.config.auto_map = {auto_class.__name__: here for auto_class in AUTO_CLASSES}
@@ -181,25 +181,25 @@ class M2FModel(Mask2FormerPreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: `_init_weights` leaves loaded weights alone by itself.
+        """False: `_init_weights` never overwrites loaded weights.
 
-        For a class from outside transformers, True, transformers takes every module without parameters of its own for
-        loaded and skips it: the original's start of attention and feed-forward layers would silently not happen.
+        With True (a class from outside transformers), transformers treats every module without parameters of its own as
+        loaded and skips it: attention and feed-forward layers would silently not get the original's initialisation.
         """
         return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Start new layers as the original Mask2Former does, not with transformers' std 0.02."""
+        """Initialise new layers as the original Mask2Former does (see `initialization.py`)."""
         if isinstance(module, M2FModel):
-            torch_linear(module.class_predictor)
+            init_class_head(module.class_predictor)
             for buffer, values in ((self.pixel_mean, self.config.image_mean), (self.pixel_std, self.config.image_std)):
                 init.copy_(buffer, torch.tensor(values).view(1, 3, 1, 1))
         elif isinstance(module, NECK_LAYERS):
-            start_neck_layer(module)
+            init_neck_layer(module)
         else:
             super()._init_weights(module)
-            start_head_layer(module)
+            init_head_layer(module)
 
 
 def backbone_of(config: M2FConfig) -> PreTrainedConfig:
@@ -209,12 +209,12 @@ def backbone_of(config: M2FConfig) -> PreTrainedConfig:
 
 
 def layer_classes(backbone: Any) -> set[str]:
-    """Names of the backbone's layers that FSDP shards one by one: else all of a ViT is gathered at once."""
+    """Class names of the backbone's layers that FSDP shards individually; otherwise a whole ViT is gathered at once."""
     return {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
 
 
 def load_model(folder_or_hub_id: str) -> M2FModel:
-    """Load a model of ours, ready to predict. No code from the folder is run.
+    """Load an m2f_trainer model in evaluation mode. No code from the folder is executed.
 
     Raises ModelError when the folder holds no such model.
     """
@@ -237,7 +237,7 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
 
 
 def register() -> None:
-    """Tell transformers' Auto classes about this model, and let saved folders carry its code."""
+    """Register the model with transformers' Auto classes, and include its code in saved folders."""
     AutoConfig.register(M2FConfig.model_type, M2FConfig, exist_ok=True)
     for auto_class in AUTO_CLASSES:
         auto_class.register(M2FConfig, M2FModel, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Hungarian matching of all decoder outputs at once, and the targets it matches, kept as compact bitmaps."""
+"""Hungarian matching of all decoder outputs to the targets at once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .compact_masks import CompactMasks, portions
+from .compact_masks import CompactMasks, chunks
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Matches:
     image: Tensor
     query: Tensor
     target: Tensor  # index into the batch's T targets
-    per_image: list[int]  # how many of the M pairs each image has, known without asking the device
+    per_image: list[int]  # number of pairs per image, known on the host without a device synchronisation
 
 
 @torch.no_grad()
 def pair_costs(
     logits: Tensor, probabilities: Tensor, targets: Tensor, classes: Tensor, weights: Mapping[str, float]
 ) -> Tensor:
-    """Cost of giving each query each target, for all outputs of one image -> (L, Q, N).
+    """Matching cost of every query and target, for all outputs of one image -> (L, Q, N).
 
     logits (L, Q, P) and targets (N, P) at the same points, probabilities (L, Q, K + 1), classes (N,). As the original
     matcher (Cheng et al. 2022, https://arxiv.org/abs/2112.01527, and its matcher.py): weighted sum of -p(class), mean
@@ -34,13 +34,13 @@ def pair_costs(
     """
     costs = logits.new_empty(*logits.shape[:2], len(targets))
     area, points = targets.sum(-1), logits.shape[-1]
-    for some in portions(len(logits), logits[0].numel(), logits.device):
-        x = logits[some]
+    for part in chunks(len(logits), logits[0].numel(), logits.device):
+        x = logits[part]
         inside = x.sigmoid()
         cross_entropy = (F.softplus(x).sum(-1, keepdim=True) - x @ targets.T) / points
         dice = 1 - (2 * (inside @ targets.T) + 1) / (inside.sum(-1, keepdim=True) + area + 1)
-        unlikely = -probabilities[some][..., classes]
-        costs[some] = weights["mask"] * cross_entropy + weights["class"] * unlikely + weights["dice"] * dice
+        unlikely = -probabilities[part][..., classes]
+        costs[part] = weights["mask"] * cross_entropy + weights["class"] * unlikely + weights["dice"] * dice
     return costs
 
 

@@ -1,7 +1,7 @@
 """Mask2Former's pixel decoder: transformers' modules and weights, our forward.
 
-The same numbers as transformers' `Mask2FormerPixelDecoder` with less work: positions are made once and not once an
-image, samples are not kept for backward, and nothing waits for the device.
+The same numbers as transformers' `Mask2FormerPixelDecoder` with less work: positions are computed once for the
+batch, samples are not kept for backward, and the host never waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,16 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderLayer,
 )
 
-from .deformable_attention import deformable_attention, softmax_of_few
-from .transformer_decoder import linear_placed
+from .deformable_attention import deformable_attention, small_softmax
+from .transformer_decoder import linear_with_positions
 
 Shape = tuple[int, int]
 
 
-def reference_places(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
-    """Where each position lies in every level: (S, L, 2) as (x, y) in pixels, 0 being the first one's centre.
+def reference_points(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
+    """The reference point of each position in every level: (S, L, 2), (x, y) in pixels; 0 is the first pixel's centre.
 
-    Everything is filled on the device: a copy from the host would make each layer wait for it.
+    All values are created on the device, to avoid a host-to-device copy in each layer.
     """
     centres = []
     for height, width in shapes:
@@ -54,11 +54,17 @@ def encoder_layer(
     batch, length, _ = hidden.shape
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
     value = attention.value_proj(hidden).view(batch, length, heads, -1)
-    offsets = linear_placed(hidden, positions, attention.sampling_offsets.weight, attention.sampling_offsets.bias)
-    weights = linear_placed(hidden, positions, attention.attention_weights.weight, attention.attention_weights.bias)
-    weights = softmax_of_few(weights.view(batch, length, heads, levels * points))
+    offsets = linear_with_positions(
+        hidden, positions, attention.sampling_offsets.weight, attention.sampling_offsets.bias
+    )
+    weights = linear_with_positions(
+        hidden, positions, attention.attention_weights.weight, attention.attention_weights.bias
+    )
+    weights = small_softmax(weights.view(batch, length, heads, levels * points))
     weights = weights.view(batch, length, heads, levels, points)
-    around = references.unsqueeze(2).expand(-1, -1, points, -1).flatten(1)  # a CPU is slow to broadcast one by one
+    around = (
+        references.unsqueeze(2).expand(-1, -1, points, -1).flatten(1)
+    )  # broadcasting along the last dimensions is slow on a CPU
     places = (around.unsqueeze(1) + offsets.view(batch, length, heads, -1)).view(*weights.shape, 2)
     attended = attention.output_proj(deformable_attention(value, shapes, places, weights))
     hidden = layer.self_attn_layer_norm(hidden + F.dropout(attended, layer.dropout, layer.training))
@@ -68,7 +74,7 @@ def encoder_layer(
 
 
 def _feed_forward(layer: Mask2FormerPixelDecoderEncoderLayer, hidden: Tensor) -> Tensor:
-    """(B, S, C) -> (B, S, C). Recomputed in backward: its inner activations are the largest that a layer has."""
+    """(B, S, C) -> (B, S, C). Recomputed in backward: its inner activations are the largest of a layer."""
     inner = F.dropout(F.relu(layer.fc1(hidden), inplace=True), layer.activation_dropout, layer.training)
     return F.dropout(layer.fc2(inner), layer.dropout, layer.training)
 
@@ -113,7 +119,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         ]
         hidden = torch.cat([feature.flatten(2).transpose(1, 2) for feature in inputs], dim=1)  # (B, S, C)
         flat_positions = torch.cat(positions, dim=1)  # (1, S, C)
-        references = reference_places(shapes, hidden.device)
+        references = reference_points(shapes, hidden.device)
         for layer in self.encoder.layers:
             hidden = self._run(layer, hidden, flat_positions, references, shapes)
         parts = hidden.split([height * width for height, width in shapes], dim=1)

@@ -2,7 +2,7 @@
 
 The same numbers as transformers' `Mask2FormerTransformerModule` with less work. A query's mask at a coarse level is its
 embedding times the mask features resized to that level, because resizing and the inner product commute; so no mask is
-ever made at full resolution to be shrunk. Attention is torch's scaled-dot-product attention.
+ever computed at full resolution and then resized. Attention is torch's scaled-dot-product attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of projected (B, Q, C) over (B, S, C), mask (B, 1, Q, S) true where it may look -> (B, Q, C)."""
+    """Attention of projected (B, Q, C) over (B, S, C), mask (B, 1, Q, S), true where allowed -> (B, Q, C)."""
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def linear_placed(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_with_positions(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer of hidden + positions, (B, S, C) and (1, S, C) -> (B, S, D), as the sum of two products.
 
-    autograd would keep the sum, once a layer; of the two products it keeps `hidden`, which it has anyway.
+    autograd would keep the sum for every layer; for the two products it keeps only `hidden`, which is kept anyway.
     """
     return F.linear(hidden, weight, bias) + F.linear(positions, weight)
 
@@ -36,10 +36,13 @@ def linear_placed(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tenso
 def cross_attention(
     attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, positions: Tensor, mask: Tensor
 ) -> Tensor:
-    """torch's packed attention module, batch first: query (B, Q, C), memory (B, S, C) placed -> (B, Q, C)."""
+    """torch's packed attention module, batch first: query (B, Q, C), memory (B, S, C) with positions (1, S, C).
+
+    Returns (B, Q, C).
+    """
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query = F.linear(query, weights[0], biases[0])
-    key = linear_placed(memory, positions, weights[1], biases[1])
+    key = linear_with_positions(memory, positions, weights[1], biases[1])
     value = F.linear(memory, weights[2], biases[2])
     output: Tensor = attention.out_proj(attend(query, key, value, attention.num_heads, mask))
     return output
@@ -71,7 +74,7 @@ def decoder_layer(
 
 
 def attention_mask(embeddings: Tensor, features: Tensor) -> Tensor:
-    """Where each query may look: inside its own predicted mask, or anywhere when that is empty.
+    """Mask of masked attention: each query attends inside its own predicted mask, or everywhere when that is empty.
 
     embeddings (B, Q, C), mask features at the level (B, C, h, w) -> (B, 1, Q, h x w) boolean. As the original:
     sigmoid(logit) >= 0.5, which is logit >= 0.
@@ -81,7 +84,7 @@ def attention_mask(embeddings: Tensor, features: Tensor) -> Tensor:
 
 
 class QueryDecoder(Mask2FormerTransformerModule):
-    """Queries -> one hidden state and one mask embedding a query, after each layer."""
+    """Queries -> one hidden state and one mask embedding per query, after each layer."""
 
     def __init__(self, in_features: int, config: Mask2FormerConfig) -> None:
         super().__init__(in_features=in_features, config=config)
@@ -113,7 +116,7 @@ class QueryDecoder(Mask2FormerTransformerModule):
         return torch.stack(states), torch.stack(embeddings)
 
     def _memory(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what the queries attend to and its positions, (B, S, C) and (1, S, C) a level."""
+        """Return keys and their positions for each level, (B, S, C) and (1, S, C)."""
         memory, positions = [], []
         for index, (project, feature) in enumerate(zip(self.input_projections, levels, strict=True)):
             memory.append(project(feature).flatten(2).transpose(1, 2) + self.level_embed.weight[index])
@@ -129,5 +132,5 @@ class QueryDecoder(Mask2FormerTransformerModule):
 
 @torch.no_grad()
 def _resize(mask_features: Tensor, level: Tensor) -> Tensor:
-    """Mask features at a level's size, without gradient: they only steer attention."""
+    """Mask features resized to a level, without gradient: they are used for the attention mask only."""
     return F.interpolate(mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Starting from other weights: a published Mask2Former head, or a model of ours with other classes."""
+"""Initial weights from elsewhere: a published Mask2Former head, or an m2f_trainer model with other classes."""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ QUERIES = ("queries_embedder.weight", "queries_features.weight")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors were loaded, which stay new in the model, which of the source were not used, and which queries."""
+    """Names of tensors that were loaded, newly initialised, and unused in the source; and a note on the queries."""
 
     loaded: tuple[str, ...]
     new: tuple[str, ...]
@@ -33,7 +33,7 @@ class LoadReport:
     queries: str = ""
 
     def __str__(self) -> str:
-        """One line for the log, with the first names of what did not fit."""
+        """One line for the log, with the first names of the tensors that did not fit."""
         parts = [f"{len(self.loaded)} tensors loaded"]
         for word, names in (("new", self.new), ("unused", self.unused)):
             some = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
@@ -54,7 +54,7 @@ def _source(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
 
 
 def head_fields(checkpoint: str) -> dict[str, Any]:
-    """Return the configuration a head was trained with, and the channels its four maps need, fine to coarse."""
+    """Return the configuration fields of a published head, and the channels of its four input maps, fine to coarse."""
     source = _source(checkpoint)
     decoder = source.model.pixel_level_module.decoder
     finest = [sequence[0].in_channels for sequence in decoder.lateral_convolutions[::-1]]
@@ -64,9 +64,9 @@ def head_fields(checkpoint: str) -> dict[str, Any]:
 
 
 def load_head(model: nn.Module, checkpoint: str) -> LoadReport:
-    """Copy every head tensor that fits by name and shape; the backbone and neck are left alone.
+    """Copy every head tensor whose name and shape match; backbone and neck stay as they are.
 
-    The class head is taken only when the number of classes is the same.
+    The class head is copied only when the number of classes is equal.
     """
     source = {name: tensor for name, tensor in _source(checkpoint).state_dict().items() if not name.startswith(ENCODER)}
     source = {name: tensor for name, tensor in source.items() if not name.startswith("criterion.")}
@@ -77,18 +77,18 @@ def load_head(model: nn.Module, checkpoint: str) -> LoadReport:
 
 
 def load_model_weights(model: Any, source: Any) -> LoadReport:
-    """Copy everything that fits from a model of ours; class scores follow the category's name.
+    """Copy every matching tensor of an m2f_trainer model; rows of the class head are matched by category name.
 
-    Raises ModelError where the backbones differ: ours would stay as random as it was made.
+    Raises ModelError when the backbones differ, since ours would stay randomly initialised.
     """
     report = _copy_matching(model, source.state_dict())
     missing = [name for name in report.new if name.startswith(BACKBONE)]
     if missing:
         theirs = source.config.backbone_name or source.config.backbone_config.model_type
         raise ModelError(
-            f"init_from {source.config.name_or_path!r}: its backbone ({theirs}) is another one, {len(missing)} of the "
-            f"tensors wanted are not in it, such as {missing[0]}. Give the backbone and the backbone_config of the "
-            "recipe.json there, or leave init_from out"
+            f"init_from {source.config.name_or_path!r}: its backbone ({theirs}) differs from this model's: "
+            f"{len(missing)} tensors are missing, such as {missing[0]}. Give the backbone and the backbone_config "
+            "of the recipe.json there, or leave init_from out"
         )
     _copy_classes(model, source)
     logger.warning("weights from %s: %s", source.config.name_or_path, report)
@@ -109,20 +109,20 @@ def _copy_matching(model: nn.Module, source: dict[str, Tensor], skip: str = "\0"
 
 
 def _copy_queries(own: dict[str, Tensor], source: dict[str, Tensor], names: Sequence[str]) -> str:
-    """Take over as many queries as both have, where only their number differs; say so. The others start anew."""
+    """Copy as many queries as both models have when only their number differs, and describe it. Others stay new."""
     counts = ""
     for name in names:
         (ours, width), (theirs, other) = own[name].shape, source[name].shape
         if width == other:
             taken = min(ours, theirs)
             own[name][:taken].copy_(source[name][:taken])
-            counts = f"{taken} of the source's {theirs} queries taken over, {ours - taken} new"
+            counts = f"{taken} of the source's {theirs} queries copied, {ours - taken} new"
     return counts
 
 
 @torch.no_grad()
 def _copy_classes(model: Any, source: Any) -> None:
-    """Give each class the scores that the category of the same name had; the no-object row goes along."""
+    """Copy the class head's row of each category by name, and the row of "no object"."""
     rows = {category["name"]: row for row, category in enumerate(source.config.categories)}
     rows[None] = len(rows)
     for row, name in enumerate([*(category["name"] for category in model.config.categories), None]):

@@ -149,7 +149,7 @@ def map_shapes(encoder: Encoder, size: tuple[int, int]) -> tuple[tuple[int, int,
     """(C, h, w) of the backbone's maps for images of a size."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    found = encoder.see(torch.zeros(1, 3, *size, device=device))
+    found = encoder.backbone_features(torch.zeros(1, 3, *size, device=device))
     return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in found)
 
 
@@ -194,6 +194,6 @@ def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: Any)
     for batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
-            found = model.encoder.see(pixels)
+            found = model.encoder.backbone_features(pixels)
         for maps_of_one in zip(*found, strict=True):
             maps.write(next(records), maps_of_one)

@@ -54,7 +54,7 @@ def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_unless_told_otherwise(l
 def test_a_backbone_configuration_that_transformers_does_not_take_is_refused(
     fields: dict[str, object], told: str
 ) -> None:
-    with pytest.raises(ModelError, match=rf"(?s)transformers takes no such backbone configuration: .*{told}"):
+    with pytest.raises(ModelError, match=rf"(?s)transformers rejects this backbone configuration: .*{told}"):
         read_config(fields)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.model.pixel_decoder import encoder_layer, reference_places
+from m2f_trainer.model.pixel_decoder import encoder_layer, reference_points
 from tests.model.tiny import images, labels, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code, transformers of a rename
@@ -62,7 +62,7 @@ def test_a_layer_of_the_pixel_decoder_keeps_no_sum_of_features_and_positions() -
     layer = tiny_model().train().model.pixel_level_module.decoder.encoder.layers[0]
     shapes = ((2, 2), (4, 4), (8, 8))
     hidden, positions = torch.randn(2, 84, 32, requires_grad=True), torch.randn(1, 84, 32, requires_grad=True)
-    references = reference_places(shapes, hidden.device)
+    references = reference_points(shapes, hidden.device)
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:

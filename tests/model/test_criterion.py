@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2f_trainer.model import matcher as matching
+from m2f_trainer.model import compact_masks
 from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points
 from m2f_trainer.model.matcher import Matches
@@ -61,7 +61,7 @@ def test_bfloat16_outputs_give_float32_terms() -> None:
 
 def test_point_losses_have_the_gradients_of_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs([3, 2], torch.float64)
-    monkeypatch.setitem(matching.VALUES_AT_ONCE, "cpu", 200)  # several portions an image
+    monkeypatch.setitem(compact_masks.VALUES_AT_ONCE, "cpu", 200)  # several chunks per image
     target = torch.tensor([0, 1, 2, 3, 4])
     matches = Matches(torch.zeros(5).long(), torch.tensor([0, 0, 0, 1, 1]), target, target, [3, 2])
     points = Points(

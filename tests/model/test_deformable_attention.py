@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
 from m2f_trainer.model import deformable_cpu as row_sampling
-from m2f_trainer.model.deformable_attention import deformable_attention, softmax_of_few
+from m2f_trainer.model.deformable_attention import deformable_attention, small_softmax
 from m2f_trainer.model.deformable_cpu import with_border, without_border
 
 SHAPES = ((3, 5), (6, 4), (1, 1))
@@ -54,10 +54,10 @@ def test_deformable_attention_and_its_gradients_are_transformers(
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
-def test_a_softmax_of_few_is_torchs_also_far_from_zero_and_in_its_gradient() -> None:
+def test_a_small_softmax_is_torchs_also_far_from_zero_and_in_its_gradient() -> None:
     torch.manual_seed(0)
     logits = (torch.randn(3, 5, 12, dtype=torch.float64) * 300).requires_grad_()
-    found, expected = softmax_of_few(logits), logits.softmax(-1)
+    found, expected = small_softmax(logits), logits.softmax(-1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-300)
     gradient = torch.randn_like(expected)
     mine, theirs = (torch.autograd.grad(output, logits, gradient)[0] for output in (found, expected))
@@ -79,7 +79,7 @@ def test_the_triton_kernels_and_their_gradients_are_transformers() -> None:
 @pytest.mark.skipif(find_spec("triton") is not None, reason="triton is there")
 def test_the_triton_switch_says_what_is_missing() -> None:
     with pytest.raises(ImportError, match="M2F_TRITON=1 needs the package triton"):
-        import m2f_trainer.model.triton_sampling  # noqa: F401
+        import m2f_trainer.model.deformable_triton  # noqa: F401
 
 
 def test_places_that_are_not_numbers_read_nothing() -> None:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from m2f_trainer.data.collate import pack_masks
-from m2f_trainer.model import matcher as matching
-from m2f_trainer.model.compact_masks import CompactMasks, portions
+from m2f_trainer.model import compact_masks
+from m2f_trainer.model.compact_masks import CompactMasks, chunks
 from m2f_trainer.model.matcher import match
 
 WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -45,19 +45,19 @@ def test_compact_masks_sample_as_grid_sample_does_on_dense_ones(dtype: torch.dty
         torch.testing.assert_close(masks.sample(torch.arange(5), points), expected, rtol=0, atol=tolerance)
 
 
-def test_masks_sampled_in_portions_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_sampled_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     compact, _ = masks_of_random_boxes()
     which = torch.tensor([4, 0, 0, 3, 1, 2])
     points = edge_points(torch.float32).expand(6, -1, -1)
     whole = compact.sample(which, points)
-    monkeypatch.setitem(matching.VALUES_AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(compact_masks.VALUES_AT_ONCE, "cpu", 1)
     assert torch.equal(compact.sample(which, points), whole)
 
 
-def test_portions_cover_every_row_once() -> None:
-    rows = [row for some in portions(1000, 2**16, torch.device("cpu")) for row in range(1000)[some]]
+def test_chunks_cover_every_row_once() -> None:
+    rows = [row for some in chunks(1000, 2**16, torch.device("cpu")) for row in range(1000)[some]]
     assert rows == list(range(1000))
-    assert portions(0, 5, torch.device("cpu")) == []
+    assert chunks(0, 5, torch.device("cpu")) == []
 
 
 def test_perfect_predictions_are_matched_to_their_targets() -> None:

@@ -51,14 +51,16 @@ def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, kept, model = both(rows, tmp_path)
-    encoder, see = model.encoder, model.encoder.see
+    encoder, compute = model.encoder, model.encoder.backbone_features
     for epoch in range(2):
         plain.set_epoch(epoch)
         kept.set_epoch(epoch)
         exact, found = loss_of(model, plain), loss_of(model, kept)
         torch.testing.assert_close(found, exact, rtol=1e-2, atol=0)
         with monkeypatch.context() as patch:
-            patch.setattr(encoder, "see", lambda pixels: [one.bfloat16().float() for one in see(pixels)])
+            patch.setattr(
+                encoder, "backbone_features", lambda pixels: [one.bfloat16().float() for one in compute(pixels)]
+            )
             rounded = loss_of(model, plain)
         torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
 
