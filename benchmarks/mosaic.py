@@ -25,9 +25,10 @@ from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.inference.tiles import meet, predict_tiled
-from m2f_trainer.inference.windows import ArrayWindows, Box
+from m2f_trainer.inference.tiles import predict_tiled
+from m2f_trainer.inference.windows import ArrayWindows
 from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import Box, intersection
 
 THRESHOLD = 0.05
 KEPT = ("map", "map_50", "map_75")
@@ -49,17 +50,17 @@ def repeated(rows: Dataset, count: int) -> Dataset:
 def cut(found: Instances, places: list[Box]) -> Iterator[Instances]:
     """The mosaic's instances as those of each place: what lies within it of each, by the place's number."""
     x0, y0, width, height = found.boxes.T.astype(int)
-    boxes: NDArray[np.int64] = np.stack([y0, y0 + height, x0, x0 + width], 1)
-    for number, (top, bottom, left, right) in enumerate(places):
+    boxes: NDArray[np.int64] = np.stack([x0, y0, x0 + width, y0 + height], 1)
+    for number, (left, top, right, bottom) in enumerate(places):
         near = np.flatnonzero(
-            (boxes[:, 0] < bottom) & (boxes[:, 1] > top) & (boxes[:, 2] < right) & (boxes[:, 3] > left)
+            (boxes[:, 0] < right) & (boxes[:, 1] < bottom) & (boxes[:, 2] > left) & (boxes[:, 3] > top)
         )
         size, kept, rles = (bottom - top, right - left), [], []
         for index in near.tolist():
-            a, b, c, d = meet(tuple(boxes[index].tolist()), (top, bottom, left, right))
+            x0, y0, x1, y1 = intersection(tuple(boxes[index].tolist()), (left, top, right, bottom))
             runs = rle.read_own(found.rles[index]["counts"])
             mask = np.zeros(size, np.uint8, order="F")
-            mask[a - top : b - top, c - left : d - left] = rle.paint(runs, (c, a, d, b), found.size[0])
+            mask[y0 - top : y1 - top, x0 - left : x1 - left] = rle.paint(runs, (x0, y0, x1, y1), found.size[0])
             if mask.any():
                 kept.append(index)
                 rles.append(coco_mask.encode(mask))
@@ -82,9 +83,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     alone = list(predictor.stream(iter(images), threshold=THRESHOLD))
     seconds_alone = (time.process_time() - start) / len(images)
     corners = [(y * height, x * width) for y in range(down) for x in range(across)]
-    places: list[Box] = [(y, y + height, x, x + width) for y, x in corners]
+    places: list[Box] = [(x, y, x + width, y + height) for y, x in corners]
     mosaic = np.zeros((down * height, across * width, 3), np.uint8)
-    for number, (y0, y1, x0, x1) in enumerate(places):
+    for number, (x0, y0, x1, y1) in enumerate(places):
         mosaic[y0:y1, x0:x1] = images[number % len(images)]
     before, start = peak_mb(), time.process_time()
     found = predict_tiled(predictor, ArrayWindows(mosaic), max(height, width), given.overlap, threshold=THRESHOLD)

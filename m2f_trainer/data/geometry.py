@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import Box, Size
 
-Size: TypeAlias = tuple[int, int]
-Window: TypeAlias = tuple[int, int, int, int]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
@@ -24,7 +23,7 @@ class View:
 
     original: Size
     resized: Size
-    window: Window
+    window: Box
     flip: bool = False
     turns: int = 0
 
@@ -33,7 +32,7 @@ class View:
         """Resized pixels for an original one, along y and x."""
         return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
 
-    def source(self, window: Window) -> tuple[float, float, float, float]:
+    def source(self, window: Box) -> tuple[float, float, float, float]:
         """The original frame's (x0, y0, x1, y1) behind a window of the resized one."""
         sy, sx = self.scale
         x0, y0, x1, y1 = window
@@ -72,7 +71,7 @@ def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def see_mask(counts: str, view: View) -> tuple[rle.Box, rle.Bitmap] | None:
+def see_mask(counts: str, view: View) -> tuple[Box, rle.Bitmap] | None:
     """An object's box in the view's own frame and its bitmap cropped to it, None where nothing of it is in view."""
     height, width = view.original
     runs = rle.read_runs(counts, height, width)
@@ -85,7 +84,7 @@ def see_mask(counts: str, view: View) -> tuple[rle.Box, rle.Bitmap] | None:
     return None if trimmed is None else _oriented(*trimmed, view)
 
 
-def _oriented(box: rle.Box, bitmap: rle.Bitmap, view: View) -> tuple[rle.Box, rle.Bitmap]:
+def _oriented(box: Box, bitmap: rle.Bitmap, view: View) -> tuple[Box, rle.Bitmap]:
     """Box and bitmap mirrored and turned as the view is."""
     left, top, right, bottom = box
     width, height = view.window[2] - view.window[0], view.window[3] - view.window[1]
@@ -102,7 +101,7 @@ def orient(pixels: Pixels, view: View) -> Pixels:
     return np.rot90(pixels[:, ::-1] if view.flip else pixels, view.turns)
 
 
-def _window_of(box: rle.Box, view: View) -> Window | None:
+def _window_of(box: Box, view: View) -> Box | None:
     """The part of the view's window that an original box covers, None where that is nothing."""
     sy, sx = view.scale
     x0, y0 = max(view.window[0], math.floor(box[0] * sx)), max(view.window[1], math.floor(box[1] * sy))
@@ -110,7 +109,7 @@ def _window_of(box: rle.Box, view: View) -> Window | None:
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def _resize_mask(runs: rle.Runs, window: Window, view: View) -> npt.NDArray[np.bool_]:
+def _resize_mask(runs: rle.Runs, window: Box, view: View) -> npt.NDArray[np.bool_]:
     """The mask in a window of the resized frame: pixels of which at least half is covered, bilinearly.
 
     The same as resizing the whole mask: the part decoded reaches one filter support beyond the window.
@@ -131,7 +130,7 @@ def _resize_mask(runs: rle.Runs, window: Window, view: View) -> npt.NDArray[np.b
     return covered
 
 
-def trim(bitmap: npt.NDArray[np.bool_], box: rle.Box) -> tuple[rle.Box, rle.Bitmap] | None:
+def trim(bitmap: npt.NDArray[np.bool_], box: Box) -> tuple[Box, rle.Bitmap] | None:
     """The bitmap without empty rows and columns at its edges, and its box; None where it is empty."""
     rows, columns = np.flatnonzero(bitmap.any(axis=1)), np.flatnonzero(bitmap.any(axis=0))
     if not len(rows):

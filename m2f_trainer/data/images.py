@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
 
 from m2f_trainer.errors import ImageError
-from m2f_trainer.masks.rle import MAX_PIXELS
+from m2f_trainer.masks.rle import MAX_PIXELS, Size
 
 ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDArray[Any]
 
@@ -28,7 +28,7 @@ _DEEP_GREYS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def open_image(
-    source: ImageSource, where: str, *, size: tuple[int, int] | None = None, shrink_to: tuple[int, int] | None = None
+    source: ImageSource, where: str, *, size: Size | None = None, shrink_to: Size | None = None
 ) -> Image.Image:
     """The image as 8-bit RGB, decoded.
 
@@ -56,7 +56,7 @@ def open_image(
     return _to_rgb(image, where)
 
 
-def image_size(source: Mapping[str, Any] | str | Path, where: str) -> tuple[int, int]:
+def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
     """(height, width) of the stored pixels, read from the file's header.
 
     Raises:
@@ -78,7 +78,7 @@ def check_pixels(size: tuple[int, int], where: str) -> None:
         raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. {CUT}")
 
 
-def check_size(found: tuple[int, int], expected: tuple[int, int], where: str) -> None:
+def check_size(found: Size, expected: Size, where: str) -> None:
     """Refuses an image whose (height, width) aren't those its annotations were drawn on.
 
     Raises:

@@ -64,7 +64,7 @@ def _write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
 class Scene:
     """One image while it is drawn, and its annotations."""
 
-    def __init__(self, size: tuple[int, int], rng: np.random.Generator) -> None:
+    def __init__(self, size: rle.Size, rng: np.random.Generator) -> None:
         self.height, self.width = size
         self.rng = rng
         self.image = _ground(size, rng)
@@ -155,7 +155,7 @@ def _annotation(category_id: int, segmentation: object, runs: rle.Runs, height: 
     }
 
 
-def _ground(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+def _ground(size: rle.Size, rng: np.random.Generator) -> Image.Image:
     """A dull ground: coarse patches of two colours under fine noise."""
     height, width = size
     first, second = rng.uniform(90, 190, size=(2, 1)) + rng.uniform(-18, 18, size=(2, 3))
@@ -179,9 +179,7 @@ def _box_of(points: Points) -> rle.Box:
 
 def _overlap(a: rle.Box, b: rle.Box) -> float:
     """The share of the smaller box that the other covers."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
-    return max(0, width) * max(0, height) / smaller
+    return rle.box_area(rle.intersection(a, b)) / min(rle.box_area(a), rle.box_area(b))
 
 
 def _clip(points: Points, x: float, *, keep_left: bool) -> Points:

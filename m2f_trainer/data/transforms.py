@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from m2f_trainer.data.geometry import Geometry, Pixels, Size, View, fit, orient, see_image, see_mask, trim
+from m2f_trainer.data.geometry import Geometry, Pixels, View, fit, orient, see_image, see_mask, trim
 from m2f_trainer.data.images import ImageSource, open_image
 from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import Box, Size
 
 
 class Sample(TypedDict):
@@ -42,7 +43,7 @@ def paste(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sampl
     valid = sample["pixel_mask"].numpy()
     pixels = sample["pixel_values"].clone()
     top = np.zeros(valid.shape, dtype=np.bool_)
-    pasted: list[tuple[int, rle.Box, rle.Bitmap]] = []
+    pasted: list[tuple[int, Box, rle.Bitmap]] = []
     for k in np.flatnonzero(chosen).tolist():
         x0, y0, x1, y1 = other["boxes"][k].tolist()
         seen = trim((other["masks"][k] != 0) & valid[y0:y1, x0:x1], (x0, y0, x1, y1))
@@ -67,12 +68,12 @@ def at_least(area: int, sample: Sample) -> Sample:
     return sample if len(large) == len(sample["masks"]) else _with_instances(sample, large)
 
 
-def _instances(sample: Sample) -> list[tuple[int, rle.Box, rle.Bitmap]]:
+def _instances(sample: Sample) -> list[tuple[int, Box, rle.Bitmap]]:
     boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in sample["boxes"].tolist()]
     return list(zip(sample["category_ids"].tolist(), boxes, sample["masks"], strict=True))
 
 
-def _with_instances(sample: Sample, instances: Iterable[tuple[int, rle.Box, rle.Bitmap]]) -> Sample:
+def _with_instances(sample: Sample, instances: Iterable[tuple[int, Box, rle.Bitmap]]) -> Sample:
     found = list(instances)
     return {
         **sample,

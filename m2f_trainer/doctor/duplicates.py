@@ -11,6 +11,7 @@ from PIL import Image
 
 from m2f_trainer.data.images import check_size, open_image, open_stored
 from m2f_trainer.errors import ImageError
+from m2f_trainer.masks.rle import Size
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
@@ -41,7 +42,7 @@ class BadImage:
     message: str
 
 
-def look(source: Mapping[str, Any], where: str, size: tuple[int, int]) -> Look | BadImage:
+def look(source: Mapping[str, Any], where: str, size: Size) -> Look | BadImage:
     """Reads a whole image; `size` is the (height, width) its annotations say."""
     try:
         stored = open_stored(source, where)

@@ -18,7 +18,7 @@ from scipy.ndimage import minimum_filter1d
 
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.masks.rle import Bitmap, Box, box_of, paint, read_runs
+from m2f_trainer.masks.rle import Bitmap, Box, box_area, box_of, intersection, paint, read_runs
 
 RATIO = 0.02  # of the image's diagonal
 
@@ -52,9 +52,8 @@ def boundary_of(rle: Mapping[str, Any]) -> Boundary:
 
 def boundary_iou(first: Boundary, second: Boundary) -> float:
     """Pixels of both boundaries over pixels of either; 0 where there are none."""
-    x0, y0 = max(first.box[0], second.box[0]), max(first.box[1], second.box[1])
-    x1, y1 = min(first.box[2], second.box[2]), min(first.box[3], second.box[3])
-    if x1 <= x0 or y1 <= y0:
+    x0, y0, x1, y1 = shared = intersection(first.box, second.box)
+    if not box_area(shared):
         return 0.0
     parts = [
         one.pixels[y0 - one.box[1] : y1 - one.box[1], x0 - one.box[0] : x1 - one.box[0]] for one in (first, second)

@@ -17,9 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.errors import MaskError, needs
+from m2f_trainer.masks.rle import Size
 from m2f_trainer.masks.segmentation import decode, to_counts
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)

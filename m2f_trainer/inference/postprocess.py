@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from m2f_trainer.inference.instances import Instances, Size, tight_boxes
-from m2f_trainer.masks.rle import _run_lengths, encode_runs
+from m2f_trainer.inference.instances import Instances, tight_boxes
+from m2f_trainer.masks.rle import Box, Size, _run_lengths, encode_runs, union
 
 
 @torch.no_grad()
@@ -103,9 +103,6 @@ def _image_instances(
     )
 
 
-Box = tuple[int, int, int, int]
-"""y0, y1, x0, x1, ends excluded."""
-
 PIXELS_AT_ONCE = {"cpu": 2**20, "accelerator": 2**23}
 """Pixels rendered at once, some 10 bytes each: what a CPU's caches hold, what keeps an accelerator busy."""
 
@@ -172,7 +169,7 @@ def mask_runs(
     totals: list[Tensor] = []
     limit = PIXELS_AT_ONCE["cpu" if mask_logits.device.type == "cpu" else "accelerator"]
     for group in _groups(boxes, 1 if mask_logits.device.type == "cpu" else max(1, limit // frame)):
-        box = _union([boxes[member] for member in group])
+        box = union(box for member in group if (box := boxes[member]))
         changes, total = _group_changes(_chosen(mask_logits, queries[group]), box, rows, columns, limit)
         for member, positions in zip(group, changes, strict=True):
             runs[member] = _run_lengths(positions, frame)
@@ -198,7 +195,7 @@ def _output_boxes(mask_logits: Tensor, queries: NDArray[np.int64], rows: Axis, c
             continue
         y0, y1 = rows.reach(int(ys[0]), int(ys[-1]) + 1)
         x0, x1 = columns.reach(int(xs[0]), int(xs[-1]) + 1)
-        boxes.append((y0, y1, x0, x1) if y0 < y1 and x0 < x1 else None)
+        boxes.append((x0, y0, x1, y1) if y0 < y1 and x0 < x1 else None)
     return boxes
 
 
@@ -207,11 +204,6 @@ def _groups(boxes: Sequence[Box | None], size: int) -> Iterator[list[int]]:
     present = [member for member, box in enumerate(boxes) if box is not None]
     for start in range(0, len(present), size):
         yield present[start : start + size]
-
-
-def _union(boxes: Sequence[Box | None]) -> Box:
-    y0, y1, x0, x1 = zip(*(box for box in boxes if box is not None), strict=True)
-    return min(y0), max(y1), min(x0), max(x1)
 
 
 def _chosen(mask_logits: Tensor, queries: NDArray[np.int64]) -> Tensor:
@@ -225,16 +217,17 @@ def _group_changes(
     mask_logits: Tensor, box: Box, rows: Axis, columns: Axis, limit: int
 ) -> tuple[list[NDArray[np.int64]], Tensor]:
     """`_changes` of (g, h, w) logits within `box`, in strips of columns of at most `limit` pixels."""
-    top, bottom, index, weight = rows.part(box[0], box[1], mask_logits)
-    left, right = int(columns.index[box[2], 0]), int(columns.index[box[3] - 1, -1]) + 1
+    x0, y0, x1, y1 = box
+    top, bottom, index, weight = rows.part(y0, y1, mask_logits)
+    left, right = int(columns.index[x0, 0]), int(columns.index[x1 - 1, -1]) + 1
     table = _weighted_rows(mask_logits[:, top:bottom, left:right], index, weight)  # (g, Y, right - left)
     table = table.transpose(1, 2).contiguous()  # (g, right - left, Y)
     step = max(1, limit // (table.shape[0] * table.shape[2]))
     strips, totals = [], []
-    for x in range(box[2], box[3], step):
-        low, high, index, weight = columns.part(x, min(x + step, box[3]), table)
+    for x in range(x0, x1, step):
+        low, high, index, weight = columns.part(x, min(x + step, x1), table)
         block = _weighted_rows(table[:, low - left : high - left], index, weight)  # (g, X, Y)
-        changes, total = _changes(block, x, box[0], len(rows.index))
+        changes, total = _changes(block, x, y0, len(rows.index))
         strips.append(changes)
         totals.append(total)
     return [np.concatenate(parts) for parts in zip(*strips, strict=True)], torch.stack(totals).sum(0)

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.inference.instances import Instances, tight_boxes
-from m2f_trainer.inference.windows import Box, Pixels, Size, Windows
+from m2f_trainer.inference.windows import Pixels, Windows
 from m2f_trainer.masks import rle
-from m2f_trainer.masks.rle import encode_runs
+from m2f_trainer.masks.rle import Box, Size, box_area, encode_runs, intersection, union
 
 SAME_OBJECT = 0.5
 """The IoU inside two tiles' overlap above which two pieces are one object."""
@@ -63,31 +63,21 @@ class Piece:
     @property
     def mask(self) -> NDArray[np.bool_]:
         """The bitmap (y1 - y0, x1 - x0), made afresh."""
-        y0, y1, x0, x1 = self.box
-        return np.unpackbits(self.packed, count=_area(self.box)).view(np.bool_).reshape(y1 - y0, x1 - x0)
+        x0, y0, x1, y1 = self.box
+        return np.unpackbits(self.packed, count=box_area(self.box)).view(np.bool_).reshape(y1 - y0, x1 - x0)
 
     def within(self, box: Box) -> NDArray[np.bool_]:
         """The mask inside a box of the image, which needs to meet the piece's."""
-        y0, y1, x0, x1 = meet(self.box, box)
-        top, left = self.box[0], self.box[2]
+        x0, y0, x1, y1 = intersection(self.box, box)
+        left, top = self.box[:2]
         return self.mask[y0 - top : y1 - top, x0 - left : x1 - left]
-
-
-def meet(first: Box, second: Box) -> Box:
-    """What two boxes share; empty boxes have equal ends."""
-    y0, x0 = max(first[0], second[0]), max(first[2], second[2])
-    return y0, max(y0, min(first[1], second[1])), x0, max(x0, min(first[3], second[3]))
-
-
-def _area(box: Box) -> int:
-    return (box[1] - box[0]) * (box[3] - box[2])
 
 
 def lay_tiles(size: Size, tile: int, overlap: float) -> list[Tile]:
     """Tiles of `tile` pixels a side, row by row, sharing at least the `overlap` of a side with their neighbours.
 
     >>> [one.box for one in lay_tiles((100, 180), 100, 0.2)]
-    [(0, 100, 0, 100), (0, 100, 80, 180)]
+    [(0, 0, 100, 100), (80, 0, 180, 100)]
 
     Raises:
         RecipeError: the overlap isn't within 0 and 0.5, where three tiles would meet.
@@ -97,7 +87,10 @@ def lay_tiles(size: Size, tile: int, overlap: float) -> list[Tile]:
             f"expected a tile of at least 1 pixel and an overlap from 0 to below 0.5, got {tile}, {overlap}"
         )
     rows, columns = (_lay_line(side, tile, overlap) for side in size)
-    return [Tile((*y, *x), (*own_y, *own_x)) for (y, own_y), (x, own_x) in product(rows, columns)]
+    return [
+        Tile((x[0], y[0], x[1], y[1]), (own_x[0], own_y[0], own_x[1], own_y[1]))
+        for (y, own_y), (x, own_x) in product(rows, columns)
+    ]
 
 
 def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -137,13 +130,13 @@ def predict_tiled(
 
 def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
     """A tile's instances, moved to the image's frame."""
-    top, left = tile.box[0], tile.box[2]
+    left, top = tile.box[:2]
     for category_id, score, encoded in zip(instances.category_ids, instances.scores, instances.rles, strict=True):
         runs = rle.read_runs(encoded["counts"], *instances.size)
         x0, y0, x1, y1 = rle.box_of(runs, instances.size[0])
         if x1 > x0:
             packed = np.packbits(rle.paint(runs, (x0, y0, x1, y1), instances.size[0]))
-            yield Piece(number, int(category_id), float(score), (top + y0, top + y1, left + x0, left + x1), packed)
+            yield Piece(number, int(category_id), float(score), (left + x0, top + y0, left + x1, top + y1), packed)
 
 
 def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
@@ -162,14 +155,14 @@ def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> li
 
 def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[float, Piece, Piece]]:
     """Pieces of neighbouring tiles that agree, with their agreement. A tile's later neighbours are near in the list."""
-    across = sum(tile.box[0] == tiles[0].box[0] for tile in tiles)
+    across = sum(tile.box[1] == tiles[0].box[1] for tile in tiles)
     for number, tile in enumerate(tiles):
         later = {number + 1, *(number + across + step for step in (-1, 0, 1))}
         for other in (one for one in later if number < one < len(tiles)):
-            shared = meet(tile.box, tiles[other].box)
-            if not _area(shared):
+            shared = intersection(tile.box, tiles[other].box)
+            if not box_area(shared):
                 continue
-            near = [[p for p in pieces[k] if _area(meet(p.box, shared))] for k in (number, other)]
+            near = [[p for p in pieces[k] if box_area(intersection(p.box, shared))] for k in (number, other)]
             for first, second in product(*near):
                 overlap = agreement(first, second, shared) if first.category_id == second.category_id else 0.0
                 if overlap > SAME_OBJECT:
@@ -178,8 +171,8 @@ def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator
 
 def agreement(first: Piece, second: Piece, shared: Box) -> float:
     """The IoU of two pieces inside the part of the image that both their tiles see."""
-    both = meet(meet(first.box, second.box), shared)
-    if not _area(both):
+    both = intersection(intersection(first.box, second.box), shared)
+    if not box_area(both):
         return 0.0
     common = int((first.within(both) & second.within(both)).sum())
     total = int(first.within(shared).sum()) + int(second.within(shared).sum()) - common
@@ -190,19 +183,17 @@ def join(tiles: Sequence[Tile], group: Sequence[Piece], size: Size) -> Piece | N
     """One object of its pieces, as the module says; None where nothing is left. `size` is the image's."""
     if len(group) == 1:
         (piece,) = group
-        own = piece.within(meet(piece.box, tiles[piece.tile].own)).sum()
+        own = piece.within(intersection(piece.box, tiles[piece.tile].own)).sum()
         return piece if 2 * own >= piece.mask.sum() else None
-    y0, x0 = min(piece.box[0] for piece in group), min(piece.box[2] for piece in group)
-    y1, x1 = max(piece.box[1] for piece in group), max(piece.box[3] for piece in group)
-    margins = [_margin((y0, y1, x0, x1), tiles[piece.tile].box, size) for piece in group]
+    margins = [_margin(union([piece.box for piece in group]), tiles[piece.tile].box, size) for piece in group]
     widest = max(margins)
     return group[margins.index(widest)] if widest > 0 else _stitch(tiles, group)
 
 
 def _margin(box: Box, tile: Box, size: Size) -> float:
     """Pixels between a box and the next edge of a tile inside the image; 0 or less where the tile may cut the box."""
-    y0, y1, x0, x1 = box
-    top, bottom, left, right = tile
+    x0, y0, x1, y1 = box
+    left, top, right, bottom = tile
     gaps = (
         (y0 - top, top > 0),
         (bottom - y1, bottom < size[0]),
@@ -214,18 +205,17 @@ def _margin(box: Box, tile: Box, size: Size) -> float:
 
 def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
     """In each tile's own part what that tile saw; the score is the mean, weighted by what each piece contributes."""
-    boxes = [meet(piece.box, tiles[piece.tile].own) for piece in group]
-    areas = [int(piece.within(box).sum()) if _area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
+    boxes = [intersection(piece.box, tiles[piece.tile].own) for piece in group]
+    areas = [int(piece.within(box).sum()) if box_area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
     used = [(piece, box) for piece, box, area in zip(group, boxes, areas, strict=True) if area]
     if not used:
         return None
-    y0, y1 = min(box[0] for _, box in used), max(box[1] for _, box in used)
-    x0, x1 = min(box[2] for _, box in used), max(box[3] for _, box in used)
+    x0, y0, x1, y1 = whole = union([box for _, box in used])
     mask = np.zeros((y1 - y0, x1 - x0), np.bool_)
     for piece, box in used:
-        mask[box[0] - y0 : box[1] - y0, box[2] - x0 : box[3] - x0] = piece.within(box)
+        mask[box[1] - y0 : box[3] - y0, box[0] - x0 : box[2] - x0] = piece.within(box)
     score = sum(area * piece.score for piece, area in zip(group, areas, strict=True)) / sum(areas)
-    return Piece(-1, group[0].category_id, score, (y0, y1, x0, x1), np.packbits(mask))
+    return Piece(-1, group[0].category_id, score, whole, np.packbits(mask))
 
 
 def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:
@@ -236,7 +226,7 @@ def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:
 
 def to_runs(piece: Piece, size: Size) -> NDArray[np.int64]:
     """Run lengths of a piece's mask in the whole image, column-major, background first."""
-    y0, y1, x0, x1 = piece.box
+    x0, y0, x1, y1 = piece.box
     stride = y1 - y0 + 1  # a cell of background ends each column
     flat = np.zeros((x1 - x0) * stride + 1, np.bool_)
     flat[1:].reshape(x1 - x0, stride)[:, :-1] = piece.mask.T

@@ -15,10 +15,7 @@ from numpy.typing import NDArray
 
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError, needs
-
-Size = tuple[int, int]
-Box = tuple[int, int, int, int]
-"""y0, y1, x0, x1, ends excluded."""
+from m2f_trainer.masks.rle import Box, Size
 
 Pixels = NDArray[np.uint8]
 
@@ -49,7 +46,7 @@ class ArrayWindows:
 
     def read(self, box: Box) -> Pixels:
         """As `Windows.read`."""
-        y0, y1, x0, x1 = box
+        x0, y0, x1, y1 = box
         return self.pixels[y0:y1, x0:x1]
 
 
@@ -86,7 +83,7 @@ class TiffWindows:
 
     def read(self, box: Box) -> Pixels:
         """As `Windows.read`."""
-        y0, y1, x0, x1 = box
+        x0, y0, x1, y1 = box
         height, width = self._segment()
         across = -(-self.size[1] // width)
         pixels = np.zeros((y1 - y0, x1 - x0, 3), np.uint8)

@@ -1,12 +1,12 @@
 """Run lengths: COCO's RLE read and written without trusting it.
 
 A mask's *runs* are int64 (R,): lengths of alternating runs of zeros and ones in column-major order, zeros first.
-A *box* is (x0, y0, x1, y1) in pixels, x1 and y1 excluded.
+`Box` and `Size` are the types of boxes and sizes in the whole package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +19,10 @@ from m2f_trainer.errors import MaskError
 Runs: TypeAlias = npt.NDArray[np.int64]
 Bitmap: TypeAlias = npt.NDArray[np.uint8]
 Box: TypeAlias = tuple[int, int, int, int]
+"""(x0, y0, x1, y1) in pixels, x1 and y1 excluded."""
+
+Size: TypeAlias = tuple[int, int]
+"""(height, width) in pixels."""
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for one image; 2 ** 32 is where pycocotools' counters overflow
 _CHARACTERS_OF_A_COUNT = 7  # 7 x 5 bits hold every count of an image of MAX_PIXELS
@@ -69,6 +73,27 @@ def box_of(runs: Runs, height: int) -> Box:
     else:
         top, bottom = int((starts % height).min()), int(((ends - 1) % height).max()) + 1
     return int(first.min()), top, int(last.max()) + 1, bottom
+
+
+def intersection(first: Box, second: Box) -> Box:
+    """The box that two boxes share; where they share nothing, x0 = x1 or y0 = y1.
+
+    >>> intersection((0, 0, 4, 4), (2, 3, 9, 9)), intersection((0, 0, 2, 2), (5, 0, 9, 9))
+    ((2, 3, 4, 4), (5, 0, 5, 2))
+    """
+    x0, y0 = max(first[0], second[0]), max(first[1], second[1])
+    return x0, y0, max(x0, min(first[2], second[2])), max(y0, min(first[3], second[3]))
+
+
+def union(boxes: Iterable[Box]) -> Box:
+    """The smallest box around at least one box."""
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def box_area(box: Box) -> int:
+    """The number of pixels in a box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def paint(runs: Runs, box: Box, height: int) -> Bitmap:

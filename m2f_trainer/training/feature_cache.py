@@ -25,6 +25,7 @@ from m2f_trainer.data.collate import InstanceDataset, collate, labelled
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.transforms import Sample, TrainTransform
 from m2f_trainer.errors import DataError
+from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training.checkpointing.fingerprint import digest_of
@@ -145,7 +146,7 @@ def cached(
 
 
 @torch.no_grad()
-def map_shapes(encoder: Encoder, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
+def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]:
     """(C, h, w) of the backbone's maps for images of a size."""
     encoder.eval()
     device = next(encoder.parameters()).device

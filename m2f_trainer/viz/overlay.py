@@ -24,7 +24,7 @@ class Drawable(Protocol):
     """The n instances of one image, as `m2f_trainer.inference.instances.Instances` has them, in the original frame."""
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> rle.Size:
         """(H, W) of the image."""
 
     @property
@@ -140,7 +140,7 @@ def _write_labels(draw: ImageDraw.ImageDraw, instances: Drawable, names: Mapping
         draw.text((free[0][0] + 2, free[0][1] + 1), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
 
 
-def _places(box: NDArray[np.float64], label: tuple[float, float], size: tuple[int, int]) -> list[Rectangle]:
+def _places(box: NDArray[np.float64], label: tuple[float, float], size: rle.Size) -> list[Rectangle]:
     """Where a label of this width and height may go: above the box, below it, or at its top, within the image."""
     x, y, _, box_height = box.tolist()
     left = max(0.0, min(x, size[1] - label[0] - 1))

@@ -104,7 +104,7 @@ def test_what_only_a_tiles_margin_shows_is_not_believed_against_the_tile_that_se
     pixels = np.zeros((40, 70, 3), np.uint8)
     pixels[10:20, 32:36] = (1, 0, 1)  # tiles 0:40 and 30:70; the cut is at 35
     first, second = lay_tiles((40, 70), 40, 0.25)
-    assert (first.box, second.box, first.own) == ((0, 40, 0, 40), (0, 40, 30, 70), (0, 40, 0, 35))
+    assert (first.box, second.box, first.own) == ((0, 0, 40, 40), (30, 0, 70, 40), (0, 0, 35, 40))
     assert len(found_in(pixels, 40, 0.25, Seer(blind=0))) == 0
     assert len(found_in(pixels, 40, 0.25, Seer(blind=1))) == 1
 
@@ -114,9 +114,9 @@ def test_own_parts_cover_an_image_without_gap_or_overlap_and_tiles_share_what_wa
         tiles = lay_tiles(size, tile, overlap)
         covered = np.zeros(size, int)
         for one in tiles:
-            covered[one.own[0] : one.own[1], one.own[2] : one.own[3]] += 1
-            assert one.box[0] <= one.own[0] <= one.own[1] <= one.box[1]
-            assert one.box[1] - one.box[0] <= tile
+            covered[one.own[1] : one.own[3], one.own[0] : one.own[2]] += 1
+            assert one.box[1] <= one.own[1] <= one.own[3] <= one.box[3]
+            assert one.box[3] - one.box[1] <= tile
         assert (covered == 1).all()
     with pytest.raises(RecipeError, match=r"overlap from 0 to below 0\.5"):
         lay_tiles((10, 10), 5, 0.5)
@@ -132,14 +132,14 @@ def test_a_tiff_is_read_by_windows_to_the_pixel(options: dict[str, object], tmp_
     windows = open_windows(tmp_path / "a.tif")
     assert isinstance(windows, TiffWindows)
     assert windows.size == (101, 143)
-    for y0, y1, x0, x1 in ((0, 101, 0, 143), (30, 70, 40, 100), (100, 101, 142, 143)):
-        assert np.array_equal(windows.read((y0, y1, x0, x1)), pixels[y0:y1, x0:x1])
+    for x0, y0, x1, y1 in ((0, 0, 143, 101), (40, 30, 100, 70), (142, 100, 143, 101)):
+        assert np.array_equal(windows.read((x0, y0, x1, y1)), pixels[y0:y1, x0:x1])
 
 
 def test_other_files_are_decoded_whole_and_a_deep_tiff_is_refused(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.png")
     windows: Windows = open_windows(tmp_path / "a.png")
-    assert np.array_equal(windows.read((5, 9, 7, 30)), scene()[5:9, 7:30])
+    assert np.array_equal(windows.read((7, 5, 30, 9)), scene()[5:9, 7:30])
     tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 9), np.float32))
     with pytest.raises(ImageError, match="8-bit grey, RGB or RGBA"):
@@ -166,7 +166,7 @@ def test_a_tiff_shows_the_same_by_windows_as_whole_whatever_its_colours_and_comp
     for path in tiffs(tmp_path):
         windows = open_windows(path)
         height, width = windows.size
-        assert np.array_equal(windows.read((0, height, 0, width)), np.asarray(open_image(path, path.name))), path.name
+        assert np.array_equal(windows.read((0, 0, width, height)), np.asarray(open_image(path, path.name))), path.name
 
 
 def test_a_tile_that_was_never_written_is_black_and_a_damaged_one_is_told(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_a_tile_that_was_never_written_is_black_and_a_damaged_one_is_told(tmp_pa
         offsets.overwrite([offsets.value[0], 0, *offsets.value[2:]])
         counts.overwrite([counts.value[0], 0, *counts.value[2:]])
     windows = open_windows(path)
-    assert not windows.read((0, 32, 32, 64)).any()
-    assert np.array_equal(windows.read((32, 64, 32, 64)), pixels[32:, 32:])
+    assert not windows.read((32, 0, 64, 32)).any()
+    assert np.array_equal(windows.read((32, 32, 64, 64)), pixels[32:, 32:])
     with path.open("r+b") as file:
         file.seek(third)
         file.write(b"damaged")
     with pytest.raises(ImageError, match=r"part 2 of the TIFF can't be decoded .* Replace the file"):
-        windows.read((32, 64, 0, 32))
+        windows.read((0, 32, 32, 64))
 
 
 def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
@@ -232,7 +232,7 @@ class Stars:
         self.size = (side, side)
 
     def read(self, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        y0, y1, x0, x1 = box
+        x0, y0, x1, y1 = box
         y, x = np.mgrid[y0:y1, x0:x1]
         star = ((y % 250) < 12) & ((x % 250) < 12)
         code = np.where(star, (y // 250 * (self.size[1] // 250) + x // 250) + 1, 0)
@@ -271,7 +271,7 @@ class Dark:
     size = (20_000, 20_000)
 
     def read(self, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        return np.array([[[box[1] == 20_000 and box[3] == 20_000]]], np.uint8)
+        return np.array([[[box[2:] == (20_000, 20_000)]]], np.uint8)
 
 
 def test_an_object_of_an_image_of_400_million_pixels_is_recorded_where_it_is(tmp_path: Path) -> None:
