@@ -117,8 +117,10 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)
     yield f"{len(told['classes'])} classes:"
     ordered = sorted(told["classes"].items(), key=lambda item: -sum(item[1].values()))
-    for name, counts in ordered[:_SHOWN_CLASSES]:
-        yield f"  {printable(name):24}" + "  ".join(f"{split} {count}" for split, count in counts.items())
+    shown = [(printable(name), counts) for name, counts in ordered[:_SHOWN_CLASSES]]
+    widest = max((len(name) for name, _ in shown), default=0)
+    for name, counts in shown:
+        yield f"  {name:{max(24, widest + 2)}}" + "  ".join(f"{split} {count}" for split, count in counts.items())
     if len(ordered) > _SHOWN_CLASSES:
         yield f"  ... and {len(ordered) - _SHOWN_CLASSES} more"
 

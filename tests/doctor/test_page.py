@@ -13,8 +13,7 @@ from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.page import render
 from m2f_trainer.doctor.pictures import draw_objects
-from m2f_trainer.doctor.scan import Settings
-from m2f_trainer.doctor.summary import figures, to_json, to_text
+from m2f_trainer.doctor.summary import to_json, to_text
 from m2f_trainer.viz.overlay import draw_masks
 from tests.data.folders import annotation, content, write
 
@@ -38,19 +37,6 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.addresses += [value for key, value in attrs if key in ("src", "href")]
-
-
-def test_the_summary_counts_what_the_set_holds(root):
-    told = figures(examine(root, Settings(128, 128, 20)))
-    truth = json.loads((root / "train/_annotations.coco.json").read_text())
-    crowds = sum(one["iscrowd"] for one in truth["annotations"])
-    assert told["splits"]["train"] == {
-        "images": 12, "empty": 1, "instances": len(truth["annotations"]) - crowds, "crowds": crowds,
-    }  # fmt: skip
-    assert sum(counts["train"] for counts in told["classes"].values()) == len(truth["annotations"]) - crowds
-    assert told["instances_per_image"]["max"] <= 5
-    assert (told["num_queries"], told["input_size"]) == (20, [128, 128])
-    assert sum(count for _, count in told["image_sizes"]) == 16
 
 
 def test_the_page_needs_nothing_else_and_shows_the_worst_first(root):

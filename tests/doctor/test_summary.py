@@ -1,0 +1,35 @@
+"""The figures of `m2f check` and its text."""
+
+import json
+import re
+
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.scan import Settings
+from m2f_trainer.doctor.summary import figures, to_text
+from tests.data.folders import annotation, content, write
+
+
+def test_the_summary_counts_what_the_set_holds(tmp_path):
+    root = write_sample(tmp_path / "set", images=(12, 4, 0))
+    told = figures(examine(root, Settings(128, 128, 20)))
+    truth = json.loads((root / "train/_annotations.coco.json").read_text())
+    crowds = sum(one["iscrowd"] for one in truth["annotations"])
+    assert told["splits"]["train"] == {
+        "images": 12, "empty": 1, "instances": len(truth["annotations"]) - crowds, "crowds": crowds,
+    }  # fmt: skip
+    assert sum(counts["train"] for counts in told["classes"].values()) == len(truth["annotations"]) - crowds
+    assert told["instances_per_image"]["max"] <= 5
+    assert (told["num_queries"], told["input_size"]) == (20, [128, 128])
+    assert sum(count for _, count in told["image_sizes"]) == 16
+
+
+def test_counts_of_classes_stand_in_one_column_whatever_the_length_of_a_name(tmp_path):
+    name = "non-building-infrastructure"
+    coco = content(annotation(), annotation(2, category_id=6))
+    coco["categories"].append({"id": 6, "name": name})
+    lines = to_text(examine(write(tmp_path, coco))).splitlines()
+    rows = [line for line in lines if line.startswith(("  cell", f"  {name}"))]
+    assert len(rows) == 2
+    assert len({row.index("train 1") for row in rows}) == 1
+    assert re.search(rf"{name}\s+train 1", "\n".join(rows))
