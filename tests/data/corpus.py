@@ -332,11 +332,11 @@ def attempt(kind: str, argument: object) -> tuple[str, str]:
 
 def main() -> None:
     cases = [json.loads(line) for line in sys.stdin]
-    import m2f_trainer.data.check
-    import m2f_trainer.data.summary
+    import m2f_trainer.data.validate
+    import m2f_trainer.doctor.summary
 
     if any(kind == "recipe" for kind, _ in cases):
-        import m2f_trainer.recipe  # noqa: F401
+        import m2f_trainer.config.recipe  # noqa: F401
 
     for kind, argument in cases:
         sys.stdout.write(json.dumps(fork(kind, argument)) + "\n")

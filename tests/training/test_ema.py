@@ -13,6 +13,7 @@ from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_metrics
 from m2f_trainer.training import ema, run
+from m2f_trainer.training.evaluate import evaluate_folder
 from tests.training.runs import write_tiny
 
 
@@ -78,7 +79,7 @@ def test_checkpoints_and_the_final_model_hold_the_average(averaged_run: Any) -> 
 def test_the_figures_of_a_checkpoint_are_those_of_its_averaged_model(averaged_run: Any) -> None:
     folder, _ = averaged_run
     checkpoint = folder / "run" / "checkpoint-4"
-    again = run.evaluate_folder(str(checkpoint), str(folder / "data"), batch_size=1)
+    again = evaluate_folder(str(checkpoint), str(folder / "data"), batch_size=1)
     held = read_metrics(checkpoint / "metrics.json")
     assert again["eval_mar_100"] == pytest.approx(held["eval_mar_100"], abs=1e-9)
     assert again["eval_map"] == pytest.approx(held["eval_map"], abs=1e-9)
