@@ -63,7 +63,7 @@ def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import to_json, to_text
 
-    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries, arguments.streaming)
+    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
     result = examine(arguments.dataset, settings)
     say(to_json(result) if arguments.json else to_text(result))
     written = write_check(arguments, result)
@@ -71,8 +71,7 @@ def check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         say("\n".join(written))
         fixed = arguments.fix if result.status != UNUSABLE else None
         name = shlex.quote(str(fixed or arguments.dataset))
-        streamed = " --streaming true --max_steps 10000" * (arguments.streaming is not None and not fixed)
-        train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {name}{streamed}"
+        train_it = f"m2f train dinov3_vits16plus_1024 --dataset_name {name}"
         mend_it = f"m2f check {name}" + " --fix corrected" * (result.status != UNUSABLE)
         advise(train_it if fixed or not result.status else mend_it)
     return result.status

@@ -113,9 +113,6 @@ def check_options(command: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--augmentation", default="lsj", choices=["none", "light", "lsj", "strong"], help="preset of --preview [lsj]"
     )
-    command.add_argument(
-        "--streaming", type=count, metavar="N", help="of a dataset on the Hub, read only N images of each split"
-    )
     model = command.add_argument_group("the model it is for", "objects are judged by its queries and input size")
     model.add_argument("--num_queries", type=count, metavar="N", default=100, help="queries of the model [%(default)s]")
     model.add_argument(

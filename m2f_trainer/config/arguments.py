@@ -97,9 +97,6 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset_name: str | None = option(None, "Folder of a COCO or YOLO dataset, or a dataset on the Hub: user/name.")
-    streaming: bool = option(
-        False, "Read the training split of a Hub dataset as it comes instead of downloading it; needs max_steps."
-    )
     image_height: int = option(1024, "Height images are resized and padded to; a multiple of the patch size.")
     image_width: int = option(1024, "Width images are resized and padded to; a multiple of the patch size.")
     augmentation: Literal["none", "light", "lsj", "strong"] = option(
@@ -120,12 +117,6 @@ class DataArguments:
         check_ranges(self, {"color_jitter": (0, 1), "copy_paste": (0, 1)})
         check_ranges(self, {"max_train_samples": (1, None), "max_eval_samples": (1, None)})
         check_ranges(self, {"lsj_min_scale": (0.01, self.augment()["lsj_max_scale"]), "lsj_max_scale": (0.01, 10)})
-
-        if self.streaming and self.augment()["copy_paste"]:
-            raise RecipeError(
-                "copy_paste takes instances from any image of the split, and streaming has only those that pass by."
-                " Set copy_paste to 0, or leave streaming out."
-            )
 
     def augment(self) -> dict[str, Any]:
         """The six augmentation fields with the preset's values where they are not set."""

@@ -7,8 +7,7 @@ from m2f_trainer.config.recipe import GROUPS, describe_field
 
 THEMES = {
     "data": (
-        "dataset_name", "streaming", "image_height", "image_width", "min_instance_area", "max_train_samples",
-        "max_eval_samples",
+        "dataset_name", "image_height", "image_width", "min_instance_area", "max_train_samples", "max_eval_samples",
     ),
     "augmentation": (
         "augmentation", "lsj_min_scale", "lsj_max_scale", "horizontal_flip", "rotate90", "color_jitter", "copy_paste",

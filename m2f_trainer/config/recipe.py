@@ -48,8 +48,12 @@ RENAMED = {
     "model": "use backbone",
     "trust_remote_code": "leave it out: no code of a dataset or model is run",
     "cache_dir": "set the environment variable HF_HOME instead",
+    "streaming": "it was removed in this version; leave it out: Hub datasets are downloaded, or use max_train_samples",
 }
 """Names from elsewhere that no likeness leads to -> what to do."""
+
+REMOVED = {"streaming": False}
+"""Fields of earlier versions, which saved recipes may still hold at this value -> the value, which is ignored."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def refuse_unknown(name: str, where: str) -> NoReturn:
 
 def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     """`values` with JSON text made objects. Raises RecipeError on a key or a value that no field takes."""
-    return {key: checked_value(key, value, f"{key} {where}") for key, value in values.items() if known(key, where)}
+    present = {key: value for key, value in values.items() if key not in REMOVED or value is not REMOVED[key]}
+    return {key: checked_value(key, value, f"{key} {where}") for key, value in present.items() if known(key, where)}
 
 
 def known(key: str, where: str) -> bool:
@@ -193,16 +198,6 @@ def build(values: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
         raise RecipeError("dataset_name is missing: give the folder of a COCO dataset, as in --dataset_name my_coco.")
-    if data.streaming and train.max_steps < 1:
-        raise RecipeError(
-            f"max_steps={train.max_steps}: a streamed dataset has no length, so that the run needs max_steps from 1 on."
-            " Set it, or leave streaming out."
-        )
-    if model.feature_cache is not None and data.streaming:
-        raise RecipeError(
-            f"feature_cache={model.feature_cache} runs over every image before training, and streaming reads images as "
-            "they come. Leave one of the two out."
-        )
     check_sides(data, required_multiple(model))
     return Recipe(model, data, train)
 

@@ -54,17 +54,14 @@ def labelled(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
     return {**kept, "class_labels": torch.tensor([class_of[key] for key in ids], dtype=torch.int64)}
 
 
-def collate(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """A batch of B samples with T instances in all; an empty one of None, which a resumed stream throws away.
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of B samples with T instances in all.
 
     Returns:
         pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
         original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order;
         where the samples have them, backbone_maps, (B, C, h, w) each
     """
-    samples = [sample for sample in found if sample is not None]
-    if not samples:
-        return {}
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "pixel_mask": torch.stack([sample["pixel_mask"] for sample in samples]),

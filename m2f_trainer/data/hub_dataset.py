@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol
 
 import datasets
 
@@ -201,10 +201,6 @@ def _under(name: str, report: Report) -> Report:
     return told
 
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
-AnyRows = TypeVar("AnyRows", bound=Rows)
-
-
 def load_dataset(name: str | Path) -> datasets.DatasetDict:
     """The rows of a COCO or YOLO folder, or of a dataset on the Hub (`user/name`) or its downloaded folder.
 
@@ -249,14 +245,12 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
 def read_hub(name: str, report: Report, **options: Any) -> dict[str, HubSplit]:
     """The splits of a Hub dataset as the doctor reads them: what is wrong with a row goes to the report.
 
+    Images are read where needed, and not kept.
+
     Raises:
         DataError: it can't be loaded, or has no image and objects columns
     """
-    return read_rows(name, usable_splits(name, lambda: datasets.load_dataset(name, **options)), report)
-
-
-def read_rows(name: str, splits: Mapping[str, datasets.Dataset], report: Report) -> dict[str, HubSplit]:
-    """The same for rows at hand. Images are read where needed, and not kept."""
+    splits = usable_splits(name, lambda: datasets.load_dataset(name, **options))
     known, found = categories_of_all(name, splits), {}
     for split, stored in splits.items():
         reader, rows = reader_of(name, split, stored, known), plain(stored)
@@ -265,7 +259,7 @@ def read_rows(name: str, splits: Mapping[str, datasets.Dataset], report: Report)
     return found
 
 
-def usable_splits(name: str, load: Callable[[], Mapping[str, AnyRows]]) -> dict[str, AnyRows]:
+def usable_splits(name: str, load: Callable[[], Mapping[str, datasets.Dataset]]) -> dict[str, datasets.Dataset]:
     """What was loaded, under our names of splits.
 
     Raises:
@@ -280,7 +274,7 @@ def usable_splits(name: str, load: Callable[[], Mapping[str, AnyRows]]) -> dict[
         ) from error
     splits = {SPLITS[key]: rows for key, rows in loaded.items() if key in SPLITS}
     for split, rows in splits.items():
-        columns = rows.column_names or []
+        columns = rows.column_names
         if not {"image", "objects"} <= set(columns):
             raise DataError(
                 f"{name}, split {split!r}: expected columns image and objects, found {', '.join(columns) or 'none'}."
@@ -291,13 +285,13 @@ def usable_splits(name: str, load: Callable[[], Mapping[str, AnyRows]]) -> dict[
     return splits
 
 
-def is_ours(rows: Rows) -> bool:
+def is_ours(rows: datasets.Dataset) -> bool:
     """Whether rows were built by `load_coco` before they were uploaded."""
     same = all(rows.features.get(key) == FEATURES[key] for key in ("image_id", "height", "width", "objects"))
     return same and bool(stored_categories(rows))
 
 
-def stored_categories(rows: Rows) -> tuple[Category, ...]:
+def stored_categories(rows: datasets.Dataset) -> tuple[Category, ...]:
     """The categories that rows of ours carry in their features, none for those of another's making."""
     label = rows.features.get("categories")
     try:
@@ -307,7 +301,7 @@ def stored_categories(rows: Rows) -> tuple[Category, ...]:
         return ()
 
 
-def class_names(rows: Rows) -> dict[int, str]:
+def class_names(rows: datasets.Dataset) -> dict[int, str]:
     """Names of a ClassLabel among the fields of objects, or those that rows of ours carry."""
     fields = rows.features["objects"]
     inner = fields.feature if isinstance(fields, datasets.List) else fields
@@ -339,7 +333,7 @@ def _objects(row: Mapping[str, Any], where: str) -> list[Any]:
         return []
 
 
-def reader_of(name: str, split: str, rows: Rows, categories: Iterable[Category]) -> RowReader:
+def reader_of(name: str, split: str, rows: datasets.Dataset, categories: Iterable[Category]) -> RowReader:
     """What reads the rows of a split: those with names take any of these, others the categories given."""
     names = {} if is_ours(rows) else class_names(rows)
     return RowReader(
@@ -347,13 +341,12 @@ def reader_of(name: str, split: str, rows: Rows, categories: Iterable[Category])
     )
 
 
-def plain(rows: AnyRows) -> AnyRows:
+def plain(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with images as stored bytes or paths, and with the columns that we read."""
     known = ("image", "image_id", "height", "width", "objects", "categories")
     used = known if is_ours(rows) else ("image", "image_id", "objects")
-    kept: AnyRows = rows.select_columns([key for key in used if key in rows.column_names])
-    stored: AnyRows = kept.cast_column("image", datasets.Image(decode=False))
-    return stored
+    kept = rows.select_columns([key for key in used if key in rows.column_names])
+    return kept.cast_column("image", datasets.Image(decode=False))
 
 
 def named(rows: datasets.Dataset, categories: Iterable[Category]) -> datasets.Dataset:
@@ -362,10 +355,8 @@ def named(rows: datasets.Dataset, categories: Iterable[Category]) -> datasets.Da
     return rows
 
 
-def keep(rows: Rows, reader: RowReader, categories: Iterable[Category], **source: str) -> datasets.Dataset:
+def keep(rows: datasets.Dataset, reader: RowReader, categories: Iterable[Category]) -> datasets.Dataset:
     """The rows as ours, converted where they aren't, in datasets' cache: memory doesn't grow with their number.
-
-    `source` tells contents apart for which the rows themselves look the same, such as those of a stream.
 
     Raises:
         DataError: a row can't be converted
@@ -373,12 +364,12 @@ def keep(rows: Rows, reader: RowReader, categories: Iterable[Category], **source
     found = tuple(categories)
     with advice_alone():
         kept = datasets.Dataset.from_generator(
-            checked, features=features_of(found), gen_kwargs={"rows": rows, "reader": reader, **source}
+            checked, features=features_of(found), gen_kwargs={"rows": rows, "reader": reader}
         )
     return named(kept, found)
 
 
-def checked(rows: Iterable[Mapping[str, Any]], reader: RowReader, **source: str) -> Iterator[Entry]:
+def checked(rows: Iterable[Mapping[str, Any]], reader: RowReader) -> Iterator[Entry]:
     """The rows as ours, one by one.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import TypeAlias
 from m2f_trainer.data.coco_json import AnnotationFile
 from m2f_trainer.data.dataset import Category, find_splits, folded, read_split, used_categories, with_validation
 from m2f_trainer.data.hub_dataset import is_hub_set, read_hub
-from m2f_trainer.data.hub_streams import read_stream
 from m2f_trainer.data.problems import Finding, Findings, Report, some
 from m2f_trainer.doctor.duplicates import same_pictures
 from m2f_trainer.doctor.scan import Scan, Settings, scan_split
@@ -48,25 +47,22 @@ def examine(root: str | Path, settings: Settings | None = None) -> Examination:
     Nothing is raised: all problems are findings.
     """
     settings, report, folder = settings or Settings(), Findings(), Path(root)
-    files = _read(folder, settings, report)
+    files = _read(folder, report)
     scans = {split: scan_split(file, settings, report) for split, file in files.items()}
     categories = used_categories(files, report) if files else []
     copies: tuple[tuple[Place, ...], ...] = ()
     if files:
         _check_splits(folder, files, scans, report)
         _check_names(files, categories, report)
-        if settings.streaming is None:  # what isn't among the first images may be among the others
-            _check_use(files, scans, categories, report)
+        _check_use(files, scans, categories, report)
         copies = _check_copies(files, scans, report)
     return Examination(folder, settings, files, scans, tuple(categories), tuple(report.listed()), copies)
 
 
-def _read(root: Path, settings: Settings, report: Report) -> Mapping[str, AnnotationFile]:
+def _read(root: Path, report: Report) -> Mapping[str, AnnotationFile]:
     """The splits that can be read, with a validation split held out where training would."""
     files: dict[str, AnnotationFile] = {}
     try:
-        if settings.streaming is not None:
-            return read_stream(str(root), settings.streaming, report)
         if is_hub_set(root):
             return _told(read_hub(str(root), report), report)
         layout = find_splits(root)

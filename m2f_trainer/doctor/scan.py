@@ -25,7 +25,6 @@ class Settings:
     image_height: int = 1024
     image_width: int = 1024
     num_queries: int = 100
-    streaming: int | None = None  # images of each split that are read, of a dataset that is streamed
 
 
 @dataclass(frozen=True)

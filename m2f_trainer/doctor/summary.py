@@ -24,7 +24,6 @@ def figures(examination: Examination) -> dict[str, Any]:
         "classes": class_counts(examination),
         "instances_per_image": _spread(instances_per_image(examination)),
         "num_queries": examination.settings.num_queries,
-        "streaming": examination.settings.streaming,
         "input_size": [examination.settings.image_height, examination.settings.image_width],
         "object_side_at_input": _spread(object_sides(examination)),
         "image_sizes": image_sizes(examination)[:20],
@@ -102,8 +101,6 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield f"{'split':8}{'images':>9}{'empty':>8}{'objects':>10}{'crowds':>8}"
     for split, row in told["splits"].items():
         yield f"{split:8}{row['images']:9}{row['empty']:8}{row['instances']:10}{row['crowds']:8}"
-    if told["streaming"] is not None:
-        yield f"streamed: at most {told['streaming']} images of each split were read"
     per_image, sides, size = told["instances_per_image"], told["object_side_at_input"], told["input_size"]
     yield (
         f"objects in an image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"

@@ -11,7 +11,6 @@ from PIL import Image
 
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
-from m2f_trainer.data.hub_streams import load_stream
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference.instances import Instances, tight_boxes
@@ -22,11 +21,10 @@ from m2f_trainer.viz.overlay import draw_instances
 def rows_of_run(run: Run) -> Dataset | None:
     """The valid split that the run was scored on; None where its dataset can't be had here."""
     name = run.recipe.get("dataset_name")
-    if not name:
+    if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
         return None
     try:
-        splits = load_stream(str(name))[1] if run.recipe.get("streaming") else load_dataset(str(name))
-        return splits.get("valid")
+        return load_dataset(str(name)).get("valid")
     except (DataError, OSError):
         return None
 

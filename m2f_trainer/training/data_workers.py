@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.errors import LEVERS, M2FError, TrainingError
 
 
@@ -48,33 +47,6 @@ class Watched(Dataset[dict[str, Any]]):
     def suspects(self) -> list[str]:
         """Names of the samples that were begun and not finished."""
         return [self.name(index) for index in self.in_hand.tolist() if index >= 0]
-
-
-class WatchedStream(IterableDataset[dict[str, Any] | None]):
-    """The same for a stream."""
-
-    def __init__(self, stream: InstanceStream, workers: int) -> None:
-        self.stream = stream
-        self.in_hand = torch.full((max(workers, 1),), -1, dtype=torch.int64)
-        self.in_hand.share_memory_()
-
-    def __iter__(self) -> Iterator[dict[str, Any] | None]:
-        """The samples. Raises TrainingError as `Watched` does."""
-        for place in self.stream.places():
-            if place is None:
-                yield None
-                continue
-            with in_hand(self.in_hand, place[1], lambda number=place[1]: self.name(number)):  # type: ignore[misc]
-                sample = self.stream.sample(place)
-            yield sample
-
-    def name(self, number: int) -> str:
-        """The name of a sample in messages."""
-        return f"sample {number} of the stream"
-
-    def suspects(self) -> list[str]:
-        """Names of the samples that were begun and not finished."""
-        return [self.name(number) for number in self.in_hand.tolist() if number >= 0]
 
 
 @contextmanager
@@ -124,7 +96,7 @@ class QuietWorker:
 
 
 @contextmanager
-def explained(datasets: Sequence[Watched | WatchedStream], timeout: int) -> Iterator[None]:
+def explained(datasets: Sequence[Watched], timeout: int) -> Iterator[None]:
     """Turn what ends a run into a TrainingError that says what to do. `datasets` grows while the run goes on."""
     try:
         yield

@@ -12,8 +12,6 @@ from m2f_trainer.config.recipe import Recipe, save_recipe
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
-from m2f_trainer.data.hub_streams import Stream, load_stream
-from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.errors import RecipeError
@@ -23,11 +21,6 @@ from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.feature_cache import cached
-
-
-def known(rows: Dataset | Stream) -> Dataset:
-    """The training images that can be looked at before a run: of a stream, the first ones."""
-    return rows.first if isinstance(rows, Stream) else rows
 
 
 class SavedWithModel:
@@ -67,29 +60,21 @@ def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
     )
 
 
-def load_data(data: DataArguments) -> tuple[Dataset | Stream, DatasetDict]:
+def load_data(data: DataArguments) -> tuple[Dataset, DatasetDict]:
     """Load and check the training split and those to score on; train and valid must be there.
 
     Raises DataError before any model is touched.
     """
-    name, limit = str(data.dataset_name), data.max_train_samples
-    stream, splits = load_stream(name) if data.streaming else (None, load_dataset(name))
+    splits = load_dataset(str(data.dataset_name))
     scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
-    check_dataset(splits, train="" if stream else "train", evaluation=scored)
+    check_dataset(splits, train="train", evaluation=scored)
     to_score = DatasetDict({split: first(splits[split], data.max_eval_samples) for split in scored})
-    if stream is None:
-        return first(splits["train"], limit), to_score
-    return stream if limit is None else stream.take(limit), to_score
+    return first(splits["train"], data.max_train_samples), to_score
 
 
-def training_samples(
-    recipe: Recipe, rows: Dataset | Stream, categories: Sequence[Category], model: M2FModel
-) -> InstanceDataset | InstanceStream:
+def training_samples(recipe: Recipe, rows: Dataset, categories: Sequence[Category], model: M2FModel) -> InstanceDataset:
     """The training split as the model is shown it, with what the backbone makes of it where that is to be kept."""
-    transform, views = train_transform(recipe), recipe.model.feature_cache
-    if isinstance(rows, Stream):
-        return InstanceStream(rows, transform, transform.seed)
-    samples = InstanceDataset(rows, transform, categories)
+    samples, views = InstanceDataset(rows, train_transform(recipe), categories), recipe.model.feature_cache
     return samples if views is None else cached(samples, categories, model, views, recipe.train)
 
 

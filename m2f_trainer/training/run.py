@@ -44,7 +44,6 @@ from m2f_trainer.training.prepare import (
     SavedWithModel,
     build,
     eval_transform,
-    known,
     load_data,
     require_figure,
     train_transform,
@@ -64,9 +63,9 @@ def train(recipe: Recipe) -> dict[str, float]:
     with StopOnSignal() as stop, only_run(recipe.train):
         checkpoint = from_main(lambda: find_resume(recipe.train))
         train_rows, splits = load_data(recipe.data)
-        categories = categories_of(known(train_rows))
+        categories = categories_of(train_rows)
         require_figure(recipe.train.metric_for_best_model, splits["valid"])
-        recipe = resolved(recipe, known(train_rows), checkpoint)
+        recipe = resolved(recipe, train_rows, checkpoint)
         facts = fingerprint(recipe, train_rows, splits["valid"], categories)
         start = from_main(lambda: starting_point(checkpoint, recipe.train, facts))
         model = build(as_it_reads(recipe.model, start), recipe.data, categories)
@@ -103,7 +102,7 @@ def resolved(recipe: Recipe, train_rows: Dataset, checkpoint: Path | None = None
 def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     set_seed(recipe.train.seed)
-    rows = known(load_data(recipe.data)[0])
+    rows, _ = load_data(recipe.data)
     recipe = resolved(recipe, rows)
     objects = sum(len(some) for some in rows["objects"])
     model = build(recipe.model, recipe.data, categories_of(rows))

@@ -14,13 +14,12 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
-from m2f_trainer.data.streams import InstanceStream
 from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
@@ -31,7 +30,7 @@ from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
-from m2f_trainer.training.data_workers import Watched, WatchedStream, watch
+from m2f_trainer.training.data_workers import Watched, watch
 from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.optimizer import Grouped, ShapedRates
 from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
@@ -51,7 +50,7 @@ class M2FTrainer(Trainer):
         model: M2FModel,
         args: TrainArguments,
         *,
-        train_dataset: InstanceDataset | InstanceStream | None = None,
+        train_dataset: InstanceDataset | None = None,
         eval_dataset: InstanceDataset | None = None,
         compute_metrics: Scorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -82,7 +81,7 @@ class M2FTrainer(Trainer):
         self.latest_metrics: dict[str, float] = {}
         self.details: Mapping[str, Any] = {}
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
-        self.watched: list[Watched | WatchedStream] = []
+        self.watched: list[Watched] = []
         self.step_batches: list[dict[str, Any]] = []
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
@@ -149,10 +148,6 @@ class M2FTrainer(Trainer):
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit and with samples that can be named when a worker fails."""
         limit = self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0
-        if isinstance(dataset, InstanceStream):
-            stream = WatchedStream(dataset, self.args.dataloader_num_workers)
-            self.watched.append(stream)
-            return watch(stream_loader(stream, int(kwargs["batch_size"]), self.args), limit)
         if isinstance(dataset, InstanceDataset):
             dataset = Watched(dataset, self.args.dataloader_num_workers)
             self.watched.append(dataset)
@@ -179,20 +174,6 @@ class M2FTrainer(Trainer):
         if self.args.should_save:
             output, state = Path(str(self.args.output_dir)), self.state
             rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)
-
-
-def stream_loader(stream: WatchedStream, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:
-    """Batches of this rank's share. accelerate would have one rank read for all, or deal out the shares once more."""
-    stream.stream.deal(args.process_index, args.world_size, batch_size)
-    return DataLoader(
-        stream,
-        batch_size=batch_size,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
 
 
 def split_rows(dataset: Dataset[Any]) -> Any:

@@ -131,7 +131,7 @@ def test_names_that_the_outputs_encoding_lacks_are_escaped(monkeypatch: pytest.M
     "argv",
     [
         "predict m in --batch_size 0", "predict m in --tile -5", "evaluate m d --batch_size -1", "export m --images 0",
-        "check d --preview 0", "check d --num_queries 0", "check d --image_height x", "check d --streaming 0",
+        "check d --preview 0", "check d --num_queries 0", "check d --image_height x",
     ],
 )  # fmt: skip
 def test_a_count_below_one_is_wrong_usage(argv: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,12 +85,18 @@ def test_a_saved_recipe_has_no_token_and_no_rank(tmp_path: Path, monkeypatch: py
         ({"model_name_or_path": "x"}, "use backbone"),
         ({"do_reduce_labels": True}, "leave it out"),
         ({"warmup_ratio": 0.1}, "use warmup_steps"),
+        ({"streaming": True}, "it was removed in this version; leave it out: Hub datasets are downloaded, or use max_"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path, values: dict[str, Any], nearest: str) -> None:
     message = error_of(write(tmp_path, values))
     assert f"Unknown option {next(iter(values))} in {tmp_path}" in message
     assert nearest in message
+
+
+def test_a_saved_recipe_that_did_not_stream_still_loads(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"dataset_name": "coco", "streaming": false}')
+    assert load_recipe([str(tmp_path / "recipe.json")]) == load_recipe(["--dataset_name", "coco"])
 
 
 def test_an_unknown_option_names_the_nearest_valid_one() -> None:

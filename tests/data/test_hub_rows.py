@@ -6,7 +6,6 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
-from m2f_trainer.cli import main as cli
 from m2f_trainer.data.dataset import Category, features_of, load_coco
 from m2f_trainer.data.hub_dataset import load_hub, read_hub
 from m2f_trainer.data.problems import Findings
@@ -157,38 +156,3 @@ def test_images_of_the_hub_are_read_when_looked_at_and_not_kept(tmp_path, monkey
     assert len(held) == 93 + 24  # the pictures of the page are read again
     repair(examination, tmp_path / "copy")
     assert examine(tmp_path / "copy").status == 0
-
-
-@pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("first")
-    splits = load_coco(write_sample(folder / "set", images=(9, 3, 0)), cache_dir=folder / "cache")
-    return as_pushed(splits, folder / "pushed", files=2)
-
-
-def test_the_first_images_of_a_streamed_set_are_checked_as_all_would_be(pushed):
-    some = examine(pushed, Settings(64, 64, streaming=2))
-    assert some.status == 0
-    assert {split: len(scans) for split, scans in some.scans.items()} == {"train": 2, "valid": 2}
-    every, whole = examine(pushed, Settings(64, 64, streaming=100)), examine(pushed, Settings(64, 64))
-    for split, scans in whole.scans.items():
-        assert [scan.objects for scan in every.scans[split]] == [scan.objects for scan in scans]
-        assert [scan.look.digest for scan in every.scans[split]] == [scan.look.digest for scan in scans]
-    assert [one.kind for one in every.findings] == [one.kind for one in whole.findings]
-
-
-def test_the_command_tells_that_it_read_a_part_and_how_to_train_on_it(pushed, capsys):
-    assert cli.main(["check", pushed, "--streaming", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "streamed: at most 2 images of each split were read" in told
-    assert f"--dataset_name {pushed} --streaming true --max_steps" in told
-
-
-def test_a_streamed_check_refuses_what_streamed_training_does(tmp_path):
-    examination = examine(foreign(tmp_path / "set", fields={"category": Value("int64")}), Settings(streaming=5))
-    assert examination.status == 2
-    assert "ClassLabel" in examination.findings[0].message
-    write_sample(tmp_path / "coco", images=(1, 1, 0))
-    examination = examine(tmp_path / "coco", Settings(streaming=5))
-    assert examination.status == 2
-    assert "Leave streaming out" in examination.findings[0].message

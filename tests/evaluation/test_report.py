@@ -127,15 +127,14 @@ def test_a_page_without_the_dataset_says_so(data: Path, tmp_path: Path) -> None:
     assert any("is not here" in word for word in reader.words)
 
 
-def test_pictures_of_a_streamed_run_need_no_download_of_its_training_images(
+def test_a_report_on_a_streamed_run_downloads_nothing_and_has_no_pictures(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, splits = write_run(tmp_path / "run", data), load_coco(data)
+    folder = write_run(tmp_path / "run", data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
     opened: list[str] = []
     monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_dataset", opened.append)
-    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_stream", lambda name: (name, splits))
-    assert "img" in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
+    assert "img" not in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
     assert opened == []
 
 

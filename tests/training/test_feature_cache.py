@@ -134,11 +134,6 @@ def test_a_backbone_that_trains_has_no_cache(tmp_path: Path, tune: str) -> None:
         load_recipe([str(write_tiny(tmp_path, tune=tune, feature_cache=2))])
 
 
-def test_a_stream_has_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"feature_cache=2 runs over every image .* Leave one of the two out"):
-        load_recipe([str(write_tiny(tmp_path, tune="frozen", feature_cache=2, streaming=True))])
-
-
 def test_a_run_with_a_cache_ends_with_a_model_and_without_the_cache(tmp_path: Path) -> None:
     figures = train(load_recipe([str(write_tiny(tmp_path, tune="frozen", feature_cache=2, max_steps=2))]))
     assert "eval_map" in figures

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from m2f_trainer.evaluation.coco import metrics_table
-from m2f_trainer.training.data_workers import Watched, WatchedStream
+from m2f_trainer.training.data_workers import Watched
 from m2f_trainer.version import __version__
 
 
@@ -37,10 +37,7 @@ class SeedEveryStep(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Tell the dataset which epoch begins, counted as the Trainer does; and a stream, where the run goes on."""
-        if train_dataloader is not None and isinstance(train_dataloader.dataset, WatchedStream):
-            each = args.gradient_accumulation_steps * int(train_dataloader.batch_size or 1)
-            train_dataloader.dataset.stream.span(state.global_step * each, state.max_steps * each)
+        """Tell the dataset which epoch begins, counted as the Trainer does."""
         if train_dataloader is not None and isinstance(train_dataloader.dataset, Watched):
             updates = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             train_dataloader.dataset.set_epoch(state.global_step // max(updates, 1))

@@ -10,7 +10,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from m2f_trainer.config.recipe import Recipe
-from m2f_trainer.data.hub_streams import Stream
 
 MODEL_FIELDS = (
     "backbone", "neck", "tune", "num_queries", "pyramid_taps", "lora_rank", "lora_alpha", "lora_dropout",
@@ -27,8 +26,8 @@ FIXED = {*MODEL_FIELDS, "categories", "engine"}
 """What no checkpoint can be carried over to: another model, or sharding, starts a new run, with init_from."""
 
 
-def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, as plain values by name. A stream's images are not counted."""
+def fingerprint(recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
+    """Everything that decides the numbers of a run, as plain values by name."""
     world = {"world_size": recipe.train.world_size}
     values = {name: vars(recipe.model)[name] for name in MODEL_FIELDS}
     values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS} | recipe.data.augment()
@@ -36,8 +35,8 @@ def fingerprint(recipe: Recipe, train: Dataset | Stream, valid: Dataset, categor
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
     values["feature_cache"] = recipe.model.feature_cache
-    values["train_images"] = None if isinstance(train, Stream) else len(train)
-    values["train_data"] = train.version if isinstance(train, Stream) else digest_of(train)
+    values["train_images"] = len(train)
+    values["train_data"] = digest_of(train)
     values["valid_data"] = digest_of(valid)
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
@@ -65,9 +64,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def updates_an_epoch(facts: Mapping[str, Any]) -> int:
-    """Optimiser steps an epoch, counted as the Trainer does: a stream is one epoch."""
-    if facts["train_images"] is None:
-        return int(facts["max_steps"])
+    """Optimiser steps an epoch, counted as the Trainer does."""
     batches = facts["train_images"] / facts["per_device_train_batch_size"]
     rounded: Callable[[float], int] = math.floor if facts["dataloader_drop_last"] else math.ceil
     of_a_rank = rounded(rounded(batches) / facts["world_size"])
@@ -82,7 +79,7 @@ def step_samples(facts: Mapping[str, Any]) -> int:
 
 def same_sample(step: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     """The step of the changed run that has seen as many samples as `step` of the former one, to the nearest step."""
-    if then["train_images"] is None or now["train_images"] is None:
+    if then["train_images"] is None:  # a streamed run of an earlier version, whose length was unknown
         return round(step * step_samples(then) / step_samples(now))
     epochs, within = divmod(step, updates_an_epoch(then))
     images, images_now = int(then["train_images"]), int(now["train_images"])
