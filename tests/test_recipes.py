@@ -84,7 +84,7 @@ def test_options_of_the_original_script_lead_to_fields_that_exist_or_to_advice()
         assert set(new) <= FIELDS, ours
         for option in re.findall(r"--(\w+)", original):
             if option not in FIELDS or option == "hub_token":
-                with pytest.raises(RecipeError, match=f"Unknown option --{option}.*: (use|leave|set|name)|HF_TOKEN"):
+                with pytest.raises(RecipeError, match=f"Unknown option --{option}.*: (use|leave|set|give)|HF_TOKEN"):
                     load_recipe([f"--{option}", "x"])
 
 

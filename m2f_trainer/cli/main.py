@@ -104,9 +104,9 @@ def write_check(arguments: argparse.Namespace, result: "Examination") -> list[st
 
 def train(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     if arguments.help:
-        from m2f_trainer.config.field_help import describe_fields
+        from m2f_trainer.config.field_help import help_of_fields
 
-        say(f"{subparser_help('train')}\n{describe_fields()}")
+        say(f"{subparser_help('train')}\n{help_of_fields()}")
         return
     from m2f_trainer.config.recipe import load_recipe
 

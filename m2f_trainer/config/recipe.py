@@ -19,8 +19,17 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from m2f_trainer.config.arguments import DataArguments, ModelArguments
+from m2f_trainer.config.fields import Option, options_of
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.config.typed_json import describe, is_a, is_finite, leaves, parse, read_object, takes_object
+from m2f_trainer.config.typed_json import (
+    describe_type,
+    has_type,
+    is_finite,
+    leaves,
+    parse_json,
+    read_object,
+    takes_object,
+)
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.backbones import BACKBONES, read_config, stride_of
 
@@ -28,37 +37,31 @@ __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_
 
 GROUPS = (ModelArguments, DataArguments, TrainArguments)
 
-NOT_SAVED = {"save_strategy", "save_steps", "eval_strategy", "eval_steps", "hub_token", "local_rank"}
-"""Fields that follow from checkpointing_steps, or belong to one person or process."""
-
-TEXT_OR_MORE: dict[str, type] = {"checkpointing_steps": int, "resume_from_checkpoint": bool}
-"""Fields that are text on a command line, and may be of this type too in JSON."""
-
-AUTO, AUTOMATIC = "auto", ("learning_rate", "per_device_train_batch_size", "num_train_epochs")
-"""Fields that may be this word instead of a number; `training.automatic` resolves it."""
+AUTO = "auto"
+"""What some fields accept instead of a number (`Option.auto`); `training/auto.py` resolves it."""
 
 RENAMED = {
     "model_name_or_path": "use backbone, and head_checkpoint for the head",
-    "do_reduce_labels": "leave it out: category ids of the file are mapped to classes by themselves",
+    "do_reduce_labels": "leave it out: the category ids of the file are mapped to classes automatically",
     "mixed_precision": "use bf16 or fp16",
-    "warmup_ratio": "use warmup_steps, which below 1 is a share of the run",
+    "warmup_ratio": "use warmup_steps, which below 1 is a fraction of the run",
     "num_warmup_steps": "use warmup_steps",
     "max_train_steps": "use max_steps",
-    "config": "name the recipe first, without an option",
+    "config": "give the recipe as the first argument, without an option",
     "model": "use backbone",
-    "trust_remote_code": "leave it out: no code of a dataset or model is run",
+    "trust_remote_code": "leave it out: code of a dataset or model is never run",
     "cache_dir": "set the environment variable HF_HOME instead",
     "streaming": "it was removed in this version; leave it out: Hub datasets are downloaded, or use max_train_samples",
 }
-"""Names from elsewhere that no likeness leads to -> what to do."""
+"""Option names of other projects whose nearest name here would be wrong -> advice."""
 
 REMOVED = {"streaming": False}
-"""Fields of earlier versions, which saved recipes may still hold at this value -> the value, which is ignored."""
+"""Removed fields -> the value at which they are ignored, since the recipes saved by earlier versions contain it."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -77,16 +80,17 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, every field included, for `load_recipe` to read back as an equal one."""
+    """Write the resolved recipe with every field; `load_recipe` reads it back as an equal one."""
     training: dict[str, Any] = recipe.train.to_dict()  # type: ignore[no-untyped-call]
     values = {**vars(recipe.model), **vars(recipe.data), **training}
     values["debug"] = " ".join(values["debug"])
-    kept = {key: value for key, value in values.items() if key not in NOT_SAVED}
+    left_out = {name for name, row in rows().items() if not row.saved}
+    kept = {key: value for key, value in values.items() if key not in left_out}
     path.write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name`, or the recipe of that name that comes with the package. Raises RecipeError."""
+    """The file `name`, or the recipe of that name shipped with the package. Raises RecipeError if there is neither."""
     package = Path(__file__).parents[1]
     folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
     for path in [Path(name), *(folder / f"{name.removesuffix('.json')}.json" for folder in folders)]:
@@ -97,7 +101,7 @@ def find_recipe(name: str) -> Path:
 
 
 class OptionParser(HfArgumentParser):
-    """HfArgumentParser that returns only what was given, and raises RecipeError where argparse would exit."""
+    """HfArgumentParser that returns only the options that were given, and raises RecipeError instead of exiting."""
 
     def __init__(self) -> None:
         super().__init__(GROUPS, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
@@ -107,11 +111,16 @@ class OptionParser(HfArgumentParser):
                 action.type = word_or("null", action.type, None)
             if hints()[action.dest] == bool | None:
                 action.nargs, action.const = "?", True
-            if action.dest in AUTOMATIC and callable(action.type):
+            if accepts_auto(action.dest) and callable(action.type):
                 action.type = word_or(AUTO, action.type)
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's, without the metadata that is not argparse's: HfArgumentParser passes all of a field's on."""
+        settings.pop("option", None)
+        return super().add_argument(*names, **settings)
+
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The options in `argv`, typed. Raises RecipeError on unknown, duplicate and ill-typed ones."""
+        """The options in `argv`, typed. Raises RecipeError if one is unknown, given twice or of the wrong type."""
         fields_of = {name: action.dest for action in self._actions for name in action.option_strings}
         seen: set[str] = set()
         for name in [token.split("=")[0] for token in argv if token.startswith("--")]:
@@ -125,12 +134,12 @@ class OptionParser(HfArgumentParser):
         return vars(namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Where argparse goes with a value of the wrong type."""
+        """Called by argparse for a value of the wrong type."""
         raise RecipeError(f"On the command line: {message}.")
 
 
 def word_or(word: str, convert: Callable[[str], Any], *meaning: Any) -> Callable[[str], Any]:
-    """`convert`, but one word stands for itself, or for a meaning."""
+    """`convert`, except that `word` is returned as it is, or as `meaning` if that is given."""
 
     @wraps(convert)
     def converted(text: str) -> Any:
@@ -141,13 +150,24 @@ def word_or(word: str, convert: Callable[[str], Any], *meaning: Any) -> Callable
 
 @cache
 def hints() -> dict[str, Any]:
-    """Every field's type, by name."""
+    """Field name -> type, for every field of the three dataclasses."""
     types = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
     return {one.name: types[one.name] for group in GROUPS for one in fields(group) if one.init}
 
 
+@cache
+def rows() -> dict[str, Option]:
+    """Field name -> row, for every field that has one; the others are transformers' own."""
+    return {name: row for group in GROUPS for name, row in options_of(group).items()}
+
+
+def accepts_auto(name: str) -> bool:
+    """Whether "auto" is a value of this field."""
+    return name in rows() and rows()[name].auto
+
+
 def refuse_unknown(name: str, where: str) -> NoReturn:
-    """Raise RecipeError that names the nearest valid key."""
+    """Raise RecipeError with the nearest valid name."""
     key, dashes = name.removeprefix("--").replace("-", "_"), "--" if name.startswith("--") else ""
     nearest = dashes + difflib.get_close_matches(key, hints(), n=1, cutoff=0.0)[0]
     advice = RENAMED.get(key, f"the nearest is {nearest}")
@@ -155,39 +175,39 @@ def refuse_unknown(name: str, where: str) -> NoReturn:
 
 
 def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` with JSON text made objects. Raises RecipeError on a key or a value that no field takes."""
+    """`values` with JSON strings of objects parsed. Raises RecipeError for unknown names and invalid values."""
     present = {key: value for key, value in values.items() if key not in REMOVED or value is not REMOVED[key]}
-    return {key: checked_value(key, value, f"{key} {where}") for key, value in present.items() if known(key, where)}
-
-
-def known(key: str, where: str) -> bool:
-    """True, or RecipeError where no field has that name."""
-    return key in hints() or refuse_unknown(key, where)
+    for key in present:
+        if key not in hints():
+            refuse_unknown(key, where)
+    return {key: checked_value(key, value, f"{key} {where}") for key, value in present.items()}
 
 
 def checked_value(key: str, value: Any, where: str) -> Any:
-    """A value of the field's type, finite, free of code and tokens. Raises RecipeError."""
+    """The value, converted to the type of its field. Raises RecipeError for the wrong type, NaN, code and tokens."""
     if key == "hub_token" and value is not None:
-        raise RecipeError(f"{where}: tokens belong in no recipe or command. Set HF_TOKEN or run `hf auth login`.")
+        raise RecipeError(
+            f"{where}: tokens are not accepted in a recipe or command. Set HF_TOKEN or run `hf auth login`."
+        )
     if isinstance(value, str) and value.startswith("{") and takes_object(hints()[key]):
-        value = parse(value, f"in {where}")
+        value = parse_json(value, f"in {where}")
     if not is_finite(value):
         raise RecipeError(f"{where}: expected a finite number, got {value}.")
     for leaf in leaves(value):
         if isinstance(leaf, str) and leaf.endswith(".py"):
             raise RecipeError(f"{where}: got the Python file {leaf!r}; a recipe holds values, never code.")
-    if key in TEXT_OR_MORE and type(value) is TEXT_OR_MORE[key]:
+    if key in rows() and type(value) is rows()[key].json_type:
         return str(value).lower()
-    if key in AUTOMATIC and value == AUTO:
+    if accepts_auto(key) and value == AUTO:
         return value
-    if not is_a(value, hints()[key]):
-        raise RecipeError(f"{where}: expected {describe_field(key)}, got {value!r}.")
+    if not has_type(value, hints()[key]):
+        raise RecipeError(f"{where}: expected {accepted_values(key)}, got {value!r}.")
     return value
 
 
-def describe_field(key: str) -> str:
-    """What a field takes, in a user's words."""
-    return describe(hints()[key]) + (f' or "{AUTO}"' if key in AUTOMATIC else "")
+def accepted_values(key: str) -> str:
+    """The values that a field accepts, in words: 'a number or "auto"'."""
+    return describe_type(hints()[key]) + (f' or "{AUTO}"' if accepts_auto(key) else "")
 
 
 def build(values: Mapping[str, Any]) -> Recipe:
@@ -203,7 +223,7 @@ def build(values: Mapping[str, Any]) -> Recipe:
 
 
 def required_multiple(model: ModelArguments) -> int:
-    """What both image sides must be a multiple of; 1 where only the loaded backbone can tell."""
+    """The number that both image sides must be a multiple of; 1 if it is unknown before the backbone is loaded."""
     if isinstance(model.backbone_config, dict):
         return stride_of(read_config(model.backbone_config))
     if model.backbone in BACKBONES:
@@ -217,4 +237,4 @@ def check_sides(data: DataArguments, multiple: int) -> None:
         if side % multiple:
             below = side // multiple * multiple
             near = " or ".join(str(size) for size in (below, below + multiple) if size > 0)
-            raise RecipeError(f"{name}={side} is no multiple of the backbone's {multiple}. The nearest are {near}.")
+            raise RecipeError(f"{name}={side} is not a multiple of the backbone's {multiple}. The nearest are {near}.")

@@ -1,4 +1,4 @@
-"""JSON read strictly, and its values checked against Python types: what recipes are made of."""
+"""Read JSON strictly, and check its values against Python types."""
 
 import json
 import math
@@ -14,33 +14,33 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The one JSON object of a file. Raises RecipeError on broken JSON, duplicate keys and NaN."""
+    """The JSON object in a file. Raises RecipeError for broken JSON, duplicate keys and NaN."""
     try:
-        values = parse(path.read_text(encoding="utf-8-sig"), f"in {path}")
+        values = parse_json(path.read_text(encoding="utf-8-sig"), f"in {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Can't read {path}: {error}.") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected one JSON object of options, got {describe(type(values))}.")
+        raise RecipeError(f"{path}: expected one JSON object of options, got {describe_type(type(values))}.")
     return values
 
 
-def parse(text: str, where: str) -> Any:
-    """`json.loads` that takes no duplicate key and no NaN or Infinity. Raises RecipeError."""
+def parse_json(text: str, where: str) -> Any:
+    """`json.loads` without duplicate keys, NaN and Infinity. Raises RecipeError."""
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(items)
         for key, _ in items if len(values) < len(items) else []:
             times = [name for name, _ in items].count(key)
             if times > 1:
-                raise RecipeError(f"The key {key!r} stands {times} times {where}. Keep one of them.")
+                raise RecipeError(f"The key {key!r} occurs {times} times {where}. Keep one of them.")
         return values
 
     def refuse(constant: str) -> NoReturn:
-        raise RecipeError(f"{constant} stands {where}: expected a finite number.")
+        raise RecipeError(f"Found {constant} {where}: expected a finite number.")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
+    except (ValueError, RecursionError) as error:  # an integer with too many digits raises a plain ValueError
         raise RecipeError(f"Broken JSON {where}: {error}.") from error
 
 
@@ -56,19 +56,19 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no NaN and no infinity hides in a value."""
+    """Whether a value contains no NaN and no infinity, at any depth."""
     return all(math.isfinite(leaf) for leaf in leaves(value) if isinstance(leaf, float))
 
 
-def is_a(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type: an int passes for a float, a bool never for a number."""
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has a type: an int counts as a float, a bool never as a number."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(is_a(value, one) for one in inner)
+        return any(has_type(value, one) for one in inner)
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if origin is list:
-        return isinstance(value, list) and all(is_a(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(has_type(one, inner[0]) for one in value)
     if hint is float:
         return type(value) in (int, float)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -78,18 +78,18 @@ def is_a(value: Any, hint: Any) -> bool:
 
 def takes_object(hint: Any) -> bool:
     """Whether a JSON object is a valid value of a type."""
-    return is_a({}, hint)
+    return has_type({}, hint)
 
 
-def describe(hint: Any) -> str:
-    """A type in a user's words: 'a whole number or null'."""
+def describe_type(hint: Any) -> str:
+    """A type in words: 'a whole number or null'."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(json.dumps(one) for one in inner)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(describe(one) for one in inner))
+        return " or ".join(dict.fromkeys(describe_type(one) for one in inner))
     if hint is list or origin is list:
-        return f"a list of {describe(inner[0]).removeprefix('a ')}s" if inner else "a list"
+        return f"a list of {describe_type(inner[0]).removeprefix('a ')}s" if inner else "a list"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return WORDS[str]
     return WORDS.get(hint, "an object")

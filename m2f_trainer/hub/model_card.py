@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData
 
-from m2f_trainer.config.recipe import GROUPS
+from m2f_trainer.config.recipe import GROUPS, rows
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.gallery import pictures
@@ -349,16 +349,14 @@ def _row(folder: Path, kind: str, title: str, shown: Mapping[str, Any]) -> Itera
             yield from (f"{title} {number}: {told}", "", f"![{title} {number}: {told}]({name})", "")
 
 
-OF_ONE_PLACE = {
-    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_changes", "dataloader_num_workers",
-    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_timeout", "report_to", "logging_steps",
-    "save_strategy", "save_steps", "eval_strategy", "eval_steps", "hub_strategy", "hub_model_id", "hub_revision",
-    "hub_private_repo", "push_to_hub", "save_total_limit", "per_device_eval_batch_size", "remove_unused_columns",
-    "label_names", "logging_nan_inf_filter", "restore_callback_states_from_checkpoint", "accelerator_config",
-    "run_name", "project", "disable_tqdm", "logging_dir", "local_rank", "hub_token", "do_eval",
-    "ddp_find_unused_parameters", "dataloader_prefetch_factor", "include_for_metrics",
+LOCAL_THEMES = (
+    "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
+)  # fmt: skip
+LOCAL_FIELDS = {
+    "dataloader_pin_memory", "hub_revision", "hub_private_repo", "accelerator_config", "run_name", "project",
+    "disable_tqdm", "logging_dir", "do_eval", "dataloader_prefetch_factor", "include_for_metrics",
 }  # fmt: skip
-"""Fields that say where and how a run was kept, or that can't be otherwise; the model would be the same without."""
+"""Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
 
 GIBIBYTE = 2**30
 
@@ -406,11 +404,10 @@ def duration(seconds: float) -> str:
 
 def chosen_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe of the fields that make the model: those this package names, and others that were set."""
-    every = [one for group in GROUPS for one in fields(group) if one.init and one.name not in OF_ONE_PLACE]
-    ours = {name for group in GROUPS for name in group.__annotations__}
-    kept = [
-        one.name
-        for one in every
-        if recipe.get(one.name) not in (None, [], *([] if one.name in ours else [one.default]))
-    ]
+    kept = []
+    for one in (one for group in GROUPS for one in fields(group) if one.init and one.name not in LOCAL_FIELDS):
+        row, value = rows().get(one.name), recipe.get(one.name)
+        affects_model = row.theme not in LOCAL_THEMES if row else value != one.default
+        if affects_model and value not in (None, []):
+            kept.append(one.name)
     return without_folders({name: recipe[name] for name in kept})

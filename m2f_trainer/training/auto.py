@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from m2f_trainer.config.recipe import AUTO, AUTOMATIC, Recipe, load_recipe
+from m2f_trainer.config.fields import options_of
+from m2f_trainer.config.recipe import AUTO, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.errors import LEVERS, TrainingError
@@ -30,7 +31,9 @@ def resolve(recipe: Recipe, images: int, checkpoint: Path | None, probe: Callabl
 
     `images` are those of the train split; `probe` finds how many a device holds, up to a number.
     """
-    names = [name for name in AUTOMATIC if vars(recipe.train)[name] == AUTO]
+    names = [
+        name for name, row in options_of(type(recipe.train)).items() if row.auto and vars(recipe.train)[name] == AUTO
+    ]
     if not names:
         return recipe
     train = copy(recipe.train)

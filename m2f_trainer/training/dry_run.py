@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
@@ -90,11 +91,6 @@ def scene(size: Sequence[int], instances: int, device: torch.device) -> Mapping[
 
 GIGA, MEGA = 1e9, 1e6
 POINTS = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of the run, where the learning rate is told
-RESOLVED = (
-    "learning_rate", "backbone_lr_multiplier", "layer_decay", "lr_scheduler_type", "lr_milestones", "warmup_steps",
-    "head_first_steps", "weight_decay", "max_grad_norm", "ema_decay", "optim", "bf16", "fp16", "gradient_checkpointing",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,13 +177,14 @@ def memory_text(plan: Plan) -> str:
         f"about {memory.total(images) / GIGA:.1f} GB of memory a device\n{columns(rows)}\n"
         f"Activations: what autograd keeps of two small images with {plan.instances} objects each, extrapolated\n"
         "to the full size. The rest is counted. A device's context and workspaces come on top: allow a fifth more."
+        + ("\nWith gradient_checkpointing the activations take less." if plan.train.gradient_checkpointing else "")
         + (sharded if plan.train.fsdp or plan.train.deepspeed else "")
     )
 
 
 def resolved_text(train: TrainArguments) -> str:
-    """The values that decide the optimisation, defaults and "auto" resolved."""
-    values = {name: vars(train)[name] for name in RESOLVED}
+    """The training fields that affect results, with defaults and "auto" resolved."""
+    values = {name: vars(train)[name] for name, row in options_of(type(train)).items() if row.changes_results}
     return columns([(name, str(getattr(value, "value", value))) for name, value in values.items()])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f_trainer.config.recipe import AUTOMATIC, load_recipe
+from m2f_trainer.config.recipe import load_recipe, rows
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.errors import RecipeError, TrainingError
@@ -17,6 +17,8 @@ from m2f_trainer.training.prepare import train_transform
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
+
+AUTOMATIC = [name for name, row in rows().items() if row.auto]
 
 
 @pytest.mark.parametrize(("images", "rate"), [(16, 1e-4), (4, 5e-5), (64, 2e-4), (32, 1e-4 * math.sqrt(2))])
@@ -78,7 +80,7 @@ def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(
     path = write_tiny(tmp_path, **words)
     with caplog.at_level(logging.WARNING):
         train(load_recipe([str(path)]))
-    assert "learning_rate = 3.53553e-05, per_device_train_batch_size = 2, num_train_epochs = 150" in caplog.text
+    assert "num_train_epochs = 150, per_device_train_batch_size = 2, learning_rate = 3.53553e-05" in caplog.text
     checkpoint = tmp_path / "run" / "checkpoint-2"
     saved = json.loads((checkpoint / "recipe.json").read_text())
     expected = {"learning_rate": 1e-4 * math.sqrt(2 / 16), "per_device_train_batch_size": 2, "num_train_epochs": 150}

@@ -1,4 +1,4 @@
-"""What decides a run's numbers, as plain values: they must be the same when it is resumed."""
+"""Settings that affect results, compared on resume."""
 
 import hashlib
 import json
@@ -9,32 +9,22 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
-from m2f_trainer.config.recipe import Recipe
+from m2f_trainer.config.fields import options_of
+from m2f_trainer.config.recipe import Recipe, rows
 
-MODEL_FIELDS = (
-    "backbone", "neck", "tune", "num_queries", "pyramid_taps", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_targets", "drop_path", "rope_rescale", "backbone_config", "head_config",
-)  # fmt: skip
-DATA_FIELDS = ("image_height", "image_width", "min_instance_area")
-TRAIN_FIELDS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "learning_rate",
-    "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs",
-    "max_steps", "optim", "bf16", "fp16", "backbone_lr_multiplier", "layer_decay", "head_first_steps", "lr_milestones",
-    "ema_decay", "dataloader_drop_last",
-)  # fmt: skip
-FIXED = {*MODEL_FIELDS, "categories", "engine"}
-"""What no checkpoint can be carried over to: another model, or sharding, starts a new run, with init_from."""
+FIXED = {*(name for name, row in rows().items() if row.defines_model), "categories", "engine"}
+"""A checkpoint cannot be resumed with another value of these: a new run can start from its weights, with init_from."""
 
 
 def fingerprint(recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, as plain values by name."""
-    world = {"world_size": recipe.train.world_size}
-    values = {name: vars(recipe.model)[name] for name in MODEL_FIELDS}
-    values |= {name: vars(recipe.data)[name] for name in DATA_FIELDS} | recipe.data.augment()
-    values |= {name: ({**vars(recipe.train), **world})[name] for name in TRAIN_FIELDS}
+    """Settings that affect results, by name, as plain values."""
+    values: dict[str, Any] = {}
+    for group in (recipe.model, recipe.data, recipe.train):
+        values |= {name: vars(group)[name] for name, row in options_of(type(group)).items() if row.changes_results}
+    values |= recipe.data.augment()
+    values["world_size"] = recipe.train.world_size
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
-    values["feature_cache"] = recipe.model.feature_cache
     values["train_images"] = len(train)
     values["train_data"] = digest_of(train)
     values["valid_data"] = digest_of(valid)
@@ -55,12 +45,14 @@ def digest_of(rows: Dataset) -> str:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two fingerprints, told by name."""
-    return {
-        name: f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
-    }
+    """Name -> text, for each setting that differs between two fingerprints; a missing field counts as its default."""
+    defaults = {name: row.default for name, row in rows().items()}
+    changed = {}
+    for name in sorted({*then, *now}):
+        before, after = (facts.get(name, defaults.get(name)) for facts in (then, now))
+        if before != after:
+            changed[name] = f"{name} was {before!r}, is {after!r}"
+    return changed
 
 
 def updates_an_epoch(facts: Mapping[str, Any]) -> int:

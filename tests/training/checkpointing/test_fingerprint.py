@@ -1,4 +1,4 @@
-"""What decides a run's numbers."""
+"""Settings that affect results, compared on resume."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,20 @@ from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.training.checkpointing import fingerprint
+
+MODEL_KEYS = (
+    "backbone", "neck", "tune", "num_queries", "pyramid_taps", "lora_rank", "lora_alpha", "lora_dropout",
+    "lora_targets", "drop_path", "rope_rescale", "backbone_config", "head_config",
+)  # fmt: skip
+OTHER_KEYS = (
+    "image_height", "image_width", "min_instance_area", "lsj_min_scale", "lsj_max_scale", "horizontal_flip",
+    "rotate90", "color_jitter", "copy_paste", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "world_size", "seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps", "optim", "bf16", "fp16",
+    "backbone_lr_multiplier", "layer_decay", "head_first_steps", "lr_milestones", "ema_decay",
+    "dataloader_drop_last", "categories", "engine", "feature_cache", "train_images", "train_data", "valid_data",
+)  # fmt: skip
+"""The settings that fingerprint.json held before its fields were derived from the recipe's rows."""
 
 FACTS = {
     "train_images": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1,
@@ -60,3 +74,12 @@ def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands
     assert changed("--rotate90", "true", "--min_instance_area", "9") == {"rotate90", "min_instance_area"}
     assert changed("--horizontal_flip", "false", "--lsj_min_scale", "0.5") == {"horizontal_flip", "lsj_min_scale"}
     assert changed("--color_jitter", "0") == set()
+
+
+def test_the_fingerprints_of_earlier_versions_still_compare(tmp_path: Path) -> None:
+    splits = load_coco(write_sample(tmp_path, images=(3, 1, 0)))
+    recipe = load_recipe(["quickstart", "--dataset_name", "x"])
+    now = fingerprint.fingerprint(recipe, splits["train"], splits["valid"], categories_of(splits["train"]))
+    then = {key: now[key] for key in (*MODEL_KEYS, *OTHER_KEYS)}
+    assert fingerprint.differences(then, now) == {}
+    assert {*MODEL_KEYS, "categories", "engine"} == fingerprint.FIXED
