@@ -305,7 +305,7 @@ def test_a_dry_run_lists_what_a_push_would_send_and_sends_nothing(tmp_path: Path
     listed = dict(reversed(line.split("  ", 1)) for line in map(str.strip, run.stdout.splitlines()))
     assert set(listed) == UPLOADED | {AGREEMENT}
     assert listed["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
-    assert listed[AGREEMENT] == "yet to come"
+    assert listed[AGREEMENT] == "to be written"
     assert {path.name for path in folder.iterdir()} == before
 
 

@@ -1,0 +1,90 @@
+"""`m2f check`: examine a dataset before training on it."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m2f_trainer.cli.console import positive_int, say, suggest
+
+if TYPE_CHECKING:
+    from m2f_trainer.doctor.examine import Examination
+
+SUMMARY = "examine a dataset before training on it, and repair a copy"
+DESCRIPTION = (
+    "Examine a dataset and all its images. Prints statistics, then errors, which training would reject, and warnings, "
+    "which deserve a look. Exit status: 0 no errors, 1 errors, 2 nothing usable found."
+)
+EXAMPLES = (
+    "m2f check my_coco",
+    "m2f check my_coco --html check.html --preview 8",
+    "m2f check my_coco --fix corrected",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="folder of a COCO or YOLO dataset, or user/name on the Hub")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
+    output.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and images")
+    output.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
+    output.add_argument(
+        "--preview", type=positive_int, metavar="N", help="draw N augmented training samples into preview/"
+    )
+    output.add_argument(
+        "--augmentation",
+        default="lsj",
+        choices=["none", "light", "lsj", "strong"],
+        help="augmentation preset of --preview [%(default)s]",
+    )
+    model = parser.add_argument_group(
+        "the model to train", "its queries and input size decide which objects it can find"
+    )
+    model.add_argument("--num_queries", type=positive_int, metavar="N", default=100, help="number of queries [100]")
+    model.add_argument("--image_height", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
+    model.add_argument("--image_width", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
+
+
+def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from m2f_trainer.doctor.examine import UNUSABLE, examine
+    from m2f_trainer.doctor.scan import Settings
+    from m2f_trainer.doctor.summary import to_json, to_text
+
+    result = examine(arguments.dataset, Settings(arguments.image_height, arguments.image_width, arguments.num_queries))
+    say(to_json(result) if arguments.json else to_text(result))
+    messages = write_outputs(arguments, result)
+    if not arguments.json:
+        say("\n".join(messages))
+        fixed = arguments.fix if result.status != UNUSABLE else None
+        dataset = shlex.quote(str(fixed or arguments.dataset))
+        if fixed or not result.status:
+            suggest(f"m2f train dinov3_vits16plus_1024 --dataset_name {dataset}")
+        else:
+            suggest(f"m2f check {dataset}" + " --fix corrected" * (result.status != UNUSABLE))
+    return result.status
+
+
+def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[str]:
+    """Write the page, the corrected copy and the preview that were asked for; return one message for each."""
+    from m2f_trainer.doctor.examine import UNUSABLE
+    from m2f_trainer.doctor.fix import repair
+    from m2f_trainer.doctor.page import render
+    from m2f_trainer.doctor.pictures import preview
+    from m2f_trainer.viz.html import write_page
+
+    messages = []
+    if arguments.html:
+        messages.append(f"page: {write_page(arguments.html, render(result))}")
+    if arguments.fix and result.status != UNUSABLE:
+        changes = repair(result, arguments.fix)
+        messages.append(f"corrected copy: {arguments.fix}, {len(changes)} change(s) listed in changes.json")
+    if arguments.preview and result.status != UNUSABLE:
+        from m2f_trainer.config.arguments import DataArguments
+        from m2f_trainer.data.transforms import TrainTransform
+
+        augment = DataArguments(augmentation=arguments.augmentation).augment()
+        flip, size = augment.pop("horizontal_flip"), (arguments.image_height, arguments.image_width)
+        paths = preview(result, arguments.preview, TrainTransform(*size, flip=flip, **augment), Path("preview"))
+        messages.append(f"{len(paths)} augmented samples: {paths[0].parent}")
+    return messages

@@ -1,0 +1,36 @@
+"""`m2f evaluate`: COCO metrics of a model on a dataset."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2f_trainer.cli.console import positive_int, say, suggest
+
+SUMMARY = "COCO mask and box AP of a model on a dataset"
+DESCRIPTION = "Evaluate a model against a dataset's unmodified annotations, with the numbers of pycocotools."
+EXAMPLES = (
+    "m2f evaluate runs/first my_coco --split test",
+    "m2f evaluate runs/first other_coco --output_dir scores    # with charts; m2f report reads the folder",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id of a model")
+    parser.add_argument("dataset", help="folder of a COCO dataset")
+    parser.add_argument(
+        "--split", default="valid", choices=["train", "valid", "test"], help="split to evaluate on [%(default)s]"
+    )
+    parser.add_argument("--output_dir", type=Path, help="write metrics, predictions and charts to this folder")
+    parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
+
+
+def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.evaluation.coco import metrics_table
+    from m2f_trainer.training.evaluate import evaluate_folder
+
+    metrics = evaluate_folder(
+        arguments.model, arguments.dataset, arguments.split, arguments.output_dir, arguments.batch_size
+    )
+    say(metrics_table(metrics, "eval_"))
+    suggest(f"m2f predict {shlex.quote(arguments.model)} IMAGES")

@@ -1,0 +1,55 @@
+"""`m2f export`: one file of a model for other runtimes, compared with the model."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2f_trainer.cli.console import positive_int, say, suggest
+
+SUMMARY = "one ONNX or torch file of a model, compared with it on real images"
+DESCRIPTION = (
+    "Write a model as one file for other runtimes, with a JSON file of the constants needed to use it, and compare it "
+    "with the model on validation images. Exit status: 0 parity, 1 no parity."
+)
+EXAMPLES = (
+    "m2f export runs/first --format onnx --validation my_coco",
+    "m2f export runs/first --half --output_dir export_half",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id of a model")
+    file = parser.add_argument_group("the file", "onnx needs pip install 'm2f-trainer[export]'")
+    file.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
+    file.add_argument("--output_dir", type=Path, default=Path("export"), help="output folder [%(default)s]")
+    file.add_argument("--half", action="store_true", help="backbone and neck in float16")
+    file.add_argument("--fixed_size", action="store_true", help="accept only images of the model's own size")
+    parity = parser.add_argument_group("the comparison")
+    parity.add_argument(
+        "--validation", metavar="DATASET", help="compare on the valid split of this dataset [the run's own dataset]"
+    )
+    parity.add_argument(
+        "--images", type=positive_int, default=16, metavar="N", help="number of images to compare on [%(default)s]"
+    )
+
+
+def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from m2f_trainer.export.export import CONSTANTS, export_model
+    from m2f_trainer.export.parity import FULL, HALF, check_export, dataset_of
+    from m2f_trainer.model.mask2former import load_model
+
+    model, limits = load_model(arguments.model), HALF if arguments.half else FULL
+    dataset = arguments.validation or dataset_of(Path(arguments.model))
+    path = export_model(
+        model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
+    )
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB. {path.with_name(CONSTANTS)} describes how to use it.")
+    if dataset is None:
+        say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
+    reference = load_model(arguments.model)
+    parity = check_export(reference, path, dataset, arguments.images, limits, arguments.fixed_size)
+    say(parity.to_text())
+    if arguments.format == "onnx":
+        suggest(f"python recipes/onnx_predict.py {shlex.quote(str(path))} IMAGE")
+    return 0 if parity.met else 1

@@ -1,0 +1,73 @@
+"""`m2f predict`: overlays and COCO results of a model for images and videos."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2f_trainer.cli.console import positive_int, say, suggest
+
+SUMMARY = "overlays and COCO results of a model for images and videos"
+DESCRIPTION = (
+    "Draw the predicted instances over images and videos, and write them as COCO results and as a CSV table. After an "
+    "interruption, the same command continues where it stopped."
+)
+EXAMPLES = (
+    "m2f predict runs/first photos/ --recursive --threshold 0.5",
+    "m2f predict runs/first slide.tif --tile 1024",
+    "m2f predict runs/first new/*.jpg --format coco_dataset    # drafts to correct in an annotation tool",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id of a model")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="input", help="images, videos, folders, or patterns such as 'a/*.jpg'"
+    )
+    parser.add_argument("--recursive", action="store_true", help="include subfolders")
+    parser.add_argument(
+        "--threshold", type=float, metavar="SCORE", default=0.5, help="minimum score of an instance [%(default)s]"
+    )
+    parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
+    large = parser.add_argument_group(
+        "large images", "TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
+    )
+    large.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="SIDE",
+        help="predict in tiles of SIDE x SIDE pixels and merge instances across seams; best is the size of the "
+        "training images",
+    )
+    large.add_argument(
+        "--overlap",
+        type=float,
+        metavar="FRACTION",
+        default=0.2,
+        help="fraction of a tile's side shared with the next tile [%(default)s]",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, default=Path("predictions"), help="output folder [%(default)s]")
+    output.add_argument(
+        "--format",
+        default="results",
+        choices=["results", "coco_dataset"],
+        help="coco_dataset also writes a COCO dataset with polygons, for CVAT or Label Studio [%(default)s]",
+    )
+
+
+def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    from m2f_trainer.inference.predict import Options, predict_folder
+
+    options = Options(
+        threshold=arguments.threshold,
+        recursive=arguments.recursive,
+        batch_size=arguments.batch_size,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        dataset=arguments.format == "coco_dataset",
+    )
+    results = predict_folder(arguments.model, arguments.inputs, arguments.output_dir, options)
+    say(f"Overlays and predictions are in {results}.")
+    model = shlex.quote(arguments.model)
+    suggest(f"m2f export {model}", *[f"m2f push {model} NAME/MODEL"] * Path(arguments.model).is_dir())

@@ -1,0 +1,48 @@
+"""`m2f train`: train from a recipe and options."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+from m2f_trainer.cli.console import say, suggest
+
+SUMMARY = "train from a recipe (JSON) and options"
+DESCRIPTION = "Train a model. Every recipe field is an option, which overrides the recipe; unknown options are errors."
+EXAMPLES = (
+    "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
+    "m2f train dinov3_vitl16_1024_lora --dataset_name my_coco --num_train_epochs auto --dry_run",
+    "m2f train runs/first/recipe.json --resume_from_checkpoint auto",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe and its fields are not argparse's: `config.recipe.load_recipe` reads them from what is left."""
+    parser.usage = "m2f train [RECIPE.json] [--field value ...]"
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and every recipe field")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print parameter groups, steps, learning rates, estimated memory and resolved values, without training",
+    )
+    parser.set_defaults(format_help=parser.format_help)
+
+
+def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
+    if arguments.help:
+        from m2f_trainer.config.field_help import help_of_fields
+
+        say(f"{arguments.format_help()}\n{help_of_fields()}")
+        return
+    from m2f_trainer.config.recipe import load_recipe
+
+    recipe = load_recipe(options)
+    if arguments.dry_run:
+        from m2f_trainer.training.run import dry_run
+
+        say(dry_run(recipe))
+        return
+    from m2f_trainer.training.run import train
+
+    train(recipe)
+    folder, dataset = shlex.quote(str(recipe.train.output_dir)), shlex.quote(str(recipe.data.dataset_name))
+    suggest(f"m2f evaluate {folder} {dataset}", f"m2f predict {folder} IMAGES")

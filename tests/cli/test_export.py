@@ -1,0 +1,33 @@
+"""`m2f export`: the exit status tells whether the file equals the model."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from m2f_trainer.cli.main import main
+from tests.cli.stand_in import stand_in
+
+
+@pytest.mark.parametrize(("met", "status"), [(True, 0), (False, 1)])
+def test_the_exit_status_is_the_parity(
+    met: bool, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(bytes(1_500_000))
+    parity = SimpleNamespace(met=met, to_text=lambda: "largest difference: 1e-6")
+    stand_in(monkeypatch, "m2f_trainer.export.export", CONSTANTS="model.json", export_model=lambda *_, **__: path)
+    stand_in(
+        monkeypatch,
+        "m2f_trainer.export.parity",
+        FULL=1,
+        HALF=2,
+        check_export=lambda *_: parity,
+        dataset_of=lambda _: None,
+    )
+    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
+    assert main(["export", "runs/a"]) == status
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path}: 1.5 MB. {tmp_path / 'model.json'} describes how to use it.\n")
+    assert "compared on synthetic images" in out
+    assert "largest difference: 1e-6" in out

@@ -1,0 +1,27 @@
+"""`m2f predict`: options and next steps."""
+
+from pathlib import Path
+
+import pytest
+
+from m2f_trainer.cli.main import main
+from tests.cli.stand_in import stand_in
+
+
+def test_the_options_are_passed_on_and_next_steps_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def predict_folder(*values: object) -> str:
+        seen.append(values)
+        return "predictions"
+
+    stand_in(monkeypatch, "m2f_trainer.inference.predict", predict_folder=predict_folder, Options=dict)
+    model = str(tmp_path)
+    assert main(["predict", model, "a.png", "b", "--recursive", "--threshold", "0.3", "--tile", "512"]) == 0
+    options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": 0.2, "dataset": False}
+    assert seen == [(model, [Path("a.png"), Path("b")], Path("predictions"), options)]
+    out = capsys.readouterr().out
+    assert out.startswith("Overlays and predictions are in predictions.")
+    assert out.endswith(f"Next:\n  m2f export {model}\n  m2f push {model} NAME/MODEL\n")
