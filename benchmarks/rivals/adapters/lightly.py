@@ -13,14 +13,27 @@ from typing import Any
 from benchmarks.rivals.task import Task, annotation_file, serve
 
 SCHEDULE, WARM_UP = 90_000, (2_000, 3_000)
+MODEL, BACKBONE = "dinov2/vits14-noreg-notpretrained-eomt", "dinov2/vits14-noreg-notpretrained"
 os.environ |= {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
+
+
+def _package() -> Any:
+    """LightlyTrain, with its EoMT on its DINOv2-S without register tokens too, which the weights don't have."""
+    import lightly_train
+    from lightly_train._task_models.dinov2_eomt_instance_segmentation import config
+
+    @config.DINOV2_EOMT_INSTANCE_SEGMENTATION_MODEL_REGISTRY.register(MODEL)
+    class WithoutRegisters(config.EoMTInstanceSegmentationConfig):
+        backbone_name: str = BACKBONE
+
+    return lightly_train
 
 
 def train(task: Task) -> dict[str, Any]:
     """Train for the planned steps; its own validation is of one image, once, at the end."""
-    import lightly_train
     import torch
 
+    lightly_train = _package()
     torch.set_num_threads(1)
     steps, batch, side = task.steps, task.settings["batch"], task.settings["image_size"]
     weights = Path(task.folder, "dinov2.pt")
@@ -31,7 +44,7 @@ def train(task: Task) -> dict[str, Any]:
     lightly_train.train_instance_segmentation(
         out=Path(task.folder, "run"),
         data=data,
-        model="dinov2/vits14-notpretrained-eomt",
+        model=MODEL,
         steps=steps,
         batch_size=batch,
         gradient_accumulation_steps=1,
@@ -94,11 +107,11 @@ def original_names(backbone: str) -> dict[str, Any]:
 
 def predict(task: Task) -> list[dict[str, Any]]:
     """Its own predict, whatever the score."""
-    import lightly_train
     import numpy as np
     import torch
     from pycocotools import mask as coco_mask
 
+    lightly_train = _package()
     torch.set_num_threads(1)
     model = lightly_train.load_model(Path(task.folder, "run", "exported_models", "exported_last.pt"), device="cpu")
     results = []
