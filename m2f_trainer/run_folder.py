@@ -1,4 +1,25 @@
-"""Figures for people and for programs: a table for the console, a JSON file beside the checkpoint."""
+"""The files of a run: their names, their readers, and the one atomic writer.
+
+runs/first/                 output_dir of `m2f train`
+  recipe.json               the resolved recipe, itself a recipe
+  model.safetensors, config.json, preprocessor_config.json
+                            the final model, for from_pretrained
+  metrics.json              its metrics on the validation split, and on the test split if there is one
+  evaluation.json           diagnostics of its validation: classes, errors, curves, examples; read by m2f report
+  trainer_state.json        the Trainer's log history
+  fingerprint.json          settings that affect results, compared on resume
+  README.md, pictures/      the model card
+  adapter/                  of a LoRA run: the adapter with neck and head
+  feature_cache/            with feature_cache: backbone features, deleted at the end
+  checkpoint-N/             all of this at step N, plus the optimizer's state and manifest.json, which lists the
+                            files with sizes and SHA-256 and makes the checkpoint complete
+  .staging/                 the checkpoint being written
+  .resume/                  links to the checkpoint that a changed run resumed from
+  .lock                     held by the process that writes here
+
+scores/                     --output_dir of `m2f evaluate`
+  metrics.json, evaluation.json, classes.csv, predictions.json and charts
+"""
 
 from __future__ import annotations
 
@@ -7,53 +28,87 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m2f_trainer.errors import ModelFolderError
 
-EVALUATION, CLASSES = "evaluation.json", "classes.csv"
-FORMULA = tuple("=+-@\t\r")
+RECIPE, METRICS, EVALUATION, STATE = "recipe.json", "metrics.json", "evaluation.json", "trainer_state.json"
+FINGERPRINT, MANIFEST, PICKLED_ARGUMENTS = "fingerprint.json", "manifest.json", "training_args.bin"
+CLASSES, PREDICTIONS = "classes.csv", "predictions.json"
+ADAPTER_FOLDER, FEATURE_CACHE = "adapter", "feature_cache"
+STAGING, RESUME_STAGING, LOCK = ".staging", ".resume", ".lock"
+
+FORMULA_STARTS = tuple("=+-@\t\r")
+"""First characters that make a spreadsheet take a cell for a formula."""
+
+REMEDY = "Copy the folder again, or take another checkpoint."
+
+Curves = dict[str, list[tuple[float, float]]]
+"""Name of a logged value -> (step, value) pairs, sorted by step."""
+
+
+def write_atomically(path: str | Path, text: str) -> Path:
+    """Write a text file so that a reader finds the old file or the complete new one; return its path.
+
+    The text goes to a new file beside it, which then replaces it; no link is followed. Missing folders are created.
+    Bytes of a file name that is not UTF-8 (surrogates in Python) are escaped.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.unlink(missing_ok=True)  # of a killed process with the same id
+    with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        file.write(text)
+    unfinished.replace(path)
+    return path
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
+    """Write a JSON object atomically, indented; return its path."""
+    return write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if there is no such file. Raises ModelFolderError if the file is damaged."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: can't be read as JSON ({error}). {REMEDY}") from error
+    if not isinstance(values, dict):
+        raise ModelFolderError(f"{path}: expected a JSON object, got a {type(values).__name__}. {REMEDY}")
+    return values
 
 
 def write_metrics(metrics: Mapping[str, float], path: str | Path) -> Path:
-    """Write the metrics as JSON, every digit kept, whole or not at all; returns the path."""
-    return _write_whole(Path(path), json.dumps(dict(metrics), indent=2, sort_keys=True) + "\n")
-
-
-def _write_whole(target: Path, text: str) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(target)
-    return target
+    """Write metrics as JSON, sorted by name, with every digit; return the path."""
+    return write_json(path, dict(sorted(metrics.items())))
 
 
 def read_metrics(path: str | Path) -> dict[str, float]:
-    """The inverse of `write_metrics`."""
+    """The inverse of `write_metrics`. Raises OSError if there is no such file."""
     metrics: dict[str, float] = json.loads(Path(path).read_text(encoding="utf-8"))
     return metrics
 
 
 def write_details(details: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Write an assessment's details as JSON, one line a part; None where a scorer of one's own left none."""
+    """Write the details of an evaluation as JSON, one line per part; return None if there are none."""
     if not details:
         return None
     parts = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in details.items())
-    return _write_whole(Path(path), f"{{\n{parts}\n}}\n")
+    return write_atomically(path, f"{{\n{parts}\n}}\n")
 
 
 def read_details(folder: str | Path) -> dict[str, Any]:
-    """The details in a folder's evaluation.json; none where it has no such file."""
-    path = Path(folder, EVALUATION)
-    details: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return details
+    """The details in a folder's evaluation.json; empty if there is no such file."""
+    return read_json(Path(folder, EVALUATION))
 
 
 def write_classes(details: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Write the classes' table as CSV. A name that a spreadsheet would take for a formula gets an apostrophe."""
+    """Write the table of classes as CSV; None if there is none. A name like a formula gets a leading apostrophe."""
     rows = details.get("classes")
     if not rows:
         return None
@@ -62,25 +117,21 @@ def write_classes(details: Mapping[str, Any], path: str | Path) -> Path | None:
     writer.writeheader()
     for row in rows:
         name = row["name"]
-        writer.writerow({**row, "name": f"'{name}" if name[:1] in FORMULA else name})
-    return _write_whole(Path(path), text.getvalue())
-
-
-Course = dict[str, list[tuple[float, float]]]
-
-_REMEDY = "Copy the folder again, or take another checkpoint."
+        writer.writerow({**row, "name": f"'{name}" if name[:1] in FORMULA_STARTS else name})
+    return write_atomically(path, text.getvalue())
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, one of its checkpoints, or what `m2f evaluate --output_dir` wrote.
+    """A run, one of its checkpoints, or the output of `m2f evaluate --output_dir`.
 
     Attributes:
-        name: tells it from the others of a report.
-        figures: metrics.json.
-        details: evaluation.json.
-        recipe: recipe.json, flat.
-        course: figure -> (step, value) at each log or evaluation, by step.
+        name: unique among the runs of a report.
+        folder: where it was read from.
+        figures: the content of metrics.json.
+        details: the content of evaluation.json.
+        recipe: the content of recipe.json.
+        curves: every logged value over the steps.
     """
 
     name: str
@@ -88,53 +139,29 @@ class Run:
     figures: Mapping[str, Any]
     details: Mapping[str, Any]
     recipe: Mapping[str, Any]
-    course: Course
+    curves: Curves
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read what there is; of a run that isn't finished, its newest checkpoint. Raises ModelFolderError."""
-    source = folder if (folder / EVALUATION).is_file() else newest_checkpoint(folder)
+    """Read a run; of an unfinished one, its newest evaluated checkpoint.
+
+    Raises:
+        ModelFolderError: neither the folder nor a checkpoint in it holds an evaluation, or a file is damaged.
+    """
+    source = folder if (folder / EVALUATION).is_file() else newest_evaluated_checkpoint(folder)
     details = read_json(source / EVALUATION) if source else {}
     if source is None or not details:
         raise ModelFolderError(
             f"{folder}: expected {EVALUATION} in it or in one of its checkpoints, found none. Give the folder of a run "
-            "of this version, or write one with m2f evaluate MODEL DATASET --output_dir FOLDER."
+            "trained with this version, or create one with m2f evaluate MODEL DATASET --output_dir FOLDER."
         )
-    state = read_json(source / "trainer_state.json")
-    figures, recipe = read_json(source / "metrics.json"), read_json(source / "recipe.json")
-    return Run(name or folder.resolve().name, folder, figures, details, recipe, course_of(state))
+    curves = curves_of(read_json(source / STATE))
+    name = name or folder.resolve().name
+    return Run(name, folder, read_json(source / METRICS), details, read_json(source / RECIPE), curves)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the last step that has been evaluated."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{EVALUATION}")]
-    steps = {int(match[1]): path for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    return steps[max(steps)] if steps else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing. Raises ModelFolderError where it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path}: can't be read as JSON ({error}). {_REMEDY}") from error
-    if not isinstance(values, dict):
-        raise ModelFolderError(f"{path}: expected a JSON object, got a {type(values).__name__}. {_REMEDY}")
-    return values
-
-
-def course_of(state: Mapping[str, Any]) -> Course:
-    """Every number of the Trainer's log history, by name; of a step told twice, the last telling."""
-    told: dict[str, dict[float, float]] = {}
-    for entry in state.get("log_history", []):
-        for key, value in entry.items():
-            if key not in ("step", "epoch") and isinstance(value, int | float):
-                told.setdefault(key, {})[entry["step"]] = value
-    return {key: sorted(points.items()) for key, points in told.items()}
-
-
-def named(folders: list[Path]) -> list[Run]:
-    """Runs under names that differ: a folder's own name, or as much of its path as it takes. Raises as `read_run`."""
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several runs; each is named by the last parts of its path, as many as make all names differ."""
     parts = [folder.resolve().parts for folder in folders]
     names = [path[-1] for path in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
@@ -144,17 +171,18 @@ def named(folders: list[Path]) -> list[Run]:
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never there in part; of a file name that is no UTF-8, the odd bytes are escaped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    unfinished.replace(path)
+def newest_evaluated_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step among those with an evaluation; None if there is none."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{EVALUATION}")]
+    steps = {int(match[1]): path for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return steps[max(steps)] if steps else None
 
 
-ADAPTER_FOLDER, PREDICTIONS = "adapter", "predictions.json"
-
-
-METRICS, RECIPE, MANIFEST, STATE = "metrics.json", "recipe.json", "manifest.json", "trainer_state.json"
-FINGERPRINT, PICKLED_ARGUMENTS = "fingerprint.json", "training_args.bin"
-STAGING = ".staging"
+def curves_of(state: Mapping[str, Any]) -> Curves:
+    """Every number in the log history of a trainer_state.json; of a step logged twice, the last value."""
+    values: dict[str, dict[float, float]] = {}
+    for entry in state.get("log_history", []):
+        for key, value in entry.items():
+            if key not in ("step", "epoch") and isinstance(value, int | float):
+                values.setdefault(key, {})[entry["step"]] = value
+    return {key: sorted(points.items()) for key, points in values.items()}

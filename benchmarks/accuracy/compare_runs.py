@@ -36,7 +36,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
     """Write both pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    curves = {name: [(0.0, 0.0), *read_run(Path(run)).course["eval_map"]] for name, run in runs.items()}
+    curves = {name: [(0.0, 0.0), *read_run(Path(run)).curves["eval_map"]] for name, run in runs.items()}
     save_png(lines(curves, "step; mask AP"), out / "curve.png")
     test = load_dataset(dataset)["test"]
     words = {category.id: "" for category in categories_of(test)}  # scores are enough on small pictures

@@ -32,6 +32,7 @@ from m2f_trainer.config.typed_json import (
 )
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.backbones import BACKBONES, read_config, stride_of
+from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
 
@@ -86,7 +87,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     values["debug"] = " ".join(values["debug"])
     left_out = {name for name, row in rows().items() if not row.saved}
     kept = {key: value for key, value in values.items() if key not in left_out}
-    path.write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(kept, indent=2, allow_nan=False) + "\n")
 
 
 def find_recipe(name: str) -> Path:

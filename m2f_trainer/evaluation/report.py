@@ -12,7 +12,7 @@ from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
-from m2f_trainer.run_folder import Run, named
+from m2f_trainer.run_folder import Run, read_runs
 from m2f_trainer.viz.charts import lines
 from m2f_trainer.viz.html import SORT, chart, grid, page, photograph, table, write_page
 
@@ -29,7 +29,7 @@ COURSES = {
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
     """Write the page about these runs; returns its path. Raises ModelFolderError where a folder holds no evaluation."""
-    runs = named(list(folders))
+    runs = read_runs(folders)
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     return write_page(output, page(f"m2f report: {title}", list(_parts(title, runs)), SORT))
 
@@ -79,7 +79,7 @@ def _courses(runs: Sequence[Run]) -> Iterator[str]:
     """A chart of each figure that was told; -1, a figure without truth, and what is no number are left out."""
     for key, title in COURSES.items():
         unit = 100 if key.startswith("eval_") else 1  # percent, as in the tables
-        told = {run.name: [(x, unit * y) for x, y in run.course.get(key, []) if 0 <= y < math.inf] for run in runs}
+        told = {run.name: [(x, unit * y) for x, y in run.curves.get(key, []) if 0 <= y < math.inf] for run in runs}
         series = {name: curve for name, curve in told.items() if curve}
         if series:
             yield chart(title, lines(series, "step"))

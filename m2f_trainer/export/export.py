@@ -7,7 +7,6 @@ so that no side is mistaken for a constant.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+from m2f_trainer.run_folder import write_json
 
 OPSET = 18
 FEWEST_STRIDES, MOST_STRIDES = 4, 512
@@ -78,7 +78,7 @@ def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = F
         else:
             torch.export.save(program, path)
     constants = describe(model.config, form, half=half, fixed_size=fixed_size)
-    (output_dir / CONSTANTS).write_text(json.dumps(constants, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / CONSTANTS, constants)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from m2f_trainer.export.export import INPUTS, frame_stride
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+from m2f_trainer.run_folder import RECIPE, read_json, write_json
 
 REPORT = "parity.json"
 COMPARED = 0.05
@@ -189,8 +189,7 @@ def compare(model: M2FModel, path: Path, rows: Dataset, limits: Limits, fixed_si
         other_size=None if fixed_size else other_size(ours, file),
         limits=limits,
     )
-    written = json.dumps({**asdict(parity), "met": parity.met}, indent=2) + "\n"
-    path.with_name(REPORT).write_text(written, encoding="utf-8")
+    write_json(path.with_name(REPORT), {**asdict(parity), "met": parity.met})
     return parity
 
 
@@ -237,8 +236,5 @@ def check_export(
 
 def dataset_of(folder: Path) -> str | None:
     """The dataset that a run's recipe names, where it is still there."""
-    recipe = folder / "recipe.json"
-    if not recipe.is_file():
-        return None
-    name = json.loads(recipe.read_text(encoding="utf-8")).get("dataset_name")
+    name = read_json(folder / RECIPE).get("dataset_name")
     return str(name) if name and Path(name).is_dir() else None

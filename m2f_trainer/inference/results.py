@@ -19,7 +19,7 @@ import numpy as np
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.polygons import outlines
-from m2f_trainer.run_folder import write_whole
+from m2f_trainer.run_folder import write_atomically
 
 RESULTS, TABLE, DATASET = "predictions.json", "predictions.csv", "_annotations.coco.json"
 COLUMNS = ("file_name", "image_id", "category_id", "category", "score", "x", "y", "width", "height", "area")
@@ -48,7 +48,7 @@ def record_of(file_name: str, instances: Instances) -> Record:
 
 def keep(path: Path, key: Sequence[object], records: Sequence[Record]) -> None:
     """Remember the records of one input, and `key`: what they were made from."""
-    write_whole(path, json.dumps({"key": list(key), "records": [asdict(record) for record in records]}))
+    write_atomically(path, json.dumps({"key": list(key), "records": [asdict(record) for record in records]}))
 
 
 def kept(path: Path, key: Sequence[object]) -> list[Record] | None:
@@ -70,7 +70,7 @@ def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, s
         }
         for image_id, record, entry in numbered
     ]
-    write_whole(folder / RESULTS, json.dumps(results))
+    write_atomically(folder / RESULTS, json.dumps(results))
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(COLUMNS)
@@ -79,7 +79,7 @@ def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, s
         table.writerow(
             [record.file_name, image_id, category, names.get(category, ""), score, *entry["bbox"], entry["area"]]
         )
-    write_whole(folder / TABLE, text.getvalue())
+    write_atomically(folder / TABLE, text.getvalue())
 
 
 def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:
@@ -101,7 +101,7 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
     ]
     categories = [{"id": identity, "name": name, "supercategory": ""} for identity, name in names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    write_whole(folder / DATASET, json.dumps(content))
+    write_atomically(folder / DATASET, json.dumps(content))
 
 
 def _names_below(records: Sequence[Record]) -> list[str]:

@@ -20,6 +20,7 @@ from m2f_trainer.run_folder import (
     METRICS,
     PREDICTIONS,
     RECIPE,
+    write_atomically,
     write_classes,
     write_details,
     write_metrics,
@@ -72,4 +73,4 @@ def evaluate_folder(
 def write_predictions(predictions: Sequence[Instances], path: Path) -> None:
     """Write predictions in COCO results form."""
     results = [result for instances in predictions for result in instances.to_coco()]
-    path.write_text(json.dumps(results), encoding="utf-8")
+    write_atomically(path, json.dumps(results))

@@ -28,10 +28,11 @@ from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.run_folder import FEATURE_CACHE
 from m2f_trainer.training.checkpointing.fingerprint import digest_of
 
 logger = logging.getLogger(__name__)
-FOLDER, MAPS, KEY = "feature_cache", "maps.bf16", "maps.json"
+MAPS, KEY = "maps.bf16", "maps.json"
 SPARE = 0.02  # share of the disk to be left free
 
 
@@ -127,7 +128,7 @@ def cached(
     `args` are the run's training arguments. The ranks share the work. Raises DataError where the disk has no room.
     """
     transform: Any = dataset.transform
-    folder, encoder = Path(args.output_dir, FOLDER), model.encoder.to(args.device)
+    folder, encoder = Path(args.output_dir, FEATURE_CACHE), model.encoder.to(args.device)
     shapes = map_shapes(encoder, transform.size)
     maps = MapFile(folder / MAPS, len(dataset), views, shapes)
     key = json.dumps({"shapes": shapes, "views": views, "of": identity(dataset, encoder)})

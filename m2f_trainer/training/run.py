@@ -1,6 +1,5 @@
 """The story of a run: recipe -> data -> model -> train -> evaluate -> card."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,13 @@ from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import (
     ADAPTER_FOLDER,
     EVALUATION,
+    FEATURE_CACHE,
     FINGERPRINT,
     METRICS,
     read_details,
     read_metrics,
     write_details,
+    write_json,
     write_metrics,
 )
 from m2f_trainer.training.auto import images_a_device, resolve
@@ -39,7 +40,6 @@ from m2f_trainer.training.checkpointing.fingerprint import fingerprint
 from m2f_trainer.training.checkpointing.resume import as_it_reads, find_resume, resume_callbacks, starting_point
 from m2f_trainer.training.data_workers import explained
 from m2f_trainer.training.dry_run import plan, to_text
-from m2f_trainer.training.feature_cache import FOLDER as FEATURE_CACHE
 from m2f_trainer.training.prepare import (
     SavedWithModel,
     build,
@@ -143,7 +143,7 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float], va
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)
-        (output / FINGERPRINT).write_text(json.dumps(trainer.fingerprint, indent=2) + "\n", encoding="utf-8")
+        write_json(output / FINGERPRINT, trainer.fingerprint or {})
         illustrate(output, valid)
         write_card(output, Form(pictures=True))
         if recipe.train.push_to_hub:

@@ -3,7 +3,6 @@
 Only seams are overridden; each delegates to a plain function that works without a Trainer.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -25,7 +24,15 @@ from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.run_folder import EVALUATION, FINGERPRINT, METRICS, PICKLED_ARGUMENTS, write_details, write_metrics
+from m2f_trainer.run_folder import (
+    EVALUATION,
+    FINGERPRINT,
+    METRICS,
+    PICKLED_ARGUMENTS,
+    write_details,
+    write_json,
+    write_metrics,
+)
 from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
@@ -170,7 +177,7 @@ class M2FTrainer(Trainer):
                 if figures is self.latest_metrics:
                     write_details(self.details, folder / EVALUATION)
             if self.args.should_save and self.fingerprint is not None:
-                (folder / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
+                write_json(folder / FINGERPRINT, self.fingerprint)
         if self.args.should_save:
             output, state = Path(str(self.args.output_dir)), self.state
             rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)

@@ -20,7 +20,7 @@ from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.evaluation.gallery import GAP, beside, truth_of
 from m2f_trainer.evaluation.plots import confusion, precision_recall, reliability, write_plots
 from m2f_trainer.evaluation.report import write_report
-from m2f_trainer.run_folder import course_of, named, write_details, write_metrics
+from m2f_trainer.run_folder import curves_of, read_runs, write_details, write_metrics
 from m2f_trainer.viz.charts import Drawing, Line, Text, lines, picture, round_above, series_colour, svg
 from tests.evaluation.truth import perfect
 
@@ -143,26 +143,26 @@ def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path
         write_run(tmp_path / "run" / f"checkpoint-{step}", data)
     (tmp_path / "run" / "checkpoint-11").mkdir()
     write_metrics({"step": 10}, tmp_path / "run" / "checkpoint-10" / "metrics.json")
-    (run,) = named([tmp_path / "run"])
+    (run,) = read_runs([tmp_path / "run"])
     assert (run.name, run.figures["step"]) == ("run", 10)
     with pytest.raises(
         ModelFolderError, match=r"expected evaluation\.json in it or in one of its checkpoints, found none"
     ):
-        named([tmp_path])
+        read_runs([tmp_path])
 
 
 def test_the_course_keeps_the_last_telling_of_a_step() -> None:
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "epoch": 1}, {"step": 1, "loss": 1.0, "note": "x"}]
-    assert course_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}
+    assert curves_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "metrics.json", "recipe.json", "trainer_state.json"])
 @pytest.mark.parametrize("content", [b'{"step": 4, ', b"[]", b"\xff\xfe{}"])
-def test_a_damaged_file_of_a_run_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_run_is_read_runs(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"figures": {}}')
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelFolderError, match=rf"{name}: .*Copy the folder again"):
-        named([tmp_path])
+        read_runs([tmp_path])
 
 
 def test_a_course_leaves_out_what_was_not_scored_and_what_is_no_number(data: Path, tmp_path: Path) -> None:

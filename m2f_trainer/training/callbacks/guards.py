@@ -1,6 +1,5 @@
 """A loss or gradient that is not finite ends the run before it reaches the weights."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from m2f_trainer.distributed import any_rank, whole
 from m2f_trainer.errors import TrainingError
+from m2f_trainer.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class FiniteGuard(TrainerCallback):
         weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         if rank == 0:
             described = {"step": step, "seed": args.seed, "image_ids": images, "gradients_not_finite": gradients}
-            (folder / "report.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "report.json", described)
             if all(tensor.isfinite().all() for tensor in weights.values()):
                 model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         what = "loss" if not torch.isfinite(self.loss()) else "gradient"

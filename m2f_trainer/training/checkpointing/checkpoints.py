@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerState
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.distributed import any_rank, whole
 from m2f_trainer.errors import TrainingError
-from m2f_trainer.run_folder import MANIFEST, METRICS, STAGING, STATE
+from m2f_trainer.run_folder import LOCK, MANIFEST, METRICS, STAGING, STATE
 
 
 def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -239,7 +239,6 @@ def _space(folder: Path) -> str:
 
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"
 
 
 def only_run(arguments: TrainArguments) -> AbstractContextManager[None]:

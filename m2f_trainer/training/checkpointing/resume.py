@@ -17,14 +17,13 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.model.backbones import is_pyramidal
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
-from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, STATE
+from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
 from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_an_epoch
 from m2f_trainer.training.ema import forget, swap
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
 logger = logging.getLogger(__name__)
-ADAPTED = ".resume"
 
 
 def find_resume(arguments: TrainArguments) -> Path | None:
@@ -139,7 +138,7 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
     if start is None:
         return []
     step = int(json.loads((start / STATE).read_text(encoding="utf-8"))["global_step"])
-    return [Resumed(step), *([NewSettings()] if start.name == ADAPTED else [])]
+    return [Resumed(step), *([NewSettings()] if start.name == RESUME_STAGING else [])]
 
 
 def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
@@ -157,13 +156,13 @@ def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
     if recounted:
         state |= {"log_history": []}
     state |= {"global_step": step, "epoch": step / updates_an_epoch(now)}
-    folder = output_dir / ADAPTED
+    folder = output_dir / RESUME_STAGING
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in checkpoint.iterdir():
         if path.name not in (STATE, MANIFEST):
             (folder / path.name).symlink_to(path.resolve())
-    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    write_atomically(folder / STATE, json.dumps(state))
     return folder
 
 

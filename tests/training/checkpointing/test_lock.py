@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from m2f_trainer.errors import TrainingError
-from m2f_trainer.training.checkpointing.checkpoints import LOCK, run_lock
+from m2f_trainer.run_folder import LOCK
+from m2f_trainer.training.checkpointing.checkpoints import run_lock
 
 
 def hold(folder: Path) -> str:
