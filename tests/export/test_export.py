@@ -113,7 +113,7 @@ def test_the_command_exits_with_1_where_parity_is_not_met(
         assert cli.main([*argv, "--images", "2", "--fixed_size"]) == status
     out = capsys.readouterr().out
     assert "parity is NOT MET" in out
-    assert "made-up images, whose AP says nothing" in out
+    assert "synthetic images, where AP is meaningless" in out
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(

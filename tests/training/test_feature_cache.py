@@ -130,7 +130,7 @@ def test_maps_written_are_maps_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_backbone_that_trains_has_no_cache(tmp_path: Path, tune: str) -> None:
-    with pytest.raises(RecipeError, match=f"feature_cache=2 keeps what a frozen backbone made .*'{tune}' changes"):
+    with pytest.raises(RecipeError, match=f"feature_cache=2 stores .* a frozen backbone, but tune={tune} changes"):
         load_recipe([str(write_tiny(tmp_path, tune=tune, feature_cache=2))])
 
 

@@ -58,5 +58,5 @@ def test_a_run_learns_at_the_rates_of_the_curve_from_whatever_step_it_begins() -
 
 def test_step_is_the_originals_schedule_and_milestones_are_shares() -> None:
     assert arguments(lr_scheduler_type="step").lr_milestones == [0.889, 0.963]
-    with pytest.raises(RecipeError, match=r"lr_milestones: expected shares of the run, between 0 and 1, got \[500\]"):
+    with pytest.raises(RecipeError, match=r"expected fractions of the run, between 0 and 1, got \[500\]"):
         arguments(lr_milestones=[500])
