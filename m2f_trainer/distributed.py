@@ -6,6 +6,8 @@ gone, and waits for it until the time limit: `--max-restarts` hung or failed in 
 ours. Here the ranks of one life agree on a prefix of their own for all they say in that store.
 """
 
+import atexit
+import gc
 import os
 import time
 import uuid
@@ -63,12 +65,31 @@ def agree(store: TCPStore, rank: int, world: int, timeout: timedelta) -> str:
 
 
 def leave() -> None:
-    """End the process group, where there is one: torch's threads may abort a process that exits with it open.
+    """End the process group, if there is one.
 
-    torchrun takes that for a failure, and starts a run again that was done.
+    A process that exits with its group open may abort: gloo's threads go on while Python is finalised (SIGABRT,
+    "terminate called without an active exception"). torchrun takes that for a failure and restarts a finished run.
+    Those threads are joined when the last reference to the group is dropped; models wrapped for it, which may stand in
+    reference cycles, hold some.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
+
+
+def leave_at_exit() -> None:
+    """Have this process leave its process group when it exits, normally or after an exception, whoever started it.
+
+    Leaving does not wait for other ranks with gloo. With NCCL it may, and so it is left to torch there, which aborts
+    such a group at exit.
+    """
+    atexit.unregister(_leave_gloo)
+    atexit.register(_leave_gloo)
+
+
+def _leave_gloo() -> None:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        leave()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,12 +1,20 @@
 """Ranks that start again agree among themselves, whatever ranks before them left behind."""
 
+import atexit
+import multiprocessing
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
-from m2f_trainer.distributed import agree
+from m2f_trainer.distributed import agree, leave_at_exit
 
 LIMIT = timedelta(seconds=5)
 
@@ -31,3 +39,39 @@ def test_a_rank_alone_says_whom_it_waited_for() -> None:
     life(store, 2, [0, 1])
     with pytest.raises(TimeoutError, match="rank 1 heard nothing of rank 0 within 1 s of starting"):
         agree(store, 1, 2, timedelta(seconds=1))
+
+
+def start_and_exit(rank: int, folder: Path, failing: int | None) -> None:
+    """A rank of a gloo group that trains a step in a wrapped model and exits without leaving the group itself."""
+    sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    leave_at_exit()
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    if rank == failing:
+        raise RuntimeError("this rank failed")
+    if failing is not None:
+        dist.all_reduce(torch.ones(1))
+
+
+def exit_through_atexit(*arguments: Any) -> None:
+    """multiprocessing ends its children without Python's exit; here the exit functions run as in any process."""
+    try:
+        start_and_exit(*arguments)
+    finally:
+        atexit._run_exitfuncs()
+        left = not dist.is_initialized()
+        (arguments[1] / f"{arguments[0]}.left").write_text(str(left))
+
+
+@pytest.mark.parametrize("failing", [None, 0])
+def test_every_rank_leaves_its_group_at_exit_also_when_one_fails(failing: int | None, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=exit_through_atexit, args=(rank, tmp_path, failing)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 120
+    for process in ranks:
+        process.join(end - time.monotonic())
+    assert [process.exitcode for process in ranks] == ([0, 0] if failing is None else [1, 1])
+    assert [(tmp_path / f"{rank}.left").read_text() for rank in range(2)] == ["True", "True"]

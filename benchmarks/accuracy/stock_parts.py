@@ -29,22 +29,19 @@ def _nothing(module: nn.Module) -> None:
     pass
 
 
-class TrainerGroups:
-    """The Trainer's own two groups: one learning rate, weight decay on all but norms and biases."""
-
-    def __call__(self, model: nn.Module, args: Any) -> Optimizer:
-        """Build the optimiser."""
-        factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-        decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
-        groups: list[dict[str, Any]] = [
-            {"name": HEAD, "params": [], "lr": args.learning_rate, "weight_decay": decay}
-            for decay in (0.0, args.weight_decay)
-        ]
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups[name in decayed]["params"].append(parameter)
-        optimizer: Optimizer = factory(groups, **settings)
-        return optimizer
+def trainer_groups(model: nn.Module, args: Any) -> Optimizer:
+    """An optimiser with the Trainer's own two groups: one learning rate, weight decay on all but norms and biases."""
+    factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    groups: list[dict[str, Any]] = [
+        {"name": HEAD, "params": [], "lr": args.learning_rate, "weight_decay": decay}
+        for decay in (0.0, args.weight_decay)
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decayed]["params"].append(parameter)
+    optimizer: Optimizer = factory(groups, **settings)
+    return optimizer
 
 
 def postprocessed(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]) -> list[Instances]:
@@ -78,6 +75,6 @@ def _instances(
 
 PARTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "initialisation": initialisation,
-    "groups": lambda: patch.object(trainer, "Grouped", TrainerGroups),
+    "groups": lambda: patch.object(trainer, "build_optimizer", trainer_groups),
     "postprocessing": lambda: patch.object(trainer, "instances_of", postprocessed),
 }

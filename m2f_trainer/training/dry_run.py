@@ -13,7 +13,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.training.checkpointing.fingerprint import updates_an_epoch
-from m2f_trainer.training.optimizer import curve, parameter_groups, rates_of
+from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
 ADAM_MOMENTS = 2
 
@@ -153,7 +153,7 @@ def steps_text(plan: Plan) -> str:
 
 def curve_text(plan: Plan) -> str:
     """The learning rates of head and backbone at a few steps; the backbone's is that of its last block."""
-    head, backbone = curve(plan.train, plan.steps)
+    head, backbone = rate_factors(plan.train, plan.steps)
     rate, multiplier = plan.train.learning_rate, plan.train.backbone_lr_multiplier or 0.0
     rows = []
     for step in sorted({min(round(point * plan.steps), plan.steps - 1) for point in POINTS}):

@@ -1,4 +1,8 @@
-"""Parameter groups as the original Mask2Former's: a slower backbone, and no weight decay where it does harm."""
+"""The optimiser and the learning rate schedule.
+
+Parameter groups follow the original Mask2Former: a slower backbone, no weight decay on norms, biases and embeddings.
+The schedule is one of transformers', multiplied with the recipe's own factors by group and step.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
@@ -26,9 +30,9 @@ STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Rates:
-    """What a group's learning rate and weight decay follow from.
+    """The values from which each group's learning rate and weight decay are computed.
 
-    layer_decay  None, or what each block of the backbone has of the rate of the block above it
+    layer_decay  None, or the ratio of each backbone block's learning rate to that of the block above it
     """
 
     learning_rate: float
@@ -38,23 +42,20 @@ class Rates:
 
 
 def rates_of(arguments: Any) -> Rates:
-    """The rates of a recipe; plain `TrainingArguments` know of no backbone."""
+    """The rates of a recipe; plain `TrainingArguments` have one learning rate for all parameters."""
     if not isinstance(arguments, TrainArguments):
         return Rates(arguments.learning_rate, arguments.weight_decay)
     multiplier = arguments.backbone_lr_multiplier or 0.0
     return Rates(arguments.learning_rate, arguments.weight_decay, multiplier, arguments.layer_decay)
 
 
-class Grouped:
-    """transformers' optimiser of these arguments over the original's parameter groups: a factory, as Trainer takes."""
-
-    def __call__(self, model: nn.Module, args: Any) -> Optimizer:
-        """Build it."""
-        factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-        optimizer: Optimizer = factory(parameter_groups(model, rates_of(args)), **settings)
-        if isinstance(args, TrainArguments) and args.ema_decay is not None:
-            optimizer.register_step_post_hook(start)
-        return optimizer
+def build_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer:
+    """transformers' optimiser for these arguments (`optim`), over our parameter groups."""
+    factory, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+    optimizer: Optimizer = factory(parameter_groups(model, rates_of(arguments)), **settings)
+    if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
+        optimizer.register_step_post_hook(start)
+    return optimizer
 
 
 def undecayed(model: nn.Module) -> set[str]:
@@ -72,9 +73,10 @@ def undecayed(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of one name, learning rate and weight decay; neck and head come first.
+    """Trainable parameters in groups of equal name, learning rate and weight decay; neck and head come first.
 
-    LoRA factors learn at the full rate: they are new layers. Raises RecipeError where `layer_decay` has no layers.
+    LoRA factors train at the full rate because they are new layers. Raises RecipeError where `layer_decay` is set and
+    the backbone has no layers.
     """
     plain, trained = undecayed(model), trainable(model)
     top = top_block(model) if rates.layer_decay is not None else 0
@@ -97,7 +99,7 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 def top_block(model: nn.Module) -> int:
     """Number of the backbone's last block: its transformer layers counted from 1, or its stages from 0.
 
-    A ConvNeXt counts by stages, since its third has up to 27 blocks, and a decay for each would stop the stem.
+    A ConvNeXt is counted by stages: its third stage has up to 27 blocks, and a decay per block would freeze the stem.
     """
     names = [name for name, _ in model.named_parameters() if BACKBONE in name]
     found = [block_of(name, -1) for name in names]
@@ -107,7 +109,7 @@ def top_block(model: nn.Module) -> int:
 
 
 def block_of(name: str, top: int) -> int:
-    """The block that a backbone's parameter counts to: 0 for the embeddings, `top` for what comes after the blocks."""
+    """The block that a backbone parameter belongs to: 0 for the embeddings, `top` for layers after the last block."""
     block, stage = BLOCK.search(name), STAGE.search(name)
     if stage is not None:
         return int(stage[1])
@@ -117,20 +119,20 @@ def block_of(name: str, top: int) -> int:
 
 
 def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """The trainable parameters, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 Factor = Callable[[int], float]
-STEP_DOWN = 0.1  # what a milestone leaves of the learning rate, as in the original's schedule
+STEP_DOWN = 0.1  # factor of the learning rate at each milestone, as in the original's schedule
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Factors by step, to be multiplied with those of transformers' schedule.
+class RateShape:
+    """The recipe's own factors of the learning rate by step; they multiply those of transformers' schedule.
 
-    The backbone stands still for `head_first` steps and then warms up for `warmup` steps, as in the two stages of EoMT
-    (Kerssies et al. 2025, https://arxiv.org/abs/2503.19108); each milestone takes the rate to a tenth.
+    The backbone is frozen for `head_first` steps and then warms up for `warmup` steps, as in the two stages of EoMT
+    (Kerssies et al. 2025, https://arxiv.org/abs/2503.19108). Each milestone lowers the rate to a tenth.
     """
 
     head_first: int
@@ -138,52 +140,43 @@ class Shape:
     milestones: tuple[int, ...]
 
     def head(self, step: int) -> float:
-        """Of neck and head."""
+        """Factor of neck and head."""
         return float(STEP_DOWN ** sum(step >= milestone for milestone in self.milestones))
 
     def backbone(self, step: int) -> float:
-        """Of the backbone, LoRA included."""
+        """Factor of the backbone, LoRA included."""
         ramp = (step - self.head_first) / self.warmup if self.warmup else float(step >= self.head_first)
         return self.head(step) * (min(max(ramp, 0.0), 1.0) if self.head_first else 1.0)
 
 
-def shape_of(arguments: TrainArguments, total: int) -> Shape:
-    """The shape that a recipe asks for, in a run of so many steps; fields below 1 are shares of it."""
+def rate_shape(arguments: TrainArguments, total: int) -> RateShape:
+    """The shape for a run of `total` optimiser steps; recipe fields below 1 are shares of it."""
     first = arguments.head_first_steps
     steps = int(first if first >= 1 else first * total)
     milestones = tuple(round(share * total) for share in arguments.lr_milestones or ())
-    return Shape(steps, arguments.get_warmup_steps(total), milestones)
+    return RateShape(steps, arguments.get_warmup_steps(total), milestones)
 
 
-class ShapedRates(TrainerCallback):
-    """Puts the recipe's shape on the schedule that the Trainer has made."""
+def shaped(schedule: LRScheduler, arguments: TrainingArguments, total: int) -> LRScheduler:
+    """A schedule of transformers with the recipe's shape multiplied in, for a run of `total` optimiser steps.
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Multiply each group's factor, and set the rates of the step that the run begins with."""
-        schedule = kwargs["lr_scheduler"]
-        if not isinstance(args, TrainArguments) or not isinstance(schedule, LambdaLR):
-            return
-        if args.head_first_steps or args.lr_milestones:
-            put_on(schedule, kwargs["optimizer"].param_groups, shape_of(args, state.max_steps), state.global_step)
-
-
-def put_on(schedule: LambdaLR, groups: list[dict[str, Any]], shape: Shape, step: int) -> None:
-    """Multiply the shape into a schedule's factors, and set the groups' rates at a step."""
+    It is returned as it is where the recipe has no shape, or where it is not defined by factors (ReduceLROnPlateau).
+    """
+    if not isinstance(arguments, TrainArguments) or not isinstance(schedule, LambdaLR):
+        return schedule
+    if not arguments.head_first_steps and not arguments.lr_milestones:
+        return schedule
+    shape, groups = rate_shape(arguments, total), schedule.optimizer.param_groups
     shapes = [shape.backbone if group["name"].startswith("backbone") else shape.head for group in groups]
-    schedule.lr_lambdas = [_product(one, other) for one, other in zip(schedule.lr_lambdas, shapes, strict=True)]
-    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(step)
-    schedule._last_lr = [group["lr"] for group in groups]
+    return LambdaLR(schedule.optimizer, [_product(*pair) for pair in zip(schedule.lr_lambdas, shapes, strict=True)])
 
 
 def _product(one: Factor, other: Factor) -> Factor:
     return lambda step: one(step) * other(step)
 
 
-def curve(arguments: TrainArguments, total: int) -> tuple[Factor, Factor]:
-    """Factor of the learning rate by step in a run of so many: neck and head's, and the backbone's."""
+def rate_factors(arguments: TrainArguments, total: int) -> tuple[Factor, Factor]:
+    """Factors of the learning rate by step in a run of `total` steps: of neck and head, and of the backbone."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     plain = get_scheduler(
         arguments.lr_scheduler_type,
@@ -192,6 +185,6 @@ def curve(arguments: TrainArguments, total: int) -> tuple[Factor, Factor]:
         total,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
     )
-    shape = shape_of(arguments, total)
+    shape = rate_shape(arguments, total)
     factor: Factor = plain.lr_lambdas[0] if isinstance(plain, LambdaLR) else lambda _: 1.0
     return _product(factor, shape.head), _product(factor, shape.backbone)

@@ -12,7 +12,7 @@ from m2f_trainer.config.recipe import Recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of
-from m2f_trainer.distributed import from_main
+from m2f_trainer.distributed import from_main, leave_at_exit
 from m2f_trainer.errors import ImageError
 from m2f_trainer.hub.model_card import Form, draw_pictures, write_card
 from m2f_trainer.hub.upload import push
@@ -59,6 +59,7 @@ def train(recipe: Recipe) -> dict[str, float]:
 
     Raises RunStopped, a KeyboardInterrupt, when a signal asked it to stop; it is saved by then.
     """
+    leave_at_exit()
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, only_run(recipe.train):
         checkpoint = from_main(lambda: find_resume(recipe.train))
@@ -78,7 +79,14 @@ def train(recipe: Recipe) -> dict[str, float]:
             fingerprint=facts,
             processing_class=SavedWithModel(recipe, model.config),
         )
-        trainer.add_callback(Pictures(trainer))
+        trainer.add_callback(
+            Pictures(
+                trainer.train_dataset,
+                trainer.eval_dataset,
+                lambda: trainer.predictions,
+                lambda: trainer.callback_handler.callbacks,
+            )
+        )
         with explained(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             figures = final_figures(trainer, recipe, splits, categories)

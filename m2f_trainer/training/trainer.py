@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -19,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.distributed import leave_at_exit
 from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
@@ -34,12 +37,13 @@ from m2f_trainer.run_folder import (
     write_metrics,
 )
 from m2f_trainer.training.callbacks.guards import FiniteGuard
+from m2f_trainer.training.callbacks.order import position
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
 from m2f_trainer.training.data_workers import Watched, watch
 from m2f_trainer.training.ema import Average, averaged
-from m2f_trainer.training.optimizer import Grouped, ShapedRates
+from m2f_trainer.training.optimizer import build_optimizer, shaped
 from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
@@ -80,7 +84,6 @@ class M2FTrainer(Trainer):
             **kwargs,
         )
         autocast_sharded(model, arguments)
-        self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs or (Grouped, {"args": arguments})  # type: ignore[assignment]
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self.scorer = compute_metrics
@@ -92,12 +95,32 @@ class M2FTrainer(Trainer):
         self.step_batches: list[dict[str, Any]] = []
         scaled = self.accelerator.scaler is not None
         guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
-        self.callback_handler.callbacks[:0] = [DataWait(), SeedEveryStep(), guard, ShapedRates(), NoStockUpload()]
-        for theirs in (ProgressCallback, PrinterCallback):
-            self.remove_callback(theirs)
-        self.callback_handler.callbacks += console(bars=not arguments.disable_tqdm)
-        if args.ema_decay is not None:
-            self.add_callback(Average(args.ema_decay))
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        average = [Average(args.ema_decay)] if args.ema_decay is not None else []
+        bars = console(bars=not arguments.disable_tqdm)
+        for callback in [DataWait(), SeedEveryStep(), guard, NoStockUpload(), *bars, *average]:
+            self.add_callback(callback)
+        leave_at_exit()
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """As the Trainer's; the callback runs at its place in `m2f_trainer.training.callbacks.order.ORDER`."""
+        super().add_callback(callback)
+        self.callback_handler.callbacks.sort(key=position)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The recipe's optimiser over our parameter groups, unless one was given to the constructor."""
+        own: Any = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer = build_optimizer(own, self.args)
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """transformers' schedule with the recipe's own factors, unless one was given to the constructor."""
+        if self.lr_scheduler is None:
+            schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = shaped(schedule, self.args, num_training_steps)  # type: ignore[assignment]
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,).

@@ -1,5 +1,6 @@
 """The Trainer's seams, used from a notebook."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch.utils.data import TensorDataset
+from transformers import Trainer
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError, SharingError
@@ -55,3 +57,56 @@ def test_the_trainers_own_upload_of_the_whole_folder_is_refused_with_the_way_tha
     legal = {"LICENSE", "NOTICE", "DINOV3_LICENSE.md"}
     assert set(hub.files) - code == {"README.md", "config.json", "model.safetensors"} | legal
     assert not any(b"stays here" in body for body in hub.bodies)
+
+
+EMPTY = inspect.Parameter.empty
+PRIVATE: dict[str, dict[str, object]] = {
+    "_save": {"self": EMPTY, "output_dir": None, "state_dict": None},
+    "_save_checkpoint": {"self": EMPTY, "model": EMPTY, "trial": EMPTY},
+    "_get_dataloader": {
+        "self": EMPTY, "dataset": EMPTY, "description": EMPTY, "batch_size": EMPTY, "sampler_fn": None,
+        "is_training": False, "dataloader_key": None,
+    },
+    "_get_num_items_in_batch": {"self": EMPTY, "batch_samples": EMPTY, "device": EMPTY},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_method_that_is_overridden_has_the_signature_we_know(name: str) -> None:
+    parameters = inspect.signature(getattr(Trainer, name)).parameters.values()
+    assert {one.name: one.default for one in parameters} == PRIVATE[name]
+    assert name in vars(M2FTrainer)
+
+
+def test_no_other_private_method_of_the_trainer_is_overridden() -> None:
+    inherited = {name for name in vars(M2FTrainer) if name in vars(Trainer) and not name.startswith("__")}
+    assert {name for name in inherited if name.startswith("_")} == set(PRIVATE)
+
+
+def test_the_trainer_keeps_the_loss_since_the_last_log_where_the_guard_reads_it() -> None:
+    assert "self._tr_loss = torch.tensor(0.0" in inspect.getsource(Trainer._inner_training_loop)
+    assert "self._tr_loss +=" in inspect.getsource(Trainer._run_epoch)
+
+
+def test_a_trainer_makes_our_parameter_groups_and_the_schedule_with_the_recipes_factors(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, warmup_steps=0, lr_scheduler_type="constant_with_warmup", lr_milestones=[0.5])
+    trainer.create_optimizer_and_scheduler(10)
+    groups = trainer.optimizer.param_groups
+    assert [group["name"] for group in groups] == ["neck and head"] * 2 + ["backbone"] * 2
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+    for _ in range(5):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [group["lr"] for group in groups] == pytest.approx([1e-5, 1e-5, 1e-6, 1e-6])
+
+
+def test_an_optimizer_of_the_user_is_kept(tmp_path: Path) -> None:
+    model = tiny_model()
+    own = torch.optim.SGD(model.parameters(), lr=1.0)
+    arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = M2FTrainer(model, arguments, eval_dataset=TensorDataset(torch.zeros(1)), optimizers=(own, None))
+    trainer.create_optimizer_and_scheduler(10)
+    assert trainer.optimizer is own
+    factory = torch.optim.SGD, {"lr": 0.5}
+    trainer = M2FTrainer(model, arguments, eval_dataset=TensorDataset(torch.zeros(1)), optimizer_cls_and_kwargs=factory)
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)

@@ -1,6 +1,6 @@
 """Pictures for the loggers: augmented samples at the start, predictions beside truth at each evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.evaluation.gallery import beside
-from m2f_trainer.training.trainer import M2FTrainer
+from m2f_trainer.inference.instances import Instances
 from m2f_trainer.viz.overlay import draw_sample
 
 SHOWN, LONGEST, LEAST_SCORE = 4, 480, 0.5
@@ -26,26 +26,36 @@ Named: TypeAlias = Mapping[str, NDArray[np.uint8]]
 
 
 class Pictures(TrainerCallback):
-    """Sends pictures wherever the Trainer's own callbacks send figures; draws none where nobody takes them."""
+    """Sends pictures wherever the Trainer's own callbacks send figures; draws none without such a callback.
 
-    def __init__(self, trainer: M2FTrainer) -> None:
-        self.trainer = trainer
+    `predictions` returns those of the latest evaluation, `callbacks` all callbacks of the Trainer.
+    """
+
+    def __init__(
+        self,
+        train: object,
+        valid: object,
+        predictions: Callable[[], Sequence[Instances]],
+        callbacks: Callable[[], Sequence[TrainerCallback]],
+    ) -> None:
+        self.train, self.valid = train, valid
+        self.predictions, self.callbacks = predictions, callbacks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first training samples as the model is shown them, with their masks."""
-        samples = self.trainer.train_dataset
+        samples = self.train
         if isinstance(samples, InstanceDataset):
             shown = range(min(SHOWN, len(samples)))
             self._send(lambda: {f"train/sample_{k}": np.asarray(draw_sample(samples[k])) for k in shown}, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first validation images, the truth on the left."""
-        samples = self.trainer.eval_dataset
+        samples = self.valid
         if isinstance(samples, InstanceDataset):
             self._send(lambda: self._predictions(samples), state)
 
     def _predictions(self, samples: InstanceDataset) -> Named:
-        found = {one.image_id: one.above(LEAST_SCORE) for one in self.trainer.predictions}
+        found = {one.image_id: one.above(LEAST_SCORE) for one in self.predictions()}
         names = {category.id: category.name for category in categories_of(samples.rows)}
         rows = [samples.rows[index] for index in range(min(SHOWN, len(samples)))]
         return {
@@ -54,7 +64,7 @@ class Pictures(TrainerCallback):
         }
 
     def _send(self, draw: Callable[[], Named], state: TrainerState) -> None:
-        loggers = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, tuple(_SENDERS))]
+        loggers = [one for one in self.callbacks() if isinstance(one, tuple(_SENDERS))]
         if loggers and state.is_world_process_zero:
             pictures = draw()
             for logger in loggers:

@@ -31,23 +31,20 @@ class Writer:
         self.images[name] = picture
 
 
-def trainer(folder: Path, *callbacks: Any) -> Any:
+def pictures_for(folder: Path, *callbacks: Any) -> Pictures:
     splits = load_coco(write_sample(folder / "data", images=(5, 2, 0)))
     samples, valid = (
         InstanceDataset(splits[name], TrainTransform(64, 64), categories_of(splits["train"]))
         for name in ("train", "valid")
     )
-    return SimpleNamespace(
-        callback_handler=SimpleNamespace(callbacks=list(callbacks)),
-        train_dataset=samples, eval_dataset=valid, predictions=perfect(splits["valid"]),
-    )  # fmt: skip
+    return Pictures(samples, valid, lambda: perfect(splits["valid"]), lambda: callbacks)
 
 
 def test_samples_come_at_the_start_and_predictions_at_each_evaluation(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra: pip install m2f-trainer[tensorboard]")
     writer = Writer()
     board = TensorBoardCallback(tb_writer=writer)
-    pictures = Pictures(trainer(tmp_path, board))
+    pictures = pictures_for(tmp_path, board)
     pictures.on_train_begin(*TOLD)
     assert sorted(writer.images) == SAMPLES
     assert writer.images["train/sample_0"].shape == (64, 64, 3)
@@ -85,18 +82,18 @@ def test_pictures_go_to_wandb_trackio_and_mlflow_while_their_run_is_open(
     got = fake_packages(monkeypatch, running)
     loggers = [object.__new__(kind) for kind in (WandbCallback, TrackioCallback, MLflowCallback)]
     loggers[2]._auto_end_run = False  # what it looks at when it is thrown away
-    Pictures(trainer(tmp_path, *loggers)).on_train_begin(*TOLD)
+    pictures_for(tmp_path, *loggers).on_train_begin(*TOLD)
     assert got == dict.fromkeys(got, SAMPLES if running else [])
 
 
 def test_other_ranks_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = fake_packages(monkeypatch, True)
     state = TrainerState(global_step=7, is_world_process_zero=False)
-    Pictures(trainer(tmp_path, object.__new__(WandbCallback))).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    pictures_for(tmp_path, object.__new__(WandbCallback)).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
     assert not got["wandb"]
 
 
 def test_without_a_logger_nothing_is_drawn(tmp_path: Path) -> None:
-    pictures = Pictures(trainer(tmp_path))
+    pictures = pictures_for(tmp_path)
     pictures.on_train_begin(*TOLD)
     pictures.on_evaluate(*TOLD)
