@@ -106,6 +106,20 @@ def from_main(decide: Callable[[], Any]) -> Any:
     return result[0]
 
 
+def from_every_rank(values: list[Any]) -> list[Any]:
+    """The lists of all ranks as one, on every rank. All ranks must call this."""
+    if not dist.is_initialized():
+        return values
+    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def any_rank(flag: bool | torch.Tensor, device: torch.device) -> bool:
     """Whether the flag is set on any rank; all ranks must ask at the same point."""
     if not dist.is_initialized():

@@ -3,7 +3,7 @@
     M2FError
     ├── RecipeError          an option, a recipe file, or two options that contradict each other
     ├── DataError            a dataset folder or its annotations
-    │   ├── ImageError       an image that can't be read as it is
+    │   ├── ImageError       an image that can't be read as it is (MissingImageError, ImageSizeError)
     │   └── MaskError        a polygon or an RLE that doesn't describe a mask
     ├── ModelFolderError     a model folder that can't be used for what was asked
     ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
@@ -31,6 +31,14 @@ class DataError(M2FError):
 
 class ImageError(DataError):
     """An image is missing, unreadable, or not of the form its annotations describe."""
+
+
+class MissingImageError(ImageError):
+    """The file of an image does not exist."""
+
+
+class ImageSizeError(ImageError):
+    """An image has another size than its annotations say."""
 
 
 class MaskError(DataError):

@@ -1,8 +1,8 @@
-"""A COCO folder as a typed, memory-mapped `datasets.DatasetDict`, built once for each content of its annotation files.
+"""A COCO or YOLO folder as a typed, memory-mapped `datasets.DatasetDict`, built once per content of its annotations.
 
-A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), and `objects`, one entry for
-each annotation: `id`, `category_id` (the file's own), `bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).
-The used categories travel in the dataset's info.
+A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), and `objects`, one per
+annotation: `id`, `category_id` (the annotation file's own), `bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).
+The used categories are part of the features: the names of a `ClassLabel` column called `categories`.
 """
 
 import hashlib
@@ -20,11 +20,15 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 
-from m2f_trainer.data.coco_json import AnnotationFile, read_annotations
+from m2f_trainer.data.coco_json import SplitAnnotations, read_annotations
 from m2f_trainer.data.layouts import SplitFiles, find_layout, given_layout
-from m2f_trainer.data.problems import Report, refuse
-from m2f_trainer.data.yolo import contents, find_yolo, read_yolo
+from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Annotations = TypeVar("Annotations", bound=SplitAnnotations)
 
 FEATURES = datasets.Features(
     {
@@ -44,16 +48,63 @@ FEATURES = datasets.Features(
         ),
     }
 )
-_BATCH = 1000  # rows a table
-_ROW_FORMAT = "3"  # raise it when rows change, so that older caches are left behind
+_ROWS_PER_TABLE = 1000
+_ROW_FORMAT = "3"  # raise it when rows change, so that caches of older versions are not used
+_HELD_OUT = 5  # one image of this many is held out for validation
+
+
+# rows and their categories
 
 
 @dataclass(frozen=True)
 class Category:
-    """One used category: `id` is the annotation file's own."""
+    """One used category; `id` is the annotation file's own."""
 
     id: int
     name: str
+
+
+def row_features(categories: Sequence[Category]) -> datasets.Features:
+    """The features of a row with its categories.
+
+    The column `categories` is always null. Its `ClassLabel` holds each category as the JSON text [id, name], because
+    names alone need not be unique, and because features are all that `push_to_hub` keeps of a dataset's description.
+    """
+    names = [json.dumps([category.id, category.name], ensure_ascii=False) for category in categories]
+    return datasets.Features({**FEATURES, "categories": datasets.ClassLabel(names=names)})
+
+
+def stored_categories(rows: datasets.Dataset) -> tuple[Category, ...]:
+    """The categories in the features of rows, the inverse of `row_features`; none where the rows aren't ours."""
+    label = rows.features.get("categories")
+    try:
+        pairs = [json.loads(text) for text in label.names] if isinstance(label, datasets.ClassLabel) else []
+        return tuple(Category(int(key), str(name)) for key, name in pairs)
+    except (ValueError, TypeError):
+        return ()
+
+
+def categories_of(rows: datasets.Dataset) -> tuple[Category, ...]:
+    """The categories used in any split of the dataset, by id: class k of a model is the k-th.
+
+    Raises:
+        DataError: the rows weren't built by `load_coco` or `load_dataset`
+    """
+    categories = stored_categories(rows)
+    if not categories:
+        raise DataError(
+            "expected a dataset with a ClassLabel `categories` among its features, as `load_coco` builds it, found"
+            f" {', '.join(rows.features) or 'no features'}. Build the dataset with `load_coco`."
+        )
+    return categories
+
+
+def normalized_name(name: str) -> str:
+    """A class name without differences in case and spaces."""
+    return " ".join(name.split()).casefold()
+
+
+# building the rows of a folder
 
 
 def load_coco(
@@ -63,14 +114,14 @@ def load_coco(
     annotations: Mapping[str, str | Path] | None = None,
     images: Mapping[str, str | Path] | None = None,
 ) -> datasets.DatasetDict:
-    """The splits of a COCO folder, under the names train, valid and test.
+    """The splits of a COCO or YOLO folder, under the names train, valid and test.
 
-    Where there is no valid, a fifth of the training images is held out as such.
+    Without a valid split, a fifth of the training images is held out as one.
 
     Args:
         root: the dataset folder, in one of the layouts of `find_layout`, or a YOLO folder with a data.yaml
-        cache_dir: where the rows are kept; datasets' own cache by default
-        annotations, images: annotation file and image folder by split, relative to `root`, where it has another layout;
+        cache_dir: where the rows are cached; datasets' own cache by default
+        annotations, images: annotation file and image folder by split, relative to `root`, for any other layout;
             nothing is held out then
 
     Raises:
@@ -85,50 +136,78 @@ def load_coco(
         layout=layout,
         hold_out=hold_out,
     )
-    with advice_alone():
+    with unwrap_data_errors():
         builder.download_and_prepare()
     splits = builder.as_dataset()
     if len(splits) > len(layout):
-        warn(root, splits)
+        warn_held_out(root, splits)
     return splits
 
 
+def find_splits(
+    root: str | Path,
+    annotations: Mapping[str, str | Path] | None = None,
+    images: Mapping[str, str | Path] | None = None,
+) -> tuple[SplitFiles, ...]:
+    """The splits of a COCO folder, in the given or a known layout, or else of a YOLO folder.
+
+    Raises:
+        DataError: neither is found
+    """
+    if annotations:
+        return given_layout(root, annotations, images)
+    try:
+        return find_layout(root)
+    except DataError:
+        found = tuple(find_yolo(Path(root)))
+        if not found:
+            raise
+        return found
+
+
+def _cache_name(root: str | Path) -> str:
+    """A folder name in the cache that shows which dataset it belongs to."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in Path(root).resolve().name)
+    return name[:40] or "coco"
+
+
+def _fingerprint(layout: tuple[SplitFiles, ...], hold_out: bool) -> str:
+    """A hash of everything that the rows depend on: annotation contents, and the paths of annotations and images."""
+    digest = hashlib.sha256(f"{_ROW_FORMAT} {hold_out}".encode())
+    for files in layout:
+        paths = [
+            files.split,
+            files.annotations.resolve(),
+            *((folder.resolve(), folder.is_dir()) for folder in files.image_folders),
+        ]
+        digest.update(repr(paths).encode())
+        try:
+            for part in yolo_contents(files) if _is_yolo(files) else _file_contents(files.annotations):
+                digest.update(part)
+        except OSError as error:
+            raise DataError(f"{files.annotations}: can't be read ({error}). Check path and permissions.") from error
+    return digest.hexdigest()[:32]
+
+
+def _file_contents(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            yield part
+
+
+def _is_yolo(files: SplitFiles) -> bool:
+    return files.annotations.suffix in (".yaml", ".yml")
+
+
 @contextmanager
-def advice_alone() -> Iterator[None]:
-    """Lets a DataError out of the error that datasets wrap around it."""
+def unwrap_data_errors() -> Iterator[None]:
+    """Raise a DataError itself instead of the error that datasets wraps around it."""
     try:
         yield
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
-
-
-def features_of(categories: Sequence[Category]) -> datasets.Features:
-    """A row's features, which carry the categories too: of a dataset's info, the Hub keeps nothing else."""
-    names = [json.dumps([category.id, category.name], ensure_ascii=False) for category in categories]
-    return datasets.Features({**FEATURES, "categories": datasets.ClassLabel(names=names)})
-
-
-def describe_categories(categories: Sequence[Category]) -> str:
-    """The categories as a dataset's info holds them."""
-    return json.dumps({"categories": [{"id": one.id, "name": one.name} for one in categories]})
-
-
-def categories_of(dataset: datasets.Dataset) -> tuple[Category, ...]:
-    """The categories used in any split of the folder a dataset comes from, by id: class k is the k-th.
-
-    Raises:
-        DataError: the dataset wasn't built by `load_coco`
-    """
-    try:
-        stored = json.loads(dataset.info.description)["categories"]
-        return tuple(Category(int(entry["id"]), str(entry["name"])) for entry in stored)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "expected a dataset with its categories in its info, as `load_coco` builds it, found none."
-            " Build the dataset with `load_coco`."
-        ) from error
 
 
 @dataclass
@@ -149,170 +228,106 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         return datasets.DatasetInfo(features=FEATURES)
 
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
-        files = {layout.split: read_split(layout) for layout in self.config.layout}
-        files = with_validation(files) if self.config.hold_out else files
-        categories = used_categories(files)
-        self.info.description = describe_categories(categories)
-        self.info.features = features_of(categories)
-        return [datasets.SplitGenerator(name=split, gen_kwargs={"file": file}) for split, file in files.items()]
+        splits = {files.split: read_split(files) for files in self.config.layout}
+        splits = with_validation(splits) if self.config.hold_out else splits
+        self.info.features = row_features(used_categories(splits))
+        return [datasets.SplitGenerator(name=name, gen_kwargs={"split": split}) for name, split in splits.items()]
 
-    def _generate_tables(self, file: AnnotationFile) -> Iterator[tuple[int, pa.Table]]:
-        rows = file.rows()
+    def _generate_tables(self, split: SplitAnnotations) -> Iterator[tuple[int, pa.Table]]:
+        rows = split.rows()
         for number in count():
-            batch = list(islice(rows, _BATCH))
+            batch = list(islice(rows, _ROWS_PER_TABLE))
             if not batch:
                 return
             yield number, pa.Table.from_pylist(batch, schema=self.info.features.arrow_schema)
 
 
-def used_categories(files: Mapping[str, AnnotationFile], report: Report = refuse) -> list[Category]:
-    """Those with an annotation in any split, by id; a Roboflow super-category has none and goes.
-
-    Reports an id with two names, and a dataset without annotations.
-    """
-    names: dict[int, tuple[str, Path]] = {}
-    used: set[int] = set()
-    for file in files.values():
-        used |= file.used_categories()
-        for key, name in file.categories.items():
-            first, where = names.setdefault(key, (name, file.path))
-            if first != name:
-                message = (
-                    f"category {key} is {first!r} in {where} but {name!r} in {file.path}."
-                    " Give it one name in all splits, or two ids."
-                )
-                report("renamed-category", file.path, [key], message)
-    if not used:
-        listed = ", ".join(str(file.path) for file in files.values())
-        report("no-objects", listed, [], f"expected annotated objects, found none in {listed}. Add annotations.")
-    return [Category(key, names[key][0]) for key in sorted(used)]
-
-
-def _cache_name(root: str | Path) -> str:
-    """A folder name that tells a reader of the cache which dataset it is of."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(root).resolve().name)
-    return name[:40] or "coco"
-
-
-def _fingerprint(layout: tuple[SplitFiles, ...], hold_out: bool) -> str:
-    """A hash of what the rows depend on: annotation contents, and where annotations and images are."""
-    digest = hashlib.sha256(f"{_ROW_FORMAT} {hold_out}".encode())
-    for files in layout:
-        place = [
-            files.split,
-            files.annotations.resolve(),
-            *((folder.resolve(), folder.is_dir()) for folder in files.image_folders),
-        ]
-        digest.update(repr(place).encode())
-        for part in contents_of(files):
-            digest.update(part)
-    return digest.hexdigest()[:32]
-
-
-def find_splits(
-    root: str | Path,
-    annotations: Mapping[str, str | Path] | None = None,
-    images: Mapping[str, str | Path] | None = None,
-) -> tuple[SplitFiles, ...]:
-    """The splits of a COCO folder, found or told, or else of a YOLO folder.
+def read_split(files: SplitFiles, report: Report = raise_problem) -> SplitAnnotations:
+    """Read and check one split.
 
     Raises:
-        DataError: neither is there
+        DataError: it can't be used; the message names file, ids and remedy
     """
-    if annotations:
-        return given_layout(root, annotations, images)
-    try:
-        return find_layout(root)
-    except DataError:
-        found = tuple(find_yolo(Path(root)))
-        if not found:
-            raise
-        return found
-
-
-def read_split(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
-    """Reads and checks one split. Raises DataError, which names file, ids and remedy."""
     return read_yolo(files, report) if _is_yolo(files) else read_annotations(files, report)
 
 
-def contents_of(files: SplitFiles) -> Iterator[bytes]:
-    """All that the rows of a split depend on, but for the images.
+def used_categories(splits: Mapping[str, SplitAnnotations], report: Report = raise_problem) -> list[Category]:
+    """The categories with an annotation in any split, by id; Roboflow's super-category has none and is left out.
 
-    Raises:
-        DataError: it can't be read
+    Reports an id with two names, and a dataset without annotations.
     """
-    try:
-        if _is_yolo(files):
-            yield from contents(files)
-        else:
-            with files.annotations.open("rb") as file:
-                while part := file.read(1 << 22):
-                    yield part
-    except OSError as error:
-        raise DataError(f"{files.annotations}: can't be read ({error}). Check path and permissions.") from error
+    names: dict[int, tuple[str, str]] = {}
+    used: set[int] = set()
+    for split in splits.values():
+        used |= split.used_categories()
+        for key, name in split.categories.items():
+            first, where = names.setdefault(key, (name, split.name))
+            if first != name:
+                message = (
+                    f"category {key} is {first!r} in {where} but {name!r} in {split.name}."
+                    " Give it one name in all splits, or two ids."
+                )
+                report("renamed-category", split.name, [key], message)
+    if not used:
+        everywhere = ", ".join(split.name for split in splits.values())
+        report(
+            "no-objects", everywhere, [], f"expected annotated objects, found none in {everywhere}. Add annotations."
+        )
+    return [Category(key, names[key][0]) for key in sorted(used)]
 
 
-def _is_yolo(files: SplitFiles) -> bool:
-    return files.annotations.suffix in (".yaml", ".yml")
-
-
-File = TypeVar("File", bound=AnnotationFile)
-
-logger = logging.getLogger(__name__)
-_EACH = 5  # of so many images, one is held out
+# holding out a validation split
 
 
 def held_out(names: Sequence[str]) -> list[int]:
-    """The places of the images that are held out, in order; none of fewer than five."""
+    """The indices of the images to hold out, in order: the fifth with the smallest SHA-256 of the name.
+
+    An image's choice hardly depends on the others, and not on their order. Of fewer than five images none is held out.
+    """
     digests = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
-    ranked = sorted(range(len(names)), key=lambda place: digests[place])
-    return sorted(ranked[: len(names) // _EACH])
+    ranked = sorted(range(len(names)), key=lambda index: digests[index])
+    return sorted(ranked[: len(names) // _HELD_OUT])
 
 
 def lacks_validation(splits: Mapping[str, object]) -> bool:
-    """Whether images are held out of a dataset's training split."""
+    """Whether images of the training split are to be held out."""
     return "train" in splits and "valid" not in splits
 
 
-def with_validation(files: Mapping[str, File]) -> dict[str, File]:
+def with_validation(splits: Mapping[str, Annotations]) -> dict[str, Annotations]:
     """The splits, with a `valid` held out of `train` where there is none."""
-    names = [image["file_name"] for image in files["train"].images] if lacks_validation(files) else []
+    names = [image["file_name"] for image in splits["train"].images] if lacks_validation(splits) else []
     chosen = set(held_out(names))
     if not chosen:
-        return dict(files)
-    others = {split: file for split, file in files.items() if split != "train"}
-    train, valid = (_part(files["train"], chosen, inside=inside) for inside in (False, True))
-    return {"train": train, "valid": valid, **others}
+        return dict(splits)
+    train, valid = (_part(splits["train"], chosen, inside=inside) for inside in (False, True))
+    return {"train": train, "valid": valid, **{name: split for name, split in splits.items() if name != "train"}}
+
+
+def _part(split: Annotations, chosen: set[int], *, inside: bool) -> Annotations:
+    images = tuple(image for index, image in enumerate(split.images) if (index in chosen) is inside)
+    return replace(split, images=images, annotations={image["id"]: split.annotations[image["id"]] for image in images})
 
 
 def rows_with_validation(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
-    """The same for the rows of a Hub dataset, which have the names that the doctor gives them."""
+    """The same for the rows of a Hub dataset, chosen by the file names that `m2f check` gives to their images."""
     names = [f"{number}.png" for number in splits["train"]["image_id"]] if lacks_validation(splits) else []
     chosen = held_out(names)
     if not chosen:
         return datasets.DatasetDict(splits)
     rest = sorted(set(range(len(names))) - set(chosen))
-    others = {split: rows for split, rows in splits.items() if split != "train"}
-    train, valid = (splits["train"].select(places) for places in (rest, chosen))
+    train, valid = (splits["train"].select(indices) for indices in (rest, chosen))
+    others = {name: rows for name, rows in splits.items() if name != "train"}
     return datasets.DatasetDict({"train": train, "valid": valid, **others})
 
 
-def warn(name: object, splits: Mapping[str, datasets.Dataset]) -> None:
-    """Tells once what training and scores now rest on."""
-    count = len(splits["valid"])
+def warn_held_out(dataset: object, splits: Mapping[str, datasets.Dataset]) -> None:
+    """Log how many training images are held out for validation."""
+    valid = len(splits["valid"])
     logger.warning(
-        "%s has no validation split: %d of its %d training images, chosen by name, are held out to score on",
-        name,
-        count,
-        count + len(splits["train"]),
+        "%s has no validation split: %d of its %d training images, chosen by a hash of the file name, are held out for"
+        " validation",
+        dataset,
+        valid,
+        valid + len(splits["train"]),
     )
-
-
-def _part(file: File, chosen: set[int], *, inside: bool) -> File:
-    images = tuple(image for place, image in enumerate(file.images) if (place in chosen) is inside)
-    return replace(file, images=images, annotations={image["id"]: file.annotations[image["id"]] for image in images})
-
-
-def folded(name: str) -> str:
-    """A class name without what people type differently."""
-    return " ".join(name.split()).casefold()

@@ -1,7 +1,7 @@
-"""Images opened safely: regular files of known formats only, by pixel count, as RGB or refused with advice.
+"""Open images safely, as 8-bit RGB: only regular files, of known formats, up to a limit of pixels.
 
-Annotations are in stored pixels, so EXIF orientation is never applied. Alpha is dropped, animations give their first
-frame, 16-bit greys are scaled to 8 bits.
+Annotations refer to stored pixels, so EXIF orientation is never applied. Alpha is dropped, of an animation the first
+frame is read, 16-bit greys are scaled to 8 bits. What has no single right conversion to RGB is rejected, with the fix.
 """
 
 import io
@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
 
-from m2f_trainer.errors import ImageError
+from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError
 from m2f_trainer.masks.rle import MAX_PIXELS, Size
 
 ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDArray[Any]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # none starts an external decoder
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no external program for these
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
-CUT = "Cut the image into tiles; `m2f predict --tile` does so by itself where it is a TIFF."
-_DIRECT = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
-_DEEP_GREYS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_CUT = "Cut the image into tiles; for a TIFF, `m2f predict --tile` does so."
+_MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
+_MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def open_image(
@@ -34,17 +34,20 @@ def open_image(
 
     Args:
         source: a path, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or (H, W, 3) of uint8
-        where: names the image in messages
-        size: (height, width) that the stored image must have
-        shrink_to: (height, width) to keep at least; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that is enough
+        where: the image's name in messages
+        size: the size that the stored image must have
+        shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
+            is not smaller
 
     Raises:
-        ImageError: missing, not a regular file, damaged, too large, of another size, or not convertible to RGB
+        MissingImageError: the file does not exist
+        ImageSizeError: the stored image has another size than `size`
+        ImageError: it is not a regular file, damaged, too large, or not convertible to RGB
     """
     image = open_stored(source, where)
     check_pixels(image.size, where)
     if size is not None:
-        check_size((image.height, image.width), size, where)
+        check_annotated_size((image.height, image.width), size, where)
     try:
         if shrink_to is not None:
             image.draft("RGB", shrink_to[::-1])
@@ -57,10 +60,11 @@ def open_image(
 
 
 def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
-    """(height, width) of the stored pixels, read from the file's header.
+    """The size of the stored image, read from the header of the file.
 
     Raises:
-        ImageError: as `open_image`, as far as the header tells
+        MissingImageError: the file does not exist
+        ImageError: it is not a regular file of a known format, or too large
     """
     with _identify(_file_of(source, where), where) as image:
         check_pixels(image.size, where)
@@ -68,44 +72,45 @@ def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
 
 
 def check_pixels(size: tuple[int, int], where: str) -> None:
-    """Refuses decompression bombs by (width, height).
+    """Reject decompression bombs; `size` is Pillow's (width, height).
 
     Raises:
         ImageError: more than `MAX_PIXELS`
     """
     width, height = size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. {CUT}")
+        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. {_CUT}")
 
 
-def check_size(found: Size, expected: Size, where: str) -> None:
-    """Refuses an image whose (height, width) aren't those its annotations were drawn on.
+def check_annotated_size(found: Size, expected: Size, where: str) -> None:
+    """Reject an image that has another size than its annotations say.
 
     Raises:
-        ImageError: the sizes differ
+        ImageSizeError: the sizes differ
     """
-    if found != expected:
-        turned = " It is turned: annotate the image as it is stored, without its EXIF rotation." * (
-            found == expected[::-1]
-        )
-        raise ImageError(
-            f"{where}: expected {expected[1]}x{expected[0]} pixels as its annotations say, got {found[1]}x{found[0]}."
-            f"{turned or ' Correct `width` and `height`, or put the annotated image back.'}"
-        )
+    if found == expected:
+        return
+    fix = "Correct `width` and `height`, or restore the annotated image."
+    if found == expected[::-1]:
+        fix = "Width and height are swapped: annotate the image as it is stored, without its EXIF rotation."
+    raise ImageSizeError(
+        f"{where}: expected {expected[1]}x{expected[0]} pixels as its annotations say, got {found[1]}x{found[0]}. {fix}"
+    )
 
 
 def open_stored(source: ImageSource, where: str) -> Image.Image:
-    """The image in its stored mode, its header read and its pixels not yet.
+    """The image in its stored mode: the header is read, the pixels are not decoded yet.
 
     Raises:
-        ImageError: missing, not a regular file, or of no known format
+        MissingImageError: the file does not exist
+        ImageError: it is not a regular file of a known format
     """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
         return _from_array(source, where)
     file = _file_of(source, where)
-    try:  # read whole: Pillow keeps the files of some formats open
+    try:  # the file is read at once: Pillow keeps files of some formats open
         return _identify(io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file, where)
     except OSError as error:
         raise ImageError(f"{where}: the file {file} can't be read ({error}). Check its permissions.") from error
@@ -121,12 +126,13 @@ def _file_of(source: Mapping[str, Any] | str | Path, where: str) -> Path | io.By
 
 
 def _regular_file(path: Path, where: str) -> Path:
-    """Pipes and devices are never opened: reading one may never end."""
+    """The path of a regular file; pipes and devices are never opened, because reading one may never end."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (half the time of Path.stat, and called for every sample)
     except (OSError, ValueError) as error:
-        raise ImageError(
-            f"{where}: the file {path} can't be read ({error}). Add it, or remove its annotations."
+        kind = MissingImageError if isinstance(error, FileNotFoundError) else ImageError
+        raise kind(
+            f"{where}: the file {path} can't be read ({error}). Add the file, or remove the image and its annotations."
         ) from error
     if not stat.S_ISREG(mode):
         raise ImageError(f"{where}: {path} is not a regular file (a folder, pipe or device). Put an image there.")
@@ -137,18 +143,19 @@ def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). {CUT}") from error
+        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). {_CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(
-            f"{where}: not an image of a known format ({', '.join(FORMATS)}): {_looks_like(file)}."
+            f"{where}: not an image of a known format ({', '.join(FORMATS)}): {_guess_content(file)}."
             " Replace the file, or remove it from the set."
         ) from error
 
 
-def _looks_like(file: Path | io.BytesIO) -> str:
-    """What a file that is no image probably is."""
+def _guess_content(file: Path | io.BytesIO) -> str:
+    """What a file that isn't an image probably is."""
     try:
-        head = file.getvalue()[:64] if isinstance(file, io.BytesIO) else _head(file)
+        with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as opened:
+            head = opened.read(64)
     except OSError as error:
         return f"it can't be read ({error})"
     if not head:
@@ -160,16 +167,11 @@ def _looks_like(file: Path | io.BytesIO) -> str:
     return f"it starts with {head[:8]!r}"
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(64)
-
-
 def _from_array(array: npt.NDArray[Any], where: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise ImageError(
             f"{where}: expected an array (H, W) or (H, W, 3) of uint8, got {array.shape} of {array.dtype}."
-            " Scale it to 0..255 and put the colours last."
+            " Scale it to 0..255 and make colour the last axis."
         )
     return Image.fromarray(array)
 
@@ -177,18 +179,18 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Image.Image:
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode in _DEEP_GREYS:
-        return _from_deep_grey(image, where)
-    if image.mode in _DIRECT:
+    if image.mode in _MODES_OF_16_BITS:
+        return _from_16_bits(image, where)
+    if image.mode in _MODES_TO_RGB:
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     raise ImageError(
-        f"{where}: an image of mode {image.mode} has no one right conversion to 8-bit RGB."
-        " Convert it yourself, scaled as your data means it, and save it as PNG."
+        f"{where}: images of mode {image.mode} have no single right conversion to 8-bit RGB."
+        " Convert it with the scale that fits your data, and save it as PNG."
     )
 
 
-def _from_deep_grey(image: Image.Image, where: str) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion saturates at 255."""
+def _from_16_bits(image: Image.Image, where: str) -> Image.Image:
+    """16-bit greys scaled to 8 bits; Pillow's own conversion clips at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise ImageError(

@@ -1,12 +1,12 @@
-"""Where a COCO dataset keeps its annotations and images: found by itself, or told.
+"""Find the annotation files and image folders of a COCO dataset, in a known layout or in one that is given.
 
-Found layouts, in this order:
+Known layouts, in this order:
 
     {train,valid,val,test}/_annotations.coco.json      images beside it (Roboflow)
     annotations/instances_{train2017,val2017}.json     images in [images/]train2017, images or . (COCO, CVAT)
     {train,val,test}.json                              images in train, images/train, images or .
     {_annotations.coco,annotations,result,labels}.json one split, images in ., images, data or a folder of any name
-    *.json, if there is but one                        the same (Label Studio, VGG's annotator, home-made)
+    *.json, if there is only one                       the same (Label Studio, VGG's annotator, others)
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ _SINGLE = ("_annotations.coco.json", "annotations.json", "result.json", "labels.
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """One split: its annotation file, and the folders its images may be in, the likeliest first."""
+    """One split: its annotation file, and the folders that its images may be in, the most likely first."""
 
     split: str
     annotations: Path
@@ -52,18 +52,18 @@ def find_layout(root: str | Path) -> tuple[SplitFiles, ...]:
             return _in_order(found)
     raise DataError(
         f"{folder}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
-        f" annotations/instances_train*.json with image folders, train.json and val.json, or one JSON file in all;"
-        f" the folder holds {_listing(folder)}. Give `annotations` and `images` for each split otherwise."
+        f" annotations/instances_train*.json with image folders, train.json and val.json, or a single JSON file;"
+        f" the folder holds {_listing(folder)}. For another layout, give `annotations` and `images` for each split."
     )
 
 
 def given_layout(
     root: str | Path, annotations: Mapping[str, str | Path], images: Mapping[str, str | Path] | None = None
 ) -> tuple[SplitFiles, ...]:
-    """The layout told split by split, paths relative to `root`; images default to the annotation file's folder.
+    """The layout as given for each split, paths relative to `root`; images default to the annotation file's folder.
 
     Raises:
-        DataError: an unknown split, or a file or folder that isn't there
+        DataError: an unknown split, or a file or folder that doesn't exist
     """
     folder, images = Path(root), images or {}
     for name in [*annotations, *images]:
@@ -104,7 +104,7 @@ def _annotations_folder(root: Path) -> Iterator[SplitFiles]:
 
 
 def _split_files(root: Path) -> Iterator[SplitFiles]:
-    """Files in the dataset's folder itself, named after their splits; train must be one of them."""
+    """Files in the dataset folder itself, named after their splits; train must be one of them."""
     files = [(file, file.stem.removeprefix("instances_")) for file in sorted(root.glob("*.json"))]
     found = [(file, stem, split) for file, stem in files if (split := _split_of(stem))]
     if any(split == "train" for _, _, split in found):
@@ -118,7 +118,7 @@ def _split_file(root: Path, file: Path, stem: str, split: str) -> SplitFiles:
 
 def _single_file(root: Path) -> Iterator[SplitFiles]:
     files = [root / name for name in _SINGLE if (root / name).is_file()]
-    if not files and not any(root.glob("*.y*ml")):  # beside a data.yaml of YOLO, a JSON may be anything
+    if not files and not any(root.glob("*.y*ml")):  # beside YOLO's data.yaml, a JSON file may be anything
         files = sorted(root.glob("*.json"))
     if files and (len(files) == 1 or files[0].name in _SINGLE):
         folders = (root, root / "images", root / "data", *sorted(path for path in root.iterdir() if path.is_dir()))

@@ -1,23 +1,26 @@
-"""What can be wrong with a dataset: every kind of finding, why it matters, what to do, and what `--fix` does about it.
+"""The kinds of problems that a dataset can have: title, reason, remedy, and what `m2f check --fix` does about each.
 
-Readers of annotations take a `Report`, which they call for each problem before they go on without the faulty part:
-`refuse` raises at the first one, for training; `Findings` collects them all, for `m2f check`.
+Readers of annotations pass every problem to a `Report` and then leave the faulty part out. For training, the report is
+`raise_problem`, which raises at the first problem; for `m2f check` it is `Findings`, which collects all of them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from m2f_trainer.errors import DataError, ImageError, MaskError
+from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError
 
 Key: TypeAlias = int | str
 Severity: TypeAlias = Literal["error", "warning"]
-LISTED = 10
+LISTED = 10  # ids or images that a message names
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of finding. `fix` is what a corrected copy does to each case, "" where a person has to decide."""
+    """One kind of problem. `fix` says what `m2f check --fix` does to each case; "" where a person has to decide.
+
+    `raises` is the error that training raises for it.
+    """
 
     severity: Severity
     title: str
@@ -37,167 +40,220 @@ def _warning(title: str, why: str, remedy: str, fix: str = "") -> Kind:
 
 KINDS: Mapping[str, Kind] = {
     "unusable": _error(
-        "can't be read at all", "Nothing in it can be trained on.", "Follow the message, then check again."
+        "can't be read at all",
+        "Nothing in it can be used for training.",
+        "Follow the message, then run the check again.",
     ),
     "missing-split": _error(
         "split missing or empty",
-        "Training needs images to learn from and others to score on.",
-        "Add the split, or images: of five or more in train, a fifth is held out to score on.",
+        "Training needs images to train on and others to evaluate on.",
+        "Add the split. Without a valid split, a fifth of the training images is held out if there are at least five.",
     ),
     "no-objects": _error(
-        "nothing to learn", "A split without objects teaches nothing and has no score.", "Annotate objects in it."
+        "no objects to train or evaluate on",
+        "A split without objects can't be trained on and has no score.",
+        "Annotate objects in it.",
     ),
     "bad-image-entry": _error(
-        "image entry unusable", "Without id, name and size its annotations have no frame.", "Correct it.", "left out"
+        "invalid image entry",
+        "Without an id, a file name and a size, the annotations of the image can't be placed.",
+        "Correct the entry.",
+        "removed",
     ),
     "bad-annotation-entry": _error(
-        "annotation entry unusable", "It can't be tied to an image and a category.", "Correct it.", "left out"
+        "invalid annotation entry",
+        "It can't be assigned to an image and a category.",
+        "Correct the entry.",
+        "removed",
     ),
     "bad-category-entry": _error(
-        "category entry unusable", "Its annotations have no class.", "Correct it.", "left out"
+        "invalid category entry", "Its annotations have no class.", "Correct the entry.", "removed"
     ),
     "duplicate-image-id": _error(
         "image id used twice",
-        "Annotations of one image land on the other.",
+        "Annotations of one image would be drawn on the other.",
         "Renumber the images.",
         "the first is kept",
     ),
     "duplicate-annotation-id": _error(
-        "annotation id used twice", "Scorers match masks by id and take the wrong one.", "Renumber them.", "renumbered"
+        "annotation id used twice",
+        "COCO scorers match masks by annotation id and would take the wrong mask.",
+        "Renumber the annotations.",
+        "renumbered",
     ),
     "duplicate-category-id": _error(
-        "category id used twice", "Two classes become one.", "Give each category its own id.", "the first is kept"
+        "category id used twice",
+        "Two classes would be merged into one.",
+        "Give each category its own id.",
+        "the first is kept",
     ),
     "orphan-annotation": _error(
-        "annotation of an image that isn't there", "It would be lost without a word.", "Add the image.", "left out"
+        "annotation of an image that doesn't exist", "The object would be lost.", "Add the image.", "removed"
     ),
     "unknown-category": _error(
-        "annotation of an unknown category", "It would be lost without a word.", "Add the category.", "left out"
+        "annotation of a category that doesn't exist", "The object would be lost.", "Add the category.", "removed"
     ),
     "bad-crowd": _error(
-        "`iscrowd` that isn't 0 or 1", "Crowds are never trained on, and scored apart.", "Write 0 or 1.", "left out"
+        "`iscrowd` that isn't 0 or 1",
+        "Crowd regions are excluded from training and scored differently.",
+        "Write 0 or 1.",
+        "removed",
     ),
     "bad-mask": _error(
-        "segmentation that is no mask",
-        "Such polygons and RLEs crash or hang the C code of COCO's tools, or decode to noise.",
-        "Correct the outline or remove the annotation.",
-        "left out",
+        "invalid segmentation",
+        "Such polygons and RLEs crash or hang pycocotools, or decode to uninitialised memory.",
+        "Correct the polygon or RLE, or remove the annotation.",
+        "removed",
         MaskError,
     ),
     "bad-box": _error(
-        "`bbox` that is no box", "Box scores need it.", "Correct it or leave it out.", "recomputed from the mask"
+        "invalid `bbox`",
+        "Box AP is computed from it.",
+        "Correct it, or leave it out.",
+        "recomputed from the mask",
     ),
     "bad-area": _error(
-        "`area` that is no area", "Scores by size need it.", "Correct it or leave it out.", "recomputed from the mask"
+        "invalid `area`",
+        "AP for small, medium and large objects is computed from it.",
+        "Correct it, or leave it out.",
+        "recomputed from the mask",
     ),
     "unsafe-path": _error(
-        "file name that leaves the dataset",
-        "A dataset must not read files outside its folder.",
-        "Correct it.",
-        "taken by its name where its folder has such a file, else left out",
+        "file name that leads out of the dataset folder",
+        "Files outside the dataset folder are never read.",
+        "Correct the file name.",
+        "replaced by the file of that name in the image folder where there is exactly one, else removed",
     ),
     "missing-image": _error(
         "image file missing",
-        "The run would stop at it.",
-        "Add the file or remove its annotations.",
-        "left out",
-        ImageError,
+        "Training would stop when it loads the image.",
+        "Add the file, or remove the image and its annotations.",
+        "removed",
+        MissingImageError,
     ),
     "bad-image": _error(
-        "image file unreadable", "The run would stop at it.", "Replace the file or remove it.", "left out", ImageError
-    ),
-    "wrong-image-size": _error(
-        "image of another size than annotated",
-        "Its masks would lie beside its objects.",
-        "Put the annotated image back, or correct `width` and `height`.",
-        "left out",
+        "image file unreadable",
+        "Training would stop when it loads the image.",
+        "Replace the file, or remove the image and its annotations.",
+        "removed",
         ImageError,
     ),
+    "wrong-image-size": _error(
+        "image size differs from its annotations",
+        "Its masks would not match its objects.",
+        "Restore the annotated image, or correct `width` and `height`.",
+        "removed",
+        ImageSizeError,
+    ),
     "renamed-category": _error(
-        "category id with two names", "Splits disagree on what a class is.", "Give it one name, or two ids."
+        "category id with two names",
+        "The splits disagree on the name of a class.",
+        "Use one name in all splits, or two ids.",
     ),
     "duplicate-image": _warning(
-        "image twice in a split", "It counts double.", "Keep one.", "the first is kept, where no object sets them apart"
+        "duplicate image within a split",
+        "It counts twice in training or in the score.",
+        "Keep one of them.",
+        "the first is kept, unless the images differ by what could be an object",
     ),
     "leakage": _warning(
-        "image in two splits",
-        "Scores on images that were trained on are too good.",
+        "same image in two splits",
+        "Scores on images that were trained on are too high.",
         "Keep it in one split.",
-        "left out of the split that trains, or comes first, where no object sets them apart",
+        "removed from train, or from valid if it is in test, unless the images differ by what could be an object",
     ),
     "box-mismatch": _warning(
-        "`bbox` beside its mask", "One of the two is wrong; box scores use the box.", "Recompute it.", "recomputed"
+        "`bbox` doesn't match the mask",
+        "One of the two is wrong; box AP is computed from `bbox`.",
+        "Recompute the box from the mask.",
+        "recomputed from the mask",
     ),
     "area-mismatch": _warning(
-        "`area` that isn't the mask's", "Scores by size sort objects by it.", "Recompute it.", "recomputed"
+        "`area` doesn't match the mask",
+        "AP for small, medium and large objects is computed from `area`.",
+        "Recompute the area from the mask.",
+        "recomputed from the mask",
     ),
     "empty-mask": _warning(
-        "mask without a pixel",
-        "Nothing can be learnt from it, and it counts as missed. It lies outside its image or covers itself twice.",
-        "Correct or remove it.",
-        "left out",
+        "empty mask",
+        "It has no pixel to train on and always counts as missed. The polygon lies outside its image or covers itself"
+        " twice.",
+        "Correct or remove the annotation.",
+        "removed",
     ),
     "tiny-object": _warning(
-        "object smaller than a cell of the mask map",
-        "At the input size it is under 4 pixels wide or high, where masks have one value.",
+        "object smaller than one cell of the mask logits",
+        "At the input size it is less than 4 pixels wide or high, which is one cell of the mask logits.",
         "Use a larger input size or tiles.",
     ),
     "self-intersection": _warning(
-        "polygon that crosses itself", "What is covered twice becomes a hole.", "Redraw the outline."
+        "self-intersecting polygon",
+        "Regions that the polygon covers twice become holes.",
+        "Redraw the polygon.",
     ),
     "held-out": _warning(
         "no validation split",
-        "Training needs images to score on, and holds out a fifth of these, chosen by their names.",
-        "To choose them yourself, put them into a split named valid.",
-        "put into a split valid",
+        "Training needs images to evaluate on, so a fifth of the training images is held out, chosen by a hash of the"
+        " file name.",
+        "To choose the validation images yourself, put them into a split named valid.",
+        "written as a split named valid",
     ),
     "brush-crowd": _warning(
-        "crowd region of CVAT's making",
-        "CVAT writes an object drawn with its brush as a crowd region, which is never trained on.",
+        "CVAT brush mask exported as a crowd region",
+        "CVAT exports objects drawn with its brush as crowd regions, which are excluded from training.",
         "If it is one object, set its `iscrowd` to 0.",
-        "taken as one object",
+        "`iscrowd` set to 0",
     ),
     "missing-class": _warning(
         "class missing from a split",
-        "Without training objects it can't be found; without validation objects it has no score.",
-        "Move some of its images there.",
+        "A class without training objects can't be learned; one without validation objects has no score.",
+        "Move images with this class into the split.",
     ),
     "exif-rotation": _warning(
-        "image that viewers turn",
-        "Its EXIF tag turns it on screen, but masks are taken as drawn on the stored pixels.",
-        "Look at its picture; if the mask is off, save the image turned and without the tag.",
+        "image with an EXIF rotation",
+        "Image viewers rotate it; masks are applied to the stored pixels, without the rotation.",
+        "Look at its picture on the page of `m2f check --html`. If the mask is misplaced, save the image rotated,"
+        " without the EXIF tag.",
     ),
     "converted-image": _warning(
         "image that isn't 8-bit grey or RGB",
-        "It is converted: 16 bits are scaled to 8, transparency is dropped, CMYK and palettes become RGB.",
-        "Look at its picture; convert it yourself where that isn't right.",
+        "It is converted: 16-bit values are scaled to 8 bits, transparency is dropped, CMYK and palettes become RGB.",
+        "Look at its picture on the page of `m2f check --html`. If the conversion is wrong, convert it yourself.",
     ),
     "unused-category": _warning(
-        "category without annotations", "It becomes no class of the model.", "Remove it, or annotate it.", "left out"
+        "category without annotations",
+        "It does not become a class of the model.",
+        "Annotate objects of it, or remove it.",
+        "removed",
     ),
     "duplicate-category-name": _warning(
-        "two categories of one name", "They are trained as two classes.", "Merge or rename them.", "merged"
+        "two categories with the same name",
+        "They are trained as two different classes.",
+        "Merge or rename them.",
+        "merged",
     ),
     "many-instances": _warning(
-        "more instances than queries", "Those beyond the queries can't be found.", "Raise `num_queries`."
+        "more instances than queries",
+        "The model predicts at most one instance per query, so the others can't be found.",
+        "Raise `num_queries`.",
     ),
 }
 
 
 class Report(Protocol):
-    """Takes one problem: its kind, the file, the ids it concerns, a full message, and the image to show it on."""
+    """Receives one problem: its kind, the file, the ids concerned, the full message, and the image id to show it on."""
 
     def __call__(self, kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None: ...
 
 
-def refuse(kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
-    """Raises the problem: the report of those who can't go on without what is wrong."""
+def raise_problem(kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
+    """The `Report` that raises the error of the problem's kind."""
     raise KINDS[kind].raises(message)
 
 
 @dataclass
 class Finding:
-    """All cases of one kind in one file; `message` tells the first."""
+    """All cases of one kind in one file; `message` is that of the first case."""
 
     kind: str
     file: str
@@ -213,19 +269,24 @@ class Finding:
     def count(self) -> int:
         return max(1, len(self.ids))
 
-    def some_ids(self) -> str:
-        """The first ten, and how many there are."""
-        return some(self.ids)
-
     def to_json(self) -> dict[str, Any]:
         kind = KINDS[self.kind]
-        told = {"severity": kind.severity, "kind": self.kind, "title": kind.title, "count": self.count}
-        where = {"file": self.file, "ids": self.ids[:1000], "message": self.message}
-        return {**told, **where, "why": kind.why, "remedy": kind.remedy, "fix": kind.fix}
+        return {
+            "severity": kind.severity,
+            "kind": self.kind,
+            "title": kind.title,
+            "count": self.count,
+            "file": self.file,
+            "ids": self.ids[:1000],
+            "message": self.message,
+            "why": kind.why,
+            "remedy": kind.remedy,
+            "fix": kind.fix,
+        }
 
 
 class Findings:
-    """A report that collects: one finding for each kind and file."""
+    """The `Report` that collects: one finding for each kind and file."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], Finding] = {}
@@ -237,17 +298,24 @@ class Findings:
             finding.images.append(image)
 
     def listed(self) -> list[Finding]:
-        """Errors first, in the order of `KINDS`."""
+        """In the order of `KINDS`: errors first."""
         order = list(KINDS)
         return sorted(self._found.values(), key=lambda finding: (order.index(finding.kind), finding.file))
 
 
-def some(values: Sequence[object]) -> str:
-    """The first ten, and how many there are."""
+def kind_of(error: ImageError) -> str:
+    """The kind of problem of an image that can't be used."""
+    return next(
+        kind for kind in ("missing-image", "wrong-image-size", "bad-image") if type(error) is KINDS[kind].raises
+    )
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first `LISTED` values, and how many there are in all where there are more."""
     more = f", ... ({len(values)} in all)" if len(values) > LISTED else ""
     return ", ".join(map(str, values[:LISTED])) + more
 
 
 def printable(text: str) -> str:
-    """Text from a dataset without what could steer a terminal."""
+    """Text from a dataset with control characters, which could drive a terminal, replaced by "?"."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

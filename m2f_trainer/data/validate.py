@@ -1,85 +1,130 @@
-"""What training would refuse, found before it starts: annotations are checked as they are read, images here."""
+"""Checks before training and evaluation: splits with objects, images that can be decoded, categories of the same names.
 
+Annotations are checked when the dataset is built. Images are decoded once per content of the dataset: a marker file
+beside the cached rows stands for the images as they are, by path, size and modification time of each file.
+"""
+
+import contextlib
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from m2f_trainer.data.dataset import Category, categories_of, folded
+from m2f_trainer.data.dataset import Category, categories_of, normalized_name
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.transforms import describe
+from m2f_trainer.distributed import from_every_rank, from_main, rank_and_world_size
 from m2f_trainer.errors import DataError, ImageError
 
-_THREADS = 8  # Pillow decodes without the interpreter's lock
-_LISTED = 10
+_THREADS = 8  # Pillow decodes without Python's global lock
+_ROWS_AT_ONCE = 1024
 
 
 def check_dataset(
     splits: datasets.DatasetDict, *, train: str = "train", evaluation: Sequence[str] = ("valid",)
 ) -> None:
-    """The error part of `m2f check`: every split asked for is there with images that can be read, and train and valid
-    have objects (without them every AP would be -1, and no model better than another).
+    """Every split to use exists with images that can be read, and train and valid have objects: without them, every AP
+    would be -1, and no checkpoint better than another. With several ranks, all must call this.
 
     Args:
         train: the split to train on, "" for none
-        evaluation: the splits to score on
+        evaluation: the splits to evaluate on
 
     Raises:
         DataError: naming every kind of problem with the first ten images
     """
     for name in [train] * bool(train) + [*evaluation]:
         check_split(splits, name)
-    for name, use, wanted in ((train, "train on", bool(train)), ("valid", "score on", "valid" in evaluation)):
+    for name, use, wanted in ((train, "train on", bool(train)), ("valid", "evaluate on", "valid" in evaluation)):
         if wanted and not _has_targets(splits[name]):
             raise DataError(
-                f"split {name!r}: expected objects to {use}, found only crowd regions or none. Annotate objects in it;"
-                " of CVAT's brush masks, which it writes as crowds, m2f check --fix makes objects."
+                f"split {name!r}: expected objects to {use}, found only crowd regions or none. Annotate objects in it."
+                " If they are brush masks of CVAT, which it exports as crowd regions, convert them with"
+                " m2f check --fix."
             )
 
 
 def check_split(splits: datasets.DatasetDict, name: str) -> None:
-    """One split is there, and all its images can be read and have the size their annotations say.
+    """The split exists, and all its images can be read and have the size that their annotations say.
+
+    With several ranks, all must call this.
 
     Raises:
-        DataError: the split is missing or empty, or images are bad
+        DataError: the split is missing or empty, or images can't be used
     """
     if name not in splits or not len(splits[name]):
         raise DataError(
             f"expected a split {name!r} with images, found {', '.join(splits) or 'none'}."
             f" Add it to the dataset folder, or name another split."
-            + " Or add images: of five or more in 'train', a fifth is held out to score on."
+            + " Or add training images: of at least five, a fifth is held out for validation."
             * (name == "valid")
         )
-    problems = list(image_problems(splits[name]))
+    problems = check_images_once(splits[name])
     if problems:
-        more = f"\n... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "\n".join(problems[:_LISTED])
-        raise ImageError(f"split {name!r}: {len(problems)} image(s) can't be used:\n{listed}{more}")
+        more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        first = "\n".join(problems[:LISTED])
+        raise ImageError(f"split {name!r}: {len(problems)} image(s) can't be used:\n{first}{more}")
 
 
-def check_categories(known: Sequence[Category], rows: datasets.Dataset) -> None:
-    """A split's category ids mean what they mean to a model: its scores would be of other classes otherwise.
+def check_images_once(rows: datasets.Dataset) -> list[str]:
+    """A message for each image that can't be decoded or has another size than its annotations say, on every rank.
 
-    Raises:
-        DataError: an id of both has two names; case, spaces and a number in place of a name aside
+    The main rank looks whether the images were found good before, as they are now. If not, each rank decodes its share.
     """
-    names = {category.id: category.name for category in known}
-    for category in categories_of(rows):
-        name = names.get(category.id, category.name)
-        if folded(name) != folded(category.name) and str(category.id) not in (name, category.name):
-            raise DataError(
-                f"category {category.id} is {name!r} to the model and {category.name!r} in the dataset."
-                " Give the dataset's categories the ids and names that the model has."
-            )
+    marker: Path | None = from_main(lambda: _marker(rows))
+    if from_main(lambda: marker is not None and marker.is_file()):
+        return []
+    rank, world_size = rank_and_world_size()
+    share = rows.select(range(rank, len(rows), world_size)) if world_size > 1 else rows
+    problems = from_every_rank(list(image_problems(share)))
+    if not problems and marker is not None and rank == 0:
+        with contextlib.suppress(OSError):  # a cache that can't be written to: the next start decodes again
+            marker.touch()
+    return problems
+
+
+def _marker(rows: datasets.Dataset) -> Path | None:
+    """The file that exists once these images were found good; None for rows that aren't cached on disk.
+
+    Its name is a hash of the cache files, of the image ids and sizes, and of path, size and
+    modification time of the image files.
+    """
+    cache_files = [file["filename"] for file in rows.cache_files]
+    if not cache_files:
+        return None
+    digest = hashlib.sha256(repr([(path, _file_state(path)) for path in cache_files]).encode())
+    embedded = all(chunk.field("bytes").null_count == 0 for chunk in rows.data.column("image").chunks)
+    columns = ["image_id", "height", "width"] + ["image"] * (not embedded)  # the data itself is never read
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for row in table.select(columns[:3]).to_pylist():
+            digest.update(repr(list(row.values())).encode())
+        for chunk in table["image"].chunks if not embedded else ():
+            for path in chunk.field("path").to_pylist():
+                digest.update(repr((path, _file_state(path))).encode())
+    return Path(cache_files[0]).parent / f"images-{digest.hexdigest()[:32]}.checked"
+
+
+def _file_state(path: str | None) -> tuple[int, int] | None:
+    """Size and modification time of a file; None for one that doesn't exist."""
+    try:
+        state = os.stat(path or "")  # noqa: PTH116 (called for every image)
+    except (OSError, ValueError):
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def image_problems(rows: datasets.Dataset) -> Iterator[str]:
     """A message for each image that can't be decoded or has another size than its annotations say."""
     light = rows.select_columns(["image", "image_id", "height", "width"])
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(light), 1024):
-            batch = [light[i] for i in range(start, min(start + 1024, len(light)))]
+        for start in range(0, len(light), _ROWS_AT_ONCE):
+            batch = [light[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(light)))]
             yield from (problem for problem in pool.map(_image_problem, batch) if problem)
 
 
@@ -92,6 +137,23 @@ def _image_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _has_targets(rows: datasets.Dataset) -> bool:
-    """Whether any annotation isn't a crowd region, read column-wise."""
+    """Whether any annotation isn't a crowd region."""
     column = rows.select_columns("objects").with_format("arrow")[:]["objects"]
-    return any(not crowd for chunk in column.chunks for crowd in chunk.flatten().field("iscrowd").to_pylist())
+    return any(pc.min(chunk.flatten().field("iscrowd")).as_py() is False for chunk in column.chunks)
+
+
+def check_categories(known: Sequence[Category], rows: datasets.Dataset) -> None:
+    """The category ids of a split have the same names as those of a model; else the scores would be of other classes.
+
+    Raises:
+        DataError: an id has two different names; case, spaces and a number in place of a name don't count
+    """
+    names = {category.id: category.name for category in known}
+    for category in categories_of(rows):
+        name = names.get(category.id, category.name)
+        same = normalized_name(name) == normalized_name(category.name)
+        if not same and str(category.id) not in (name, category.name):
+            raise DataError(
+                f"category {category.id} is {name!r} in the model and {category.name!r} in the dataset."
+                " Give the dataset's categories the ids and names that the model has."
+            )

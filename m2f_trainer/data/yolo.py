@@ -1,6 +1,6 @@
-"""YOLO segmentation folders: a data.yaml with names and image folders, and beside each image folder one of labels.
+"""Read YOLO segmentation folders: a data.yaml with class names and image folders, and a folder of labels for each.
 
-A label file has the image's name and a line for each object: `class x y x y ...`, in shares of the image's sides.
+A label file is named as its image and has one line per object: `class x y x y ...`, as fractions of width and height.
 """
 
 import math
@@ -12,23 +12,68 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from m2f_trainer.data.coco_json import AnnotationFile, Entry, is_text
+from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles
-from m2f_trainer.data.problems import Report, refuse
+from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
 
-_REACH = 1.0  # a share may lie this far outside 0..1: further out it isn't one
+_MARGIN = 1.0  # a fraction may lie this far outside 0..1; further out it is a mistake
 
 
-def read_yolo(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
-    """Reads and checks one split; image and annotation ids count from 1 in the order of the file names.
+def find_yolo(root: Path) -> Iterator[SplitFiles]:
+    """The splits that the data.yaml in `root` names.
 
     Raises:
-        DataError: no names, no images, or a faulty label; the message names file, line and remedy
+        DataError: an image folder doesn't exist, or isn't inside `root`
     """
-    names, folder = _names(files.annotations), files.image_folders[0]
+    path = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
+    if path is None:
+        return
+    content = read_yaml(path)
+    for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
+        value = next((content[key] for key in keys if content.get(key)), None)
+        if value is not None:
+            yield SplitFiles(split, path, (_folder(root, path, split, value),))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML file as plain values; tags that would construct objects are rejected.
+
+    Raises:
+        DataError: it isn't readable YAML with a mapping
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: can't be read as YAML ({error}). Correct the file.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected names and image folders, got a {type(content).__name__}. Correct the file.")
+    return content
+
+
+def _folder(root: Path, path: Path, split: str, value: object) -> Path:
+    """The image folder of a split below `root`: the file's `path:` and Roboflow's leading ../ are ignored."""
+    if not isinstance(value, str) or value.endswith(".txt"):
+        raise DataError(f"{path}: expected an image folder for {split!r}, got {value!r:.60}. Name one folder.")
+    inside = root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
+    folder = inside / "images" if not (inside.name == "images" or "images" in inside.parts) else inside
+    found = folder if folder.is_dir() else inside
+    if not found.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{path}: {value!r} of {split!r} leads out of {root}. Name a folder inside it.")
+    if not found.is_dir():
+        raise DataError(f"{path}: the image folder {found} of {split!r} doesn't exist. Correct its path.")
+    return found
+
+
+def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+    """Read and check one split; image and annotation ids count from 1 in the order of the file names.
+
+    Raises:
+        DataError: no class names, no images, or an invalid label; the message names file, line and remedy
+    """
+    names, folder = _class_names(files.annotations), files.image_folders[0]
     labels = label_folder(folder)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
@@ -47,22 +92,31 @@ def read_yolo(files: SplitFiles, report: Report = refuse) -> AnnotationFile:
             continue
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         groups[image_id] = []
-        for category, shares in _objects((labels / name).with_suffix(".txt"), names, report, labels):
+        for category, fractions in _label_objects((labels / name).with_suffix(".txt"), names, report, labels):
             number += 1
-            polygon = [share * (height if k % 2 else width) for k, share in enumerate(shares)]
+            polygon = [fraction * (height if k % 2 else width) for k, fraction in enumerate(fractions)]
             entry = {"id": number, "image_id": image_id, "category_id": category, "segmentation": [polygon]}
             groups[image_id].append(entry)
     if not images:
         raise DataError(f"{folder}: found no images. Add images, or remove the split from {files.annotations}.")
-    return AnnotationFile(labels, folder, tuple(images), groups, names)
+    return FolderSplit(str(labels), tuple(images), groups, names, folder)
+
+
+def _class_names(path: Path) -> dict[int, str]:
+    names = read_yaml(path).get("names")
+    by_class = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(by_class, dict) or not by_class or not all(type(key) is int for key in by_class):
+        raise DataError(f"{path}: expected `names` as a list of class names, got {names!r:.60}. Add the names.")
+    return {key: str(name) for key, name in by_class.items()}
 
 
 def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, in the order of their paths."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def label_folder(images: Path) -> Path:
-    """As YOLO has it: the last `images` of the path is `labels`."""
+    """The label folder of an image folder: YOLO replaces the last `images` of the path by `labels`."""
     parts = list(images.parts)
     if "images" not in parts:
         return images
@@ -70,8 +124,8 @@ def label_folder(images: Path) -> Path:
     return Path(*parts[:place], "labels", *parts[place + 1 :])
 
 
-def contents(files: SplitFiles) -> Iterator[bytes]:
-    """What the rows depend on: data.yaml, image names, their sizes (told by those of the files), labels."""
+def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
+    """What the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
     yield files.annotations.read_bytes()
     labels = label_folder(files.image_folders[0])
     for path in image_files(files.image_folders[0]):
@@ -80,8 +134,10 @@ def contents(files: SplitFiles) -> Iterator[bytes]:
         yield label.read_bytes() if label.is_file() else b""
 
 
-def _objects(label: Path, names: dict[int, str], report: Report, labels: Path) -> Iterator[tuple[int, list[float]]]:
-    """(class, x y x y ... in shares) of each sound line; an image without a label file has no objects."""
+def _label_objects(
+    label: Path, names: dict[int, str], report: Report, labels: Path
+) -> Iterator[tuple[int, list[float]]]:
+    """(class, [x, y, x, y, ...] as fractions) of each valid line; an image without a label file has no objects."""
     try:
         lines = label.read_text(encoding="utf-8-sig").splitlines() if label.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -91,75 +147,34 @@ def _objects(label: Path, names: dict[int, str], report: Report, labels: Path) -
         if not line.strip():
             continue
         where = f"{label}, line {number}"
-        category, *shares = _numbers(line)
-        problem = _problem(category, shares)
+        category, *fractions = _numbers(line)
+        problem = _line_problem(category, fractions)
         if problem:
             report("bad-annotation-entry", labels, [f"{label.name}:{number}"], f"{where}: {problem}")
         elif int(category) not in names:
             message = f"{where}: class {int(category)} isn't among the {len(names)} names. Correct it, or add the name."
             report("unknown-category", labels, [f"{label.name}:{number}"], message)
         else:
-            yield int(category), shares
+            yield int(category), fractions
 
 
 def _numbers(line: str) -> list[float]:
-    """The line's numbers, NaN for what isn't one."""
+    """The numbers of a line, NaN for a word that isn't one."""
     return [float(word) if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", word) else math.nan for word in line.split()]
 
 
-def _problem(category: float, shares: list[float]) -> str:
+def _line_problem(category: float, fractions: list[float]) -> str:
+    """What is wrong with a line, "" for nothing."""
     if math.isnan(category) or category % 1 or category < 0:
         return "expected a class number first. Correct the line."
-    if len(shares) == 4:
-        return "expected an outline `class x y x y ...`, got a box of four numbers. Export it for segmentation."
-    if len(shares) < 6 or len(shares) % 2:
-        return f"expected at least three points x y, got {len(shares)} numbers. Correct the line."
-    if not all(-_REACH <= share <= 1 + _REACH for share in shares):
-        odd = next(share for share in shares if not -_REACH <= share <= 1 + _REACH)
-        return f"expected shares of the image's sides, 0 to 1, got {odd:g}. Divide x by the width and y by the height."
+    if len(fractions) == 4:
+        return "expected a polygon `class x y x y ...`, got a box of four numbers. Export it for segmentation."
+    if len(fractions) < 6 or len(fractions) % 2:
+        return f"expected at least three points x y, got {len(fractions)} numbers. Correct the line."
+    if not all(-_MARGIN <= value <= 1 + _MARGIN for value in fractions):
+        wrong = next(value for value in fractions if not -_MARGIN <= value <= 1 + _MARGIN)
+        return (
+            f"expected fractions of the image's width and height, 0 to 1, got {wrong:g}."
+            " Divide x by the width and y by the height."
+        )
     return ""
-
-
-def _names(path: Path) -> dict[int, str]:
-    names = read_yaml(path).get("names")
-    listed = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(listed, dict) or not listed or not all(type(key) is int for key in listed):
-        raise DataError(f"{path}: expected `names` as a list of class names, got {names!r:.60}. Add the names.")
-    return {key: str(name) for key, name in listed.items()}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The file as plain values: tags that would build objects are refused."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: can't be read as YAML ({error}). Correct the file.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected names and image folders, got a {type(content).__name__}. Correct the file.")
-    return content
-
-
-def find_yolo(root: Path) -> Iterator[SplitFiles]:
-    """The splits of a data.yaml in `root`. Raises DataError where an image folder isn't there or isn't inside."""
-    path = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
-    if path is None:
-        return
-    content = read_yaml(path)
-    for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
-        value = next((content[key] for key in keys if content.get(key)), None)
-        if value is not None:
-            yield SplitFiles(split, path, (_folder(root, path, split, value),))
-
-
-def _folder(root: Path, path: Path, split: str, value: object) -> Path:
-    """The image folder of a split; `path:` of the file is left aside, and Roboflow's leading ../ means `root`."""
-    if not isinstance(value, str) or value.endswith(".txt"):
-        raise DataError(f"{path}: expected an image folder for {split!r}, got {value!r:.60}. Name one folder.")
-    inside = root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
-    folder = inside / "images" if not (inside.name == "images" or "images" in inside.parts) else inside
-    found = folder if folder.is_dir() else inside
-    if not found.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{path}: {value!r} of {split!r} leads out of {root}. Name a folder inside it.")
-    if not found.is_dir():
-        raise DataError(f"{path}: the image folder {found} of {split!r} isn't there. Correct its path.")
-    return found

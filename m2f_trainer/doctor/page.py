@@ -4,10 +4,11 @@ import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
-from m2f_trainer.data.problems import KINDS, Finding
+from m2f_trainer.data.problems import KINDS, Finding, listed
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.pictures import draw_objects
 from m2f_trainer.doctor.scan import Scan
@@ -17,7 +18,7 @@ from m2f_trainer.doctor.summary import (
     image_sizes,
     instances_per_image,
     object_sides,
-    relative,
+    relative_file,
     verdict,
 )
 from m2f_trainer.viz.charts import bars
@@ -29,7 +30,7 @@ _BARS = 40
 
 def render(examination: Examination) -> str:
     """The page as text."""
-    name = html.escape(examination.root.resolve().name)
+    name = html.escape(Path(examination.dataset).resolve().name)
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="verdict">{html.escape(verdict(examination))}</p>',
@@ -40,7 +41,7 @@ def render(examination: Examination) -> str:
         *_histograms(examination),
         *_pictures(examination),
     ]
-    return page(f"m2f check: {examination.root.resolve().name}", parts)
+    return page(f"m2f check: {Path(examination.dataset).resolve().name}", parts)
 
 
 def _summary(examination: Examination) -> Iterator[str]:
@@ -51,8 +52,8 @@ def _summary(examination: Examination) -> Iterator[str]:
 
 
 def _finding(finding: Finding, examination: Examination) -> str:
-    kind, file = KINDS[finding.kind], html.escape(relative(finding, examination))
-    ids = f": {html.escape(finding.some_ids())}" if finding.ids else ""
+    kind, file = KINDS[finding.kind], html.escape(relative_file(finding, examination))
+    ids = f": {html.escape(listed(finding.ids))}" if finding.ids else ""
     fix = f" <code>--fix</code>: {kind.fix}." if kind.fix else ""
     return (
         f'<article class="{finding.severity}"><p><b>{finding.severity}</b> {html.escape(kind.title)} '
@@ -106,7 +107,7 @@ def _pictures(examination: Examination) -> Iterator[str]:
             blamed[key] += count
             told.setdefault(key, []).append(f"{KINDS[finding.kind].title} ({count})")
     images = [(split, scan) for split, scans in examination.scans.items() for scan in scans]
-    keys = {id(scan): (str(examination.files[split].path), scan.entry["id"]) for split, scan in images}
+    keys = {id(scan): (examination.splits[split].name, scan.entry["id"]) for split, scan in images}
     images.sort(key=lambda item: (-blamed[keys[id(item[1])]], -len(item[1].targets)))
     yield "<h2>Pictures, worst cases first</h2>"
     yield '<div class="grid">'

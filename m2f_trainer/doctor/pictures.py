@@ -1,4 +1,4 @@
-"""Images with their masks drawn over them: for the doctor's page, and to look at augmented samples."""
+"""Images with their masks drawn on them, for the page of `m2f check`, and augmented training samples."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,22 +16,22 @@ from m2f_trainer.viz.overlay import draw_masks, draw_sample
 
 
 def draw_objects(source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int) -> Image.Image:
-    """An image with the masks of its rows' `objects`, brought to `longest` pixels of its longer side at most."""
+    """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels."""
     image = open_image(source, "picture")
     size = image.size
     image.thumbnail((longest, longest))
-    looks = []
+    small_masks = []
     for one in objects:
         bitmap = masks.decode(one["counts"], size[1], size[0])
         small = Image.fromarray(np.ascontiguousarray(bitmap) * np.uint8(255)).resize(
             image.size, Image.Resampling.BILINEAR
         )
-        looks.append(((0, 0, image.width, image.height), (np.asarray(small) > 127).astype(np.uint8)))
-    return draw_masks(image, looks)
+        small_masks.append(((0, 0, image.width, image.height), (np.asarray(small) > 127).astype(np.uint8)))
+    return draw_masks(image, small_masks)
 
 
 def preview(examination: Examination, count: int, transform: TrainTransform, folder: Path) -> list[Path]:
-    """Draws the first `count` training samples of epoch 0, and of the epochs after it where there are fewer images."""
+    """Draw `count` training samples: those of epoch 0, then of the following epochs where there are fewer images."""
     rows = _Rows(examination.scans.get("train") or next(iter(examination.scans.values())))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -43,7 +43,7 @@ def preview(examination: Examination, count: int, transform: TrainTransform, fol
 
 
 class _Rows(Sequence[Mapping[str, Any]]):
-    """Scans as rows, each made when it is asked for: the images of a Hub dataset are in them."""
+    """Scans as rows, each made when it is read, because rows of a Hub dataset hold the image data."""
 
     def __init__(self, scans: Sequence[Scan]) -> None:
         self._scans = scans

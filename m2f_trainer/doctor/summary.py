@@ -1,4 +1,4 @@
-"""What a dataset is made of, in figures: for the text, the JSON and the page of `m2f check`."""
+"""Statistics of a dataset and its findings, as the text and the JSON of `m2f check`."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from m2f_trainer.data.geometry import fit
-from m2f_trainer.data.problems import KINDS, Finding, printable
+from m2f_trainer.data.problems import KINDS, Finding, listed, printable
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 
@@ -17,47 +17,49 @@ _SHOWN_CLASSES = 30
 
 
 def figures(examination: Examination) -> dict[str, Any]:
-    """Splits, classes, instances per image, object sizes and image sizes."""
-    splits = {split: _split_figures(scans) for split, scans in examination.scans.items()}
+    """Statistics of splits, classes, instances per image, object sizes and image sizes."""
+    splits = {split: _split_counts(scans) for split, scans in examination.scans.items()}
     return {
         "splits": splits,
         "classes": class_counts(examination),
-        "instances_per_image": _spread(instances_per_image(examination)),
+        "instances_per_image": _percentiles(instances_per_image(examination)),
         "num_queries": examination.settings.num_queries,
         "input_size": [examination.settings.image_height, examination.settings.image_width],
-        "object_side_at_input": _spread(object_sides(examination)),
+        "object_side_at_input": _percentiles(object_sides(examination)),
         "image_sizes": image_sizes(examination)[:20],
     }
 
 
 def every_image(examination: Examination) -> Iterator[Scan]:
+    """The usable images of all splits."""
     for scans in examination.scans.values():
         yield from scans
 
 
 def instances_per_image(examination: Examination) -> list[int]:
+    """The number of objects of each image, without crowd regions."""
     return [len(scan.targets) for scan in every_image(examination)]
 
 
 def object_sides(examination: Examination) -> list[float]:
-    """The square root of each object's pixels at the input size."""
+    """The square root of each object's area in pixels at the input size."""
     padded = (examination.settings.image_height, examination.settings.image_width)
     sides = []
     for scan in every_image(examination):
         original = (scan.entry["height"], scan.entry["width"])
         resized = fit(original, padded).resized
-        share = resized[0] * resized[1] / (original[0] * original[1])
-        sides += [(one["mask_area"] * share) ** 0.5 for one in scan.targets if one["mask_area"]]
+        scale = resized[0] * resized[1] / (original[0] * original[1])  # of areas
+        sides += [(one["mask_area"] * scale) ** 0.5 for one in scan.targets if one["mask_area"]]
     return sides
 
 
 def image_sizes(examination: Examination) -> list[tuple[str, int]]:
-    """(width x height, how many images), the commonest first."""
+    """("width x height", number of images), the most frequent first."""
     return Counter(f"{scan.entry['width']}x{scan.entry['height']}" for scan in every_image(examination)).most_common()
 
 
 def class_counts(examination: Examination) -> dict[str, dict[str, int]]:
-    """Class name -> split -> instances, crowds left out; a name that two classes share gets their ids."""
+    """Class name -> split -> instances without crowd regions; where two classes have the same name, ids are added."""
     names = Counter(category.name for category in examination.categories)
     label = {one.id: one.name if names[one.name] == 1 else f"{one.name} [{one.id}]" for one in examination.categories}
     table = {label[one.id]: dict.fromkeys(examination.scans, 0) for one in examination.categories}
@@ -69,8 +71,8 @@ def class_counts(examination: Examination) -> dict[str, dict[str, int]]:
 
 def to_json(examination: Examination) -> str:
     """The whole result as JSON."""
-    findings = [{**finding.to_json(), "file": relative(finding, examination)} for finding in examination.findings]
-    result = {"dataset": str(examination.root), "status": examination.status, "summary": figures(examination)}
+    findings = [{**finding.to_json(), "file": relative_file(finding, examination)} for finding in examination.findings]
+    result = {"dataset": examination.dataset, "status": examination.status, "summary": figures(examination)}
     return json.dumps({**result, "findings": findings}, indent=1)
 
 
@@ -83,37 +85,38 @@ def to_text(examination: Examination) -> str:
 
 
 def verdict(examination: Examination) -> str:
-    """One line: how many errors and warnings, and whether training would take the dataset."""
+    """One line: the number of errors and warnings, and whether training accepts the dataset."""
     counts = Counter(finding.severity for finding in examination.findings)
-    told = ", ".join(f"{counts[kind] or 'no'} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning"))
-    meaning = ("training can start", "training would refuse it", "nothing in it can be used")
-    return f"{told}: {meaning[examination.status]}."
+    total = ", ".join(f"{counts[kind] or 'no'} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning"))
+    meaning = ("training can start", "training would stop with these errors", "nothing in it can be used")
+    return f"{total}: {meaning[examination.status]}."
 
 
-def relative(finding: Finding, examination: Examination) -> str:
-    """The finding's file as seen from the dataset's folder."""
+def relative_file(finding: Finding, examination: Examination) -> str:
+    """The file of a finding, relative to the dataset folder where it lies inside it."""
     path = Path(finding.file)
-    return str(path.relative_to(examination.root)) if path.is_relative_to(examination.root) else finding.file
+    inside = path.is_relative_to(examination.dataset)
+    return str(path.relative_to(examination.dataset)) if inside else finding.file
 
 
 def _summary_lines(examination: Examination) -> Iterator[str]:
-    told = figures(examination)
+    summary = figures(examination)
     yield f"{'split':8}{'images':>9}{'empty':>8}{'objects':>10}{'crowds':>8}"
-    for split, row in told["splits"].items():
+    for split, row in summary["splits"].items():
         yield f"{split:8}{row['images']:9}{row['empty']:8}{row['instances']:10}{row['crowds']:8}"
-    per_image, sides, size = told["instances_per_image"], told["object_side_at_input"], told["input_size"]
+    per_image, sides, size = summary["instances_per_image"], summary["object_side_at_input"], summary["input_size"]
     yield (
-        f"objects in an image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
-        f" most {per_image['max']:g}; the model has {told['num_queries']} queries"
+        f"objects per image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
+        f" maximum {per_image['max']:g}; the model has {summary['num_queries']} queries"
     )
     yield (
         f"object side at {size[1]}x{size[0]}: median {sides['p50']:.0f} px, 1 % under {sides['p1']:.0f} px;"
-        " a mask value covers 4 px"
+        " a cell of the mask logits is 4 px"
     )
-    sizes = told["image_sizes"]
+    sizes = summary["image_sizes"]
     yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)
-    yield f"{len(told['classes'])} classes:"
-    ordered = sorted(told["classes"].items(), key=lambda item: -sum(item[1].values()))
+    yield f"{len(summary['classes'])} classes:"
+    ordered = sorted(summary["classes"].items(), key=lambda item: -sum(item[1].values()))
     shown = [(printable(name), counts) for name, counts in ordered[:_SHOWN_CLASSES]]
     widest = max((len(name) for name, _ in shown), default=0)
     for name, counts in shown:
@@ -124,22 +127,23 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
 
 def _finding_lines(finding: Finding, examination: Examination) -> list[str]:
     kind = KINDS[finding.kind]
-    ids = f", ids {finding.some_ids()}" if finding.ids else ""
+    ids = f", ids {listed(finding.ids)}" if finding.ids else ""
     return [
-        f"{finding.severity}: {kind.title}: {finding.count} in {relative(finding, examination)}{printable(ids)}",
+        f"{finding.severity}: {kind.title}: {finding.count} in {relative_file(finding, examination)}{printable(ids)}",
         f"    {printable(finding.message)}",
         f"    why it matters: {kind.why} What to do: {kind.remedy}" + (f" --fix: {kind.fix}." if kind.fix else ""),
         "",
     ]
 
 
-def _split_figures(scans: Sequence[Scan]) -> dict[str, int]:
+def _split_counts(scans: Sequence[Scan]) -> dict[str, int]:
     targets = [len(scan.targets) for scan in scans]
     crowds = sum(len(scan.objects) for scan in scans) - sum(targets)
     return {"images": len(scans), "empty": targets.count(0), "instances": sum(targets), "crowds": crowds}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The 1st, 50th and 99th percentile, and the maximum."""
     if not values:
         return {"p1": 0.0, "p50": 0.0, "p99": 0.0, "max": 0.0}
     p1, p50, p99 = np.percentile(values, (1, 50, 99)).tolist()

@@ -59,6 +59,7 @@ def test_categories_are_those_used_in_any_split_by_id_and_survive_cache_and_disk
     for _ in range(2):
         splits = load_coco(root, cache_dir=tmp_path / "cache")
         assert {categories_of(split) for split in splits.values()} == {expected}
+    assert not splits["train"].info.description
     splits["train"].save_to_disk(tmp_path / "disk")
     assert categories_of(datasets.load_from_disk(tmp_path / "disk")) == expected
 
@@ -143,7 +144,7 @@ BAD_FILES = {
     "null": ("null", "got a null"),
     "no images": (content(images=None), "list under the key 'images', got a null"),
     "no annotations": ({"images": [], "categories": []}, "list under the key 'annotations', got only 'images'"),
-    "entry is no object": (content(categories=[3]), "expected objects in 'categories', got a int at place 0"),
+    "entry is no object": (content(categories=[3]), "expected objects in 'categories', got a int at index 0"),
     "empty images": (content(images=[]), "`images` is empty"),
     "nothing annotated": ({**content(), "annotations": []}, "expected annotated objects, found none"),
     "image without id": (content(images=[{"file_name": "a.png"}]), "whole number as `id`, found none"),

@@ -6,7 +6,7 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
-from m2f_trainer.data.dataset import Category, features_of, load_coco
+from m2f_trainer.data.dataset import Category, load_coco, row_features
 from m2f_trainer.data.hub_dataset import load_hub, read_hub
 from m2f_trainer.data.problems import Findings
 from m2f_trainer.data.synthetic import write_sample
@@ -57,7 +57,7 @@ FAULTS = {
     "box with NaN": ("bad-box", wrong(bbox=[1.0, 2.0, float("nan"), 4.0]), {}, "row 1, object 1: expected a `bbox`"),
     "area below 0": ("bad-area", wrong(area=-5.0), {}, "row 1, object 1: expected an `area` in pixels, got -5"),
     "category null": ("bad-annotation-entry", wrong(category=None), {}, "row 1, object 1: .*category None. Add"),
-    "category unnamed": ("unknown-category", wrong(category=-1), {}, "row 1, object 1: category -1 isn't among.*0, 1"),
+    "category unnamed": ("unknown-category", wrong(category=-1), {}, "row 1, object 1: category -1 isn't one of.*0, 1"),
     "crowd of two": ("bad-crowd", wrong(iscrowd=2), {}, "row 1, object 1: expected an `iscrowd` of 0 or 1, got 2"),
     "no polygon": ("bad-mask", wrong(segmentation=[[1.0, 2.0]]), {}, "row 1, object 1.*at least three points"),
     "no mask": ("bad-mask", wrong(segmentation=None), {}, "row 1, object 1.*expected polygons"),
@@ -93,7 +93,7 @@ def test_lists_of_unequal_length_and_classes_as_text_are_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "objects": fields})
     row = {"image": picture(), "objects": {"category": [1, 1], "segmentation": [SQUARE]}}
     rows = datasets.Dataset.from_list([row], features=features)
-    with pytest.raises(DataError, match=r"row 0: expected as many values.*got 2 category, 1 segmentation"):
+    with pytest.raises(DataError, match=r"row 0: expected one value of each field.*got 2 category, 1 segmentation"):
         load_hub(as_pushed(datasets.DatasetDict({"train": rows}), tmp_path / "uneven"))
     folder = foreign(tmp_path / "text", fields={"category": Value("string")})
     with pytest.raises(DataError, match="row 0, object 0: expected a whole number as category, got category '1'"):
@@ -103,7 +103,7 @@ def test_lists_of_unequal_length_and_classes_as_text_are_refused(tmp_path):
 OURS = {
     "bbox": (None, "expected a value for bbox, got null"),
     "iscrowd": (None, "expected a value for iscrowd, got null"),
-    "category_id": (7, "category 7 isn't among those named: 5"),
+    "category_id": (7, "category 7 isn't one of the named ones: 5"),
     "area": (float("nan"), "expected an `area` in pixels, got nan"),
     "counts": ("52203", "annotation 3 of image 0.*row|RLE|runs"),
 }
@@ -117,7 +117,7 @@ def test_an_uploaded_set_of_ours_that_was_changed_is_refused_and_told(field, tmp
     counts = whole[0]["objects"][0]["counts"]
     row = {key: whole[0][key] for key in ("image", "height", "width")}
     row |= {"image_id": 0, "categories": None, "objects": [{**one, "counts": counts, field: value}]}
-    rows = datasets.Dataset.from_list([row], features=features_of([Category(5, "cell")]))
+    rows = datasets.Dataset.from_list([row], features=row_features([Category(5, "cell")]))
     folder = as_pushed(datasets.DatasetDict({"train": rows, "valid": rows}), tmp_path / "pushed")
     with pytest.raises(DataError, match=message):
         load_hub(folder, cache_dir=str(tmp_path / "cache"))

@@ -1,14 +1,22 @@
-"""What training would refuse is found before it starts."""
+"""What would stop training is found before it starts, and images are decoded once per content of the dataset."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data import validate
 from m2f_trainer.data.dataset import Category, load_coco
+from m2f_trainer.data.hub_dataset import load_hub
 from m2f_trainer.data.validate import check_categories, check_dataset
 from m2f_trainer.errors import DataError, ImageError
 from tests.data.folders import REAL, annotation, content, needs_real_data, write
+from tests.data.test_hub_dataset import as_pushed
 
 
 @needs_real_data
@@ -72,11 +80,93 @@ def test_a_validation_split_without_objects_is_refused(root):
     with_objects = load(root)["valid"]
     write(root, {**content(), "annotations": []}, split="valid")
     splits = load(root)
-    with pytest.raises(DataError, match="split 'valid': expected objects to score on"):
+    with pytest.raises(DataError, match="split 'valid': expected objects to evaluate on"):
         check_dataset(splits)
     splits["valid"] = datasets.concatenate_datasets([splits["valid"], with_objects]).select([0])
     with pytest.raises(DataError, match="split 'valid'"):
         check_dataset(splits)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the images that are decoded."""
+    names = []
+    original = validate.open_image
+    monkeypatch.setattr(
+        validate, "open_image", lambda source, where, **size: names.append(where) or original(source, where, **size)
+    )
+    return names
+
+
+def test_images_are_decoded_at_the_first_start_and_again_only_after_a_file_changed(root, decoded):
+    check_dataset(load(root))
+    assert len(decoded) == 2
+    check_dataset(load(root))
+    assert len(decoded) == 2
+    Image.new("RGB", (20, 16), "red").save(root / "valid/a.png")
+    check_dataset(load(root))
+    assert len(decoded) == 3
+    assert "valid/a.png" in decoded[2]
+
+
+def test_images_that_can_not_be_used_are_looked_at_again_at_every_start(root, decoded):
+    (root / "train/a.png").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(ImageError, match="the file is empty"):
+            check_dataset(load(root))
+    assert len(decoded) == 2
+
+
+def test_embedded_images_of_a_hub_dataset_are_decoded_once(root, decoded, tmp_path):
+    folder = as_pushed(load(root), tmp_path / "pushed")
+    for _ in range(2):
+        check_dataset(load_hub(folder, cache_dir=str(tmp_path / "hub")))
+    assert len(decoded) == 2
+
+
+def one_rank(rank: int, port: int, root: str, cache: str, results: "multiprocessing.Queue[tuple[int, str, int]]"):
+    """What one of two ranks is told of a dataset, and how many images it decodes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    from accelerate import PartialState
+
+    count, original = [], validate.open_image
+    validate.open_image = lambda source, where, **size: count.append(where) or original(source, where, **size)
+    state, message = PartialState(cpu=True), ""
+    try:
+        check_dataset(load_coco(root, cache_dir=cache))
+    except ImageError as error:
+        message = str(error)
+    results.put((rank, message, len(count)))
+    state.destroy_process_group()
+
+
+def test_ranks_share_the_decoding_and_agree_on_what_is_wrong(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "height": 16, "width": 20} for i in range(1, 7)]
+    for split in ("train", "valid"):
+        write(tmp_path / "set", content(images=images), split=split)
+        for i in range(1, 7):
+            Image.new("RGB", (20, 16)).save(tmp_path / "set" / split / f"{i}.png")
+    Path(tmp_path / "set/valid/4.png").write_bytes(b"")
+    load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=one_rank, args=(rank, port, str(tmp_path / "set"), str(tmp_path / "cache"), results))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    told = sorted(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [count for _, _, count in told] == [6, 6]
+    assert told[0][1] == told[1][1]
+    assert "split 'valid': 1 image(s) can't be used" in told[0][1]
 
 
 @pytest.mark.parametrize(
@@ -88,5 +178,5 @@ def test_an_id_that_means_another_class_to_the_model_is_refused(name, sound, roo
     if sound:
         check_categories(known, rows)
         return
-    with pytest.raises(DataError, match=f"category 5 is '{name}' to the model and 'cell' in the dataset"):
+    with pytest.raises(DataError, match=f"category 5 is '{name}' in the model and 'cell' in the dataset"):
         check_categories(known, rows)

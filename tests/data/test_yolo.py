@@ -93,10 +93,10 @@ def test_the_cache_follows_labels_and_images(tmp_path):
         ("-1 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
         ("1.5 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
         ("7 0.1 0.1 0.5 0.1 0.5 0.5", "class 7 isn't among the 2 names"),
-        ("1 0.1 nan 0.5 0.1 0.5 0.5", "expected shares.*got nan"),
-        ("1 0.1 inf 0.5 0.1 0.5 0.5", "expected shares.*got nan"),
-        ("1 10 20 60 20 60 60", "expected shares.*got 10"),
-        ("1 0.1 0.1 0.5 0.1 0.5 1e400", "expected shares.*got inf"),
+        ("1 0.1 nan 0.5 0.1 0.5 0.5", "expected fractions.*got nan"),
+        ("1 0.1 inf 0.5 0.1 0.5 0.5", "expected fractions.*got nan"),
+        ("1 10 20 60 20 60 60", "expected fractions.*got 10"),
+        ("1 0.1 0.1 0.5 0.1 0.5 1e400", "expected fractions.*got inf"),
     ],
 )
 def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_path):
@@ -114,7 +114,7 @@ def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_pat
         ("- a\n", "got a list"),
         ("train: images/train\n", "expected `names`"),
         ("train: images/train\nnames: {a: cat}\n", "expected `names`"),
-        ("train: images/none\nnames: [cat, dog]\n", "isn't there"),
+        ("train: images/none\nnames: [cat, dog]\n", "doesn't exist"),
         ("train: a/../../../..\nnames: [cat, dog]\n", "leads out of"),
         ("train: /etc\nnames: [cat, dog]\n", "leads out of"),
         ("train: [a, b]\nnames: [cat, dog]\n", "Name one folder"),

@@ -8,14 +8,16 @@ from PIL import Image, ImageEnhance
 
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.images import open_image
-from m2f_trainer.doctor.duplicates import BadImage, Look, look, same_in_detail, same_pictures
+from m2f_trainer.data.problems import kind_of
+from m2f_trainer.doctor.duplicates import ImageFacts, find_duplicates, read_facts, same_in_detail
+from m2f_trainer.errors import ImageError
 from tests.data.folders import REAL, needs_real_data
 
 
-def stored(image: Image.Image, form: str = "PNG", **options: object) -> Look | BadImage:
+def stored(image: Image.Image, form: str = "PNG", **options: object) -> ImageFacts:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
-    return look({"path": None, "bytes": buffer.getvalue()}, "image", (image.height, image.width))
+    return read_facts({"path": None, "bytes": buffer.getvalue()}, "image", (image.height, image.width))
 
 
 @pytest.fixture(scope="module")
@@ -30,35 +32,31 @@ def test_photos_are_known_again_after_scaling_and_compression(photos):
         half = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS)
         forms = [stored(photo), stored(photo, "JPEG", quality=40), stored(half), stored(photo.convert("L"))]
         darker = ImageEnhance.Brightness(photo).enhance(0.9)
-        assert list(same_pictures([*forms, stored(darker)])) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+        assert list(find_duplicates([*forms, stored(darker)])) == [(0, 1), (0, 2), (0, 3), (0, 4)]
         assert all(same_in_detail(photo, other) for other in (half, photo.convert("L"), darker))
 
 
 @needs_real_data
 def test_different_photos_and_their_mirror_images_are_told_apart(photos):
     mirrored = [photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for photo in photos]
-    assert list(same_pictures([stored(photo) for photo in [*photos, *mirrored]])) == []
+    assert list(find_duplicates([stored(photo) for photo in [*photos, *mirrored]])) == []
 
 
 def test_blank_images_are_the_same_only_where_every_pixel_is():
     black, white = (stored(Image.new("RGB", (30, 20), color)) for color in ("black", "white"))
-    assert list(same_pictures([black, white, black, white])) == [(0, 2), (1, 3)]
-    assert list(same_pictures([])) == []
+    assert list(find_duplicates([black, white, black, white])) == [(0, 2), (1, 3)]
+    assert list(find_duplicates([])) == []
 
 
-def test_a_look_tells_mode_and_orientation_or_what_is_wrong(tmp_path):
+def test_facts_of_an_image_are_mode_and_orientation_and_errors_have_a_kind(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     seen = stored(Image.fromarray(np.zeros((20, 30), dtype=np.uint8)).convert("P"), exif=exif)
-    assert isinstance(seen, Look)
     assert (seen.mode, seen.orientation) == ("P", 6)
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("L", (3, 4)).save(tmp_path / "small.png")
-    kinds = [
-        look({"path": str(tmp_path / name), "bytes": None}, "a", (9, 9)) for name in ("none", "empty.png", "small.png")
-    ]
-    assert [one.kind for one in kinds if isinstance(one, BadImage)] == [
-        "missing-image",
-        "bad-image",
-        "wrong-image-size",
-    ]
+    expected = {"none": "missing-image", "empty.png": "bad-image", "small.png": "wrong-image-size"}
+    for name, kind in expected.items():
+        with pytest.raises(ImageError) as error:
+            read_facts({"path": str(tmp_path / name), "bytes": None}, "a", (9, 9))
+        assert kind_of(error.value) == kind

@@ -386,7 +386,7 @@ def test_frames_of_one_scene_that_differ_by_an_object_all_stay(tmp_path):
             frame[y : y + 14, x : x + 14] += 30
             Image.fromarray(frame).save(tmp_path / "set" / split / f"{k}.png")
     examination = examine(tmp_path / "set")
-    assert len(examination.copies[0]) > 5, "alike"
+    assert len(examination.duplicates[0]) > 5, "alike"
     changes = repair(examination, tmp_path / "fixed")
     assert [(one["finding"], one["id"]) for one in changes] == [("duplicate-image", 3)]
     assert [len(images) for images in examine(tmp_path / "fixed").scans.values()] == [4, 3]
