@@ -1,9 +1,9 @@
-"""Ranks that torchrun starts again meet afresh.
+"""Ranks: start and leave the process group, gather tensors, decide on the main rank.
 
-torchrun's agent keeps one key-value store for all lives of a run (pytorch issue 135712, and so still in torch 2.13), in
-which the ranks leave each other their addresses. A rank that comes back first reads the address of a process that is
-gone, and waits for it until the time limit: `--max-restarts` hung or failed in most of our tries, without any code of
-ours. Here the ranks of one life agree on a prefix of their own for all they say in that store.
+torchrun can restart the ranks after one has died (`--max-restarts`), but its agent keeps one key-value store over all
+restarts (pytorch issue 135712, still so in torch 2.13), and the ranks exchange their addresses in it. A restarted rank
+may read the address of a dead process and wait for it until the timeout; most restarts hung or failed, with any code.
+`init_restartable` gives each start a key prefix of its own in that store.
 """
 
 import atexit
@@ -23,12 +23,17 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.tensor import DTensor
 
 LEADER = "m2f/leader"
+"""The key of the prefix that rank 0 has proposed last."""
 
 
-def meet_afresh(backend: str | None, timeout: timedelta) -> None:
-    """Start torch's process group on keys of this life alone, where torchrun may start the ranks again.
+def init_restartable(backend: str | None, timeout: timedelta) -> None:
+    """Start the process group with keys that no earlier start has used, if torchrun may restart the ranks.
 
-    `backend`: as for `init_process_group`; None chooses by device. Elsewhere nothing happens, and accelerate starts it.
+    Otherwise it does nothing, and accelerate starts the group.
+
+    Args:
+        backend: as for `torch.distributed.init_process_group`; None chooses by device.
+        timeout: of this call, and of the group's collectives.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -37,31 +42,35 @@ def meet_afresh(backend: str | None, timeout: timedelta) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    life = agree(store, rank, world, timeout)
-    dist.init_process_group(backend, store=PrefixStore(life, store), rank=rank, world_size=world, timeout=timeout)
+    prefix = agree_on_prefix(store, rank, world, timeout)
+    dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=world, timeout=timeout)
 
 
-def agree(store: TCPStore, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that all ranks of this life share and no rank of a former one had. Raises TimeoutError.
+def agree_on_prefix(store: TCPStore, rank: int, world: int, timeout: timedelta) -> str:
+    """A prefix that the ranks of this start share and those of earlier starts did not have.
 
-    The first rank proposes; the others answer with a word of their own; the first reads the words back. Who does not
-    find his own among them answered a proposal of a former life, and looks for a newer one.
+    Rank 0 proposes a random prefix; every other rank answers under it with a random token; rank 0 publishes the tokens
+    it has received. A rank that doesn't find its token among them has answered a proposal of an earlier start, and
+    waits for a newer one.
+
+    Raises:
+        TimeoutError: rank 0 has not published this rank's token in time.
     """
-    word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    token, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        store.set(LEADER, word)
-        answers = [f"{word}/{other}" for other in range(1, world)]
-        heard = [store.get(answer).decode() for answer in answers]  # each waits until it is there
-        store.set(f"{word}/heard", ",".join(heard))
-        return word
+        store.set(LEADER, token)
+        received = [store.get(f"{token}/{other}").decode() for other in range(1, world)]  # waits for each
+        store.set(f"{token}/received", ",".join(received))
+        return token
     while time.monotonic() < end:
-        life: str = store.get(LEADER).decode()
-        store.set(f"{life}/{rank}", word)
-        while store.get(LEADER).decode() == life and time.monotonic() < end:
-            if store.check([f"{life}/heard"]) and word in store.get(f"{life}/heard").decode().split(","):
-                return life
+        prefix: str = store.get(LEADER).decode()
+        store.set(f"{prefix}/{rank}", token)
+        while store.get(LEADER).decode() == prefix and time.monotonic() < end:
+            published = f"{prefix}/received"
+            if store.check([published]) and token in store.get(published).decode().split(","):
+                return prefix
             time.sleep(0.05)
-    raise TimeoutError(f"rank {rank} heard nothing of rank 0 within {timeout.total_seconds():.0f} s of starting")
+    raise TimeoutError(f"rank {rank} has not heard from rank 0 within {timeout.total_seconds():.0f} s of starting")
 
 
 def leave() -> None:
@@ -69,8 +78,8 @@ def leave() -> None:
 
     A process that exits with its group open may abort: gloo's threads go on while Python is finalised (SIGABRT,
     "terminate called without an active exception"). torchrun takes that for a failure and restarts a finished run.
-    Those threads are joined when the last reference to the group is dropped; models wrapped for it, which may stand in
-    reference cycles, hold some.
+    Those threads are joined when the last reference to the group is dropped. Models wrapped for it hold references,
+    possibly in reference cycles.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -78,10 +87,9 @@ def leave() -> None:
 
 
 def leave_at_exit() -> None:
-    """Have this process leave its process group when it exits, normally or after an exception, whoever started it.
+    """Make this process leave its process group at exit, normal or after an exception.
 
-    Leaving does not wait for other ranks with gloo. With NCCL it may, and so it is left to torch there, which aborts
-    such a group at exit.
+    Only with gloo, which does not wait for other ranks. NCCL may wait; there torch aborts an open group at exit.
     """
     atexit.unregister(_leave_gloo)
     atexit.register(_leave_gloo)
@@ -92,13 +100,13 @@ def _leave_gloo() -> None:
         leave()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks where it is sharded; all of them must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, gathered from all ranks if it is sharded. Collective: all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def from_main(decide: Callable[[], Any]) -> Any:
-    """Call `decide` on the main rank only and return its result on every rank. All ranks must call this."""
+    """Call `decide` on the main rank only and return its result on every rank. Collective: all ranks must call it."""
     if not dist.is_initialized():
         return decide()
     result = [decide() if dist.get_rank() == 0 else None]
@@ -107,7 +115,7 @@ def from_main(decide: Callable[[], Any]) -> Any:
 
 
 def from_every_rank(values: list[Any]) -> list[Any]:
-    """The lists of all ranks as one, on every rank. All ranks must call this."""
+    """The lists of all ranks, concatenated, on every rank. Collective: all ranks must call it."""
     if not dist.is_initialized():
         return values
     gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
@@ -121,7 +129,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def any_rank(flag: bool | torch.Tensor, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; all ranks must ask at the same point."""
+    """Whether the flag is set on any rank. Collective: all ranks must call it."""
     if not dist.is_initialized():
         return bool(flag)
     vote = (

@@ -5,18 +5,19 @@
 
 from copy import copy
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import cached_property
 from importlib.util import find_spec
 from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
-from m2f_trainer.distributed import meet_afresh
+from m2f_trainer.distributed import init_restartable, leave_at_exit
 from m2f_trainer.errors import RecipeError
 
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
@@ -280,6 +281,8 @@ class TrainArguments(TrainingArguments):
         None, "Rejected: a token must not be in a recipe or command. Set HF_TOKEN instead.", FIXED, saved=False
     )
 
+    _constructed = False
+
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.max_steps == 0 or self.num_train_epochs == 0:
@@ -316,9 +319,37 @@ class TrainArguments(TrainingArguments):
             self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        meet_afresh(self.ddp_backend or ("gloo" if self.use_cpu else None), timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
+
+    def start_process_group(self) -> None:
+        """Choose the device and, under a launcher such as torchrun, start the process group, unless this has been done.
+
+        transformers does it when the arguments are constructed; here only DeepSpeed does, whose configuration needs the
+        number of processes. Otherwise the first use of the device, rank or world size calls this.
+        """
+        _ = self._setup_devices
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return super().device if self._constructed or self.deepspeed else torch.device("cpu")
+
+    @cached_property
+    def distributed_state(self) -> PartialState | None:
+        """accelerate's state, which ranks and world size are read from; `_setup_devices` assigns it."""
+        self.start_process_group()
+        state: PartialState | None = vars(self)["distributed_state"]
+        return state
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        backend = self.ddp_backend or ("gloo" if self.use_cpu else None)
+        init_restartable(backend, self.ddp_timeout_delta)
+        device: torch.device = TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
+        leave_at_exit()
+        return device
 
     @property
     def resume(self) -> bool | str:

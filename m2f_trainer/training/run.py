@@ -12,7 +12,7 @@ from m2f_trainer.config.recipe import Recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of
-from m2f_trainer.distributed import from_main, leave_at_exit
+from m2f_trainer.distributed import from_main
 from m2f_trainer.errors import ImageError
 from m2f_trainer.hub.model_card import Form, draw_pictures, write_card
 from m2f_trainer.hub.upload import push
@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> dict[str, float]:
 
     Raises RunStopped, a KeyboardInterrupt, when a signal asked it to stop; it is saved by then.
     """
-    leave_at_exit()
+    recipe.train.start_process_group()
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, only_run(recipe.train):
         checkpoint = from_main(lambda: find_resume(recipe.train))
@@ -109,6 +109,7 @@ def resolved(recipe: Recipe, train_rows: Dataset, checkpoint: Path | None = None
 
 def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
+    recipe.train.start_process_group()
     set_seed(recipe.train.seed)
     rows, _ = load_data(recipe.data)
     recipe = resolved(recipe, rows)

@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
-from m2f_trainer.distributed import leave_at_exit
 from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
@@ -68,6 +67,7 @@ class M2FTrainer(Trainer):
         fingerprint: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        args.start_process_group()  # before accelerate would, and for all copies of args
         require_engine(args, model)
         refuse_stock_upload(args)
         arguments = copy(args)
@@ -101,7 +101,6 @@ class M2FTrainer(Trainer):
         bars = console(bars=not arguments.disable_tqdm)
         for callback in [DataWait(), SeedEveryStep(), guard, NoStockUpload(), *bars, *average]:
             self.add_callback(callback)
-        leave_at_exit()
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As the Trainer's; the callback runs at its place in `m2f_trainer.training.callbacks.order.ORDER`."""

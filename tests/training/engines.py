@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from m2f_trainer.cli.main import main
-from m2f_trainer.distributed import whole
+from m2f_trainer.distributed import full_tensor
 from m2f_trainer.training import run, sharding
 from tests.training.gradients_of_one_step import same_points
 
@@ -28,7 +28,7 @@ class KeepGradients(TrainerCallback):
     """Writes the gradients of the latest step, as the optimiser gets them: reduced over the ranks, and clipped."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         if state.is_world_process_zero:
             torch.save(gradients, Path(args.output_dir, GRADIENTS))
 

@@ -10,7 +10,7 @@ import torch
 
 from m2f_trainer.config.recipe import load_recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.distributed import whole
+from m2f_trainer.distributed import full_tensor
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.training.run import train
@@ -93,4 +93,4 @@ def test_weights_without_elements_do_not_train_since_fsdp_refuses_them() -> None
 
 def test_an_unsharded_tensor_is_whole() -> None:
     tensor = torch.ones(2)
-    assert whole(tensor) is tensor
+    assert full_tensor(tensor) is tensor

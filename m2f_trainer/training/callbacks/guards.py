@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from m2f_trainer.distributed import any_rank, whole
+from m2f_trainer.distributed import any_rank, full_tensor
 from m2f_trainer.errors import TrainingError
 from m2f_trainer.run_folder import write_json
 
@@ -47,8 +47,8 @@ class FiniteGuard(TrainerCallback):
             write_batch(batch, folder / f"batch-{rank}-{number}.safetensors")
         images = sorted(gather_object([image for batch in self.batches() for image in batch["image_id"].tolist()]))
         found = {name: p.grad.isfinite().all() for name, p in model.named_parameters() if p.grad is not None}
-        gradients = [name for name, finite in found.items() if not whole(finite)]
-        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        gradients = [name for name, finite in found.items() if not full_tensor(finite)]
+        weights = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
         if rank == 0:
             described = {"step": step, "seed": args.seed, "image_ids": images, "gradients_not_finite": gradients}
             write_json(folder / "report.json", described)
@@ -65,7 +65,7 @@ class FiniteGuard(TrainerCallback):
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients: not finite where any of them isn't."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients))
+    return full_tensor(torch.nn.utils.get_total_norm(gradients))
 
 
 def write_batch(batch: Mapping[str, Any], path: Path) -> None:

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from transformers import Trainer, TrainerState
 
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.distributed import any_rank, whole
+from m2f_trainer.distributed import any_rank, full_tensor
 from m2f_trainer.errors import TrainingError
 from m2f_trainer.run_folder import LOCK, MANIFEST, METRICS, STAGING, STATE
 
@@ -197,7 +197,7 @@ def require_finite(trainer: Trainer) -> None:
     """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
     model: Any = trainer.model
     parameters: dict[str, Parameter] = dict(model.named_parameters())
-    finite = torch.stack([whole(torch.isfinite(one.detach()).all()) for one in parameters.values()])
+    finite = torch.stack([full_tensor(torch.isfinite(one.detach()).all()) for one in parameters.values()])
     if any_rank(~finite.all(), finite.device):
         broken = [name for name, good in zip(parameters, finite.tolist(), strict=True) if not good]
         named = f"{broken[0]} and {len(broken) - 1} other parameters" if broken else "parameters of another rank"

@@ -1,0 +1,62 @@
+"""Training arguments: what constructing them does not do, and the private parts of transformers that they rely on."""
+
+import os
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from m2f_trainer.config.training_arguments import TrainArguments
+
+CONSTRUCT = """
+import torch.distributed as dist
+from m2f_trainer.config.training_arguments import TrainArguments
+arguments = TrainArguments(use_cpu=True, report_to="none", ddp_timeout=60)
+arguments.for_trainer()
+assert not dist.is_initialized()
+print("constructed", flush=True)
+assert (arguments.world_size, arguments.process_index) == (2, int(__import__("os").environ["RANK"]))
+assert dist.is_initialized() and arguments.device.type == "cpu"
+dist.destroy_process_group()
+"""
+
+
+def ranks(folder: Path, count: int) -> list[subprocess.Popen[str]]:
+    """Start the first ranks of two, with the environment that torchrun gives them."""
+    (folder / "construct.py").write_text(CONSTRUCT)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(folder / "construct.py")],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def free_port() -> str:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return str(store.port)
+
+
+def test_constructing_starts_no_process_group_and_the_first_use_does(tmp_path: Path) -> None:
+    for rank in ranks(tmp_path, 2):
+        out, error = rank.communicate(timeout=240)
+        assert (rank.returncode, out) == (0, "constructed\n"), error
+
+
+def test_the_private_parts_of_transformers_are_as_we_override_them() -> None:
+    assert isinstance(vars(TrainingArguments)["_setup_devices"], cached_property)
+    assert isinstance(vars(TrainingArguments)["device"], property)
+    assert "distributed_state" not in vars(TrainingArguments)
+
+
+def test_the_device_is_transformers_own() -> None:
+    assert TrainArguments(use_cpu=True, report_to="none").device == torch.device("cpu")
+    assert TrainArguments(report_to="none").device == TrainingArguments(report_to="none").device
