@@ -96,8 +96,11 @@ class QuietWorker:
 
 
 @contextmanager
-def explained(datasets: Sequence[Watched], timeout: int) -> Iterator[None]:
-    """Turn what ends a run into a TrainingError that says what to do. `datasets` grows while the run goes on."""
+def translate_errors(datasets: Sequence[Watched], timeout: int) -> Iterator[None]:
+    """Raise errors that end a run as TrainingError with advice: full memory, and data workers that die or hang.
+
+    `datasets` may grow within the block: the Trainer adds those of its data loaders.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,16 +1,18 @@
-"""What a recipe names, made ready to train: data, augmentation, model, and what is saved beside it."""
+"""The parts of a run, built from recipe values: data, samples, model, and the files saved with the model."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.recipe import Recipe, save_recipe
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
@@ -23,59 +25,27 @@ from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.feature_cache import cached
 
 
-class SavedWithModel:
-    """What goes beside the weights in every saved folder: the recipe, and transformers' processor configuration."""
+@dataclass(frozen=True)
+class Data:
+    """The checked rows of a run by split, and the categories of the training split, of which class k is the k-th."""
 
-    def __init__(self, recipe: Recipe, config: M2FConfig) -> None:
-        self.recipe, self.config = recipe, config
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write recipe.json and preprocessor_config.json."""
-        save_recipe(self.recipe, Path(folder, RECIPE))
-        image_processor(self.config).save_pretrained(folder)
+    train: Dataset
+    valid: Dataset
+    test: Dataset | None
+    categories: tuple[Category, ...]
 
 
-def require_figure(name: str | None, rows: Dataset) -> None:
-    """Raise RecipeError where evaluations have no figure of that name, which the Trainer finds at the first one."""
-    figures = [f"eval_{figure}" for figure in Assessment(rows.select([0]))([])]
-    wanted = f"eval_{str(name).removeprefix('eval_')}"
-    if name is not None and wanted not in figures:
-        nearest = difflib.get_close_matches(wanted, figures, n=1, cutoff=0.0)[0]
-        raise RecipeError(
-            f"metric_for_best_model={name}: no such figure; the nearest is {nearest}. There are {', '.join(figures)}."
-        )
+def load_data(data: DataArguments) -> Data:
+    """Load and check the dataset of a recipe; train and valid must be there.
 
-
-def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
-    """transformers' processor, for its pipelines: it resizes to the exact frame, so that nothing is padded.
-
-    transformers' post-processing does not undo padding; ours (`Predictor`) keeps the aspect ratio and does.
-    """
-    return Mask2FormerImageProcessorPil(
-        size={"height": config.image_height, "width": config.image_width},
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-        do_reduce_labels=False,
-        ignore_index=255,
-    )
-
-
-def load_data(data: DataArguments) -> tuple[Dataset, DatasetDict]:
-    """Load and check the training split and those to score on; train and valid must be there.
-
-    Raises DataError before any model is touched.
+    Raises DataError before any model is built.
     """
     splits = load_dataset(str(data.dataset_name))
     scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
     check_dataset(splits, train="train", evaluation=scored)
-    to_score = DatasetDict({split: first(splits[split], data.max_eval_samples) for split in scored})
-    return first(splits["train"], data.max_train_samples), to_score
-
-
-def training_samples(recipe: Recipe, rows: Dataset, categories: Sequence[Category], model: M2FModel) -> InstanceDataset:
-    """The training split as the model is shown it, with what the backbone makes of it where that is to be kept."""
-    samples, views = InstanceDataset(rows, train_transform(recipe), categories), recipe.model.feature_cache
-    return samples if views is None else cached(samples, categories, model, views, recipe.train)
+    train = first(splits["train"], data.max_train_samples)
+    test = first(splits["test"], data.max_eval_samples) if "test" in splits else None
+    return Data(train, first(splits["valid"], data.max_eval_samples), test, categories_of(train))
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:
@@ -83,8 +53,43 @@ def first(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
+def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Sequence[Category]) -> InstanceDataset:
+    """Training rows with the recipe's augmentation, a function of (seed, epoch, index)."""
+    return InstanceDataset(rows, train_transform(data, seed), categories)
+
+
+def eval_samples(rows: Dataset, data: DataArguments, categories: Sequence[Category]) -> InstanceDataset:
+    """Rows to score on: resized and padded, without augmentation."""
+    return InstanceDataset(rows, EvalTransform(data.image_height, data.image_width), categories)
+
+
+def with_feature_cache(
+    samples: InstanceDataset, categories: Sequence[Category], model: M2FModel, views: int | None, args: TrainArguments
+) -> InstanceDataset:
+    """The training samples with precomputed features of a frozen backbone for `views` views an image; None for none."""
+    return samples if views is None else cached(samples, categories, model, views, args)
+
+
+def train_transform(data: DataArguments, seed: int) -> TrainTransform:
+    """The augmentation of a recipe."""
+    augment = data.augment()
+    return TrainTransform(
+        data.image_height,
+        data.image_width,
+        flip=augment.pop("horizontal_flip"),
+        min_area=data.min_instance_area,
+        seed=seed,
+        **augment,
+    )
+
+
+def augmentation_seed(train: TrainArguments) -> int:
+    """`data_seed` where it is set, else `seed`."""
+    return train.seed if train.data_seed is None else train.data_seed
+
+
 def build(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
-    """The model of a recipe, its backbone frozen, adapted or free as the recipe says."""
+    """The model of a recipe; its backbone is frozen, has LoRA layers or trains in full, as `tune` says."""
     built = build_model(
         model.backbone_config or model.backbone,
         [vars(category) for category in categories],
@@ -103,19 +108,44 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
     return built
 
 
-def train_transform(recipe: Recipe) -> TrainTransform:
-    """The augmentation of a recipe."""
-    data, augment = recipe.data, recipe.data.augment()
-    return TrainTransform(
-        data.image_height,
-        data.image_width,
-        flip=augment.pop("horizontal_flip"),
-        min_area=data.min_instance_area,
-        seed=recipe.train.seed if recipe.train.data_seed is None else recipe.train.data_seed,
-        **augment,
+def require_figure(name: str | None, rows: Dataset) -> None:
+    """Raise RecipeError where evaluations have no figure of that name.
+
+    The Trainer would notice only at the first evaluation.
+    """
+    figures = [f"eval_{figure}" for figure in Assessment(rows.select([0]))([])]
+    wanted = f"eval_{str(name).removeprefix('eval_')}"
+    if name is not None and wanted not in figures:
+        nearest = difflib.get_close_matches(wanted, figures, n=1, cutoff=0.0)[0]
+        raise RecipeError(
+            f"metric_for_best_model={name}: no such figure; the nearest is {nearest}. There are {', '.join(figures)}."
+        )
+
+
+class SavedWithModel:
+    """Files saved with the weights in every folder: the recipe, and the configuration of transformers' processor.
+
+    It takes the place of a processor in the Trainer, which calls `save_pretrained` at every save.
+    """
+
+    def __init__(self, recipe: Recipe, config: M2FConfig) -> None:
+        self.recipe, self.config = recipe, config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write recipe.json and preprocessor_config.json."""
+        save_recipe(self.recipe, Path(folder, RECIPE))
+        image_processor(self.config).save_pretrained(folder)
+
+
+def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
+    """transformers' processor, for its pipelines. It resizes images to the model's exact size, without padding.
+
+    transformers' post-processing does not undo padding. Ours (`Predictor`) does, and keeps the aspect ratio.
+    """
+    return Mask2FormerImageProcessorPil(
+        size={"height": config.image_height, "width": config.image_width},
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        do_reduce_labels=False,
+        ignore_index=255,
     )
-
-
-def eval_transform(data: DataArguments) -> EvalTransform:
-    """Resize and pad, nothing else."""
-    return EvalTransform(data.image_height, data.image_width)

@@ -1,9 +1,11 @@
-"""The story of a run: recipe -> data -> model -> train -> evaluate -> card."""
+"""A training run from recipe to model card. `train` names its steps; each takes values and returns values."""
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -11,11 +13,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from m2f_trainer.config.recipe import Recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.distributed import from_main
 from m2f_trainer.errors import ImageError
 from m2f_trainer.hub.model_card import Form, draw_pictures, write_card
-from m2f_trainer.hub.upload import push
+from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import (
@@ -35,19 +36,26 @@ from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
 from m2f_trainer.training.callbacks.signals import StopOnSignal
 from m2f_trainer.training.callbacks.uploads import hub_target, upload_callbacks
-from m2f_trainer.training.checkpointing.checkpoints import only_run
+from m2f_trainer.training.checkpointing.checkpoints import run_lock
 from m2f_trainer.training.checkpointing.fingerprint import fingerprint
-from m2f_trainer.training.checkpointing.resume import as_it_reads, find_resume, resume_callbacks, starting_point
-from m2f_trainer.training.data_workers import explained
+from m2f_trainer.training.checkpointing.resume import (
+    find_checkpoint,
+    find_start,
+    resume_callbacks,
+    with_checkpoint_taps,
+)
+from m2f_trainer.training.data_workers import translate_errors
 from m2f_trainer.training.dry_run import plan, to_text
 from m2f_trainer.training.prepare import (
+    Data,
     SavedWithModel,
+    augmentation_seed,
     build,
-    eval_transform,
+    eval_samples,
     load_data,
     require_figure,
-    train_transform,
-    training_samples,
+    train_samples,
+    with_feature_cache,
 )
 from m2f_trainer.training.trainer import M2FTrainer
 
@@ -55,95 +63,105 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> dict[str, float]:
-    """Run a recipe from data to model card; return the figures of the model it ends with.
+    """Run a recipe from data to model card; return the figures of the final model.
 
-    Raises RunStopped, a KeyboardInterrupt, when a signal asked it to stop; it is saved by then.
+    Raises RunStopped, a KeyboardInterrupt, when a signal asked the run to stop; a checkpoint is saved by then.
     """
     recipe.train.start_process_group()
     set_seed(recipe.train.seed)
-    with StopOnSignal() as stop, only_run(recipe.train):
-        checkpoint = from_main(lambda: find_resume(recipe.train))
-        train_rows, splits = load_data(recipe.data)
-        categories = categories_of(train_rows)
-        require_figure(recipe.train.metric_for_best_model, splits["valid"])
-        recipe = resolved(recipe, train_rows, checkpoint)
-        facts = fingerprint(recipe, train_rows, splits["valid"], categories)
-        start = from_main(lambda: starting_point(checkpoint, recipe.train, facts))
-        model = build(as_it_reads(recipe.model, start), recipe.data, categories)
-        trainer = M2FTrainer(
-            model,
-            recipe.train.for_trainer(),
-            train_dataset=training_samples(recipe, train_rows, categories, model),
-            eval_dataset=InstanceDataset(splits["valid"], eval_transform(recipe.data), categories),
-            callbacks=[*run_callbacks(recipe.train), *resume_callbacks(start), stop],
-            fingerprint=facts,
-            processing_class=SavedWithModel(recipe, model.config),
-        )
-        trainer.add_callback(
-            Pictures(
-                trainer.train_dataset,
-                trainer.eval_dataset,
-                lambda: trainer.predictions,
-                lambda: trainer.callback_handler.callbacks,
-            )
-        )
-        with explained(trainer.watched, recipe.train.dataloader_timeout):
+    with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
+        checkpoint = from_main(partial(find_checkpoint, recipe.train))
+        data = load_data(recipe.data)
+        require_figure(recipe.train.metric_for_best_model, data.valid)
+        recipe = resolve_auto(recipe, data, checkpoint)
+        facts = fingerprint(recipe, data.train, data.valid, data.categories)
+        start = from_main(partial(find_start, checkpoint, recipe.train, facts))
+        model = build(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
+        callbacks = [*run_callbacks(recipe.train), *resume_callbacks(start), stop]
+        trainer = make_trainer(model, recipe, data, facts, callbacks)
+        with translate_errors(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-            figures = final_figures(trainer, recipe, splits, categories)
-        finish(trainer, recipe, figures, splits["valid"])
+            test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None
+            figures = evaluate(trainer, test)
+        finish(trainer, figures, data.valid, hub_target(recipe.train) if recipe.train.push_to_hub else None)
     return figures
-
-
-def resolved(recipe: Recipe, train_rows: Dataset, checkpoint: Path | None = None) -> Recipe:
-    """The recipe with a number for every "auto"."""
-    categories = categories_of(train_rows)
-    rows = InstanceDataset(train_rows, train_transform(recipe), categories)
-
-    def probe(limit: int) -> int:
-        found = images_a_device(lambda: build(recipe.model, recipe.data, categories), rows, recipe.train, limit)
-        set_seed(recipe.train.seed)
-        return found
-
-    return resolve(recipe, len(rows), checkpoint, probe)
 
 
 def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     recipe.train.start_process_group()
     set_seed(recipe.train.seed)
-    rows, _ = load_data(recipe.data)
-    recipe = resolved(recipe, rows)
-    objects = sum(len(some) for some in rows["objects"])
-    model = build(recipe.model, recipe.data, categories_of(rows))
-    return to_text(plan(model, recipe.train, len(rows), max(1, round(objects / len(rows)))))
+    data = load_data(recipe.data)
+    recipe = resolve_auto(recipe, data, None)
+    objects = sum(len(some) for some in data.train["objects"])
+    model = build(recipe.model, recipe.data, data.categories)
+    return to_text(plan(model, recipe.train, len(data.train), max(1, round(objects / len(data.train)))))
+
+
+def resolve_auto(recipe: Recipe, data: Data, checkpoint: Path | None) -> Recipe:
+    """The recipe with a number for every "auto"; a resumed run keeps the numbers of its checkpoint."""
+    samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
+
+    def probe(limit: int) -> int:
+        make_model = partial(build, recipe.model, recipe.data, data.categories)
+        found = images_a_device(make_model, samples, recipe.train, limit)
+        set_seed(recipe.train.seed)
+        return found
+
+    return resolve(recipe, len(samples), checkpoint, probe)
+
+
+def make_trainer(
+    model: M2FModel, recipe: Recipe, data: Data, facts: Mapping[str, Any], callbacks: list[TrainerCallback]
+) -> M2FTrainer:
+    """The Trainer of a run; it saves the recipe and `facts`, its fingerprint, with every checkpoint."""
+    samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
+    trainer = M2FTrainer(
+        model,
+        recipe.train.for_trainer(),
+        train_dataset=with_feature_cache(samples, data.categories, model, recipe.model.feature_cache, recipe.train),
+        eval_dataset=eval_samples(data.valid, recipe.data, data.categories),
+        callbacks=callbacks,
+        fingerprint=facts,
+        processing_class=SavedWithModel(recipe, model.config),
+    )
+    trainer.add_callback(
+        Pictures(
+            trainer.train_dataset,
+            trainer.eval_dataset,
+            lambda: trainer.predictions,
+            lambda: trainer.callback_handler.callbacks,
+        )
+    )
+    return trainer
 
 
 def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:
-    """What a run does beside its steps."""
+    """The callbacks of a run besides those of `M2FTrainer`; `callbacks.order` says in which order they run."""
     stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience is not None else []
     return [EvaluateAtEverySave(), ClassTable(), Cost(), *stopping, *upload_callbacks(args)]
 
 
-def final_figures(
-    trainer: M2FTrainer, recipe: Recipe, splits: Mapping[str, Dataset], categories: Sequence[Category]
-) -> dict[str, float]:
-    """The figures of the model in the trainer's hands: its checkpoint's, and the test split's if there is one."""
-    best = trainer.state.best_model_checkpoint if recipe.train.load_best_model_at_end else None
-    if not best and not trainer.latest_metrics:  # resumed where nothing was left to train
+def evaluate(trainer: M2FTrainer, test: InstanceDataset | None) -> dict[str, float]:
+    """Figures of the trained model: those of its checkpoint on the valid split, and of the test split if there is one.
+
+    Writes the details of the former to evaluation.json in the run's folder.
+    """
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    if not best and not trainer.latest_metrics:  # a finished run was resumed
         trainer.evaluate()
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
     if trainer.is_world_process_zero():
         details = read_details(Path(best)) if best else trainer.details
-        write_details(details, Path(recipe.train.output_dir or ".", EVALUATION))
-    if "test" in splits:
-        test = InstanceDataset(splits["test"], eval_transform(recipe.data), categories)
+        write_details(details, Path(trainer.args.output_dir or ".", EVALUATION))
+    if test is not None:
         figures |= trainer.predict(test, metric_key_prefix="test").metrics or {}
     return figures
 
 
-def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float], valid: Dataset) -> None:
-    """Write the final model with figures and card, and upload it where the recipe says so."""
-    output = Path(recipe.train.output_dir or ".")
+def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, target: Target | None) -> None:
+    """Write the final model with figures and card into the run's folder, and upload it to `target` if there is one."""
+    output = Path(trainer.args.output_dir or ".")
     model: M2FModel = trainer.accelerator.unwrap_model(trainer.model)
     trainer.save_model(str(output), _internal_call=True)
     trainer.save_state()
@@ -155,13 +173,13 @@ def finish(trainer: M2FTrainer, recipe: Recipe, figures: Mapping[str, float], va
         write_json(output / FINGERPRINT, trainer.fingerprint or {})
         illustrate(output, valid)
         write_card(output, Form(pictures=True))
-        if recipe.train.push_to_hub:
-            push(output, hub_target(recipe.train))
+        if target is not None:
+            push(output, target)
     trainer.accelerator.wait_for_everyone()
 
 
 def illustrate(output: Path, rows: Dataset) -> None:
-    """Draw the card's pictures; a run that was trained to its end doesn't fail for want of them."""
+    """Draw the card's pictures. An image that cannot be read leaves them out; it does not fail a finished run."""
     try:
         draw_pictures(output, rows, read_details(output))
     except ImageError as error:

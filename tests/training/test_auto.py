@@ -47,7 +47,7 @@ def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_full
     recipe = load_recipe([str(write_tiny(tmp_path))])
     rows = load_coco(tmp_path / "data")["train"]
     categories = categories_of(rows)
-    dataset = InstanceDataset(rows, train_transform(recipe), categories)
+    dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories)
     (sample,) = automatic.fullest(dataset, 1)
     most = max(len(row["objects"]) for row in rows)
     assert sample["image_id"] in {row["image_id"] for row in rows if len(row["objects"]) == most}
@@ -60,7 +60,7 @@ def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_full
 def test_a_device_that_holds_no_image_is_an_error_with_levers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = load_recipe([str(write_tiny(tmp_path))])
     rows = load_coco(tmp_path / "data")["train"]
-    dataset = InstanceDataset(rows, train_transform(recipe), categories_of(rows))
+    dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories_of(rows))
     assert automatic.images_a_device(tiny_model, dataset, recipe.train, 16) == 2, "a CPU"
 
     class OnAnother:

@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from errno import EACCES, EAGAIN
 from pathlib import Path
 from typing import Any, TextIO
@@ -241,18 +241,17 @@ def _space(folder: Path) -> str:
 logger = logging.getLogger(__name__)
 
 
-def only_run(arguments: TrainArguments) -> AbstractContextManager[None]:
-    """Hold the output folder: the first process does for all of a run."""
-    return run_lock(Path(arguments.output_dir or ".")) if arguments.process_index == 0 else nullcontext()
-
-
 @contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises TrainingError at once when another one holds it.
+def run_lock(output_dir: Path, held: bool = True) -> Iterator[None]:
+    """Lock an output folder for this process; the main process of a run does so for all (`held` is false elsewhere).
 
-    The kernel keeps the lock (a POSIX record lock) and drops it with the process, however that ends; data workers don't
-    inherit it. The file's content only tells who holds it, so that a stale one needs no cure.
+    Raises TrainingError at once when another process holds it. The kernel keeps the lock (a POSIX record lock) and
+    releases it when the process ends, in whatever way; data workers do not inherit it. The file's content only names
+    the holder, so a file left behind does no harm.
     """
+    if not held:
+        yield
+        return
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK).open("a+", encoding="utf-8") as file:
         _take(file, output_dir)

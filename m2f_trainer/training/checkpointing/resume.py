@@ -26,7 +26,7 @@ from m2f_trainer.training.optimizer import parameter_groups, rates_of
 logger = logging.getLogger(__name__)
 
 
-def find_resume(arguments: TrainArguments) -> Path | None:
+def find_checkpoint(arguments: TrainArguments) -> Path | None:
     """Return the checkpoint to go on from: the newest complete one, or the named one if it is sound; None for none.
 
     Processes that torchrun has restarted go on from the newest complete one by themselves. Raises CheckpointError when
@@ -115,17 +115,20 @@ def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> boo
     return bool(changed)
 
 
-def starting_point(checkpoint: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> Path | None:
-    """What to hand to the Trainer: the checkpoint, or its stand-in where settings have changed. See `accept`."""
+def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> Path | None:
+    """The folder that the Trainer resumes from: the checkpoint, or an adapted copy where settings have changed.
+
+    Raises CheckpointError where they must not change, see `accept`.
+    """
     if checkpoint is not None and accept(checkpoint, facts, arguments.allow_changes):
         return adapt(checkpoint, Path(arguments.output_dir or "."), facts)
     return checkpoint
 
 
-def as_it_reads(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
-    """The model's fields with the backbone layers that the checkpoint's neck reads, where the recipe names none.
+def with_checkpoint_taps(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
+    """The model's fields with `pyramid_taps` of the checkpoint where the recipe names none.
 
-    A recipe without `pyramid_taps` has meant other layers before: those are the layers that the weights know.
+    Earlier versions had other defaults; the checkpoint's weights were trained on the layers that it names.
     """
     if checkpoint is None or model.pyramid_taps is not None:
         return model

@@ -10,7 +10,7 @@ from torch import nn
 from m2f_trainer.data.collate import collate
 from m2f_trainer.errors import DataError, TrainingError
 from m2f_trainer.training.callbacks.guards import gradient_norm, read_batch, write_batch
-from m2f_trainer.training.data_workers import explained, without_traceback
+from m2f_trainer.training.data_workers import translate_errors, without_traceback
 
 
 def sample(count: int) -> dict[str, object]:
@@ -45,14 +45,14 @@ def test_one_bad_gradient_shows_in_the_norm(value: float) -> None:
 
 def test_a_full_device_names_the_levers() -> None:
     levers = r"memory is full .*per_device_train_batch_size.*gradient_checkpointing"
-    with pytest.raises(TrainingError, match=levers), explained([], 1):
+    with pytest.raises(TrainingError, match=levers), translate_errors([], 1):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
 
 
 def test_what_is_no_fault_of_a_worker_passes_unchanged() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), explained([], 1):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), translate_errors([], 1):
         raise RuntimeError("shapes differ")
-    with pytest.raises(DataError, match=r"^bad$"), explained([], 1):
+    with pytest.raises(DataError, match=r"^bad$"), translate_errors([], 1):
         raise DataError("bad")
 
 

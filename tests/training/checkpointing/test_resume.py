@@ -37,17 +37,17 @@ def checkpoint(output: Path, step: int, **facts: object) -> Path:
 
 
 def test_auto_starts_anew_where_there_is_nothing_and_true_does_not(tmp_path: Path) -> None:
-    assert resume.find_resume(arguments(tmp_path, resume_from_checkpoint="auto")) is None
+    assert resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint="auto")) is None
     with pytest.raises(CheckpointError, match="no complete checkpoint to resume from"):
-        resume.find_resume(arguments(tmp_path, resume_from_checkpoint="true"))
+        resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint="true"))
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_file(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 2)
-    assert resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(folder))) == folder
+    assert resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(folder))) == folder
     (folder / STATE).unlink()
     with pytest.raises(CheckpointError, match=r"trainer_state.json is missing. Say true to take the newest"):
-        resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(folder)))
+        resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(folder)))
 
 
 def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: P
     with pytest.raises(
         CheckpointError, match=r"it is a run's folder, and not one of its checkpoints, such as check.*-2"
     ):
-        resume.find_resume(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "run")))
+        resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "run")))
 
 
 def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
@@ -69,16 +69,16 @@ def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) 
 def test_overwriting_deletes_the_other_runs_checkpoints(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2)
     with pytest.raises(CheckpointError, match="holds the checkpoints of another run, up to step 2"):
-        resume.find_resume(arguments(tmp_path))
-    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) is None
+        resume.find_checkpoint(arguments(tmp_path))
+    assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) is None
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_process_that_torchrun_restarted_resumes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) is None
+    assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) is None
     folder = checkpoint(tmp_path, 2)
-    assert resume.find_resume(arguments(tmp_path, overwrite_output_dir=True)) == folder
+    assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) == folder
 
 
 def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
 
 def test_a_resumed_run_reads_the_layers_of_its_checkpoint_whatever_the_default_is_by_now(tmp_path: Path) -> None:
     tiny_model(taps=(2,)).save_pretrained(tmp_path)
-    assert resume.as_it_reads(ModelArguments(), tmp_path).pyramid_taps == [2]
-    assert resume.as_it_reads(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
-    assert resume.as_it_reads(ModelArguments(), None).pyramid_taps is None
+    assert resume.with_checkpoint_taps(ModelArguments(), tmp_path).pyramid_taps == [2]
+    assert resume.with_checkpoint_taps(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
+    assert resume.with_checkpoint_taps(ModelArguments(), None).pyramid_taps is None
 
 
 def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of(tmp_path: Path) -> None:
