@@ -1,4 +1,4 @@
-"""What a recipe leaves to us with the word "auto": learning rate, images a device, epochs."""
+"""Values for the recipe fields set to "auto": learning rate, images per device, epochs."""
 
 import logging
 import math
@@ -20,16 +20,18 @@ from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
 logger = logging.getLogger(__name__)
-REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # the original's, and that of every published recipe
+REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # of the original Mask2Former and all of its published configurations
 CPU_IMAGES, FIRST_TRY, HEADROOM = 2, 4, 0.9
 EPOCHS = ((500, 150), (2_000, 75), (10_000, 40), (math.inf, 25))
-"""(below so many training images, epochs): the middle of the ranges in RF-DETR's guide to fine-tuning."""
+"""(upper limit of the number of training images, epochs): the middle of the ranges in RF-DETR's fine-tuning guide."""
 
 
 def resolve(recipe: Recipe, images: int, checkpoint: Path | None, probe: Callable[[int], int]) -> Recipe:
-    """The recipe with numbers for "auto"; a resumed run goes on with the numbers it had.
+    """The recipe with numbers for "auto"; a resumed run keeps the numbers of its checkpoint.
 
-    `images` are those of the train split; `probe` finds how many a device holds, up to a number.
+    Args:
+        images: number of training images
+        probe: finds how many images fit on a device, up to a limit
     """
     names = [
         name for name, row in options_of(type(recipe.train)).items() if row.auto and vars(recipe.train)[name] == AUTO
@@ -53,7 +55,10 @@ def resolve(recipe: Recipe, images: int, checkpoint: Path | None, probe: Callabl
 
 
 def rate_for(images: int) -> float:
-    """1e-4 for 16 images an optimiser step, with the square root of their number (as AdamW's noise asks for)."""
+    """1e-4 for 16 images per optimiser step, scaled with the square root of their number.
+
+    The square-root rule for Adam: Malladi et al. 2022, https://arxiv.org/abs/2205.10287.
+    """
     return REFERENCE_RATE * math.sqrt(images / REFERENCE_IMAGES)
 
 
@@ -63,10 +68,10 @@ def epochs_for(images: int) -> float:
 
 
 def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train: TrainArguments, limit: int) -> int:
-    """How many images a device holds in a real training step: a power of two up to `limit`, the same on all ranks.
+    """How many images fit on a device in a training step: a power of two up to `limit`, the same on all ranks.
 
-    Tried on a model of its own, unsharded, with the images of the most objects. A CPU isn't tried: it swaps where a GPU
-    would refuse, and gains nothing from more than a few; it gets 2. Raises TrainingError where not even one fits.
+    Measured with a separate, unsharded model and the images with the most objects. On a CPU it is 2 without a trial: a
+    CPU swaps instead of failing, and larger batches gain nothing. Raises TrainingError if not even one image fits.
     """
     if train.device.type == "cpu":
         return min(CPU_IMAGES, limit)
@@ -107,7 +112,7 @@ def fullest(rows: InstanceDataset, count: int) -> list[dict[str, Any]]:
 
 
 def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArguments) -> bool:
-    """Whether forward, backward and update of a batch leave a tenth of the device's memory free."""
+    """Whether forward, backward and update of a batch leave a tenth of the device memory free."""
     device = train.device
     try:
         step(model, collate(samples), train)
@@ -123,7 +128,7 @@ def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArgumen
 
 
 def step(model: M2FModel, batch: dict[str, Any], train: TrainArguments) -> None:
-    """One training step as the Trainer makes it; the weights don't move."""
+    """One training step as the Trainer does it, at learning rate 0: the weights do not change."""
     device = train.device
     groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in parameter_groups(model, rates_of(train))]
     optimizer = torch.optim.AdamW(groups)

@@ -1,4 +1,8 @@
-"""Data workers that raise, die or hang, and full memory: what was in hand is named, and the run ends in time."""
+"""Errors of data workers, and full device memory, raised with advice.
+
+When a data worker raises, dies or hangs, the run ends within `dataloader_timeout`, and the sample being loaded is
+reported.
+"""
 
 import multiprocessing
 import multiprocessing.util
@@ -13,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2f_trainer.data.collate import InstanceDataset
@@ -21,75 +24,74 @@ from m2f_trainer.errors import LEVERS, M2FError, TrainingError
 
 
 class Watched(Dataset[dict[str, Any]]):
-    """A dataset that notes in shared memory which sample each data worker has in hand, and names it where it fails."""
+    """A dataset that records in shared memory which sample each data worker is loading, so that errors can name it."""
 
     def __init__(self, dataset: InstanceDataset, workers: int) -> None:
         self.dataset = dataset
-        self.in_hand = torch.full((max(workers, 1),), -1, dtype=torch.int64)
-        self.in_hand.share_memory_()
+        self.loading = torch.full((max(workers, 1),), -1, dtype=torch.int64)  # sample index by worker, -1 for none
+        self.loading.share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on."""
+        """Set the epoch of the dataset."""
         self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample. Raises TrainingError, with the image named, where the dataset raises anything but advice."""
-        with in_hand(self.in_hand, index, lambda: self.name(index)):
-            return self.dataset[index]
+        """The sample. Raises TrainingError that names the image where the dataset raises an error without advice."""
+        worker = get_worker_info()
+        slot = worker.id if worker else 0
+        self.loading[slot] = index
+        try:
+            sample = self.dataset[index]
+        except M2FError:
+            raise
+        except Exception as error:
+            raise TrainingError(f"{self.name(index)} could not be loaded: {type(error).__name__}: {error}") from error
+        self.loading[slot] = -1
+        return sample
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
         return f"image {self.dataset.rows[index]['image_id']} (sample {index})"
 
     def suspects(self) -> list[str]:
-        """Names of the samples that were begun and not finished."""
-        return [self.name(index) for index in self.in_hand.tolist() if index >= 0]
-
-
-@contextmanager
-def in_hand(slots: Tensor, number: int, name: Callable[[], str]) -> Iterator[None]:
-    """Note what a data worker has in hand, in `slots` int64 (workers,); name it where anything but advice is raised."""
-    worker = get_worker_info()
-    slot = worker.id if worker else 0
-    slots[slot] = number
-    try:
-        yield
-    except M2FError:
-        raise
-    except Exception as error:
-        raise TrainingError(f"{name()} could not be loaded: {type(error).__name__}: {error}") from error
-    slots[slot] = -1
+        """Names of the samples whose loading was started and not finished."""
+        return [self.name(index) for index in self.loading.tolist() if index >= 0]
 
 
 def watch(loader: DataLoader[Any], timeout: int) -> DataLoader[Any]:
-    """Give a data loader a time limit, and workers that leave signals to their trainer."""
+    """Set a data loader's time limit in seconds, and make its workers leave signals to the training process."""
     if loader.num_workers > 0:
-        inner = loader.base_dataloader if isinstance(loader, DataLoaderShard) else loader  # accelerate's is a shell
+        inner = loader.base_dataloader if isinstance(loader, DataLoaderShard) else loader  # accelerate wraps it
         inner.timeout = timeout
         inner.worker_init_fn = QuietWorker(inner.worker_init_fn)
-        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)  # Python would ask them once, and wait
+        multiprocessing.util.Finalize(
+            None, end_workers, exitpriority=100
+        )  # Python itself would send SIGTERM once, and wait
     return loader
 
 
 class QuietWorker:
-    """Starts a data worker that outlives a signal sent to all processes of a run, so that its trainer can save."""
+    """Worker initialisation that keeps a data worker alive after a signal to all processes of a run.
+
+    The training process can then finish its step and save. A second SIGTERM ends the worker.
+    """
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self.then = then
         self.asked = False
 
     def __call__(self, worker: int) -> None:
-        """Runs first in a worker."""
+        """Install the signal handlers, then call the original initialisation."""
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._end_when_asked_twice)
+        signal.signal(signal.SIGTERM, self._end_at_second_signal)
         if self.then is not None:
             self.then(worker)
 
-    def _end_when_asked_twice(self, *_: int | FrameType | None) -> None:
+    def _end_at_second_signal(self, *_: int | FrameType | None) -> None:
         if self.asked:
             os._exit(0)
         self.asked = True
@@ -124,9 +126,9 @@ def translate_errors(datasets: Sequence[Watched], timeout: int) -> Iterator[None
 
 
 def worker_fault(error: Exception, timeout: int) -> str | None:
-    """What an error says of data workers, in our words; None when it says nothing of them.
+    """A description of a data worker's death or time-out, or None for an error of another kind.
 
-    Whoever reads what a dead worker has sent may find the connection closed before torch notices the death.
+    Reading a batch from a dead worker may fail with a closed connection before torch notices the death.
     """
     message = str(error).strip()
     if "DataLoader timed out" in message:
@@ -140,7 +142,7 @@ def worker_fault(error: Exception, timeout: int) -> str | None:
 
 
 def without_traceback(error: M2FError) -> M2FError | None:
-    """What a worker raised, without the traceback that torch puts into its message; None when there is none."""
+    """An error raised in a worker, without the traceback that torch adds to its message; None if there is none."""
     message = str(error)
     if not message.startswith("Caught "):
         return None
@@ -148,13 +150,13 @@ def without_traceback(error: M2FError) -> M2FError | None:
 
 
 def forget_workers() -> None:
-    """Hear no more of workers that end: torch raises an error wherever the process is at that moment."""
+    """Ignore further deaths of workers: torch would raise an error at whatever statement is being executed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_workers() -> None:
-    """Kill this process's data workers: one that hangs would not heed a request, and hold up the exit."""
+    """Kill this process's data workers: one that hangs would not react to SIGTERM and would delay the exit."""
     forget_workers()
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -1,4 +1,4 @@
-"""The whole path on a small synthetic dataset: `m2f demo`."""
+"""All steps on a small synthetic dataset: `m2f demo`."""
 
 import logging
 import shutil
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], None] = logger.warning) -> None:
-    """The whole path on a small made-up dataset: write it, train recipes/quickstart.json, evaluate, draw predictions.
+    """Write a small synthetic dataset, train recipes/quickstart.json on it, evaluate, and draw predictions.
 
-    `backbone`: a pretrained one by name, instead of the small random ViT; it needs the Hub.
+    `backbone`: name of a pretrained backbone, downloaded from the Hub, instead of the small random ViT.
     """
-    torch.set_num_threads(1)  # tensors this small are slower on several, much slower on a busy machine
+    torch.set_num_threads(1)  # tensors this small are slower on several threads, much slower on a busy machine
     data, run, pictures = output_dir / "data", output_dir / "run", output_dir / "pictures"
     write_sample(data)
     options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(run)]
@@ -30,7 +30,7 @@ def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], Non
         side = str(8 * BACKBONES[backbone].stride if backbone in BACKBONES else 128)
         options += ["--backbone", backbone, "--backbone_config", "null", "--image_height", side, "--image_width", side]
     if (run / RECIPE).is_file():
-        shutil.rmtree(run)  # an earlier demo's
+        shutil.rmtree(run)  # of an earlier demo
     figures = train(load_recipe(options))
     predict_folder(str(run), [data / "test"], pictures)
     say(f"mask AP on the held-out images: {figures['eval_map']:.3f} (valid), {figures['test_map']:.3f} (test)")

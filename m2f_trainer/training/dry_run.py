@@ -1,4 +1,7 @@
-"""What a run would do, told before it does it: `m2f train RECIPE --dry_run`."""
+"""The plan of a run, printed by `m2f train RECIPE --dry_run`: parameter groups, steps, learning rates, memory.
+
+First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`), then its text (`to_text`).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,11 +19,24 @@ from m2f_trainer.training.checkpointing.fingerprint import updates_an_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
 ADAM_MOMENTS = 2
+GIGA, MEGA = 1e9, 1e6
+POINTS = (
+    0.0,
+    0.02,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    0.9,
+    0.97,
+    1.0,
+)  # fractions of the run at which the learning rate is printed
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a device holds while training on one image; `activations` are of each image, the others are there once."""
+    """Bytes on a device during training. `activations` are per image, the other values per model."""
 
     weights: int
     gradients: int
@@ -28,12 +44,12 @@ class Memory:
     activations: int
 
     def total(self, images: int) -> int:
-        """With so many images at once."""
+        """Bytes for a batch of `images`."""
         return self.weights + self.gradients + self.optimizer + images * self.activations
 
 
 def estimate(model: M2FModel, instances: int, *, bf16: bool, averaged: bool) -> Memory:
-    """The memory that training a model with AdamW takes, at its own image size and with so many instances an image."""
+    """Memory for training a model with AdamW, at its own image size and with `instances` objects per image."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.named_parameters()}
     trained = sum(sizes[name] for name, tensor in model.named_parameters() if tensor.requires_grad)
     slots = ADAM_MOMENTS + int(averaged)
@@ -41,7 +57,10 @@ def estimate(model: M2FModel, instances: int, *, bf16: bool, averaged: bool) -> 
 
 
 def activations(model: M2FModel, instances: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of one image of the model's size, extrapolated from an eighth and a quarter of it."""
+    """Bytes that autograd keeps for one image of the model's size.
+
+    Measured at 1/8 and 1/4 of the sides, and extrapolated linearly in the image's area.
+    """
     config = model.config
     stride, sides = stride_of(backbone_of(config)), (config.image_height, config.image_width)
     small = [max(round(side / 8 / stride), 4) * stride for side in sides]
@@ -53,7 +72,7 @@ def activations(model: M2FModel, instances: int, bf16: bool) -> int:
 
 
 def kept(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
-    """Bytes kept between forward and backward, the parameters aside, of one image (H, W) with so many instances."""
+    """Bytes kept between forward and backward for one image of `size` (H, W), parameters excluded."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
 
@@ -78,7 +97,7 @@ def kept(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> in
 
 
 def scene(size: Sequence[int], instances: int, device: torch.device) -> Mapping[str, object]:
-    """A grey image (1, 3, H, W) with objects of a quarter of its sides, in the model's own terms."""
+    """Model inputs for a grey image (1, 3, H, W) with objects of a quarter of its sides."""
     height, width = size
     masks = torch.zeros(instances, height, width, device=device)
     masks[:, : height // 4, : width // 4] = 1
@@ -89,13 +108,9 @@ def scene(size: Sequence[int], instances: int, device: torch.device) -> Mapping[
     }
 
 
-GIGA, MEGA = 1e9, 1e6
-POINTS = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of the run, where the learning rate is told
-
-
 @dataclass(frozen=True)
 class Plan:
-    """A run before it runs. `groups` are the optimiser's, with the number of values in each."""
+    """The plan of a run. `groups` are the optimiser's, with the number of values of each under "params"."""
 
     groups: list[dict[str, Any]]
     parameters: int
@@ -109,7 +124,7 @@ class Plan:
 
 
 def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) -> Plan:
-    """The plan of a run with so many training images, and so many instances in each."""
+    """The plan of a run with `images` training images of `instances` objects each."""
     groups = [
         {**group, "params": sum(parameter.numel() for parameter in group["params"])}
         for group in parameter_groups(model, rates_of(train))
@@ -136,7 +151,7 @@ def to_text(plan: Plan) -> str:
 
 
 def steps_text(plan: Plan) -> str:
-    """How long the run is."""
+    """The lines on the length of the run and its batch size."""
     train = plan.train
     device, accumulated, devices = (
         train.per_device_train_batch_size,
@@ -152,7 +167,7 @@ def steps_text(plan: Plan) -> str:
 
 
 def curve_text(plan: Plan) -> str:
-    """The learning rates of head and backbone at a few steps; the backbone's is that of its last block."""
+    """The table of learning rates at a few steps; with layer decay the backbone's is that of its last block."""
     head, backbone = rate_factors(plan.train, plan.steps)
     rate, multiplier = plan.train.learning_rate, plan.train.backbone_lr_multiplier or 0.0
     rows = []
@@ -164,7 +179,7 @@ def curve_text(plan: Plan) -> str:
 
 
 def memory_text(plan: Plan) -> str:
-    """The estimate, its parts, and how it was made."""
+    """The lines on memory: the estimate, its parts, and how it was made."""
     memory, images = plan.memory, plan.train.per_device_train_batch_size
     parts = [
         ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimizer),

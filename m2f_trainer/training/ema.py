@@ -1,8 +1,8 @@
-"""A running average of the weights, which is what gets evaluated, saved and kept at the end.
+"""An exponential moving average (EMA) of the weights, which is evaluated, saved and kept as the final model.
 
-The average of each trained weight lies in the optimiser's state beside its moments, so that it is sharded, saved and
-restored as they are, to the last bit. While a model is evaluated or saved, weights and averages change places: a
-checkpoint's model is the averaged one, and its optimiser's state holds the weights that training goes on from.
+The average of each trained weight is stored in the optimiser's state beside its moments, so it is sharded, saved and
+restored bit-exactly as they are. While a model is evaluated or saved, weights and averages are swapped: the model of a
+checkpoint is the averaged one, and its optimiser state holds the raw weights from which training continues.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ AVERAGE = "average"
 
 
 class Average(TrainerCallback):
-    """Keeps an exponential moving average of what trains; LoRA factors are averaged as factors.
+    """Keeps an exponential moving average of the trained weights; LoRA factors are averaged as factors.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten (as in
-    TensorFlow's ExponentialMovingAverage).
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage, so the
+    initial weights lose their influence quickly.
     """
 
     def __init__(self, decay: float) -> None:
@@ -29,20 +29,20 @@ class Average(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After a resume the model holds the averages: change places."""
+        """After a resume the model holds the averages: swap them with the raw weights."""
         swap(kwargs["optimizer"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the new weights into the average."""
+        """Update the average with the new weights."""
         updates = state.global_step + 1
         update(kwargs["optimizer"], min(self.decay, (1 + updates) / (10 + updates)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The model becomes the average, unless the best checkpoint's was loaded, which is one already."""
+        """Put the averages into the model, unless the best checkpoint was loaded: its model is averaged already."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
             swap(kwargs["optimizer"])
         forget(kwargs["optimizer"])
@@ -60,7 +60,7 @@ def update(optimizer: Any, decay: float) -> None:
 
 @torch.no_grad()
 def start(optimizer: Any, *_: Any) -> None:
-    """Put averages beside the moments. A hook of the optimiser's step, so that FSDP knows them when it loads them."""
+    """Add averages to the optimiser's state. A hook of its step, so that FSDP expects them when it loads a state."""
     for weight, slots in _trained(optimizer):
         if slots and AVERAGE not in slots:
             slots[AVERAGE] = weight.clone()
@@ -68,7 +68,7 @@ def start(optimizer: Any, *_: Any) -> None:
 
 @torch.no_grad()
 def swap(optimizer: Any) -> None:
-    """Let weights and averages change places; nothing happens where there are no averages."""
+    """Swap weights and averages, where there are any."""
     for weight, slots in _trained(optimizer):
         if AVERAGE in slots:
             held = weight.clone()
@@ -84,7 +84,7 @@ def forget(optimizer: Any) -> None:
 
 @contextmanager
 def averaged(optimizer: Any) -> Iterator[None]:
-    """Have the averages in the model within the block, where an optimiser keeps any."""
+    """Within the block, the model holds the averages, if the optimiser keeps any."""
     if optimizer is not None:
         swap(optimizer)
     try:
@@ -95,7 +95,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
 
 
 def _trained(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Each weight with its slots in the optimiser's state, empty before the first update."""
+    """Each weight with its entries in the optimiser's state, which are empty before the first update."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             yield weight.detach(), optimizer.state.get(weight, {})

@@ -27,15 +27,15 @@ from m2f_trainer.run_folder import (
 )
 from m2f_trainer.training.trainer import M2FTrainer
 
-WORTH_WORKERS = 64  # images; starting and ending worker processes takes longer than reading fewer
+WORTH_WORKERS = 64  # images; for fewer, starting and ending worker processes takes longer than reading
 
 
 def evaluate_folder(
     model: str, dataset: str, split: str = "valid", output_dir: Path | None = None, batch_size: int = 4
 ) -> dict[str, float]:
-    """Score a saved model on a split, by the code that scored it in training; optionally write what came out.
+    """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
-    `output_dir` gets metrics.json, evaluation.json (what reports are made from), classes.csv, charts as PNG and
+    `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
     predictions.json (COCO results form).
 
     Raises:

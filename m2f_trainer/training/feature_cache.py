@@ -1,8 +1,8 @@
-"""A frozen backbone's maps, computed once for a fixed set of views of each image and read from disk ever after.
+"""Feature maps of a frozen backbone, computed once for a fixed set of views of each image and then read from disk.
 
-View k of an image is what augmentation shows of it in epoch k, a function of (seed, k, index); with K views, epoch e
-trains on view e mod K. A step then costs neck and head alone. What it costs: only K views of an image are ever seen,
-where training without the cache sees a new one each epoch; maps are rounded to bfloat16; and the disk space.
+View k of an image is its augmentation in epoch k, a function of (seed, k, index); with K views, epoch e trains on view
+e mod K. A step then only runs neck and head. The price: only K views of an image are ever seen, where training without
+the cache sees a new one each epoch; maps are rounded to bfloat16; and disk space.
 """
 
 import hashlib
@@ -33,14 +33,14 @@ from m2f_trainer.training.checkpointing.fingerprint import digest_of
 
 logger = logging.getLogger(__name__)
 MAPS, KEY = "maps.bf16", "maps.json"
-SPARE = 0.02  # share of the disk to be left free
+SPARE = 0.02  # fraction of the disk that is left free
 
 
 @dataclass(frozen=True)
 class MapFile:
-    """Maps of N images x K views, one record after another, in bfloat16.
+    """Feature maps of N images x K views in bfloat16, one record per view after another.
 
-    shapes  (C, h, w) of each of a record's maps, which lie one after another
+    shapes  (C, h, w) of each map of a record; the maps of a record lie one after another
     """
 
     path: Path
@@ -50,20 +50,20 @@ class MapFile:
 
     @property
     def numbers(self) -> int:
-        """Numbers a record."""
+        """Values per record."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return 2 * self.images * self.views * self.numbers
 
     def table(self, mode: Any) -> Any:
-        """The file as (N x K, numbers) of uint16, memory-mapped: numpy has no bfloat16."""
+        """The file, memory-mapped as uint16 (N x K, numbers): numpy has no bfloat16."""
         return np.memmap(self.path, np.uint16, mode, shape=(self.images * self.views, self.numbers))
 
     def write(self, record: int, maps: Sequence[Tensor]) -> None:
-        """Write one record's maps, (C, h, w) each; `read` is the inverse up to rounding."""
+        """Write the maps of one record, (C, h, w) each; `read` is the inverse up to rounding."""
         flat = torch.cat([one.flatten() for one in maps]).to("cpu", torch.bfloat16)
         self.table("r+")[record] = flat.view(torch.int16).numpy().view(np.uint16)
 
@@ -76,20 +76,20 @@ class MapFile:
 
 
 class CachedViews(InstanceDataset):
-    """Samples of K fixed views an image, with the backbone's maps of them from a file."""
+    """Samples of K fixed views per image, with the backbone's feature maps from a file."""
 
     def __init__(self, rows: Any, transform: TrainTransform, categories: Sequence[Category], maps: MapFile) -> None:
         self.maps = maps
         super().__init__(rows, OneOfViews(transform, maps.views), categories)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """As `InstanceDataset`, with `backbone_maps`: one (C, h, w) a map."""
+        """As `InstanceDataset`, with `backbone_maps`, (C, h, w) each."""
         record = index * self.maps.views + int(self._epoch) % self.maps.views
         return {**super().__getitem__(index), "backbone_maps": self.maps.read(record)}
 
 
 class OneOfViews:
-    """A transform that shows in epoch e what it shows in epoch e mod K."""
+    """A transform that returns in epoch e the sample of epoch e mod K."""
 
     def __init__(self, transform: TrainTransform, views: int) -> None:
         self.transform, self.views = transform, views
@@ -104,7 +104,7 @@ class OneOfViews:
 class AllViews(Dataset[dict[str, Any]]):
     """Every view of every image once, in the order of the file's records.
 
-    The view is handed on and not set as the dataset's epoch, which all data workers share.
+    The view is passed as an argument, not set as the dataset's epoch, which all data workers share.
     """
 
     def __init__(self, dataset: InstanceDataset, views: int, share: slice) -> None:
@@ -123,9 +123,9 @@ class AllViews(Dataset[dict[str, Any]]):
 def cached(
     dataset: InstanceDataset, categories: Sequence[Category], model: M2FModel, views: int, args: Any
 ) -> CachedViews:
-    """The dataset with its backbone maps, which are computed and kept in the run's folder unless they are there.
+    """The dataset with its backbone maps, which are computed and stored in the run's folder unless they are there.
 
-    `args` are the run's training arguments. The ranks share the work. Raises DataError where the disk has no room.
+    `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
     """
     transform: Any = dataset.transform
     folder, encoder = Path(args.output_dir, FEATURE_CACHE), model.encoder.to(args.device)
@@ -148,7 +148,7 @@ def cached(
 
 @torch.no_grad()
 def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]:
-    """(C, h, w) of the backbone's maps for images of a size."""
+    """(C, h, w) of each of the backbone's maps for images of `size` (height, width)."""
     encoder.eval()
     device = next(encoder.parameters()).device
     found = encoder.backbone_features(torch.zeros(1, 3, *size, device=device))
@@ -156,7 +156,7 @@ def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]
 
 
 def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
-    """SHA-256 of what decides the maps: the backbone's weights, the images' annotations, the augmentation."""
+    """SHA-256 of everything the maps depend on: backbone weights, annotations and augmentation settings."""
     total = hashlib.sha256()
     for name, tensor in encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
@@ -166,7 +166,7 @@ def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
 
 
 def make_room(maps: MapFile) -> None:
-    """Say what the file will take, and lay it out. Raises DataError where the disk has no room for it."""
+    """Log the size of the file and allocate it. Raises DataError if the disk has no room for it."""
     folder = maps.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     (folder / KEY).unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def make_room(maps: MapFile) -> None:
     told = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
     if maps.size > room:
         raise DataError(
-            f"feature_cache {maps.views}: {told} of backbone maps don't fit into {folder}, where {room / 1e9:.2f} GB "
+            f"feature_cache {maps.views}: {told} of backbone maps do not fit into {folder}, where {room / 1e9:.2f} GB "
             "can be used. Lower feature_cache, image_height and image_width; or set output_dir to a larger disk, or "
             "feature_cache to null"
         )

@@ -1,4 +1,4 @@
-"""What differs where the processes share out weights (FSDP2), or gradients and moments (DeepSpeed's ZeRO)."""
+"""Sharded training: weights over processes (FSDP2), or gradients and moments (DeepSpeed ZeRO)."""
 
 import warnings
 from typing import Any
@@ -14,7 +14,7 @@ from m2f_trainer.model.lora import lora_layers
 
 
 def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:
-    """Raise RecipeError where FSDP or DeepSpeed would do something else than the recipe says."""
+    """Raise RecipeError where FSDP or DeepSpeed would not do what the recipe says."""
     if (arguments.fsdp or arguments.deepspeed) and lora_layers(model):
         raise RecipeError(
             "tune lora trains too little to be worth sharding, and its checkpoints would not load again: leave fsdp "
@@ -28,7 +28,7 @@ def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:
 
 
 def require_accelerators(arguments: TrainingArguments) -> None:
-    """Raise RecipeError where a recipe asks for FSDP and accelerate would run without it, not saying so."""
+    """Raise RecipeError where a recipe asks for FSDP and accelerate would silently run without it."""
     if arguments.world_size < 2 or arguments.device.type == "cpu":
         raise RecipeError(
             "fsdp shards over several accelerators under torchrun, and here there is one process, or only CPUs: leave "
@@ -48,7 +48,7 @@ def _require_whole_checkpoints(arguments: TrainingArguments) -> None:
 
 
 def _require_plain_zero(arguments: TrainingArguments) -> None:
-    """ZeRO 1 and 2 train as one process does; what they would drop or spoil without a word is refused."""
+    """Raise RecipeError for settings that ZeRO would silently drop. ZeRO 1 and 2 train as one process does."""
     config: dict[str, Any] = vars(arguments)["hf_deepspeed_config"].config
     stage = config.get("zero_optimization", {}).get("stage", 0)
     own = [name for name in ("optimizer", "scheduler") if name in config]
@@ -77,17 +77,17 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
 
 
 def keep_float32(arguments: TrainingArguments) -> None:
-    """Have FSDP leave weights and activations in the types they have: see `autocast_sharded`."""
+    """Make FSDP keep the types of weights and activations; see `autocast_sharded`."""
     if arguments.fsdp:
         plain = {"mixed_precision_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
         arguments.fsdp_plugin_args = {**(arguments.fsdp_plugin_args or {}), **plain}
 
 
 def autocast_sharded(model: nn.Module, arguments: TrainingArguments) -> None:
-    """Run a model to be sharded under autocast, as accelerate runs all others.
+    """Run a model to be sharded with FSDP2 under autocast, as accelerate runs all other models.
 
-    With FSDP2 it would have all weights cast to bfloat16 instead; pixel decoder and losses compute in float32.
-    FSDP2 warns of outputs that are views, since writing into them would lose gradients: nothing here writes into one.
+    accelerate would instead have FSDP2 cast all weights to bfloat16, but pixel decoder and losses compute in float32.
+    FSDP2 warns about outputs that are views because gradients are lost where they are written to; no code here does so.
     """
     if not arguments.fsdp:
         return

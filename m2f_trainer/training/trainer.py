@@ -1,6 +1,6 @@
-"""transformers' Trainer with Mask2Former's loss divisors, parameter groups and COCO evaluation.
+"""transformers' Trainer with Mask2Former's loss normalisation, parameter groups, COCO evaluation and safe checkpoints.
 
-Only seams are overridden; each delegates to a plain function that works without a Trainer.
+Each overridden method delegates to a function that works without a Trainer. The private ones are pinned by a test.
 """
 
 import sys
@@ -49,10 +49,10 @@ Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 
 
 class M2FTrainer(Trainer):
-    """Trains and evaluates a Mask2Former of ours on `InstanceDataset`s.
+    """Trains and evaluates an `M2FModel` on `InstanceDataset`s.
 
-    `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns figures; by default
-    it is `Assessment` on that split, whose details are kept in `details`. Everything else is the Trainer's.
+    `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns figures. By default
+    it is `Assessment` on that split, whose details are kept in `details`. All else is as in transformers' Trainer.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class M2FTrainer(Trainer):
         require_engine(args, model)
         refuse_stock_upload(args)
         arguments = copy(args)
-        arguments.save_total_limit = None  # ours: the Trainer's own rotation goes by file times
+        arguments.save_total_limit = None  # `rotate` takes its place: the Trainer's rotation goes by file times
         arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
         keep_float32(arguments)
         super().__init__(
@@ -122,9 +122,9 @@ class M2FTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Sum the loss's two divisors over the accumulated micro-batches and over the ranks -> float64 (2,).
+        """The loss's two divisors, summed over the accumulated micro-batches and the ranks -> float32 (2,).
 
-        A run that was at its end when it was resumed gets no batch: the Trainer would train a step more, each time.
+        A finished run that is resumed gets no batch here: the Trainer would otherwise train one more step each time.
         """
         if 0 < self.state.max_steps <= self.state.global_step:
             batch_samples.clear()
@@ -145,7 +145,7 @@ class M2FTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        """Turn a batch into `Instances` at once; neither logits nor masks are kept or gathered."""
+        """Turn a batch into `Instances` at once, so that neither logits nor masks are kept or gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
@@ -161,7 +161,7 @@ class M2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's loop; then the Instances of all ranks are scored once, and every rank gets the figures."""
+        """The Trainer's loop; then the predictions of all ranks are scored once, and every rank gets the figures."""
         self.predictions = []
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -175,7 +175,7 @@ class M2FTrainer(Trainer):
         return output._replace(metrics=metrics)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """As the Trainer's, with a time limit and with samples that can be named when a worker fails."""
+        """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors."""
         limit = self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0
         if isinstance(dataset, InstanceDataset):
             dataset = Watched(dataset, self.args.dataloader_num_workers)
@@ -184,13 +184,13 @@ class M2FTrainer(Trainer):
         return watch(loader, limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer's, without the pickle of its arguments: recipe.json says the same."""
+        """As the Trainer's, without its pickled arguments: recipe.json holds the same values."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(str(output_dir or self.args.output_dir), PICKLED_ARGUMENTS).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's checkpoint, staged, completed with metrics and manifest, and then moved into place."""
+        """The Trainer's checkpoint, written to a staging folder with metrics and manifest, then renamed."""
         with staged(self) as folder, averaged(self.optimizer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
@@ -206,7 +206,7 @@ class M2FTrainer(Trainer):
 
 
 def split_rows(dataset: Dataset[Any]) -> Any:
-    """The dataset rows behind an evaluation dataset. Raises TypeError when there are none to score against."""
+    """The rows of an evaluation dataset, to score against. Raises TypeError if it is no `InstanceDataset`."""
     if isinstance(dataset, Watched):
         dataset = dataset.dataset
     if not isinstance(dataset, InstanceDataset):
@@ -230,13 +230,13 @@ def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[M
 
 
 def gather_predictions(predictions: Sequence[Instances]) -> list[Instances]:
-    """Every rank's predictions, without what the sampler repeated, by image id: the same for any number of ranks."""
+    """The predictions of all ranks by image id, without the images that the sampler repeated to fill batches."""
     unique = {instances.image_id: instances for instances in gather_object(list(predictions))}
     return [unique[image_id] for image_id in sorted(unique)]
 
 
 def score_once(predictions: Sequence[Instances], scorer: Scorer, main: bool) -> dict[str, float]:
-    """Score on the main process, and tell all ranks the figures."""
+    """Score on the main process, and broadcast the figures to all ranks."""
     figures = [dict(scorer(predictions)) if main else None]
     broadcast_object_list(figures)
     return figures[0] or {}

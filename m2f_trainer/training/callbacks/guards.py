@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite ends the run before it reaches the weights."""
+"""Stop a run when a loss or gradient is not finite, before it changes the weights."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class FiniteGuard(TrainerCallback):
-    """Ends the run before an update that isn't finite: weights and checkpoints stay as they were.
+    """Raises TrainingError before an update that is not finite, so weights and checkpoints stay unchanged.
 
-    `batches` gives the micro-batches of the step in hand, `loss` the loss since the last log.
+    Args:
+        batches: returns the micro-batches of the current step
+        loss: returns the loss summed since the last log
+        scaled: whether a float16 gradient scaler is in use, which skips steps with gradients that are not finite
     """
 
     def __init__(
@@ -57,13 +60,13 @@ class FiniteGuard(TrainerCallback):
         what = "loss" if not torch.isfinite(self.loss()) else "gradient"
         return (
             f"step {step}: the {what} is not finite. The step's images are {', '.join(map(str, images))}; they, the "
-            f"weights before the step and what was found are in {folder}. Look at these images and their annotations; "
+            f"weights before the step and a report are in {folder}. Look at these images and their annotations; "
             "or resume from an earlier checkpoint with a lower learning_rate or without fp16"
         )
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the norm of all gradients: not finite where any of them isn't."""
+    """The norm of all gradients; it is not finite if any gradient is not."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return full_tensor(torch.nn.utils.get_total_norm(gradients))
 

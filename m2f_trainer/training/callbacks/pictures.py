@@ -1,4 +1,4 @@
-"""Pictures for the loggers: augmented samples at the start, predictions beside truth at each evaluation."""
+"""Pictures for the loggers: augmented training samples at the start, predictions and truth at each evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from m2f_trainer.viz.overlay import draw_sample
 SHOWN, LONGEST, LEAST_SCORE = 4, 480, 0.5
 
 Named: TypeAlias = Mapping[str, NDArray[np.uint8]]
-"""Pictures (H, W, 3) by what a logger calls them."""
+"""Pictures (H, W, 3) by name in the logger."""
 
 
 class Pictures(TrainerCallback):
@@ -42,14 +42,14 @@ class Pictures(TrainerCallback):
         self.predictions, self.callbacks = predictions, callbacks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first training samples as the model is shown them, with their masks."""
+        """Send the first training samples as the model gets them, with their masks."""
         samples = self.train
         if isinstance(samples, InstanceDataset):
             shown = range(min(SHOWN, len(samples)))
             self._send(lambda: {f"train/sample_{k}": np.asarray(draw_sample(samples[k])) for k in shown}, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first validation images, the truth on the left."""
+        """Send the first validation images, the truth on the left."""
         samples = self.valid
         if isinstance(samples, InstanceDataset):
             self._send(lambda: self._predictions(samples), state)
@@ -106,4 +106,4 @@ _SENDERS: Mapping[type[TrainerCallback], Callable[[Any, Named, int], None]] = {
     TrackioCallback: _to_trackio,
     MLflowCallback: _to_mlflow,
 }
-"""How pictures reach the logger that a callback stands for; none of these packages is needed unless it is used."""
+"""Callback of a logger -> function that sends pictures to it. Its package is imported only when it is used."""

@@ -1,4 +1,7 @@
-"""What happens beside the steps of a run: seeds, time spent waiting, evaluation at every save; peak memory."""
+"""Callbacks of every run: seeds, time spent waiting for data, evaluation at every save, console output, cost.
+
+First the callbacks that act on the training, then those that print, then `Cost`, which model cards read.
+"""
 
 import math
 import platform
@@ -23,10 +26,11 @@ from m2f_trainer.version import __version__
 
 
 class SeedEveryStep(TrainerCallback):
-    """Makes a step's randomness a function of (seed, step, rank), and an epoch's augmentation one of its number.
+    """Seeds each step from (seed, step, rank), and sets the dataset's epoch, on which its augmentation depends.
 
-    So a resumed run draws what the uninterrupted one would have drawn. (The Trainer restores the generators after a
-    batch was drawn, and accelerate tells datasets of the epoch on one process and at an epoch's start only.)
+    A resumed run therefore draws the same random numbers as the uninterrupted one. The Trainer's own means are not
+    enough: it restores the generators only after a batch was drawn, and accelerate sets a dataset's epoch only on one
+    process and at the start of an epoch.
     """
 
     def on_epoch_begin(
@@ -37,7 +41,7 @@ class SeedEveryStep(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Tell the dataset which epoch begins, counted as the Trainer does."""
+        """Set the dataset's epoch, counted as the Trainer does."""
         if train_dataloader is not None and isinstance(train_dataloader.dataset, Watched):
             updates = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             train_dataloader.dataset.set_epoch(state.global_step // max(updates, 1))
@@ -45,15 +49,15 @@ class SeedEveryStep(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Seed the loss's random points, and dropout."""
+        """Seed the random points of the loss, and dropout."""
         words = np.random.SeedSequence([args.seed, state.global_step, args.process_index]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0]))
 
 
 class DataWait(TrainerCallback):
-    """Adds `data_wait` to each training log: the share of the time since the last one that went into waiting for data.
+    """Adds `data_wait` to each training log: the fraction of the time since the last log spent waiting for data.
 
-    The wait runs from the end of a step, with its log, evaluation and save, to the beginning of the next.
+    The wait is the time from the end of a step, after its log, evaluation and save, to the start of the next.
     """
 
     def __init__(self) -> None:
@@ -64,19 +68,19 @@ class DataWait(TrainerCallback):
         self.idle_since = time.perf_counter()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here the Trainer waits for a batch."""
+        """The Trainer starts to wait for a batch."""
         self._idle()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The batch is there."""
+        """The batch has arrived."""
         self.waited += time.perf_counter() - self.idle_since
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here the Trainer waits for a batch, unless there is something else to do first."""
+        """The Trainer starts to wait for a batch, unless it logs, evaluates or saves first."""
         self._idle()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The time of an evaluation counts neither as waiting nor as training."""
+        """The time of an evaluation or save counts neither as waiting nor as training."""
         self.evaluated += time.perf_counter() - self.idle_since
         self._idle()
 
@@ -90,7 +94,7 @@ class DataWait(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write the share into the log, and begin anew."""
+        """Write the fraction into the log, and restart the clocks."""
         if logs is not None and "loss" in logs:
             now = time.perf_counter()
             share = self.waited / max(now - self.logged - self.evaluated, 1e-9)
@@ -100,15 +104,15 @@ class DataWait(TrainerCallback):
 
 
 class EvaluateAtEverySave(TrainerCallback):
-    """Every checkpoint is evaluated, also the one that the Trainer writes at the last step."""
+    """Evaluates at every checkpoint, including the one that the Trainer writes at the last step."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for an evaluation where a save was asked for: the Trainer evaluates first, then saves."""
+        """Request an evaluation with every save; the Trainer evaluates first, then saves."""
         control.should_evaluate = control.should_evaluate or control.should_save
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held: on its accelerator where there is one, else in main memory."""
+    """Peak memory of this process in bytes: of its accelerator if there is one, else of main memory."""
     if torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
@@ -116,20 +120,20 @@ def peak_memory() -> int:
 
 
 class Bars(ProgressCallback):
-    """The Trainer's progress bars without its lines."""
+    """The Trainer's progress bars without its log lines."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # type: ignore[override]
-        """`Lines` tells it."""
+        """Nothing: `Lines` prints the log."""
 
 
 class Lines(TrainerCallback):
-    """One line for each log of the training, on the main process."""
+    """Prints one line for each training log, on the main process."""
 
     def __init__(self) -> None:
         self.begun, self.first = time.perf_counter(), 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here the time left is reckoned."""
+        """Start the clock by which the time left is estimated."""
         self.begun, self.first = time.perf_counter(), state.global_step
 
     def on_log(
@@ -140,7 +144,7 @@ class Lines(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Evaluations are told as tables, by `ClassTable`."""
+        """Print a training log; `ClassTable` prints evaluations."""
         if not state.is_world_process_zero or not logs:
             return
         seconds = time.perf_counter() - self.begun
@@ -151,7 +155,7 @@ class Lines(TrainerCallback):
 
 
 class ClassTable(TrainerCallback):
-    """The table of AP per class after each evaluation of a training, on the main process."""
+    """Prints a table of AP per class after each evaluation during training, on the main process."""
 
     def on_evaluate(
         self,
@@ -161,7 +165,7 @@ class ClassTable(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Figures in percent; with what the evaluation took."""
+        """Print the figures in percent, the duration of the evaluation and the peak memory."""
         if state.is_world_process_zero and metrics:
             prefix = next(iter(metrics)).split("_")[0] + "_"
             took = metrics.get(f"{prefix}runtime")
@@ -172,7 +176,7 @@ class ClassTable(TrainerCallback):
 
 
 def line(logs: Mapping[str, float], state: TrainerState, each: float) -> Iterator[str]:
-    """The parts of a line; `each` is how many seconds a step has taken so far, evaluations and saves included."""
+    """The parts of a line; `each` is the mean time of a step so far in seconds, evaluations and saves included."""
     yield f"step {state.global_step:,}/{state.max_steps:,}"
     yield f"loss {logs['loss']:.4g}"
     if "learning_rate" in logs:
@@ -185,29 +189,29 @@ def line(logs: Mapping[str, float], state: TrainerState, each: float) -> Iterato
 
 
 def tell(text: str) -> None:
-    """Print above the bars, so that neither breaks the other, and at once, so that a log file can be followed."""
+    """Print above the progress bars, and flush, so that a log file can be followed."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def console(bars: bool) -> list[TrainerCallback]:
-    """What takes the place of the Trainer's own printing."""
+    """The callbacks that replace the Trainer's own console output."""
     return [Bars(), Lines()] if bars else [Lines()]
 
 
 class Cost(TrainerCallback, ExportableState):
-    """Counts seconds from a run's begin to each save, evaluations included, and goes on counting where it resumes."""
+    """Counts seconds from the start of a run to each save, evaluations included; a resumed run continues the count."""
 
     def __init__(self) -> None:
         self.seconds, self.peak_memory, self.processes = 0.0, 0, 1
         self.since: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self.since, self.processes = time.perf_counter(), args.world_size
 
     def state(self) -> dict[str, Any]:
-        """What is saved with a checkpoint, and read by model cards."""
+        """The values saved with a checkpoint, which model cards read."""
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + (now - (self.since or now)), now
         self.peak_memory = max(self.peak_memory, peak_memory())
@@ -216,7 +220,7 @@ class Cost(TrainerCallback, ExportableState):
 
 
 def hardware() -> str:
-    """The name of this process's accelerator, or of its CPU; nothing that names the machine itself."""
+    """The model name of this process's accelerator, or of its CPU; nothing that identifies the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if torch.accelerator.is_available():
@@ -228,6 +232,6 @@ def hardware() -> str:
 
 
 def software() -> str:
-    """What the numbers depend on beside the recipe."""
+    """Versions of the software that the results depend on."""
     versions = {"m2f_trainer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return ", ".join(f"{name} {version}" for name, version in {**versions, "Python": platform.python_version()}.items())

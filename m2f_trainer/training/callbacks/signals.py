@@ -1,4 +1,4 @@
-"""A run that is asked to stop: it finishes its step, saves, and ends with status 75."""
+"""Stop a run on a signal: it finishes its step, saves, and exits with status 75."""
 
 import os
 import signal
@@ -14,15 +14,16 @@ from m2f_trainer.distributed import any_rank
 from m2f_trainer.errors import RunStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO = 1.0  # seconds in which a second signal is the first one again: launchers pass on what processes got already
+ECHO = 1.0
+"""Seconds within which a second signal counts as the first: launchers forward signals that all processes have got."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Notes SIGTERM, SIGINT and SIGUSR1 while entered; a second one ends the process at once.
+    """Context manager and callback that handles SIGTERM, SIGINT and SIGUSR1; a second one ends the process at once.
 
-    While training, the ranks agree after each step whether any of them was asked to stop; then all save, and RunStopped
-    is raised. An evaluation or a save that is under way is finished first. Before and after the training there is
-    nothing to save, and it is raised at once.
+    During training, the ranks agree after each step whether any of them got a signal; then all save, and RunStopped is
+    raised. An evaluation or save in progress is finished first. Before and after training there is nothing to save, and
+    RunStopped is raised at once.
     """
 
     def __init__(self) -> None:
@@ -54,26 +55,26 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on there is something to save."""
+        """From now on a signal leads to a checkpoint."""
         self.training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint, without an evaluation unless one is due.
+        """Request a checkpoint, without an evaluation unless one is due.
 
-        After the last step of an epoch it is left to the epoch's own save, where that is the rhythm.
+        At the last step of an epoch the epoch's own save is used, where checkpoints are written per epoch.
         """
         if self._agreed(args.device):
             epoch_saves = str(args.save_strategy) == "epoch" and float(state.epoch or 0).is_integer()
             control.should_save = control.should_save or not epoch_saves
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop here if asked to, before or during the save."""
+        """Raise RunStopped if a signal came before or during the save."""
         self._stop_if_agreed(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """All steps are saved by now."""
+        """Raise RunStopped if a signal came: all steps are saved by now."""
         self._stop_if_agreed(args, state)
         self.training = False
 

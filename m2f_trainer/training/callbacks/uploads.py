@@ -1,6 +1,7 @@
-"""Uploads of a run: where they go, and each checkpoint's as it is saved.
+"""Uploads of checkpoints to the Hub.
 
-The Trainer's own would send the whole folder, logs and optimizer too; ours send the files on `hub`'s list.
+The Trainer's own upload would send the whole folder, with logs and optimizer. It is refused; ours sends only the files
+that `m2f_trainer.hub.upload` lists.
 """
 
 import logging
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def hub_target(args: TrainArguments) -> Target:
-    """The repository that a recipe names, or one of the output folder's name."""
+    """The repository that a recipe names, by default one named as the output folder."""
     return Target(
         args.hub_model_id or Path(str(args.output_dir)).name,
         private=bool(args.hub_private_repo),
@@ -27,13 +28,13 @@ def hub_target(args: TrainArguments) -> Target:
 
 
 class PushEverySave(TrainerCallback):
-    """Uploads the model of each checkpoint. An upload that fails is told, and the run goes on."""
+    """Uploads the model of each checkpoint. A failed upload is logged, and the run continues."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is in its place by now."""
+        """Upload the checkpoint, which is complete by now."""
         if state.is_world_process_zero:
             try:
                 push(Path(str(args.output_dir), f"checkpoint-{state.global_step}"), self.target)
@@ -42,7 +43,7 @@ class PushEverySave(TrainerCallback):
 
 
 class NoStockUpload(TrainerCallback):
-    """Stops the Trainer's own upload before its first request, whoever calls it."""
+    """Stops the Trainer's own upload before its first request."""
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises SharingError."""
@@ -50,7 +51,7 @@ class NoStockUpload(TrainerCallback):
 
 
 def refuse_stock_upload(args: TrainingArguments) -> None:
-    """Raise RecipeError where arguments ask the Trainer to upload: it would make the repository at once."""
+    """Raise RecipeError where arguments ask the Trainer to upload: its constructor would create the repository."""
     if args.push_to_hub:
         raise RecipeError(_advice(args))
 
@@ -65,6 +66,6 @@ def _advice(args: TrainingArguments) -> str:
 
 
 def upload_callbacks(args: TrainArguments) -> list[TrainerCallback]:
-    """One where the recipe uploads at every save; none where it uploads at the end alone."""
+    """The callback that uploads at every save, if the recipe asks for it."""
     wanted = args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE
     return [PushEverySave(hub_target(args))] if wanted else []

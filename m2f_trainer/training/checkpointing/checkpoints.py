@@ -1,8 +1,10 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, and the lock of a run's folder.
 
-A checkpoint is written into a staging folder. Its manifest (every file's size and SHA-256) is written last, all is
-synced to the disk, and only then is the folder renamed to `checkpoint-N`. So a kill at any moment leaves the finished
-checkpoints as they were; and what was damaged later is found by its manifest before it is trusted.
+A checkpoint is written into a staging folder. Its manifest (size and SHA-256 of every file) is written last, everything
+is synced to the disk, and only then is the folder renamed to `checkpoint-N`. A process killed at any moment therefore
+leaves earlier checkpoints unchanged, and later damage is detected by the manifest before a checkpoint is loaded.
+
+The order of this file: the manifest, writing (`staged`), rotation, checks before writing, the lock.
 """
 
 import fcntl
@@ -29,9 +31,11 @@ from m2f_trainer.distributed import any_rank, full_tensor
 from m2f_trainer.errors import TrainingError
 from m2f_trainer.run_folder import LOCK, MANIFEST, METRICS, STAGING, STATE
 
+logger = logging.getLogger(__name__)
+
 
 def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """All `checkpoint-N` folders with their steps, oldest step first; whether they are complete is not asked."""
+    """All `checkpoint-N` folders with their steps, lowest step first; they are not checked for completeness."""
     found = []
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -41,7 +45,7 @@ def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Describe every file of the folder, and see all of it onto the disk; the manifest itself comes last."""
+    """Write the manifest of a folder's files, and sync all of them to the disk; the manifest comes last."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
@@ -57,7 +61,7 @@ def _manifest_text(files: Mapping[str, Any]) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint, naming the file; None when it is just as it was written."""
+    """What is wrong with a checkpoint, with the file's name; None if it is as it was written."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
@@ -95,10 +99,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def staged(trainer: Trainer) -> Iterator[Path]:
-    """Let the Trainer write its checkpoint into a staging folder; complete it and move it into place at the end.
+    """Within the block the Trainer writes its checkpoint into a staging folder, which is then completed and renamed.
 
-    Yields the folder being written, for what else belongs in it. All ranks take part. Raises TrainingError when a
-    weight is not finite or the disk is too full; the checkpoints that were there stay.
+    Yields that folder, so that more files can be added. All ranks must call this. Raises TrainingError when a weight is
+    not finite or the disk is too full; earlier checkpoints are kept.
     """
     args, step = trainer.args, trainer.state.global_step
     output = Path(str(args.output_dir))
@@ -128,14 +132,14 @@ def staged(trainer: Trainer) -> Iterator[Path]:
 
 
 def _point_at_best(state: TrainerState, final: Path) -> None:
-    """Name the best checkpoint by its final place, on every rank: the Trainer has seen it in the staging folder."""
+    """Set the best checkpoint's path to its final one, on every rank: the Trainer recorded the staging folder."""
     best = final.with_name(f"checkpoint-{state.best_global_step}")
-    if best == final or best.is_dir():  # else it is in the folder that the run was resumed from
+    if best == final or best.is_dir():  # otherwise it is in the folder that the run was resumed from
         state.best_model_checkpoint = str(best)
 
 
 def _finish(trainer: Trainer, written: Path, final: Path) -> None:
-    """Write state and manifest, and rename."""
+    """Write state and manifest, and rename the folder."""
     state = trainer.state
     state.save_to_json(str(written / STATE))
     write_manifest(written)
@@ -147,29 +151,29 @@ def _finish(trainer: Trainer, written: Path, final: Path) -> None:
 
 
 def figures_of_step(latest: Mapping[str, float], step: int) -> Mapping[str, float]:
-    """What goes into a checkpoint's metrics.json: the figures of that very step, or that it was not evaluated.
+    """The content of a checkpoint's metrics.json: the figures of that step, or a note that it was not evaluated.
 
-    The latter is saved when a signal stops a run between evaluations: a scheduler does not wait for one. Such a
-    checkpoint is there to be resumed from. Evaluating it then would add to the evaluations by which the best model and
-    early stopping are decided, and the resumed run would not be the uninterrupted one.
+    The note is written when a signal stops a run between evaluations, because a scheduler does not wait for one. Such a
+    checkpoint only serves to resume the run. Evaluating it after the resume would add an evaluation to those that
+    choose the best model and stop early, and the resumed run would differ from the uninterrupted one.
     """
     return latest if latest.get("step") == step else {"step": step, "evaluated": False}
 
 
 def was_evaluated(folder: Path) -> bool:
-    """Whether a checkpoint holds figures, or is only the state of a run that was stopped."""
+    """Whether a checkpoint holds figures; false for one that was saved when a signal stopped the run."""
     try:
         return json.loads((folder / METRICS).read_text(encoding="utf-8")).get("evaluated") is not False
     except (OSError, ValueError, AttributeError):
-        return True  # damage is another matter
+        return True  # `damage` reports an unreadable file
 
 
 def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_step: int) -> None:
-    """Keep the checkpoint just written, the best one, and the newest complete others up to `limit`; drop older ones.
+    """Keep the newest checkpoint, the best one, and the newest complete others up to `limit`; delete older ones.
 
-    Newer or older is told by the step, never by a file's time. Steps beyond `newest_step` are another branch of the run
-    (one that was resumed from an earlier checkpoint): they are left alone. One that was not evaluated doesn't count
-    towards the limit, and goes with the next save.
+    Age is determined by the step, never by file times. Checkpoints of steps beyond `newest_step` belong to another
+    branch of the run (it was resumed from an earlier checkpoint) and are not touched. A checkpoint that was not
+    evaluated does not count towards the limit, and is deleted at the next save.
     """
     if not limit or limit < 0:
         return
@@ -186,7 +190,7 @@ def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_st
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; one that is half deleted no longer bears a checkpoint's name."""
+    """Delete a checkpoint. It is renamed first, so that a partly deleted folder is not taken for a checkpoint."""
     doomed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -194,7 +198,7 @@ def _remove(folder: Path) -> None:
 
 
 def require_finite(trainer: Trainer) -> None:
-    """Raise TrainingError, on all ranks alike, when a weight is NaN or infinite."""
+    """Raise TrainingError on all ranks when a weight of any rank is NaN or infinite."""
     model: Any = trainer.model
     parameters: dict[str, Parameter] = dict(model.named_parameters())
     finite = torch.stack([full_tensor(torch.isfinite(one.detach()).all()) for one in parameters.values()])
@@ -208,9 +212,9 @@ def require_finite(trainer: Trainer) -> None:
 
 
 def expected_size(trainer: Trainer) -> int:
-    """Bytes that a checkpoint will take: the weights, and of each that trains two moments, and its average if kept.
+    """Size of a checkpoint in bytes: weights, two moments for each trained weight, and the average if one is kept.
 
-    FSDP and DeepSpeed write the weights a second time, for a resume, and DeepSpeed those that it trains a third time.
+    FSDP and DeepSpeed write the weights a second time for resuming, and DeepSpeed the trained ones a third time.
     """
     model: Any = trainer.model
     parameters: list[Parameter] = list(model.parameters())
@@ -225,7 +229,7 @@ def expected_size(trainer: Trainer) -> int:
 
 
 def require_space(folder: Path, need: int) -> None:
-    """Raise TrainingError unless `need` bytes and a little more are free."""
+    """Raise TrainingError unless `need` bytes plus a margin are free."""
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < need * 1.02 + 2**20:
         raise TrainingError(
@@ -236,9 +240,6 @@ def require_space(folder: Path, need: int) -> None:
 
 def _space(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
-
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -285,7 +286,7 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _holder(file: TextIO) -> str | None:
-    """Who wrote the lock file; None when it is empty. It isn't opened again: closing it would drop the lock."""
+    """The process that wrote the lock file, None if empty. Opening it again and closing it would release the lock."""
     file.seek(0)
     text = file.read()
     try:

@@ -33,7 +33,7 @@ def fingerprint(recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequ
 
 
 def digest_of(rows: Dataset) -> str:
-    """SHA-256 of a split's annotations, wherever its folder lies."""
+    """SHA-256 of a split's annotations; it does not depend on the path of its folder."""
     total = hashlib.sha256()
     columns = [name for name in rows.column_names if name != "image"]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):

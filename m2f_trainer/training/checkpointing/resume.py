@@ -1,4 +1,8 @@
-"""Where a run goes on from, and whether it is still the same run."""
+"""Resume a run: find the checkpoint, check that the settings are the same, and adapt it where changes are allowed.
+
+`find_checkpoint` chooses the folder, `find_start` compares fingerprints, and the callbacks at the end apply what the
+Trainer would take from the checkpoint instead of the recipe.
+"""
 
 import json
 import logging
@@ -27,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(arguments: TrainArguments) -> Path | None:
-    """Return the checkpoint to go on from: the newest complete one, or the named one if it is sound; None for none.
+    """The checkpoint to resume from: the newest complete one, or the named one if undamaged; None for a new run.
 
-    Processes that torchrun has restarted go on from the newest complete one by themselves. Raises CheckpointError when
-    the named one is damaged, when there is none, and when another run's checkpoints are in the way.
+    Processes restarted by torchrun resume from the newest complete one without being asked. Raises CheckpointError when
+    the named one is damaged, when there is none, and when the folder holds another run's checkpoints.
     """
     output_dir, resume = Path(arguments.output_dir or "."), arguments.resume
     if restarted():
@@ -52,12 +56,12 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again, after a rank had died."""
+    """Whether torchrun has restarted this process after a rank died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def newest_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint without damage; says which ones were passed over, and why."""
+    """The newest undamaged checkpoint; logs which ones were skipped, and why."""
     for _, folder in reversed(checkpoints(output_dir)):
         reason = damage(folder)
         if reason is None:
@@ -68,7 +72,7 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 
 def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
-    """Delete another run's checkpoints where that was said. Raises CheckpointError where it was not."""
+    """Delete another run's checkpoints if `overwrite`; raise CheckpointError otherwise."""
     found = checkpoints(output_dir)
     if found and not overwrite:
         raise CheckpointError(
@@ -91,7 +95,7 @@ def _sound(folder: Path) -> Path:
 
 
 def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> bool:
-    """Whether anything changed since the checkpoint. Raises CheckpointError, which lists it, where it may not."""
+    """Whether settings have changed since the checkpoint. Raises CheckpointError with a list of changes not allowed."""
     path = checkpoint / FINGERPRINT
     if not path.is_file():
         raise CheckpointError(
@@ -137,7 +141,7 @@ def with_checkpoint_taps(model: ModelArguments, checkpoint: Path | None) -> Mode
 
 
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
-    """What a run that starts there needs beside the usual callbacks."""
+    """Callbacks that a run resumed from `start` needs in addition."""
     if start is None:
         return []
     step = int(json.loads((start / STATE).read_text(encoding="utf-8"))["global_step"])
@@ -145,10 +149,10 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
 
 
 def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
-    """A folder that stands for the checkpoint in the changed run: links to its files, and a state that counts anew.
+    """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
-    Figures of the former counting are dropped with it where that changes, and so is the best checkpoint, also where its
-    figure was of other validation images.
+    Where the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is
+    dropped too, also when the validation images have changed.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -170,7 +174,7 @@ def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
 
 
 class Resumed(TrainerCallback):
-    """Lets a changed rhythm of saves take effect, and keeps the folder's newest checkpoint the run's newest."""
+    """Applies a changed interval of saves, and sets aside checkpoints of steps that are trained again."""
 
     def __init__(self, start: int) -> None:
         self.start: int | None = start
@@ -178,31 +182,32 @@ class Resumed(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The checkpoint's state brought the rhythm that it was written in."""
+        """Recompute the intervals: the checkpoint's state holds those it was written with."""
         state.compute_steps(args, state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Rename checkpoints of steps that are trained again. Until the first save they are all there is, and stay."""
+        """Rename checkpoints of steps that are trained again; they are kept until the first save replaces them."""
         if self.start is not None and state.is_world_process_zero:
             for step, folder in checkpoints(Path(str(args.output_dir))):
                 if step > self.start and step != state.global_step:
                     aside = folder.with_name(f"set-aside-{folder.name}")
                     shutil.rmtree(aside, ignore_errors=True)
                     folder.rename(aside)
-                    logger.warning("%s is of another course of this run: it is now %s", folder, aside.name)
+                    logger.warning("%s is of an earlier branch of this run: it is now %s", folder, aside.name)
         self.start = None
 
 
 class NewSettings(TrainerCallback):
-    """Lets changed learning rates and weight decay, and an average that is given up, take effect.
+    """Applies changed learning rates and weight decay, and drops the average of the weights where ema_decay is unset.
 
-    A checkpoint's optimiser brings its own of each. Without the average, the weights that it was made of go on.
+    Loading a checkpoint's optimiser restores the former values. Without the average, training continues from the raw
+    weights.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Set the optimiser's groups and the schedule as a fresh run of these settings has them at this step."""
+        """Set the optimiser's groups and the schedule as they are at this step in a new run with these settings."""
         if isinstance(args, TrainArguments) and args.ema_decay is None:
             swap(kwargs["optimizer"])
             forget(kwargs["optimizer"])
