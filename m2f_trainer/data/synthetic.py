@@ -1,7 +1,7 @@
-"""A synthetic, seeded COCO set: circles, squares and triangles told apart by shape and colour, on textured grounds.
+"""A synthetic, seeded COCO dataset: circles, squares and triangles of different colours on textured backgrounds.
 
-Small enough to learn in minutes on a CPU, and with what real sets hold: overlaps, objects in two parts, polygons and
-both kinds of RLE, crowd regions, images without objects, sparse category ids and an unused super-category.
+A model learns it in minutes on a CPU. It has what real datasets have: overlaps, objects in two parts, polygons and both
+kinds of RLE, crowd regions, images without objects, sparse category ids and an unused super-category.
 """
 
 import json
@@ -32,15 +32,15 @@ _GREY = (110, 105, 100)
 
 
 def write_sample(root: str | Path, *, seed: int = 0, images: tuple[int, int, int] = (240, 40, 20)) -> Path:
-    """Writes train, valid and test of as many images as asked, each with `_annotations.coco.json` beside them."""
+    """Write train, valid and test with this many `images`, in the Roboflow layout; return `root`."""
     folder = Path(root)
     for k, (split, count) in enumerate(zip(("train", "valid", "test"), images, strict=True)):
         if count:
-            _write_split(folder / split, count, np.random.default_rng(np.random.SeedSequence([seed, k])))
+            _write_images(folder / split, count, np.random.default_rng(np.random.SeedSequence([seed, k])))
     return folder
 
 
-def _write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
+def _write_images(folder: Path, count: int, rng: np.random.Generator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "info": {"description": "Synthetic shapes, made by m2f_trainer", "version": "1"},
@@ -50,29 +50,29 @@ def _write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
         "annotations": [],
     }
     for number in range(1, count + 1):
-        scene = Scene(_SIDES[int(rng.integers(len(_SIDES)))], rng)
-        scene.fill(number)
+        drawing = Drawing(_SIDES[int(rng.integers(len(_SIDES)))], rng)
+        drawing.fill(number)
         name = f"shapes_{number:04d}.jpg"
-        scene.image.save(folder / name, quality=92)
-        entry = {"id": number, "file_name": name, "height": scene.height, "width": scene.width}
+        drawing.image.save(folder / name, quality=92)
+        entry = {"id": number, "file_name": name, "height": drawing.height, "width": drawing.width}
         content["images"].append(entry)
-        for annotation in scene.annotations:
+        for annotation in drawing.annotations:
             content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **annotation})
     (folder / "_annotations.coco.json").write_text(json.dumps(content))
 
 
-class Scene:
-    """One image while it is drawn, and its annotations."""
+class Drawing:
+    """One image being drawn, and its annotations."""
 
     def __init__(self, size: rle.Size, rng: np.random.Generator) -> None:
         self.height, self.width = size
         self.rng = rng
-        self.image = _ground(size, rng)
+        self.image = _background(size, rng)
         self.annotations: list[dict[str, Any]] = []
         self._boxes: list[rle.Box] = []
 
     def fill(self, number: int) -> None:
-        """Every twelfth image stays empty, every tenth has a crowd; the others have 2 to 5 objects."""
+        """Draw 2 to 5 objects; every twelfth image stays empty, every tenth gets a crowd region too."""
         if number % 12 == 5:
             return
         if number % 10 == 3:
@@ -82,10 +82,10 @@ class Scene:
 
     def _add_object(self) -> None:
         name = list(SHAPES)[int(self.rng.integers(len(SHAPES)))]
-        for _ in range(20):  # places until one overlaps the others by little
+        for _ in range(20):  # tries to find a place with little overlap
             points = self._place(name)
             box = _box_of(points)
-            if max((_overlap(box, other) for other in self._boxes), default=0.0) < 0.15:
+            if max((_covered(box, other) for other in self._boxes), default=0.0) < 0.15:
                 break
         else:
             return
@@ -95,7 +95,7 @@ class Scene:
         self._annotate(SHAPES[name][0], parts)
 
     def _place(self, name: str) -> Points:
-        """A shape of 20 to 50 pixels, upright but for a little turn, inside the image."""
+        """The corners of a shape of 20 to 50 pixels, slightly rotated, at a random place inside the image."""
         corners = SHAPES[name][1]
         radius = self.rng.uniform(11, 26) * (1.15 if corners == 3 else 1.0)
         turn = self.rng.uniform(-0.25, 0.25) + (np.pi / 4 if corners == 4 else -np.pi / 2)
@@ -106,7 +106,7 @@ class Scene:
         return points + corner
 
     def _split(self, points: Points) -> list[Points]:
-        """A pole across the object leaves two parts of it in sight."""
+        """The two parts of an object that is covered in the middle by a vertical bar, which is drawn."""
         middle = float(points[:, 0].mean())
         left, right = _clip(points, middle - 2, keep_left=True), _clip(points, middle + 2, keep_left=False)
         x0, y0, x1, y1 = middle - 2, points[:, 1].min() - 4, middle + 2, points[:, 1].max() + 4
@@ -123,7 +123,7 @@ class Scene:
         self.annotations.append(_annotation(category_id, form, runs, self.height))
 
     def _add_crowd(self) -> None:
-        """A heap of small circles, annotated as one region."""
+        """Draw a group of small circles, annotated as one crowd region."""
         centre = self.rng.uniform(25, [self.width - 25, self.height - 25])
         bitmap = np.zeros((self.height, self.width), dtype=np.uint8)
         angles = 2 * np.pi * np.arange(12) / 12
@@ -138,7 +138,7 @@ class Scene:
         self.annotations.append({**_annotation(SHAPES["circle"][0], form, runs, self.height), "iscrowd": 1})
 
     def _paint(self, points: Points, color: tuple[int, int, int]) -> None:
-        """Drawn four times as large and shrunk, for smooth edges."""
+        """Draw a polygon, antialiased: at four times the size, then reduced."""
         stencil = Image.new("L", (4 * self.width, 4 * self.height))
         ImageDraw.Draw(stencil).polygon([tuple(point) for point in (4 * points).tolist()], fill=255)
         self.image.paste(color, mask=stencil.resize(self.image.size, Image.Resampling.BOX))
@@ -155,8 +155,8 @@ def _annotation(category_id: int, segmentation: object, runs: rle.Runs, height: 
     }
 
 
-def _ground(size: rle.Size, rng: np.random.Generator) -> Image.Image:
-    """A dull ground: coarse patches of two colours under fine noise."""
+def _background(size: rle.Size, rng: np.random.Generator) -> Image.Image:
+    """A background of coarse patches of two muted colours with fine noise."""
     height, width = size
     first, second = rng.uniform(90, 190, size=(2, 1)) + rng.uniform(-18, 18, size=(2, 3))
     coarse = Image.fromarray(rng.integers(0, 256, size=(6, 8), dtype=np.uint8)).resize(
@@ -177,8 +177,8 @@ def _box_of(points: Points) -> rle.Box:
     return int(x0), int(y0), int(x1) + 1, int(y1) + 1
 
 
-def _overlap(a: rle.Box, b: rle.Box) -> float:
-    """The share of the smaller box that the other covers."""
+def _covered(a: rle.Box, b: rle.Box) -> float:
+    """The fraction of the smaller box that the other covers."""
     return rle.box_area(rle.intersection(a, b)) / min(rle.box_area(a), rle.box_area(b))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2f_trainer.inference.instances import Instances, tight_boxes
-from m2f_trainer.masks.rle import Box, Size, _run_lengths, encode_runs, union
+from m2f_trainer.masks.rle import Box, Size, encode_runs, runs_of_changes, union
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def mask_runs(
         box = union(box for member in group if (box := boxes[member]))
         changes, total = _group_changes(_chosen(mask_logits, queries[group]), box, rows, columns, limit)
         for member, positions in zip(group, changes, strict=True):
-            runs[member] = _run_lengths(positions, frame)
+            runs[member] = runs_of_changes(positions, frame)
         members.extend(group)
         totals.append(total)
     sums = np.zeros(len(queries))
@@ -248,8 +248,8 @@ def _changes(block: Tensor, x0: int, y0: int, height: int) -> tuple[list[NDArray
     """Where each mask of a (g, X, Y) block turns on or off in the column-major original frame, and the summed
     probability inside each, (g,). Overwrites the block.
 
-    Every column is followed by one cell of background, which ends a run at its foot; `_run_lengths` joins the runs that
-    go on at the head of the next column.
+    Every column is followed by one cell of background, which ends a run at its bottom; `runs_of_changes` joins runs
+    that continue at the top of the next column.
     """
     group, width, rows = block.shape
     stride = rows + 1

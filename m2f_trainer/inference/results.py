@@ -18,7 +18,7 @@ import numpy as np
 
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks import rle
-from m2f_trainer.masks.polygons import outlines
+from m2f_trainer.masks.polygons import mask_to_polygons
 from m2f_trainer.run_folder import write_atomically
 
 RESULTS, TABLE, DATASET = "predictions.json", "predictions.csv", "_annotations.coco.json"
@@ -115,4 +115,4 @@ def _names_below(records: Sequence[Record]) -> list[str]:
 def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:
     runs, height = rle.read_own(segmentation["counts"]), segmentation["size"][0]
     box = rle.box_of(runs, height)
-    return outlines(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []
+    return mask_to_polygons(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []

@@ -1,4 +1,4 @@
-"""Masks to polygons along the pixels' edges, for annotation tools."""
+"""Masks to polygons along pixel edges, for annotation tools, and the check of polygons that cross themselves."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from numpy.typing import NDArray
 
 Point = tuple[int, int]
 Step = tuple[int, int]
+"""(dx, dy) of one pixel, y down."""
 
-RIGHT_OF: dict[Step, Step] = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}
-"""(dx, dy), y down: east turns right to south, south to west, ..."""
+RIGHT_TURN: dict[Step, Step] = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}
+_MAX_POINTS = 3000  # of a polygon that is checked for crossings, which takes time in the square of its points
 
 
-def outlines(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[float]]:
-    """The outer outline of each 4-connected part as [x, y, x, y, ...], corners alone; holes are filled.
+def mask_to_polygons(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[float]]:
+    """The outer boundary of each 4-connected component as [x, y, x, y, ...], only its corners; holes are filled.
 
     Args:
-        mask: (h, w), which lies at (x0, y0) of the image.
+        mask: (h, w), a crop of the image with its top left corner at (x0, y0).
 
-    >>> outlines(np.ones((2, 3), bool), x0=10)
+    >>> mask_to_polygons(np.ones((2, 3), bool), x0=10)
     [[13.0, 0.0, 13.0, 2.0, 10.0, 2.0, 10.0, 0.0]]
     """
-    edges = _edges(mask)
+    edges = _boundary_steps(mask)
     polygons = []
     while edges:
-        loop = _loop(edges)
-        if _signed_area(loop) > 0:  # holes run the other way round
+        loop = _trace_loop(edges)
+        if _signed_area(loop) > 0:  # the boundaries of holes run the other way round
             polygons.append([float(value) for x, y in loop for value in (x + x0, y + y0)])
     return polygons
 
 
-def _edges(mask: NDArray[np.bool_]) -> dict[Point, list[Step]]:
-    """From each corner, the unit steps along the border that have the mask on their right."""
+def _boundary_steps(mask: NDArray[np.bool_]) -> dict[Point, list[Step]]:
+    """From each pixel corner, the steps along the boundary that have the mask on their right."""
     padded = np.pad(mask, 1)
     inside = padded[1:-1, 1:-1]
     sides = {
@@ -50,8 +51,8 @@ def _edges(mask: NDArray[np.bool_]) -> dict[Point, list[Step]]:
     return edges
 
 
-def _loop(edges: dict[Point, list[Step]]) -> list[Point]:
-    """Walk one closed line, taking its edges out; where two ways part, keep to the right, around the same pixel."""
+def _trace_loop(edges: dict[Point, list[Step]]) -> list[Point]:
+    """Follow one closed boundary and remove its edges; where two branch, turn right, around the same pixel."""
     start = point = next(iter(edges))
     first = step = edges[start][0]
     corners: list[Point] = []
@@ -61,7 +62,7 @@ def _loop(edges: dict[Point, list[Step]]) -> list[Point]:
         if not ways:
             del edges[point]
         point = (point[0] + step[0], point[1] + step[1])
-        right = RIGHT_OF[step]
+        right = RIGHT_TURN[step]
         closing = [first] if point == start else []
         ways = [*edges.get(point, []), *closing]
         following = right if right in ways else step if step in ways else ways[0]
@@ -78,22 +79,25 @@ def _signed_area(loop: list[Point]) -> int:
     return sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in zip(loop, following, strict=True))
 
 
-_LONGEST = 3000  # points of a polygon that is still searched for crossings, edge by edge
-
-
 def crosses_itself(part: Sequence[float]) -> bool:
-    """Whether two edges of a closed polygon x0, y0, x1, y1, ... cross in their inside."""
+    """Whether two edges of a closed polygon x0, y0, x1, y1, ... cross between their ends.
+
+    Polygons of more than 3000 points are not checked and count as not crossing.
+    """
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
-    if not 4 <= len(points) <= _LONGEST:
+    if not 4 <= len(points) <= _MAX_POINTS:
         return False
     ends = np.roll(points, -1, axis=0)
-    side = _side(points[:, None], ends[:, None], points[None])  # (n, n): where point j lies of edge i
-    apart = side * np.roll(side, -1, axis=1) < 0  # edge j has its ends on both sides of the line through edge i
-    return bool((apart & apart.T).any())
+    side = _side(
+        points[:, None], ends[:, None], points[None]
+    )  # (n, n): the side of the line through edge i on which point j lies
+    crosses_line = side * np.roll(side, -1, axis=1) < 0  # edge j has its ends on both sides of the line through edge i
+    return bool((crosses_line & crosses_line.T).any())
 
 
 def _side(
     start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], point: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    edge, way = end - start, point - start
-    return np.asarray(np.sign(edge[..., 0] * way[..., 1] - edge[..., 1] * way[..., 0]))
+    """The sign of the cross product of an edge with the vector from its start to a point: 0 on the line."""
+    edge, offset = end - start, point - start
+    return np.asarray(np.sign(edge[..., 0] * offset[..., 1] - edge[..., 1] * offset[..., 0]))

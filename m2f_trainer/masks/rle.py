@@ -1,6 +1,6 @@
-"""Run lengths: COCO's RLE read and written without trusting it.
+"""COCO's run-length encoding (RLE) of masks: read without trusting it, write, measure and paint.
 
-A mask's *runs* are int64 (R,): lengths of alternating runs of zeros and ones in column-major order, zeros first.
+A mask's *runs* are int64 (R,): the lengths of alternating runs of zeros and ones in column-major order, zeros first.
 `Box` and `Size` are the types of boxes and sizes in the whole package.
 """
 
@@ -24,18 +24,18 @@ Box: TypeAlias = tuple[int, int, int, int]
 Size: TypeAlias = tuple[int, int]
 """(height, width) in pixels."""
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit for one image; 2 ** 32 is where pycocotools' counters overflow
-_CHARACTERS_OF_A_COUNT = 7  # 7 x 5 bits hold every count of an image of MAX_PIXELS
+MAX_PIXELS = 89_478_485  # Pillow's own limit for one image; pycocotools' counters overflow at 2 ** 32
+_MAX_CHARACTERS = 7  # of one count: 7 x 5 bits hold every count of an image of MAX_PIXELS
 
 
 def read_runs(counts: str | bytes, height: int, width: int, where: str = "RLE") -> Runs:
     """The runs of a compressed RLE.
 
-    COCO's string is a LEB128 variant: 5 bits a character, sign in the last one's fifth bit, and from the fourth run on
-    the difference to the run two before (pycocotools' rleFrString).
+    COCO's string is a variant of LEB128: 5 bits per character, the sign in the fifth bit of the last one, and from the
+    fourth run on the difference to the run two before (pycocotools' rleFrString).
 
     Raises:
-        MaskError: the string is damaged, or its runs don't fill the image
+        MaskError: the string is damaged, or its runs don't add up to the image's pixels
     """
     check_size(height, width, where)
     runs = _undo_differences(_read_numbers(_bytes_of(counts, where), where))
@@ -43,7 +43,7 @@ def read_runs(counts: str | bytes, height: int, width: int, where: str = "RLE") 
 
 
 def read_own(counts: str | bytes) -> Runs:
-    """The runs of a compressed RLE that this package wrote itself, of an image of any size.
+    """The runs of a compressed RLE that this package wrote itself, for an image of any size.
 
     Raises:
         MaskError: the string is damaged
@@ -97,7 +97,7 @@ def box_area(box: Box) -> int:
 
 
 def paint(runs: Runs, box: Box, height: int) -> Bitmap:
-    """The part of the mask inside a box of the image, (y1 - y0, x1 - x0): only the box's columns are written."""
+    """The part of the mask inside a box of the image, (y1 - y0, x1 - x0); only the columns of the box are decoded."""
     x0, y0, x1, y1 = box
     ends = np.cumsum(runs).clip(x0 * height, x1 * height)
     lengths = _steps(ends, x0 * height)
@@ -107,7 +107,7 @@ def paint(runs: Runs, box: Box, height: int) -> Bitmap:
 
 
 def _intervals(runs: Runs) -> tuple[Runs, Runs]:
-    """First position and position after the last of each run of ones, (S,) and (S,), column-major."""
+    """The first index of each run of ones, and the index after its last, (S,) and (S,), column-major."""
     ends = np.cumsum(runs)
     starts, ends = ends[:-1:2], ends[1::2]
     filled = ends > starts
@@ -115,6 +115,7 @@ def _intervals(runs: Runs) -> tuple[Runs, Runs]:
 
 
 def check_size(height: int, width: int, where: str) -> None:
+    """Raise MaskError for an image without pixels or with more than `MAX_PIXELS`; `where` names it in the message."""
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise MaskError(
             f"{where}: expected an image of 1 to {MAX_PIXELS:,} pixels, got {width}x{height} (width x height)."
@@ -123,9 +124,16 @@ def check_size(height: int, width: int, where: str) -> None:
 
 
 def runs_of_list(counts: Sequence[object], height: int, width: int, where: str) -> Runs:
-    odd = [count for count in counts if type(count) is not int or not 0 <= count <= MAX_PIXELS]
-    if odd:
-        raise MaskError(f"{where}: expected RLE counts of whole numbers from 0, got {brief(odd[0])}. Correct the RLE.")
+    """The runs of an uncompressed RLE.
+
+    Raises:
+        MaskError: a count is no whole number from 0, or they don't add up to the image's pixels
+    """
+    wrong = [count for count in counts if type(count) is not int or not 0 <= count <= MAX_PIXELS]
+    if wrong:
+        raise MaskError(
+            f"{where}: expected RLE counts of whole numbers from 0, got {brief(wrong[0])}. Correct the RLE."
+        )
     return _check_runs(np.array(counts, dtype=np.int64), height, width, where)
 
 
@@ -142,7 +150,7 @@ def _check_runs(runs: Runs, height: int, width: int, where: str) -> Runs:
 
 
 def merge_empty_runs(runs: Runs) -> Runs:
-    """The same mask without empty runs after the first: pycocotools' merge ends early at one."""
+    """The same mask without empty runs after the first, at which pycocotools' merge stops early."""
     if runs[1:].all():
         return runs
     starts, ends = _intervals(runs)
@@ -169,10 +177,10 @@ def _bytes_of(counts: str | bytes, where: str) -> npt.NDArray[np.int64]:
 
 
 def _read_numbers(digits: npt.NDArray[np.int64], where: str) -> Runs:
-    """The signed numbers of LEB128 digits of 6 bits: 5 of value, the top one says that more follow."""
+    """The signed numbers of LEB128 digits of 6 bits: 5 bits of value, and the top bit where more digits follow."""
     last = np.flatnonzero((digits & 32) == 0)
     lengths = _steps(last, -1) if len(last) else last
-    if not len(last) or last[-1] != len(digits) - 1 or int(lengths.max()) > _CHARACTERS_OF_A_COUNT:
+    if not len(last) or last[-1] != len(digits) - 1 or int(lengths.max()) > _MAX_CHARACTERS:
         raise MaskError(f"{where}: the compressed RLE is truncated or damaged. Export it again.")
     starts = last - lengths + 1
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
@@ -182,7 +190,7 @@ def _read_numbers(digits: npt.NDArray[np.int64], where: str) -> Runs:
 
 
 def _steps(values: Runs, before: int) -> Runs:
-    """From each value to the next, the first from `before`: np.diff in a third of its time for the few of a mask."""
+    """The differences of successive values, the first from `before`; for short arrays faster than np.diff."""
     steps = values.copy()
     steps[1:] -= values[:-1]
     steps[0] -= before
@@ -190,7 +198,7 @@ def _steps(values: Runs, before: int) -> Runs:
 
 
 def _undo_differences(numbers: Runs) -> Runs:
-    """From the fourth on, a number is the difference to the run two before it."""
+    """The runs, of which the fourth and all later ones are given as differences to the run two before."""
     runs = numbers.copy()
     runs[1::2] = np.cumsum(numbers[1::2])
     runs[2::2] = np.cumsum(numbers[2::2])
@@ -198,7 +206,7 @@ def _undo_differences(numbers: Runs) -> Runs:
 
 
 def brief(value: object) -> str:
-    """A value as an error message quotes it: short, whatever it holds."""
+    """A value as error messages quote it: at most 60 characters."""
     few = isinstance(value, list | tuple) and len(value) <= 4 and all(isinstance(part, int | float) for part in value)
     if isinstance(value, list | tuple | dict) and not few:
         return f"a {type(value).__name__} of {len(value)}"
@@ -206,19 +214,22 @@ def brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _run_lengths(positions: NDArray[np.int64], frame: int) -> NDArray[np.int64]:
-    """Run lengths, background first, from the positions of change; COCO writes no empty run but the first."""
-    meeting = np.flatnonzero(positions[1:] == positions[:-1])  # a run ends where another begins
-    kept = np.delete(positions, np.concatenate([meeting, meeting + 1])) if len(meeting) else positions
-    runs = np.diff(kept, prepend=0, append=frame)
+def runs_of_changes(positions: NDArray[np.int64], pixels: int) -> NDArray[np.int64]:
+    """The runs of a mask of `pixels` pixels from the sorted indices at which it changes, column-major.
+
+    An index that occurs twice, where one run ends and another begins, is no change. No run but the first is empty.
+    """
+    repeated = np.flatnonzero(positions[1:] == positions[:-1])
+    kept = np.delete(positions, np.concatenate([repeated, repeated + 1])) if len(repeated) else positions
+    runs = np.diff(kept, prepend=0, append=pixels)
     return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
 
 
 def encode_runs(runs: Sequence[NDArray[np.int64]]) -> list[bytes]:
-    """COCO's compressed form of the run lengths of n masks, byte for byte pycocotools'.
+    """The compressed RLEs of the runs of n masks, the same bytes as pycocotools writes.
 
-    From the fourth on, a run is written as its difference to the last but one; a number is written in groups of five
-    bits, low first, the sixth bit saying that more follow, as the character 48 + value.
+    From the fourth on, a run is written as the difference to the run two before. A number is written in groups of five
+    bits, the lowest first, with a sixth bit where more groups follow, as the character 48 + value.
     """
     if not runs:
         return []

@@ -1,8 +1,8 @@
-"""Masks as COCO writes them, checked before any C code sees them, and decoded exactly as pycocotools does.
+"""COCO segmentations, validated before any C code reads them, and decoded exactly as pycocotools does.
 
-pycocotools trusts its input: a NaN in a polygon or a giant size ends the process, run lengths that don't fill the image
-hang it, and truncated ones decode to uninitialised memory. So every mask enters through `to_counts`, whose result is a
-compressed RLE known to fill its image: safe to hand to pycocotools, and what `decode` reads without C code.
+pycocotools doesn't validate its input: a NaN in a polygon or a giant size ends the process, run lengths that don't add
+up to the image's pixels hang it, and truncated ones decode to uninitialised memory. So every mask enters through
+`to_counts`, whose result is a valid compressed RLE: safe for pycocotools, and decoded by `decode` without C code.
 """
 
 import math
@@ -26,8 +26,8 @@ from m2f_trainer.masks.rle import (
     write_counts,
 )
 
-_REACH = 10  # a polygon's coordinate may lie this many image sides outside: further out is a mistake
-_MAX_OUTLINE = 4_000_000  # pixels of outline of one object: pycocotools takes 40 bytes for each
+_MAX_SIDES_OUTSIDE = 10  # a polygon's coordinate may lie this many image sides outside; further out is a mistake
+_MAX_BOUNDARY = 4_000_000  # pixels on the boundary of one object; pycocotools takes 40 bytes for each
 
 
 def to_counts(segmentation: object, height: int, width: int, where: str) -> str:
@@ -35,10 +35,10 @@ def to_counts(segmentation: object, height: int, width: int, where: str) -> str:
 
     Args:
         segmentation: polygons `[[x0, y0, x1, y1, ...], ...]`, or an RLE `{"size": [H, W], "counts": str or list}`
-        where: names file and annotation for the message
+        where: file and annotation in messages
 
     Raises:
-        MaskError: it isn't a mask of an image of this size
+        MaskError: it isn't a valid mask of an image of this size
     """
     check_size(height, width, where)
     if isinstance(segmentation, Mapping):
@@ -47,7 +47,7 @@ def to_counts(segmentation: object, height: int, width: int, where: str) -> str:
         return _counts_of_polygons(segmentation, height, width, where)
     raise MaskError(
         f"{where}: expected polygons [[x, y, ...]] or an RLE {{size, counts}} as `segmentation`, got"
-        f" {brief(segmentation)}. Add the outline of the object, or remove the annotation."
+        f" {brief(segmentation)}. Add the polygon of the object, or remove the annotation."
     )
 
 
@@ -58,10 +58,10 @@ def encode(bitmap: npt.NDArray[Any]) -> str:
 
 
 def decode(counts: str | bytes, height: int, width: int, where: str = "RLE") -> Bitmap:
-    """The mask (H, W) of zeros and ones, column-major in memory as pycocotools' own.
+    """The mask (H, W) of zeros and ones, column-major in memory as pycocotools' masks are.
 
     Raises:
-        MaskError: the counts don't fill the image
+        MaskError: the counts are damaged, or don't add up to the image's pixels
     """
     return paint(read_runs(counts, height, width, where), (0, 0, width, height), height)
 
@@ -71,21 +71,21 @@ def decode(counts: str | bytes, height: int, width: int, where: str = "RLE") -> 
 
 def _counts_of_polygons(polygons: Sequence[Any], height: int, width: int, where: str) -> str:
     if not polygons:
-        raise MaskError(f"{where}: the segmentation is empty. Add the outline of the object, or remove the annotation.")
-    reach = _REACH * max(height, width)
+        raise MaskError(f"{where}: the segmentation is empty. Add the polygon of the object, or remove the annotation.")
+    reach = _MAX_SIDES_OUTSIDE * max(height, width)
     for i, part in enumerate(polygons):
         if not _is_packed(part, reach):
             _check_polygon(part, height, width, f"{where}, polygon {i}")
     parts: list[Any] = [np.frombuffer(part) if isinstance(part, array) else list(part) for part in polygons]
-    if min(height, width) > 2 and _are_shares(parts):
+    if min(height, width) > 2 and _are_fractions(parts):
         raise MaskError(
-            f"{where}: all coordinates lie between 0 and 1: they are shares of the image's sides, where pixels are"
-            " expected. Multiply x by the width and y by the height."
+            f"{where}: expected coordinates in pixels, got coordinates between 0 and 1, which are fractions of the"
+            " image's width and height. Multiply x by the width and y by the height."
         )
-    longest = 2 * reach * sum(map(len, parts))  # no edge is longer than the reach both ways
-    if longest > _MAX_OUTLINE and (length := sum(map(_outline, parts))) > _MAX_OUTLINE:
+    upper_bound = 2 * reach * sum(map(len, parts))  # no edge is longer than twice the reach
+    if upper_bound > _MAX_BOUNDARY and (length := sum(map(_boundary_length, parts))) > _MAX_BOUNDARY:
         raise MaskError(
-            f"{where}: the outline is {length:,.0f} pixels long, more than {_MAX_OUTLINE:,}."
+            f"{where}: the boundary is {length:,.0f} pixels long, more than {_MAX_BOUNDARY:,}."
             " Correct the polygon, or write the mask as an RLE."
         )
     encoded = coco_mask.frPyObjects(parts, height, width)
@@ -94,49 +94,47 @@ def _counts_of_polygons(polygons: Sequence[Any], height: int, width: int, where:
 
 
 def _is_packed(part: object, reach: int) -> bool:
-    """Whether a polygon is an array that is right in all points: most are, and there may be a million of them."""
+    """Whether a polygon is a valid array: a fast check, which most of perhaps a million polygons pass."""
     if type(part) is not array or part.typecode != "d" or len(part) < 6 or len(part) % 2:
         return False
     values = np.frombuffer(part)
-    return bool(-reach <= values.min() and values.max() <= reach)  # neither holds where there is a NaN
+    return bool(-reach <= values.min() and values.max() <= reach)  # both are false where there is a NaN
 
 
 def _check_polygon(part: object, height: int, width: int, where: str) -> None:
-    """Raises MaskError where a polygon isn't numbers x0, y0, x1, y1, ... as pycocotools takes them."""
+    """Raise MaskError where a polygon isn't a list of numbers x0, y0, x1, y1, ... as pycocotools expects it."""
     if not isinstance(part, list | tuple | array):
         raise MaskError(
             f"{where}: expected a list of numbers [x, y, x, y, ...], got {brief(part)}. Correct the polygon."
         )
     if not isinstance(part, array) and not {type(value) for value in part} <= {int, float}:
-        odd = next(value for value in part if type(value) not in (int, float))
-        raise MaskError(f"{where}: expected numbers x, y, x, y, ..., got {brief(odd)} among them. Correct the polygon.")
+        wrong = next(value for value in part if type(value) not in (int, float))
+        raise MaskError(
+            f"{where}: expected numbers x, y, x, y, ..., got {brief(wrong)} among them. Correct the polygon."
+        )
     if len(part) < 6 or len(part) % 2:
         raise MaskError(
             f"{where}: expected at least three points as x, y, x, y, ..., got {len(part)} numbers."
             " Correct the polygon, or remove this part."
         )
-    reach = _REACH * max(height, width)
+    reach = _MAX_SIDES_OUTSIDE * max(height, width)
     low, high = min(part), max(part)
-    # min() and max() let a NaN in the middle through; the sum doesn't (inf is caught by its size)
+    # min() and max() miss a NaN in the middle, the sum doesn't; inf is out of reach
     if not -reach <= low <= high <= reach or math.isnan(sum(part)):
         raise MaskError(
-            f"{where}: expected finite coordinates within {_REACH} sides of the {width}x{height} image,"
-            f" got {brief(_worst(part, reach))}. Correct the polygon."
+            f"{where}: expected finite coordinates within {_MAX_SIDES_OUTSIDE} sides of the {width}x{height} image,"
+            f" got {brief(next(value for value in part if not -reach <= value <= reach))}. Correct the polygon."
         )
 
 
-def _are_shares(parts: Sequence[Sequence[float]]) -> bool:
+def _are_fractions(parts: Sequence[Sequence[float]]) -> bool:
     if any(part[0] > 1 or max(part) > 1 or min(part) < 0 for part in parts):
         return False
     return any(value % 1 for part in parts for value in part)
 
 
-def _worst(part: Sequence[float], reach: int) -> float:
-    return next(value for value in part if not -reach <= value <= reach)
-
-
-def _outline(part: Sequence[float]) -> float:
-    """Length of the closed outline in pixels, the longer axis of each edge counted as pycocotools draws it."""
+def _boundary_length(part: Sequence[float]) -> float:
+    """The pixels that pycocotools draws for a closed polygon: for each edge, those along its longer axis."""
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum() + len(points))
 

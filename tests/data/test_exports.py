@@ -119,7 +119,7 @@ def test_boxes_without_outlines_are_refused_and_left_out_by_the_fix(tmp_path):
     pictures(tmp_path / "set/valid", ["a.png"])
     write(tmp_path / "set", content(), split="valid")
     root = write(tmp_path / "set", content(annotation(1), annotation(2, segmentation=[])))
-    with pytest.raises(DataError, match=r"annotation 2 .*segmentation is empty. Add the outline"):
+    with pytest.raises(DataError, match=r"annotation 2 .*segmentation is empty. Add the polygon"):
         load_coco(root, cache_dir=tmp_path / "cache")
     changes = repair(examine(root, SETTINGS), tmp_path / "corrected")
     assert [one["id"] for one in changes if one["finding"] == "bad-mask"] == [2]

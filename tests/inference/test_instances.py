@@ -122,7 +122,7 @@ def test_run_lengths_are_encoded_byte_for_byte_as_pycocotools_does() -> None:
     runs = []
     for mask in masks:
         flat = np.concatenate([[False], mask.T.ravel()])
-        runs.append(mask_runs._run_lengths(np.flatnonzero(flat[1:] != flat[:-1]), mask.size))
+        runs.append(mask_runs.runs_of_changes(np.flatnonzero(flat[1:] != flat[:-1]), mask.size))
     expected = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
     assert mask_runs.encode_runs(runs) == expected
     assert mask_runs.encode_runs([]) == []

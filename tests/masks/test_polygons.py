@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.masks.polygons import outlines
+from m2f_trainer.masks.polygons import mask_to_polygons
 
 
 def painted(polygons: list[list[float]], height: int, width: int) -> NDArray[np.bool_]:
@@ -27,18 +27,18 @@ def test_outlines_enclose_the_masks_pixels_and_no_others(seed: int) -> None:
     from scipy.ndimage import binary_fill_holes
 
     filled = binary_fill_holes(mask, np.ones((3, 3)))
-    assert np.array_equal(painted(outlines(filled), 9, 12), filled)
+    assert np.array_equal(painted(mask_to_polygons(filled), 9, 12), filled)
 
 
 def test_a_rectangle_has_four_corners_in_the_images_frame_and_a_hole_is_filled() -> None:
     mask = np.ones((3, 4), bool)
     mask[1, 1] = False
-    (polygon,) = outlines(mask, x0=10, y0=20)
+    (polygon,) = mask_to_polygons(mask, x0=10, y0=20)
     assert sorted(zip(polygon[::2], polygon[1::2], strict=True)) == [(10, 20), (10, 23), (14, 20), (14, 23)]
     encoded = coco_mask.merge(coco_mask.frPyObjects([polygon], 40, 30))
     assert coco_mask.area(encoded) == 12
 
 
 def test_pixels_that_touch_at_a_corner_are_two_polygons_and_nothing_is_none() -> None:
-    assert len(outlines(np.eye(2, dtype=bool))) == 2
-    assert outlines(np.zeros((3, 3), bool)) == []
+    assert len(mask_to_polygons(np.eye(2, dtype=bool))) == 2
+    assert mask_to_polygons(np.zeros((3, 3), bool)) == []

@@ -99,7 +99,7 @@ BAD = {
     "infinite": ([[1, 2, 3, -math.inf, 5, 6]], "got -inf"),
     "far out": ([[1, 2, 3, 1e8, 5, 6]], "within 10 sides"),
     "huge integer": ([[1, 2, 3, 10**400, 5, 6]], "within 10 sides"),
-    "endless outline": ([[-9, 0, 200, 0] * 30_000], "outline is"),
+    "endless outline": ([[-9, 0, 200, 0] * 30_000], "boundary is"),
     "no counts": ({"size": [16, 20]}, "expected RLE counts"),
     "no size": ({"counts": [320]}, r"\[16, 20\]"),
     "turned size": ({"size": [20, 16], "counts": [320]}, r"\[20, 16\]"),
