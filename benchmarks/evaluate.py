@@ -25,7 +25,7 @@ from benchmarks import scoring
 from benchmarks.found import class_logits, logits_of
 from benchmarks.measure import alternate, compared, in_a_process, parser, peak_mb, report
 from benchmarks.stock import BACKBONES, CATEGORIES, our_model, scene, stock_model
-from m2f_trainer.data.geometry import fit
+from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.inference.postprocess import to_instances
 
 Case = tuple[tuple[int, int], int, int, Path | None, str, int]
@@ -75,8 +75,8 @@ def stages(
     size: tuple[int, int], queries: int, side: int, dataset: Path | None, device: str, threads: int
 ) -> dict[str, Callable[[], int]]:
     """From logits to encoded masks, both ways, of one image of a size."""
-    geometry, cells = fit(size, (side, side)), (side // 4, side // 4)
-    inside = (-(-geometry.resized[0] // 4), -(-geometry.resized[1] // 4))
+    frames, cells = resize_to_fit(size, (side, side)), (side // 4, side // 4)
+    inside = (-(-frames.resized[0] // 4), -(-frames.resized[1] // 4))
     logits = logits_of(dataset, queries, cells, inside).to(device)
     classes = class_logits(queries).to(device)
     output = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=logits)
@@ -91,7 +91,7 @@ def stages(
 
     def ours() -> int:
         found = to_instances(
-            classes, logits, image_ids=[0], original_sizes=[size], resized_sizes=[geometry.resized],
+            classes, logits, image_ids=[0], original_sizes=[size], resized_sizes=[frames.resized],
             padded_size=(side, side), category_ids=list(range(len(CATEGORIES))),
         )  # fmt: skip
         return len(found[0])

@@ -38,10 +38,10 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: the image can't be read, or a category isn't one of the model's
         """
-        return labelled(self.transform(self.rows[index], int(self._epoch), index, self.rows), self.class_of)
+        return with_class_labels(self.transform(self.rows[index], int(self._epoch), index, self.rows), self.class_of)
 
 
-def labelled(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
+def with_class_labels(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
     """The sample with class_labels int64 (N,) for its category ids. Raises DataError for one that has no class."""
     ids = sample["category_ids"].tolist()
     unknown = sorted(set(ids) - set(class_of))

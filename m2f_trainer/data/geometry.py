@@ -16,16 +16,16 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class View:
+class Crop:
     """What a sample shows of the resized image: a window (x0, y0, x1, y1) of it, perhaps mirrored, then turned
-    anticlockwise by `turns` quarters.
+    anticlockwise by `quarter_turns` quarters.
     """
 
     original: Size
     resized: Size
     window: Box
     flip: bool = False
-    turns: int = 0
+    quarter_turns: int = 0
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -40,20 +40,20 @@ class View:
         return x0 / sx, y0 / sy, min(x1 / sx, width), min(y1 / sy, height)
 
 
-def see_image(image: Image.Image, view: View, colors: tuple[float, ...] | None = None, quick: bool = False) -> Pixels:
+def crop_image(image: Image.Image, crop: Crop, colors: tuple[float, ...] | None = None, fast: bool = False) -> Pixels:
     """The window of the resized image (h, w, 3), resized from just that part of the original by Pillow's bilinear.
 
-    `quick` may round a level (of 255) otherwise, in two thirds of the time: good enough to train on, while predictions
+    `fast` may round a level (of 255) otherwise, in two thirds of the time: good enough to train on, while predictions
     are to be the same wherever an image is resized as the exported constants say.
     """
-    x0, y0, x1, y1 = view.window
-    shrink_x, shrink_y = view.original[1] / image.width, view.original[0] / image.height
-    left, top, right, bottom = view.source(view.window)
+    x0, y0, x1, y1 = crop.window
+    shrink_x, shrink_y = crop.original[1] / image.width, crop.original[0] / image.height
+    left, top, right, bottom = crop.source(crop.window)
     part = (left / shrink_x, top / shrink_y, min(right / shrink_x, image.width), min(bottom / shrink_y, image.height))
     small_first = colors is not None and image.width * image.height < (x1 - x0) * (y1 - y0)
     if small_first:
         image = image.convert("RGB", colors)
-    if quick and not (left or top) and part[2] >= image.width and part[3] >= image.height:
+    if fast and not (left or top) and part[2] >= image.width and part[3] >= image.height:
         pixels = _resize_whole(np.asarray(image), (y1 - y0, x1 - x0))
     else:
         pixels = np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=part))
@@ -71,56 +71,56 @@ def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def see_mask(counts: str, view: View) -> tuple[Box, rle.Bitmap] | None:
-    """An object's box in the view's own frame and its bitmap cropped to it, None where nothing of it is in view."""
-    height, width = view.original
+def crop_mask(counts: str, crop: Crop) -> tuple[Box, rle.Bitmap] | None:
+    """An object's box in the crop's own frame and its bitmap cropped to it, None where nothing of it is in crop."""
+    height, width = crop.original
     runs = rle.read_runs(counts, height, width)
-    window = _window_of(rle.box_of(runs, height), view)
+    window = _window_of(rle.box_of(runs, height), crop)
     if window is None:
         return None
-    x0, y0 = view.window[:2]
+    x0, y0 = crop.window[:2]
     placed = (window[0] - x0, window[1] - y0, window[2] - x0, window[3] - y0)
-    trimmed = trim(_resize_mask(runs, window, view), placed)
-    return None if trimmed is None else _oriented(*trimmed, view)
+    trimmed = trim(_resize_mask(runs, window, crop), placed)
+    return None if trimmed is None else _oriented(*trimmed, crop)
 
 
-def _oriented(box: Box, bitmap: rle.Bitmap, view: View) -> tuple[Box, rle.Bitmap]:
-    """Box and bitmap mirrored and turned as the view is."""
+def _oriented(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitmap]:
+    """Box and bitmap mirrored and turned as the crop is."""
     left, top, right, bottom = box
-    width, height = view.window[2] - view.window[0], view.window[3] - view.window[1]
-    if view.flip:
+    width, height = crop.window[2] - crop.window[0], crop.window[3] - crop.window[1]
+    if crop.flip:
         left, right = width - right, width - left
-    for _ in range(view.turns % 4):
+    for _ in range(crop.quarter_turns % 4):
         left, top, right, bottom = top, width - right, bottom, width - left
         width, height = height, width
-    return (left, top, right, bottom), np.ascontiguousarray(orient(bitmap, view))
+    return (left, top, right, bottom), np.ascontiguousarray(orient(bitmap, crop))
 
 
-def orient(pixels: Pixels, view: View) -> Pixels:
-    """Pixels (h, w) or (h, w, 3) of a window, mirrored and turned as the view is."""
-    return np.rot90(pixels[:, ::-1] if view.flip else pixels, view.turns)
+def orient(pixels: Pixels, crop: Crop) -> Pixels:
+    """Pixels (h, w) or (h, w, 3) of a window, mirrored and turned as the crop is."""
+    return np.rot90(pixels[:, ::-1] if crop.flip else pixels, crop.quarter_turns)
 
 
-def _window_of(box: Box, view: View) -> Box | None:
-    """The part of the view's window that an original box covers, None where that is nothing."""
-    sy, sx = view.scale
-    x0, y0 = max(view.window[0], math.floor(box[0] * sx)), max(view.window[1], math.floor(box[1] * sy))
-    x1, y1 = min(view.window[2], math.ceil(box[2] * sx)), min(view.window[3], math.ceil(box[3] * sy))
+def _window_of(box: Box, crop: Crop) -> Box | None:
+    """The part of the crop's window that an original box covers, None where that is nothing."""
+    sy, sx = crop.scale
+    x0, y0 = max(crop.window[0], math.floor(box[0] * sx)), max(crop.window[1], math.floor(box[1] * sy))
+    x1, y1 = min(crop.window[2], math.ceil(box[2] * sx)), min(crop.window[3], math.ceil(box[3] * sy))
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def _resize_mask(runs: rle.Runs, window: Box, view: View) -> npt.NDArray[np.bool_]:
+def _resize_mask(runs: rle.Runs, window: Box, crop: Crop) -> npt.NDArray[np.bool_]:
     """The mask in a window of the resized frame: pixels of which at least half is covered, bilinearly.
 
     The same as resizing the whole mask: the part decoded reaches one filter support beyond the window.
     """
-    x0, y0, x1, y1 = view.source(window)
-    height, width = view.original
-    reach_y, reach_x = (math.ceil(max(1.0, 1 / scale)) + 1 for scale in view.scale)
+    x0, y0, x1, y1 = crop.source(window)
+    height, width = crop.original
+    reach_y, reach_x = (math.ceil(max(1.0, 1 / scale)) + 1 for scale in crop.scale)
     left, top = max(0, math.floor(x0) - reach_x), max(0, math.floor(y0) - reach_y)
     right, bottom = min(width, math.ceil(x1) + reach_x), min(height, math.ceil(y1) + reach_y)
     part = rle.paint(runs, (left, top, right, bottom), height)
-    if view.resized == view.original:
+    if crop.resized == crop.original:
         crop = part[window[1] - top : window[3] - top, window[0] - left : window[2] - left]
         return crop.astype(np.bool_)
     image = Image.fromarray(np.ascontiguousarray(part) * np.uint8(255))
@@ -141,7 +141,7 @@ def trim(bitmap: npt.NDArray[np.bool_], box: Box) -> tuple[Box, rle.Bitmap] | No
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Frames:
     """How one image lies in its padded frame."""
 
     original: Size
@@ -149,8 +149,8 @@ class Geometry:
     padded: Size
 
 
-def fit(original: Size, padded: Size) -> Geometry:
+def resize_to_fit(original: Size, padded: Size) -> Frames:
     """The largest size of the same aspect that fits, at least one pixel a side."""
     scale = min(padded[0] / original[0], padded[1] / original[1])
     height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(original, padded, strict=True))
-    return Geometry(original, (height, width), padded)
+    return Frames(original, (height, width), padded)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from m2f_trainer.data.geometry import Geometry, Pixels, View, fit, orient, see_image, see_mask, trim
+from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, crop_mask, orient, resize_to_fit, trim
 from m2f_trainer.data.images import ImageSource, open_image
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, Size
@@ -35,7 +35,7 @@ class Sample(TypedDict):
     resized_size: Size
 
 
-def paste(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sample:
+def paste_instances(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sample:
     """Simple copy-paste (Ghiasi et al., 2021): the chosen instances of `other` (N,) lie on top of the sample.
 
     What they cover is taken from the sample's own instances; nothing is pasted into the padding.
@@ -62,7 +62,7 @@ def paste(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sampl
     return _with_instances({**sample, "pixel_values": pixels}, [*below, *pasted])
 
 
-def at_least(area: int, sample: Sample) -> Sample:
+def drop_small(area: int, sample: Sample) -> Sample:
     """The sample without instances of fewer than `area` pixels."""
     large = [one for one in _instances(sample) if int(one[2].sum()) >= area]
     return sample if len(large) == len(sample["masks"]) else _with_instances(sample, large)
@@ -99,23 +99,23 @@ class EvalTransform:
             ImageError: the image can't be read or isn't of the row's size
         """
         original = (row["height"], row["width"])
-        image = open_image(row["image"], describe(row), size=original)
-        return make_sample(image, row, _whole(fit(original, self.size)), self.size)
+        image = open_image(row["image"], image_name(row), size=original)
+        return make_sample(image, row, _whole(resize_to_fit(original, self.size)), self.size)
 
-    def prepare(self, image: ImageSource, where: str = "image") -> tuple[torch.Tensor, torch.Tensor, Geometry]:
+    def prepare(self, image: ImageSource, where: str = "image") -> tuple[torch.Tensor, torch.Tensor, Frames]:
         """One image of any size alone: pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and where it lies.
 
         Raises:
             ImageError: the image can't be read
         """
         opened = open_image(image, where)
-        geometry = fit((opened.height, opened.width), self.size)
-        view = _whole(geometry)
-        return *_pad(see_image(opened, view), view, self.size), geometry
+        frames = resize_to_fit((opened.height, opened.width), self.size)
+        crop = _whole(frames)
+        return *_pad(crop_image(opened, crop), crop, self.size), frames
 
 
 class TrainTransform:
-    """Large-scale jitter with crop, mirroring, quarter turns, colour jitter and copy-paste.
+    """Large-scale jitter with crop, mirroring, quarter quarter_turns, colour jitter and copy-paste.
 
     As the original Mask2Former's instance recipe: the image is resized by a factor of `lsj_min_scale` to
     `lsj_max_scale` of the size that fits, then cropped or padded to the recipe's size (Ghiasi et al., 2021).
@@ -151,46 +151,46 @@ class TrainTransform:
             ImageError: an image can't be read or isn't of its row's size
         """
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index]))
-        sample = self.draw_sample(row, rng)
+        sample = self.random_sample(row, rng)
         if len(rows) and rng.random() < self.copy_paste:
-            other = self.draw_sample(rows[int(rng.integers(len(rows)))], rng)
-            sample = paste(sample, other, rng.random(len(other["masks"])) < 0.5)
-        return at_least(self.min_area, sample)
+            other = self.random_sample(rows[int(rng.integers(len(rows)))], rng)
+            sample = paste_instances(sample, other, rng.random(len(other["masks"])) < 0.5)
+        return drop_small(self.min_area, sample)
 
-    def draw_sample(self, row: Row, rng: np.random.Generator) -> Sample:
-        """One image alone, with random view and colours."""
+    def random_sample(self, row: Row, rng: np.random.Generator) -> Sample:
+        """One image alone, with random crop and colours."""
         original = (row["height"], row["width"])
-        view = self.draw_view(original, rng)
-        colors = draw_colors(self.color_jitter, rng)
-        image = open_image(row["image"], describe(row), size=original, shrink_to=view.resized)
-        return make_sample(image, row, view, self.size, colors, quick=True)
+        crop = self.random_crop(original, rng)
+        colors = random_colors(self.color_jitter, rng)
+        image = open_image(row["image"], image_name(row), size=original, shrink_to=crop.resized)
+        return make_sample(image, row, crop, self.size, colors, fast=True)
 
-    def draw_view(self, original: Size, rng: np.random.Generator) -> View:
+    def random_crop(self, original: Size, rng: np.random.Generator) -> Crop:
         """A random scale, crop, mirroring and turn."""
-        turns = int(rng.integers(4)) if self.rotate90 else 0
-        size = self.size[::-1] if turns % 2 else self.size  # the frame before it is turned
+        quarter_turns = int(rng.integers(4)) if self.rotate90 else 0
+        size = self.size[::-1] if quarter_turns % 2 else self.size  # the frame before it is turned
         factor = rng.uniform(*self.scales)
         target = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
-        height, width = fit(original, target).resized
+        height, width = resize_to_fit(original, target).resized
         y0 = int(rng.integers(max(0, height - size[0]) + 1))
         x0 = int(rng.integers(max(0, width - size[1]) + 1))
         window = (x0, y0, min(width, x0 + size[1]), min(height, y0 + size[0]))
-        return View(original, (height, width), window, bool(rng.random() < 0.5) and self.flip, turns)
+        return Crop(original, (height, width), window, bool(rng.random() < 0.5) and self.flip, quarter_turns)
 
 
 def make_sample(
     image: Image.Image,
     row: Row,
-    view: View,
+    crop: Crop,
     size: Size,
     colors: tuple[float, ...] | None = None,
-    quick: bool = False,
+    fast: bool = False,
 ) -> Sample:
-    """The sample that shows `view` of a row's image; crowd regions and instances out of view are left out."""
+    """The sample that shows `crop` of a row's image; crowd regions and instances out of crop are left out."""
     objects = [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
-    looks = ((entry["category_id"], see_mask(entry["counts"], view)) for entry in objects)
+    looks = ((entry["category_id"], crop_mask(entry["counts"], crop)) for entry in objects)
     seen = [(category, *look) for category, look in looks if look is not None]
-    pixel_values, pixel_mask = _pad(see_image(image, view, colors, quick), view, size)
+    pixel_values, pixel_mask = _pad(crop_image(image, crop, colors, fast), crop, size)
     return Sample(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
@@ -198,25 +198,25 @@ def make_sample(
         boxes=torch.tensor([box for _, box, _ in seen], dtype=torch.int32).reshape(-1, 4),
         category_ids=torch.tensor([category for category, _, _ in seen], dtype=torch.int64),
         image_id=row["image_id"],
-        original_size=view.original,
-        resized_size=view.resized,
+        original_size=crop.original,
+        resized_size=crop.resized,
     )
 
 
-def _whole(geometry: Geometry) -> View:
-    return View(geometry.original, geometry.resized, (0, 0, geometry.resized[1], geometry.resized[0]))
+def _whole(frames: Frames) -> Crop:
+    return Crop(frames.original, frames.resized, (0, 0, frames.resized[1], frames.resized[0]))
 
 
-def describe(row: Row) -> str:
+def image_name(row: Row) -> str:
     """A row's name in messages."""
     image = row["image"]
     path = image.get("path") if isinstance(image, Mapping) else None
     return f"image {row['image_id']}" + (f" ({path})" if path else "")
 
 
-def _pad(pixels: Pixels, view: View, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(pixels: Pixels, crop: Crop, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (3, H, W) and bool (H, W): the image in the top left corner of the padded frame."""
-    pixels = orient(pixels, view)  # (h, w, 3)
+    pixels = orient(pixels, crop)  # (h, w, 3)
     height, width = pixels.shape[:2]
     values = np.zeros((3, *size), dtype=np.uint8)
     for channel in range(3):  # one at a time: a third of the time of a transposed copy
@@ -226,7 +226,7 @@ def _pad(pixels: Pixels, view: View, size: Size) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(values), torch.from_numpy(valid)
 
 
-def draw_colors(strength: float, rng: np.random.Generator) -> tuple[float, ...] | None:
+def random_colors(strength: float, rng: np.random.Generator) -> tuple[float, ...] | None:
     """One affine map of RGB, rows of (r, g, b, 1): saturation, then contrast about mid-grey, then brightness."""
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, size=3)
     if not strength:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from m2f_trainer.data.dataset import Category, categories_of, normalized_name
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import LISTED
-from m2f_trainer.data.transforms import describe
+from m2f_trainer.data.transforms import image_name
 from m2f_trainer.distributed import from_every_rank, from_main, rank_and_world_size
 from m2f_trainer.errors import DataError, ImageError
 
@@ -130,7 +130,7 @@ def image_problems(rows: datasets.Dataset) -> Iterator[str]:
 
 def _image_problem(row: Mapping[str, Any]) -> str | None:
     try:
-        open_image(row["image"], describe(row), size=(row["height"], row["width"]))
+        open_image(row["image"], image_name(row), size=(row["height"], row["width"]))
     except ImageError as error:
         return str(error)
     return None

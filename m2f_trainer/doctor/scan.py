@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
-from m2f_trainer.data.geometry import fit
+from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import Report, kind_of
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
@@ -132,7 +132,7 @@ def _object_findings(one: Entry, raw: Entry, image: Entry, settings: Settings) -
     if abs(area - one["mask_area"]) > 10 + sum(size) + 0.2 * one["mask_area"]:
         yield "area-mismatch", f"`area` {area:g}, but its mask has {one['mask_area']} pixels"
     original = (image["height"], image["width"])
-    scale = fit(original, (settings.image_height, settings.image_width)).resized[0] / image["height"]
+    scale = resize_to_fit(original, (settings.image_height, settings.image_width)).resized[0] / image["height"]
     if not one["iscrowd"] and min(size) * scale < _MASK_STRIDE:
         at = f"{settings.image_width}x{settings.image_height}"
         yield "tiny-object", f"{size[0]}x{size[1]} pixels, {size[0] * scale:.1f}x{size[1] * scale:.1f} at {at}"

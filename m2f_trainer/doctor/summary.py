@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_trainer.data.geometry import fit
+from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import KINDS, Finding, listed, printable
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
@@ -47,7 +47,7 @@ def object_sides(examination: Examination) -> list[float]:
     sides = []
     for scan in every_image(examination):
         original = (scan.entry["height"], scan.entry["width"])
-        resized = fit(original, padded).resized
+        resized = resize_to_fit(original, padded).resized
         scale = resized[0] * resized[1] / (original[0] * original[1])  # of areas
         sides += [(one["mask_area"] * scale) ** 0.5 for one in scan.targets if one["mask_area"]]
     return sides

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2f_trainer.data.collate import InstanceDataset, collate, labelled
+from m2f_trainer.data.collate import InstanceDataset, collate, with_class_labels
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.transforms import Sample, TrainTransform
 from m2f_trainer.errors import DataError
@@ -117,7 +117,7 @@ class AllViews(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         index, view = divmod(self.records[place], self.views)
         rows = self.dataset.rows
-        return labelled(self.dataset.transform(rows[index], view, index, rows), self.dataset.class_of)
+        return with_class_labels(self.dataset.transform(rows[index], view, index, rows), self.dataset.class_of)
 
 
 def cached(

@@ -11,7 +11,7 @@ from m2f_trainer.config.arguments import AUGMENTATIONS, DataArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
-from m2f_trainer.data.transforms import EvalTransform, TrainTransform, at_least, paste
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform, drop_small, paste_instances
 from m2f_trainer.errors import RecipeError
 from tests.data.test_transforms import disc, rectangle, row_of, whole
 
@@ -80,7 +80,7 @@ def test_four_quarter_turns_are_drawn_about_as_often():
 def test_pasted_instances_lie_on_top_and_take_pixels_from_those_below():
     below = EvalTransform(64, 64)(row_of([disc(64, 64, 20, 20, 10), disc(64, 64, 50, 50, 4)]))
     above = EvalTransform(64, 64)(row_of([rectangle(64, 64, 20, 0, 64, 40), disc(64, 64, 60, 60, 2)]))
-    pasted = paste(below, above, np.array([True, False]))
+    pasted = paste_instances(below, above, np.array([True, False]))
     assert pasted["category_ids"].tolist() == [10, 11, 10]
     masks = [whole(pasted, k) for k in range(3)]
     assert np.array_equal(masks[2], rectangle(64, 64, 20, 0, 64, 40))
@@ -89,17 +89,17 @@ def test_pasted_instances_lie_on_top_and_take_pixels_from_those_below():
     top = torch.from_numpy(masks[2].astype(bool))
     assert torch.equal(pasted["pixel_values"][:, top], above["pixel_values"][:, top])
     assert torch.equal(pasted["pixel_values"][:, ~top], below["pixel_values"][:, ~top])
-    hidden = paste(EvalTransform(64, 64)(row_of([disc(64, 64, 40, 20, 5)])), above, np.array([True, False]))
+    hidden = paste_instances(EvalTransform(64, 64)(row_of([disc(64, 64, 40, 20, 5)])), above, np.array([True, False]))
     assert hidden["category_ids"].tolist() == [10]
 
 
 def test_nothing_is_pasted_into_the_padding():
     narrow = EvalTransform(64, 64)(row_of([disc(64, 32, 10, 10, 5)]))
     above = EvalTransform(64, 64)(row_of([rectangle(64, 64, 20, 0, 64, 64), rectangle(64, 64, 40, 0, 64, 64)]))
-    pasted = paste(narrow, above, np.array([True, True]))
+    pasted = paste_instances(narrow, above, np.array([True, True]))
     assert not pasted["pixel_values"][:, ~narrow["pixel_mask"]].any()
     assert pasted["boxes"].tolist()[1:] == [[20, 0, 32, 64]]
-    assert paste(narrow, above, np.array([False, True])) is narrow
+    assert paste_instances(narrow, above, np.array([False, True])) is narrow
 
 
 def test_copy_paste_brings_instances_of_the_other_images(rows):
@@ -112,9 +112,9 @@ def test_copy_paste_brings_instances_of_the_other_images(rows):
 
 def test_instances_under_the_least_area_go_and_images_without_objects_stay():
     sample = EvalTransform(64, 64)(row_of([disc(64, 64, 20, 20, 10), disc(64, 64, 50, 50, 2)]))
-    assert at_least(1, sample) is sample
-    assert at_least(50, sample)["category_ids"].tolist() == [10]
-    empty = at_least(5000, sample)
+    assert drop_small(1, sample) is sample
+    assert drop_small(50, sample)["category_ids"].tolist() == [10]
+    empty = drop_small(5000, sample)
     assert (empty["masks"], empty["boxes"].shape) == ([], (0, 4))
     assert collate([{**empty, "class_labels": empty["category_ids"]}])["mask_labels"]["values"].shape == (0,)
 

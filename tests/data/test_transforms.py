@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from m2f_trainer.data.dataset import load_coco
-from m2f_trainer.data.geometry import View, fit
-from m2f_trainer.data.transforms import EvalTransform, TrainTransform, draw_colors, make_sample
+from m2f_trainer.data.geometry import Crop, resize_to_fit
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform, make_sample, random_colors
 from m2f_trainer.errors import ImageError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.folders import REAL, needs_real_data
@@ -56,7 +56,7 @@ def whole(sample: dict[str, Any], i: int) -> np.ndarray:
     ],
 )
 def test_an_image_is_fitted_with_its_aspect_and_at_least_a_pixel(original, padded, resized):
-    assert fit(original, padded).resized == resized
+    assert resize_to_fit(original, padded).resized == resized
 
 
 def test_evaluation_resizes_pads_right_and_bottom_and_says_where_the_image_is():
@@ -76,11 +76,11 @@ def test_evaluation_resizes_pads_right_and_bottom_and_says_where_the_image_is():
 
 def test_one_image_alone_is_prepared_as_a_row_is():
     row = row_of([disc(60, 100, 40, 30, 20)])
-    values, valid, geometry = EvalTransform(128, 96).prepare(row["image"])
+    values, valid, frames = EvalTransform(128, 96).prepare(row["image"])
     sample = EvalTransform(128, 96)(row)
     assert torch.equal(values, sample["pixel_values"])
     assert torch.equal(valid, sample["pixel_mask"])
-    assert (geometry.original, geometry.resized, geometry.padded) == ((60, 100), (58, 96), (128, 96))
+    assert (frames.original, frames.resized, frames.padded) == ((60, 100), (58, 96), (128, 96))
 
 
 @pytest.mark.parametrize("side", [40, 61, 150])
@@ -123,11 +123,11 @@ def test_a_cropped_mask_equals_the_crop_of_the_whole_resized_mask():
         bitmap = disc(90, 70, *rng.uniform(0, 70, size=2), rng.uniform(2, 30))
         resized = tuple(int(side) for side in rng.integers(20, 200, size=2))
         x0, y0 = (int(rng.integers(0, side - 10)) for side in resized[::-1])
-        view = View((90, 70), resized, (x0, y0, min(resized[1], x0 + 64), min(resized[0], y0 + 64)))
-        sample = make_sample(Image.new("RGB", (70, 90)), row_of([bitmap]), view, (64, 64))
+        crop = Crop((90, 70), resized, (x0, y0, min(resized[1], x0 + 64), min(resized[0], y0 + 64)))
+        sample = make_sample(Image.new("RGB", (70, 90)), row_of([bitmap]), crop, (64, 64))
         full = np.asarray(Image.fromarray(bitmap * 255).resize(resized[::-1], Image.Resampling.BILINEAR)) > 127
         expected = np.zeros((64, 64), dtype=np.uint8)
-        crop = full[y0 : view.window[3], x0 : view.window[2]]
+        crop = full[y0 : crop.window[3], x0 : crop.window[2]]
         expected[: crop.shape[0], : crop.shape[1]] = crop
         found = whole(sample, 0) if sample["masks"] else np.zeros_like(expected)
         assert (found != expected).sum() <= 1
@@ -154,9 +154,9 @@ def test_overlapping_instances_keep_all_their_pixels_and_crowds_are_left_out():
 
 
 def test_what_leaves_the_crop_is_dropped_and_images_without_objects_stay():
-    view = View((50, 50), (50, 50), (0, 0, 16, 16))
+    crop = Crop((50, 50), (50, 50), (0, 0, 16, 16))
     row = row_of([rectangle(50, 50, 30, 30, 40, 40), rectangle(50, 50, 10, 10, 20, 20)])
-    sample = make_sample(Image.new("RGB", (50, 50)), row, view, (16, 16))
+    sample = make_sample(Image.new("RGB", (50, 50)), row, crop, (16, 16))
     assert sample["category_ids"].tolist() == [11]
     assert sample["boxes"].tolist() == [[10, 10, 16, 16]]
     empty = EvalTransform(16, 16)({**row, "objects": []})
@@ -200,11 +200,11 @@ def test_colour_jitter_moves_colours_but_not_masks():
         assert np.array_equal(whole(sample, 0), bitmap)
         colors.add(tuple(sample["pixel_values"][:, 0, 0].tolist()))
     assert len(colors) == 10
-    assert draw_colors(0.0, np.random.default_rng(0)) is None
+    assert random_colors(0.0, np.random.default_rng(0)) is None
 
 
 def test_the_colour_map_keeps_greys_grey():
-    matrix = np.array(draw_colors(0.5, np.random.default_rng(0))).reshape(3, 4)
+    matrix = np.array(random_colors(0.5, np.random.default_rng(0))).reshape(3, 4)
     assert np.ptp(matrix @ [100, 100, 100, 1]) == pytest.approx(0)
 
 
