@@ -1,4 +1,4 @@
-"""Samples to batches. Instances stay bitmaps cropped to their boxes, packed end to end, until they reach the device."""
+"""Samples to batches. Masks stay bitmaps cropped to their boxes, concatenated, until they reach the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ Transform: TypeAlias = Callable[[Mapping[str, Any], int, int, Sequence[Mapping[s
 
 
 class InstanceDataset(Dataset[dict[str, Any]]):
-    """Rows seen through a transform, with class k for the k-th category. Crowd regions never come through."""
+    """Transformed rows, with class k for the k-th category and without crowd regions."""
 
     def __init__(self, rows: datasets.Dataset, transform: Transform, categories: Sequence[Category]) -> None:
         self.rows = rows
@@ -29,7 +29,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's augmentations, in workers too; call it before the epoch's first batch is asked for."""
+        """Set the epoch of the augmentations, also in workers; call it before the epoch's first batch is loaded."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -42,13 +42,17 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
 
 def with_class_labels(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
-    """The sample with class_labels int64 (N,) for its category ids. Raises DataError for one that has no class."""
+    """The sample with class_labels int64 (N,) in place of its category ids.
+
+    Raises:
+        DataError: a category has no class
+    """
     ids = sample["category_ids"].tolist()
     unknown = sorted(set(ids) - set(class_of))
     if unknown:
         raise DataError(
             f"image {sample['image_id']}: expected categories {sorted(class_of)}, got {unknown}."
-            " Use the dataset the model's categories come from."
+            " Use the dataset that the model's categories come from."
         )
     kept = {key: value for key, value in sample.items() if key != "category_ids"}
     return {**kept, "class_labels": torch.tensor([class_of[key] for key in ids], dtype=torch.int64)}
@@ -60,7 +64,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
         original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order;
-        where the samples have them, backbone_maps, (B, C, h, w) each
+        backbone_maps, (B, C, h, w) each, where the samples have them
     """
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
@@ -83,22 +87,22 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def pack_masks(bitmaps: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], boxes: torch.Tensor) -> dict[str, torch.Tensor]:
     """T bitmaps as values uint8 (V,), boxes int64 (T, 4) and offsets int64 (T,); `unpack_masks` is the inverse.
 
-    Each bitmap gets a border of zeros, and its box grows by one pixel, so that the loss can read a point outside the
-    box at the border (`m2f_trainer.model.compact_masks.CompactMasks`).
+    Each bitmap gets a border of zeros and its box grows by one pixel on each side, so that the loss reads zero for
+    points outside the box (`m2f_trainer.model.compact_masks.CompactMasks`).
     """
     sizes = torch.tensor([(bitmap.shape[0] + 2) * (bitmap.shape[1] + 2) for bitmap in bitmaps], dtype=torch.int64)
     offsets = torch.cumsum(sizes, dim=0) - sizes
     values = np.zeros(int(sizes.sum()), dtype=np.uint8)
     for bitmap, start in zip(bitmaps, offsets.tolist(), strict=True):
         height, width = bitmap.shape
-        framed = values[start : start + (height + 2) * (width + 2)].reshape(height + 2, width + 2)
-        framed[1:-1, 1:-1] = bitmap
+        bordered = values[start : start + (height + 2) * (width + 2)].reshape(height + 2, width + 2)
+        bordered[1:-1, 1:-1] = bitmap
     grown = boxes.to(torch.int64) + torch.tensor([-1, -1, 1, 1])
     return {"values": torch.from_numpy(values), "boxes": grown, "offsets": offsets}
 
 
 def unpack_masks(packed: Mapping[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """The whole masks, uint8 (T, H, W), for tests, pictures and code that wants them dense."""
+    """Dense masks, uint8 (T, H, W), for tests, pictures and code that needs them."""
     dense = torch.zeros((len(packed["offsets"]), height + 2, width + 2), dtype=torch.uint8)
     corners = zip(packed["boxes"].tolist(), packed["offsets"].tolist(), strict=True)
     for mask, ((x0, y0, x1, y1), offset) in zip(dense, corners, strict=True):

@@ -1,4 +1,8 @@
-"""What a sample shows of its image: a window of the resized frame, computed from just the pixels behind it."""
+"""Crop and resize images and masks in one step, computing only the pixels that are kept.
+
+Frames: *original* is the stored image, *resized* is it scaled with its aspect ratio kept, *padded* is the input size of
+the model, with the resized image in the top left corner.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,8 +21,8 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """What a sample shows of the resized image: a window (x0, y0, x1, y1) of it, perhaps mirrored, then turned
-    anticlockwise by `quarter_turns` quarters.
+    """The part of an image that a sample shows: a window of the resized frame, flipped left to right if `flip`, then
+    rotated anticlockwise by `quarter_turns` times 90 degrees.
     """
 
     original: Size
@@ -29,11 +33,11 @@ class Crop:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Resized pixels for an original one, along y and x."""
+        """Resized pixels per original pixel, along y and x."""
         return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
 
     def source(self, window: Box) -> tuple[float, float, float, float]:
-        """The original frame's (x0, y0, x1, y1) behind a window of the resized one."""
+        """(x0, y0, x1, y1) in the original frame of a window of the resized frame."""
         sy, sx = self.scale
         x0, y0, x1, y1 = window
         height, width = self.original
@@ -41,10 +45,11 @@ class Crop:
 
 
 def crop_image(image: Image.Image, crop: Crop, colors: tuple[float, ...] | None = None, fast: bool = False) -> Pixels:
-    """The window of the resized image (h, w, 3), resized from just that part of the original by Pillow's bilinear.
+    """The window of the resized image (h, w, 3), resized from that part of the original with Pillow's bilinear filter.
 
-    `fast` may round a level (of 255) otherwise, in two thirds of the time: good enough to train on, while predictions
-    are to be the same wherever an image is resized as the exported constants say.
+    `colors` are the 12 coefficients of `Image.convert("RGB", ...)`. `fast` takes two thirds of the time and may differ
+    by one level of 255: enough for training, while predictions must be the same wherever an image is resized with the
+    exported constants.
     """
     x0, y0, x1, y1 = crop.window
     shrink_x, shrink_y = crop.original[1] / image.width, crop.original[0] / image.height
@@ -63,7 +68,7 @@ def crop_image(image: Image.Image, crop: Crop, colors: tuple[float, ...] | None 
 
 
 def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
-    """Pillow's bilinear to within a level; it can't start inside a pixel as Pillow can."""
+    """The whole image resized as by Pillow's bilinear filter, to within one level; faster than Pillow."""
     if pixels.shape[:2] == size:
         return pixels
     bands = torch.tensor(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W)
@@ -72,20 +77,20 @@ def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
 
 
 def crop_mask(counts: str, crop: Crop) -> tuple[Box, rle.Bitmap] | None:
-    """An object's box in the crop's own frame and its bitmap cropped to it, None where nothing of it is in crop."""
+    """An object's box in the frame of the crop, and its bitmap in that box; None where nothing of it is in the crop."""
     height, width = crop.original
     runs = rle.read_runs(counts, height, width)
-    window = _window_of(rle.box_of(runs, height), crop)
+    window = _visible_window(rle.box_of(runs, height), crop)
     if window is None:
         return None
     x0, y0 = crop.window[:2]
     placed = (window[0] - x0, window[1] - y0, window[2] - x0, window[3] - y0)
     trimmed = trim(_resize_mask(runs, window, crop), placed)
-    return None if trimmed is None else _oriented(*trimmed, crop)
+    return None if trimmed is None else _orient_box(*trimmed, crop)
 
 
-def _oriented(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitmap]:
-    """Box and bitmap mirrored and turned as the crop is."""
+def _orient_box(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitmap]:
+    """Box and bitmap of a window, flipped and rotated as the crop."""
     left, top, right, bottom = box
     width, height = crop.window[2] - crop.window[0], crop.window[3] - crop.window[1]
     if crop.flip:
@@ -97,12 +102,12 @@ def _oriented(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitmap
 
 
 def orient(pixels: Pixels, crop: Crop) -> Pixels:
-    """Pixels (h, w) or (h, w, 3) of a window, mirrored and turned as the crop is."""
+    """Pixels (h, w) or (h, w, 3) of a window, flipped and rotated as the crop."""
     return np.rot90(pixels[:, ::-1] if crop.flip else pixels, crop.quarter_turns)
 
 
-def _window_of(box: Box, crop: Crop) -> Box | None:
-    """The part of the crop's window that an original box covers, None where that is nothing."""
+def _visible_window(box: Box, crop: Crop) -> Box | None:
+    """The part of the crop's window that a box of the original frame covers; None where it covers nothing."""
     sy, sx = crop.scale
     x0, y0 = max(crop.window[0], math.floor(box[0] * sx)), max(crop.window[1], math.floor(box[1] * sy))
     x1, y1 = min(crop.window[2], math.ceil(box[2] * sx)), min(crop.window[3], math.ceil(box[3] * sy))
@@ -110,9 +115,9 @@ def _window_of(box: Box, crop: Crop) -> Box | None:
 
 
 def _resize_mask(runs: rle.Runs, window: Box, crop: Crop) -> npt.NDArray[np.bool_]:
-    """The mask in a window of the resized frame: pixels of which at least half is covered, bilinearly.
+    """The mask in a window of the resized frame: resized with a bilinear filter, then thresholded at one half.
 
-    The same as resizing the whole mask: the part decoded reaches one filter support beyond the window.
+    The result equals that of resizing the whole mask: one filter support beyond the window is decoded too.
     """
     x0, y0, x1, y1 = crop.source(window)
     height, width = crop.original
@@ -121,8 +126,8 @@ def _resize_mask(runs: rle.Runs, window: Box, crop: Crop) -> npt.NDArray[np.bool
     right, bottom = min(width, math.ceil(x1) + reach_x), min(height, math.ceil(y1) + reach_y)
     part = rle.paint(runs, (left, top, right, bottom), height)
     if crop.resized == crop.original:
-        crop = part[window[1] - top : window[3] - top, window[0] - left : window[2] - left]
-        return crop.astype(np.bool_)
+        cropped = part[window[1] - top : window[3] - top, window[0] - left : window[2] - left]
+        return cropped.astype(np.bool_)
     image = Image.fromarray(np.ascontiguousarray(part) * np.uint8(255))
     size = (window[2] - window[0], window[3] - window[1])
     seen = image.resize(size, Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))
@@ -131,7 +136,7 @@ def _resize_mask(runs: rle.Runs, window: Box, crop: Crop) -> npt.NDArray[np.bool
 
 
 def trim(bitmap: npt.NDArray[np.bool_], box: Box) -> tuple[Box, rle.Bitmap] | None:
-    """The bitmap without empty rows and columns at its edges, and its box; None where it is empty."""
+    """The bitmap without empty rows and columns at its edges, and its box; None for an empty bitmap."""
     rows, columns = np.flatnonzero(bitmap.any(axis=1)), np.flatnonzero(bitmap.any(axis=0))
     if not len(rows):
         return None
@@ -142,7 +147,7 @@ def trim(bitmap: npt.NDArray[np.bool_], box: Box) -> tuple[Box, rle.Bitmap] | No
 
 @dataclass(frozen=True)
 class Frames:
-    """How one image lies in its padded frame."""
+    """The sizes of one image in its three frames."""
 
     original: Size
     resized: Size
@@ -150,7 +155,7 @@ class Frames:
 
 
 def resize_to_fit(original: Size, padded: Size) -> Frames:
-    """The largest size of the same aspect that fits, at least one pixel a side."""
+    """The frames of an image: resized to the largest size of the same aspect ratio that fits, at least 1 x 1."""
     scale = min(padded[0] / original[0], padded[1] / original[1])
     height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(original, padded, strict=True))
     return Frames(original, (height, width), padded)

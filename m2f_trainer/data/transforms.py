@@ -1,11 +1,8 @@
-"""Rows to samples of the recipe's size: the one preprocessing for evaluation, and its training variant.
+"""Dataset rows to samples of the recipe's size: the preprocessing of evaluation, and its variant with augmentation.
 
-Frames: *original* is the stored image, *resized* is it scaled with its aspect kept, *padded* is the recipe's size, with
-the resized image in the top left corner. Sizes are (height, width); boxes are (x0, y0, x1, y1) with x1 and y1 excluded.
-Pixels stay uint8 and are normalised by the model, on its device.
-
-Only what is seen is computed: the image is cropped and resized in one step, and each instance is resized inside its own
-box, so time and memory follow the objects' area and overlapping instances stay apart.
+Frames are those of `m2f_trainer.data.geometry`. Pixels stay uint8; the model normalises them. An image is
+cropped and resized in one step, and each instance is resized inside its own box, so that time and memory are
+proportional to the area of the objects, and overlapping instances stay separate.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +20,7 @@ from m2f_trainer.masks.rle import Box, Size
 
 
 class Sample(TypedDict):
-    """One image ready for `collate`, all in the padded frame (H, W) but for the two sizes."""
+    """One image ready for `collate`; everything but the two sizes is in the padded frame (H, W)."""
 
     pixel_values: torch.Tensor  # uint8 (3, H, W), not normalised, 0 in the padding
     pixel_mask: torch.Tensor  # bool (H, W), False in the padding
@@ -36,9 +33,9 @@ class Sample(TypedDict):
 
 
 def paste_instances(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sample:
-    """Simple copy-paste (Ghiasi et al., 2021): the chosen instances of `other` (N,) lie on top of the sample.
+    """Simple copy-paste (Ghiasi et al., 2021): the `chosen` (N,) instances of `other` are pasted on the sample.
 
-    What they cover is taken from the sample's own instances; nothing is pasted into the padding.
+    Pixels that they cover are removed from the sample's own instances; nothing is pasted into the padding.
     """
     valid = sample["pixel_mask"].numpy()
     pixels = sample["pixel_values"].clone()
@@ -46,10 +43,10 @@ def paste_instances(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]
     pasted: list[tuple[int, Box, rle.Bitmap]] = []
     for k in np.flatnonzero(chosen).tolist():
         x0, y0, x1, y1 = other["boxes"][k].tolist()
-        seen = trim((other["masks"][k] != 0) & valid[y0:y1, x0:x1], (x0, y0, x1, y1))
-        if seen is not None:
+        visible = trim((other["masks"][k] != 0) & valid[y0:y1, x0:x1], (x0, y0, x1, y1))
+        if visible is not None:
             top[y0:y1, x0:x1] |= (other["masks"][k] != 0) & valid[y0:y1, x0:x1]
-            pasted.append((int(other["category_ids"][k]), *seen))
+            pasted.append((int(other["category_ids"][k]), *visible))
     if not pasted:
         return sample
     covered = torch.from_numpy(top)
@@ -87,13 +84,13 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 class EvalTransform:
-    """Resize and pad, nothing random: serves evaluation, prediction and export."""
+    """Resize and pad without augmentation, for evaluation, prediction and export."""
 
     def __init__(self, image_height: int, image_width: int) -> None:
         self.size: Size = (image_height, image_width)
 
     def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
-        """A sample of one row; `epoch`, `index` and `rows` are there for `TrainTransform`'s sake.
+        """The sample of one row; `epoch`, `index` and `rows` are ignored, and have the meaning of `TrainTransform`'s.
 
         Raises:
             ImageError: the image can't be read or isn't of the row's size
@@ -103,7 +100,7 @@ class EvalTransform:
         return make_sample(image, row, _whole(resize_to_fit(original, self.size)), self.size)
 
     def prepare(self, image: ImageSource, where: str = "image") -> tuple[torch.Tensor, torch.Tensor, Frames]:
-        """One image of any size alone: pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and where it lies.
+        """One image without annotations: pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and its frames.
 
         Raises:
             ImageError: the image can't be read
@@ -115,10 +112,10 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Large-scale jitter with crop, mirroring, quarter quarter_turns, colour jitter and copy-paste.
+    """Large-scale jitter with random crops, flips, quarter turns, colour jitter and copy-paste.
 
-    As the original Mask2Former's instance recipe: the image is resized by a factor of `lsj_min_scale` to
-    `lsj_max_scale` of the size that fits, then cropped or padded to the recipe's size (Ghiasi et al., 2021).
+    As in the original Mask2Former's recipe for instances, the image is resized by a random factor from `lsj_min_scale`
+    to `lsj_max_scale` of the size that fits, then cropped or padded to the recipe's size (Ghiasi et al., 2021).
     A sample is a function of (seed, epoch, index) alone.
     """
 
@@ -136,7 +133,7 @@ class TrainTransform:
         min_area: int = 1,
         seed: int = 0,
     ) -> None:
-        """`copy_paste` is the share of samples that get instances of another image; `min_area` is in input pixels."""
+        """`copy_paste` is the probability of pasting instances of another image; `min_area` is in input pixels."""
         self.size: Size = (image_height, image_width)
         self.scales = (lsj_min_scale, lsj_max_scale)
         self.flip, self.rotate90 = flip, rotate90
@@ -145,7 +142,7 @@ class TrainTransform:
         self.seed = seed
 
     def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
-        """The sample that image `index` of `rows` is in epoch `epoch`; copy-paste needs the rows.
+        """The sample of `row`, which is number `index` of `rows`, in an epoch; copy-paste needs `rows`.
 
         Raises:
             ImageError: an image can't be read or isn't of its row's size
@@ -158,7 +155,7 @@ class TrainTransform:
         return drop_small(self.min_area, sample)
 
     def random_sample(self, row: Row, rng: np.random.Generator) -> Sample:
-        """One image alone, with random crop and colours."""
+        """One image with a random crop and random colours, before copy-paste."""
         original = (row["height"], row["width"])
         crop = self.random_crop(original, rng)
         colors = random_colors(self.color_jitter, rng)
@@ -166,9 +163,9 @@ class TrainTransform:
         return make_sample(image, row, crop, self.size, colors, fast=True)
 
     def random_crop(self, original: Size, rng: np.random.Generator) -> Crop:
-        """A random scale, crop, mirroring and turn."""
+        """A random scale, window, flip and rotation."""
         quarter_turns = int(rng.integers(4)) if self.rotate90 else 0
-        size = self.size[::-1] if quarter_turns % 2 else self.size  # the frame before it is turned
+        size = self.size[::-1] if quarter_turns % 2 else self.size  # the frame before the rotation
         factor = rng.uniform(*self.scales)
         target = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
         height, width = resize_to_fit(original, target).resized
@@ -186,17 +183,17 @@ def make_sample(
     colors: tuple[float, ...] | None = None,
     fast: bool = False,
 ) -> Sample:
-    """The sample that shows `crop` of a row's image; crowd regions and instances out of crop are left out."""
+    """The sample of a crop of a row's image, without crowd regions and instances outside the crop."""
     objects = [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
-    looks = ((entry["category_id"], crop_mask(entry["counts"], crop)) for entry in objects)
-    seen = [(category, *look) for category, look in looks if look is not None]
+    cropped = ((entry["category_id"], crop_mask(entry["counts"], crop)) for entry in objects)
+    visible = [(category, *found) for category, found in cropped if found is not None]
     pixel_values, pixel_mask = _pad(crop_image(image, crop, colors, fast), crop, size)
     return Sample(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
-        masks=[bitmap for _, _, bitmap in seen],
-        boxes=torch.tensor([box for _, box, _ in seen], dtype=torch.int32).reshape(-1, 4),
-        category_ids=torch.tensor([category for category, _, _ in seen], dtype=torch.int64),
+        masks=[bitmap for _, _, bitmap in visible],
+        boxes=torch.tensor([box for _, box, _ in visible], dtype=torch.int32).reshape(-1, 4),
+        category_ids=torch.tensor([category for category, _, _ in visible], dtype=torch.int64),
         image_id=row["image_id"],
         original_size=crop.original,
         resized_size=crop.resized,
@@ -208,18 +205,18 @@ def _whole(frames: Frames) -> Crop:
 
 
 def image_name(row: Row) -> str:
-    """A row's name in messages."""
+    """The image of a row in messages."""
     image = row["image"]
     path = image.get("path") if isinstance(image, Mapping) else None
     return f"image {row['image_id']}" + (f" ({path})" if path else "")
 
 
 def _pad(pixels: Pixels, crop: Crop, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (3, H, W) and bool (H, W): the image in the top left corner of the padded frame."""
+    """The pixels in the top left corner of the padded frame, uint8 (3, H, W), and their mask, bool (H, W)."""
     pixels = orient(pixels, crop)  # (h, w, 3)
     height, width = pixels.shape[:2]
     values = np.zeros((3, *size), dtype=np.uint8)
-    for channel in range(3):  # one at a time: a third of the time of a transposed copy
+    for channel in range(3):  # a third of the time of a transposed copy
         values[channel, :height, :width] = pixels[:, :, channel]
     valid = np.zeros(size, dtype=np.bool_)
     valid[:height, :width] = True
@@ -227,7 +224,7 @@ def _pad(pixels: Pixels, crop: Crop, size: Size) -> tuple[torch.Tensor, torch.Te
 
 
 def random_colors(strength: float, rng: np.random.Generator) -> tuple[float, ...] | None:
-    """One affine map of RGB, rows of (r, g, b, 1): saturation, then contrast about mid-grey, then brightness."""
+    """An affine map of RGB, three rows of coefficients of (r, g, b, 1): saturation, contrast, then brightness."""
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, size=3)
     if not strength:
         return None

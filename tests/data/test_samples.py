@@ -138,5 +138,5 @@ def test_the_preset_none_shows_each_image_as_evaluation_does(rows):
 
 
 def test_contradictory_scales_are_refused():
-    with pytest.raises(RecipeError, match="lsj_min_scale: expected between"):
+    with pytest.raises(RecipeError, match="lsj_min_scale: expected at most lsj_max_scale"):
         DataArguments(dataset_name="a", augmentation="light", lsj_min_scale=1.5)

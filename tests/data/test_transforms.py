@@ -127,8 +127,8 @@ def test_a_cropped_mask_equals_the_crop_of_the_whole_resized_mask():
         sample = make_sample(Image.new("RGB", (70, 90)), row_of([bitmap]), crop, (64, 64))
         full = np.asarray(Image.fromarray(bitmap * 255).resize(resized[::-1], Image.Resampling.BILINEAR)) > 127
         expected = np.zeros((64, 64), dtype=np.uint8)
-        crop = full[y0 : crop.window[3], x0 : crop.window[2]]
-        expected[: crop.shape[0], : crop.shape[1]] = crop
+        part = full[y0 : crop.window[3], x0 : crop.window[2]]
+        expected[: part.shape[0], : part.shape[1]] = part
         found = whole(sample, 0) if sample["masks"] else np.zeros_like(expected)
         assert (found != expected).sum() <= 1
 
