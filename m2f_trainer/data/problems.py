@@ -297,7 +297,7 @@ class Findings:
         if image is not None:
             finding.images.append(image)
 
-    def listed(self) -> list[Finding]:
+    def sorted(self) -> list[Finding]:
         """In the order of `KINDS`: errors first."""
         order = list(KINDS)
         return sorted(self._found.values(), key=lambda finding: (order.index(finding.kind), finding.file))

@@ -73,7 +73,7 @@ def examine(dataset: str | Path, settings: Settings | None = None) -> Examinatio
         _check_class_names(splits, categories, report)
         _check_class_use(splits, scans, categories, report)
         duplicates = _check_duplicates(splits, scans, report)
-    return Examination(name, settings, splits, scans, tuple(categories), tuple(report.listed()), duplicates)
+    return Examination(name, settings, splits, scans, tuple(categories), tuple(report.sorted()), duplicates)
 
 
 def _read_splits(name: str, report: Report) -> Mapping[str, SplitAnnotations]:
