@@ -20,7 +20,7 @@ from tests.data.corpus import (
     with_segmentation,
 )
 from tests.data.folders import annotation, content, write
-from tests.data.test_dataset import BAD_FILES
+from tests.data.test_coco_json import BAD_FILES
 
 REMEDY = re.compile(
     r"\b(Add|Annotate|Build|Check|Copy|Correct|Cut|Convert|Export|Give|Keep|Leave|Multiply|Name|Put|Remove|Renumber|"

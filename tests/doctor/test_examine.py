@@ -17,8 +17,7 @@ from m2f_trainer.doctor.examine import Examination, examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
-from m2f_trainer.masks.polygons import crosses_itself
-from tests.data.folders import REAL, annotation, content, needs_real_data, write
+from tests.data.folders import REAL, content, needs_real_data, write
 
 Coco = dict[str, Any]
 PLANTS: dict[str, Callable[[Coco, Path], Any]] = {}
@@ -280,21 +279,6 @@ def test_a_planted_fault_is_found_in_large_sets_too(kind, name, tmp_path):
     assert {key[0] for key, ids in found.items() if before.get(key) != ids} == {kind}
 
 
-@needs_real_data
-@pytest.mark.parametrize("kind", [kind for kind in PLANTS if KINDS[kind].fix])
-def test_a_corrected_copy_is_clean_of_what_was_planted_and_the_original_is_untouched(kind, sound, tmp_path):
-    root = copied("nuclei_tiny", tmp_path)
-    change(root, kind)
-    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    changes = repair(examine(root), tmp_path / "corrected")
-    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
-    assert {one["finding"] for one in changes} == {kind}
-    assert json.loads((tmp_path / "corrected/changes.json").read_text()) == changes
-    after = examine(tmp_path / "corrected")
-    assert not [one for one in after.findings if KINDS[one.kind].fix]
-    assert after.status == 0
-
-
 def test_all_errors_are_collected_not_only_the_first(tmp_path):
     root = write_sample(tmp_path / "set", images=(24, 6, 0))
     kinds = ["bad-mask", "bad-image-entry", "bad-category-entry", "missing-image", "unsafe-path", "bad-image"]
@@ -368,47 +352,3 @@ def test_a_name_cut_in_the_middle_of_a_character_is_an_error(changes, kind, tmp_
     assert r"\ud83d" in next(one.message for one in findings if one.kind == kind)
     with pytest.raises(DataError, match=r"\\ud83d"):
         load_coco(tmp_path, cache_dir=tmp_path / "cache")
-
-
-def test_frames_of_one_scene_that_differ_by_an_object_all_stay(tmp_path):
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(30, 150, size=(12, 16), dtype=np.uint8))
-    scene = np.asarray(coarse.resize((320, 240), Image.Resampling.BILINEAR))
-    for split in ("train", "valid"):
-        places = rng.integers(0, 220, size=(3, 2)).tolist()
-        places.append(places[0])  # the last frame shows what the first does
-        images = [{"id": k, "file_name": f"{k}.png", "height": 240, "width": 320} for k in range(4)]
-        corners = [[x, y, x + 14, y, x + 14, y + 14, x, y + 14] for x, y in places]
-        objects = [annotation(k, image_id=k, segmentation=[corners[k]], bbox=None, area=None) for k in range(4)]
-        write(tmp_path / "set", content(*objects, images=images), split=split)
-        for k, (x, y) in enumerate(places):
-            frame = scene + rng.integers(0, 3, size=scene.shape, dtype=np.uint8)
-            frame[y : y + 14, x : x + 14] += 30
-            Image.fromarray(frame).save(tmp_path / "set" / split / f"{k}.png")
-    examination = examine(tmp_path / "set")
-    assert len(examination.duplicates[0]) > 5, "alike"
-    changes = repair(examination, tmp_path / "fixed")
-    assert [(one["finding"], one["id"]) for one in changes] == [("duplicate-image", 3)]
-    assert [len(images) for images in examine(tmp_path / "fixed").scans.values()] == [4, 3]
-
-
-def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
-    root = write_sample(tmp_path / "set", images=(2, 2, 0))
-    with pytest.raises(DataError, match="expected a new or empty folder"):
-        repair(examine(root), root)
-    with pytest.raises(DataError, match="expected a folder outside the dataset"):
-        repair(examine(root), root / "corrected")
-
-
-@pytest.mark.parametrize(
-    ("polygon", "crosses"),
-    [
-        ([0, 0, 4, 4, 4, 0, 0, 4], True),
-        ([0, 0, 4, 0, 4, 4, 0, 4], False),
-        ([0, 0, 4, 0, 4, 4, 2, 0, 0, 4], False),  # touches
-        ([0, 0, 4, 0, 4, 4], False),
-        ([0, 0, 4, 0, 4, 4, 0, 4, 0, 0, 4, 0, 4, 4, 0, 4], False),  # wound twice: an empty mask
-    ],
-)
-def test_only_crossing_edges_count_as_self_intersection(polygon, crosses):
-    assert crosses_itself(polygon) is crosses

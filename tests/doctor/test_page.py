@@ -4,17 +4,13 @@ import io
 import json
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from m2f_trainer.cli import main as cli
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.page import render
-from m2f_trainer.doctor.pictures import draw_objects
 from m2f_trainer.doctor.summary import to_json, to_text
-from m2f_trainer.viz.overlay import draw_masks
 from tests.data.folders import annotation, content, write
 
 EVIL = '<script>alert("1")</script>'
@@ -106,23 +102,6 @@ def test_the_command_tells_by_its_exit_status_and_writes_what_it_was_asked_for(r
     assert json.loads(capsys.readouterr().out)["status"] == 0
     assert cli.main(["check", str(tmp_path / "nowhere")]) == 2
     assert "expected a dataset folder, found nothing" in capsys.readouterr().out
-
-
-def test_masks_are_drawn_where_they_are():
-    image = Image.new("RGB", (20, 10), "black")
-    drawn = np.asarray(draw_masks(image, [((4, 2, 9, 8), np.ones((6, 5), dtype=np.uint8))]))
-    lit = drawn.any(axis=2)
-    assert lit[2:8, 4:9].all()
-    assert lit.sum() == 30
-    assert np.asarray(draw_objects({"path": None, "bytes": _png(image)}, [], 10)).shape == (5, 10, 3)
-
-
-def _png(image: Image.Image) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_check_writes_its_page_into_a_new_folder_or_says_why_not(root, tmp_path, capsys):

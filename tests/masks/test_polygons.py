@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.masks.polygons import mask_to_polygons
+from m2f_trainer.masks.polygons import crosses_itself, mask_to_polygons
 
 
 def painted(polygons: list[list[float]], height: int, width: int) -> NDArray[np.bool_]:
@@ -42,3 +42,17 @@ def test_a_rectangle_has_four_corners_in_the_images_frame_and_a_hole_is_filled()
 def test_pixels_that_touch_at_a_corner_are_two_polygons_and_nothing_is_none() -> None:
     assert len(mask_to_polygons(np.eye(2, dtype=bool))) == 2
     assert mask_to_polygons(np.zeros((3, 3), bool)) == []
+
+
+@pytest.mark.parametrize(
+    ("polygon", "crosses"),
+    [
+        ([0, 0, 4, 4, 4, 0, 0, 4], True),
+        ([0, 0, 4, 0, 4, 4, 0, 4], False),
+        ([0, 0, 4, 0, 4, 4, 2, 0, 0, 4], False),  # touches
+        ([0, 0, 4, 0, 4, 4], False),
+        ([0, 0, 4, 0, 4, 4, 0, 4, 0, 0, 4, 0, 4, 4, 0, 4], False),  # wound twice: an empty mask
+    ],
+)
+def test_only_crossing_edges_count_as_self_intersection(polygon, crosses):
+    assert crosses_itself(polygon) is crosses
