@@ -1,6 +1,6 @@
 """Fine-tunes Mask2Former on DINOv3 backbones for instance segmentation.
 
-The public names are imported on first use, so that importing the package takes no time.
+Public names are imported on first use, which keeps importing the package fast.
 """
 
 import importlib

@@ -1,28 +1,28 @@
-"""Every error a user can meet, as one tree. Each message says what was expected, what was found, where, and what to do.
+"""All errors for users, as one tree. Each message says what was expected, what was found, where, and what to do.
 
     M2FError
-    ├── RecipeError          an option, a recipe file, or two options that contradict each other
-    ├── DataError            a dataset folder or its annotations
-    │   ├── ImageError       an image that can't be read as it is (MissingImageError, ImageSizeError)
+    ├── RecipeError          an invalid option or recipe file, or contradicting options
+    ├── DataError            a dataset folder or annotation file that can't be used
+    │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError)
     │   └── MaskError        a polygon or an RLE that doesn't describe a mask
     ├── ModelFolderError     a model folder that can't be used for what was asked
     ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
-    ├── TrainingError        a run that can't go on (non-finite loss, a dead worker, a full disk)
+    ├── TrainingError        a run that can't continue (non-finite loss, dead worker, full disk)
     ├── SharingError         an upload that was refused or failed
     └── MissingPackageError  an optional package that isn't installed
 
-`model/` travels to the Hub on its own and so raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
+`model/` is uploaded to the Hub without the rest, so it raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
 """
 
 import importlib.util
 
 
 class M2FError(Exception):
-    """Base of all: the command line prints its message without a traceback and exits with a non-zero status."""
+    """Base class: the command line prints the message without a traceback and exits with a non-zero status."""
 
 
 class RecipeError(M2FError):
-    """A recipe or an option is wrong: unknown, duplicate, of the wrong type, or contradicting another."""
+    """A recipe or option is invalid: unknown, duplicate, of the wrong type, or contradicting another."""
 
 
 class DataError(M2FError):
@@ -54,31 +54,31 @@ class CheckpointError(M2FError):
 
 
 class TrainingError(M2FError):
-    """A run can't go on."""
+    """A run can't continue."""
 
 
 class SharingError(M2FError):
-    """An upload was refused or failed; the local result is untouched."""
+    """An upload was rejected or failed; the local files are unchanged."""
 
 
 class MissingPackageError(M2FError):
-    """An optional package is needed for what was asked; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class RunStopped(KeyboardInterrupt):
-    """A signal asked the run to stop; what it had learned is saved, and it can be resumed.
+    """A signal stopped the run; its state is saved, and it can be resumed.
 
-    Outside the tree, as KeyboardInterrupt is, so that no `except Exception` on the way takes it for a failure.
+    Outside the tree, like KeyboardInterrupt, so that `except Exception` does not handle it as a failure.
     """
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def needs(*packages: str, extra: str) -> None:
-    """Check that optional packages are there.
+    """Check that optional packages are installed.
 
     Raises:
-        MissingPackageError: one isn't; the message names the extra that brings it.
+        MissingPackageError: one isn't; the message names the extra that installs it.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -88,7 +88,7 @@ def needs(*packages: str, extra: str) -> None:
         )
 
 
-LEVERS = (
+MEMORY_ADVICE = (
     "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
     "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"
 )

@@ -1,6 +1,6 @@
-"""An exported model with onnxruntime, numpy and Pillow alone: python onnx_predict.py model.onnx IMAGE [...]
+"""Run an exported model with only onnxruntime, numpy and Pillow: python onnx_predict.py model.onnx IMAGE [...]
 
-Prints a JSON line an instance, and writes IMAGE.instances.png. The steps are those that model.json describes."""
+Prints one JSON line per instance and writes IMAGE.instances.png. model.json describes the steps."""
 
 import json
 import sys

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A Slurm job that is queued again until the run is done. Set the resources below, then:
+# A Slurm job that is requeued until the run is finished. Set the resources below, then:
 #   sbatch recipes/slurm.sh RECIPE.json --dataset_name my_coco --output_dir runs/first
-# Two minutes before the time limit, and when it is preempted, Slurm signals the tasks, one a GPU; the run saves its step
-# and ends with status 75, and the job is queued again. Each start goes on from the newest complete checkpoint.
+# Two minutes before the time limit and on preemption, Slurm signals the tasks (one per GPU). The run then saves a
+# checkpoint and exits with status 75, and the job is requeued. Each start resumes the newest complete checkpoint.
 #SBATCH --job-name=m2f
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -26,7 +26,7 @@ MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 
-# No torchrun: signals and the status 75 go straight between Slurm and the processes.
+# Without torchrun, so that signals and exit status 75 pass directly between Slurm and the processes.
 status=0
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=0 bash -c '

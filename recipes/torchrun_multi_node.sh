@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several machines. Run the same command on each of them, with the dataset, the recipe and a shared output_dir in place:
+# Several machines. Run the same command on each of them; the dataset, recipe and output_dir must be on shared storage:
 #   NODES=2 GPUS=8 HEAD=10.0.0.1:29500 bash recipes/torchrun_multi_node.sh RECIPE.json [--field value ...]
-# HEAD is any one of the machines, by an address the others can reach. Under Slurm:
+# HEAD is one of the machines, by an address that the others can reach. Under Slurm:
 #   srun --nodes 2 --ntasks-per-node 1 --export ALL,NODES=2,GPUS=8,HEAD=node1:29500 bash recipes/torchrun_multi_node.sh ...
 set -euo pipefail
 

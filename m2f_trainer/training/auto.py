@@ -14,7 +14,7 @@ from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import AUTO, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
-from m2f_trainer.errors import LEVERS, TrainingError
+from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
@@ -86,7 +86,7 @@ def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train:
         dist.all_reduce(least, dist.ReduceOp.MIN)
         found = int(least)
     if found == 0:
-        raise TrainingError(f"not even one image of this size fits the device's memory. {LEVERS}")
+        raise TrainingError(f"not even one image of this size fits the device's memory. {MEMORY_ADVICE}")
     return found
 
 

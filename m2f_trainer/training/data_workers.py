@@ -20,7 +20,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.errors import LEVERS, M2FError, TrainingError
+from m2f_trainer.errors import MEMORY_ADVICE, M2FError, TrainingError
 
 
 class Watched(Dataset[dict[str, Any]]):
@@ -106,7 +106,7 @@ def translate_errors(datasets: Sequence[Watched], timeout: int) -> Iterator[None
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"the device's memory is full ({str(error).splitlines()[0]}). {LEVERS}") from error
+        raise TrainingError(f"the device's memory is full ({str(error).splitlines()[0]}). {MEMORY_ADVICE}") from error
     except M2FError as error:
         advice = without_traceback(error)
         if advice is None:

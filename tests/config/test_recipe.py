@@ -1,4 +1,4 @@
-"""Recipes: JSON and options in, three dataclasses out; every error names what to do."""
+"""Recipes: JSON and options -> three dataclasses; every error says what to do."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_options_override_the_file(tmp_path: Path) -> None:
     assert (recipe.train.max_steps, recipe.train.seed, recipe.model.head_config) == (9, 1, {"hidden_dim": 32})
 
 
-def test_null_on_the_command_line_takes_an_optional_value_back(tmp_path: Path) -> None:
+def test_null_on_the_command_line_unsets_an_optional_value(tmp_path: Path) -> None:
     path = write(tmp_path, {"dataset_name": "coco", "backbone_config": {"model_type": "dinov3_vit", "patch_size": 8}})
     assert load_recipe([path, "--backbone_config", "null"]).model.backbone_config is None
 
@@ -164,7 +164,7 @@ def test_broken_json_is_refused(tmp_path: Path, text: str, expected: str) -> Non
         load_recipe([write(tmp_path, text)])
 
 
-def test_a_missing_recipe_names_those_that_come_with_the_package() -> None:
+def test_a_missing_recipe_names_the_shipped_ones() -> None:
     message = error_of("no_such_recipe.json")
     assert "No recipe 'no_such_recipe.json'" in message
     assert "dinov3_vits16plus_1024, " in message
@@ -203,7 +203,7 @@ def test_fields_that_contradict_checkpointing_steps_are_refused(tmp_path: Path, 
     assert "or set checkpointing_steps" in message
 
 
-def test_fields_that_agree_with_checkpointing_steps_are_taken(tmp_path: Path) -> None:
+def test_fields_that_agree_with_checkpointing_steps_are_accepted(tmp_path: Path) -> None:
     values = {"dataset_name": "coco", "checkpointing_steps": 300, "save_steps": 300, "eval_strategy": "steps"}
     assert load_recipe([write(tmp_path, values)]).train.eval_steps == 300
 
@@ -283,14 +283,14 @@ def test_resume_from_checkpoint_takes_true_or_a_folder(tmp_path: Path, value: An
     assert load_recipe([path]).train.resume == resume
 
 
-def test_the_trainer_gets_arguments_that_upload_nothing_by_themselves() -> None:
+def test_the_trainers_own_upload_is_off() -> None:
     train = load_recipe(["--dataset_name", "coco", "--push_to_hub", "--hub_model_id", "me/pets"]).train
     assert train.push_to_hub
     assert not train.for_trainer().push_to_hub
     assert train.for_trainer().hub_model_id == "me/pets"
 
 
-def test_loggers_know_a_run_by_its_folder_but_the_recipe_of_another_run_does_not_inherit_that_name() -> None:
+def test_a_run_is_named_by_its_folder_for_loggers_but_not_in_its_recipe() -> None:
     train = load_recipe(["--dataset_name", "coco", "--output_dir", "runs/first"]).train
     assert train.for_trainer().run_name == "first"
     assert train.run_name is None
