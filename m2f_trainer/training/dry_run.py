@@ -65,13 +65,13 @@ def activations(model: M2FModel, instances: int, bf16: bool) -> int:
     stride, sides = stride_of(backbone_of(config)), (config.image_height, config.image_width)
     small = [max(round(side / 8 / stride), 4) * stride for side in sides]
     middle = [max(round(side / 4 / stride), 8) * stride for side in sides]
-    first, second = (kept(model, size, instances, bf16) for size in (small, middle))
+    first, second = (kept_bytes(model, size, instances, bf16) for size in (small, middle))
     area = config.image_height * config.image_width - small[0] * small[1]
     slope = (second - first) / (middle[0] * middle[1] - small[0] * small[1])
     return int(first + slope * area)
 
 
-def kept(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
+def kept_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
     """Bytes kept between forward and backward for one image of `size` (H, W), parameters excluded."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
@@ -89,14 +89,14 @@ def kept(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> in
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        loss = model(**scene(size, instances, device)).loss
+        loss = model(**example_inputs(size, instances, device)).loss
     total = sum(found.values())
     del loss
     model.train(mode)
     return total
 
 
-def scene(size: Sequence[int], instances: int, device: torch.device) -> Mapping[str, object]:
+def example_inputs(size: Sequence[int], instances: int, device: torch.device) -> Mapping[str, object]:
     """Model inputs for a grey image (1, 3, H, W) with objects of a quarter of its sides."""
     height, width = size
     masks = torch.zeros(instances, height, width, device=device)

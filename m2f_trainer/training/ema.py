@@ -30,28 +30,28 @@ class Average(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After a resume the model holds the averages: swap them with the raw weights."""
-        swap(kwargs["optimizer"])
+        swap_averages(kwargs["optimizer"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Update the average with the new weights."""
         updates = state.global_step + 1
-        update(kwargs["optimizer"], min(self.decay, (1 + updates) / (10 + updates)))
+        update_averages(kwargs["optimizer"], min(self.decay, (1 + updates) / (10 + updates)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averages into the model, unless the best checkpoint was loaded: its model is averaged already."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
-            swap(kwargs["optimizer"])
-        forget(kwargs["optimizer"])
+            swap_averages(kwargs["optimizer"])
+        drop_averages(kwargs["optimizer"])
 
 
 @torch.no_grad()
-def update(optimizer: Any, decay: float) -> None:
+def update_averages(optimizer: Any, decay: float) -> None:
     """average <- decay x average + (1 - decay) x weight; the first average is the weight."""
-    start(optimizer)
+    add_averages(optimizer)
     pairs = [(slots[AVERAGE], weight) for weight, slots in _trained(optimizer) if slots]
     if pairs:
         averages, weights = zip(*pairs, strict=True)
@@ -59,7 +59,7 @@ def update(optimizer: Any, decay: float) -> None:
 
 
 @torch.no_grad()
-def start(optimizer: Any, *_: Any) -> None:
+def add_averages(optimizer: Any, *_: Any) -> None:
     """Add averages to the optimiser's state. A hook of its step, so that FSDP expects them when it loads a state."""
     for weight, slots in _trained(optimizer):
         if slots and AVERAGE not in slots:
@@ -67,7 +67,7 @@ def start(optimizer: Any, *_: Any) -> None:
 
 
 @torch.no_grad()
-def swap(optimizer: Any) -> None:
+def swap_averages(optimizer: Any) -> None:
     """Swap weights and averages, where there are any."""
     for weight, slots in _trained(optimizer):
         if AVERAGE in slots:
@@ -76,7 +76,7 @@ def swap(optimizer: Any) -> None:
             slots[AVERAGE].copy_(held)
 
 
-def forget(optimizer: Any) -> None:
+def drop_averages(optimizer: Any) -> None:
     """Drop the averages."""
     for slots in optimizer.state.values():
         slots.pop(AVERAGE, None)
@@ -86,12 +86,12 @@ def forget(optimizer: Any) -> None:
 def averaged(optimizer: Any) -> Iterator[None]:
     """Within the block, the model holds the averages, if the optimiser keeps any."""
     if optimizer is not None:
-        swap(optimizer)
+        swap_averages(optimizer)
     try:
         yield
     finally:
         if optimizer is not None:
-            swap(optimizer)
+            swap_averages(optimizer)
 
 
 def _trained(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:

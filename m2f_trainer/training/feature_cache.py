@@ -173,14 +173,14 @@ def make_room(maps: MapFile) -> None:
     maps.path.unlink(missing_ok=True)
     disk = shutil.disk_usage(folder)
     room = disk.free - int(SPARE * disk.total)
-    told = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
+    size = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
     if maps.size > room:
         raise DataError(
-            f"feature_cache {maps.views}: {told} of backbone maps do not fit into {folder}, where {room / 1e9:.2f} GB "
+            f"feature_cache {maps.views}: {size} of backbone maps do not fit into {folder}, where {room / 1e9:.2f} GB "
             "can be used. Lower feature_cache, image_height and image_width; or set output_dir to a larger disk, or "
             "feature_cache to null"
         )
-    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", told, maps.path, disk.free / 1e9)
+    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", size, maps.path, disk.free / 1e9)
     maps.table("w+").flush()
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.training.ema import start
+from m2f_trainer.training.ema import add_averages
 
 BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer
     factory, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
     optimizer: Optimizer = factory(parameter_groups(model, rates_of(arguments)), **settings)
     if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
-        optimizer.register_step_post_hook(start)
+        optimizer.register_step_post_hook(add_averages)
     return optimizer
 
 

@@ -54,8 +54,8 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
     own = [name for name in ("optimizer", "scheduler") if name in config]
     if stage == 3:
         raise RecipeError(
-            "deepspeed: ZeRO 3 gathers the weights of a layer that is called, and our decoders read some of layers "
-            "that are not; --fsdp true shards weights too"
+            "deepspeed: ZeRO 3 gathers a layer's weights when the layer is called, and the decoders read weights of "
+            "layers that are not called; --fsdp true shards weights too"
         )
     if own:
         raise RecipeError(
@@ -67,12 +67,12 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
         )
     if arguments.lr_scheduler_type == "polynomial":
         raise RecipeError(
-            "deepspeed: transformers' polynomial schedule can't read ZeRO's optimiser. --lr_scheduler_type linear is "
+            "deepspeed: transformers' polynomial schedule cannot read ZeRO's optimiser. --lr_scheduler_type linear is "
             "nearly the same: power 1, where the recipe's is 0.9"
         )
     if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
         raise RecipeError(
-            "deepspeed: leave ema_decay out: ZeRO keeps the weights to be averaged to itself; fsdp doesn't"
+            "deepspeed: leave ema_decay out: ZeRO does not give access to the weights to average; FSDP does"
         )
 
 

@@ -48,7 +48,7 @@ def check_saved(ran: list[Ran], output: Path, phase: str) -> None:
     figures = read_metrics(newest / METRICS)
     assert ("eval_map" in figures) is (phase != "training"), figures
     assert figures.get("evaluated", True) is (phase != "training"), "a stop between evaluations does not wait for one"
-    assert f"step {PHASES[phase]} is saved in {output}. Go on with --resume_from_checkpoint true" in ran[0].text
+    assert f"step {PHASES[phase]} is saved in {output}. Continue with --resume_from_checkpoint true" in ran[0].text
 
 
 @pytest.mark.parametrize("phase", ["training", "save"])
@@ -99,7 +99,7 @@ def test_a_second_signal_ends_the_run_at_once(data: Path, tmp_path: Path) -> Non
 def test_a_signal_before_the_training_ends_it_at_once(data: Path, tmp_path: Path) -> None:
     ran = train(tmp_path / "log", options(data, tmp_path / "run"), early)
     assert ran.status == 75
-    assert "m2f train: stopped by SIGTERM outside of the training; nothing is lost" in ran.text
+    assert "m2f train: stopped by SIGTERM before or after the training; no progress is lost" in ran.text
 
 
 @pytest.mark.slow

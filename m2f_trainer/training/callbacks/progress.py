@@ -149,9 +149,9 @@ class Lines(TrainerCallback):
             return
         seconds = time.perf_counter() - self.begun
         if "loss" in logs:
-            tell("  ".join(line(logs, state, seconds / max(state.global_step - self.first, 1))))
+            print_line("  ".join(log_parts(logs, state, seconds / max(state.global_step - self.first, 1))))
         elif "train_runtime" in logs:
-            tell(f"trained {state.global_step - self.first:,} steps in {tqdm.format_interval(seconds)}")
+            print_line(f"trained {state.global_step - self.first:,} steps in {tqdm.format_interval(seconds)}")
 
 
 class ClassTable(TrainerCallback):
@@ -169,13 +169,13 @@ class ClassTable(TrainerCallback):
         if state.is_world_process_zero and metrics:
             prefix = next(iter(metrics)).split("_")[0] + "_"
             took = metrics.get(f"{prefix}runtime")
-            told = [f"step {state.global_step:,} of {state.max_steps:,}"]
-            told += [f"evaluated in {tqdm.format_interval(took)}"] if took is not None else []
-            told.append(f"peak memory {peak_memory() / 2**30:.1f} GiB")
-            tell(f"\n{', '.join(told)}\n{metrics_table(metrics, prefix)}\n")
+            parts = [f"step {state.global_step:,} of {state.max_steps:,}"]
+            parts += [f"evaluated in {tqdm.format_interval(took)}"] if took is not None else []
+            parts.append(f"peak memory {peak_memory() / 2**30:.1f} GiB")
+            print_line(f"\n{', '.join(parts)}\n{metrics_table(metrics, prefix)}\n")
 
 
-def line(logs: Mapping[str, float], state: TrainerState, each: float) -> Iterator[str]:
+def log_parts(logs: Mapping[str, float], state: TrainerState, each: float) -> Iterator[str]:
     """The parts of a line; `each` is the mean time of a step so far in seconds, evaluations and saves included."""
     yield f"step {state.global_step:,}/{state.max_steps:,}"
     yield f"loss {logs['loss']:.4g}"
@@ -188,7 +188,7 @@ def line(logs: Mapping[str, float], state: TrainerState, each: float) -> Iterato
     yield f"peak memory {peak_memory() / 2**30:.1f} GiB"
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """Print above the progress bars, and flush, so that a log file can be followed."""
     tqdm.write(text)
     sys.stdout.flush()
@@ -215,8 +215,8 @@ class Cost(TrainerCallback, ExportableState):
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + (now - (self.since or now)), now
         self.peak_memory = max(self.peak_memory, peak_memory())
-        told = {"seconds": round(self.seconds, 1), "peak_memory": self.peak_memory, "processes": self.processes}
-        return {"args": {}, "attributes": {**told, "hardware": hardware(), "software": software()}}
+        cost = {"seconds": round(self.seconds, 1), "peak_memory": self.peak_memory, "processes": self.processes}
+        return {"args": {}, "attributes": {**cost, "hardware": hardware(), "software": software()}}
 
 
 def hardware() -> str:

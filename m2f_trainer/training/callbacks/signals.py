@@ -50,7 +50,7 @@ class StopOnSignal(TrainerCallback):
             os._exit(128 + number)
         if not self.training and not self.stopping:
             self.stopping = True
-            raise RunStopped(f"stopped by {self.received.name} outside of the training; nothing is lost")
+            raise RunStopped(f"stopped by {self.received.name} before or after the training; no progress is lost")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,7 +82,7 @@ class StopOnSignal(TrainerCallback):
         if self._agreed(args.device):
             asked = self.received.name if self.received else "a signal to another rank"
             raise RunStopped(
-                f"stopped by {asked}; step {state.global_step} is saved in {args.output_dir}. Go on with "
+                f"stopped by {asked}; step {state.global_step} is saved in {args.output_dir}. Continue with "
                 "--resume_from_checkpoint true"
             )
 

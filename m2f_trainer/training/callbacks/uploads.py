@@ -39,7 +39,7 @@ class PushEverySave(TrainerCallback):
             try:
                 push(Path(str(args.output_dir), f"checkpoint-{state.global_step}"), self.target)
             except SharingError as error:
-                logger.warning("step %d: %s The run goes on.", state.global_step, error)
+                logger.warning("step %d: %s The run continues.", state.global_step, error)
 
 
 class NoStockUpload(TrainerCallback):

@@ -69,9 +69,9 @@ def damage(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing: its writing was cut short"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} can't be read ({error})"
+        return f"{MANIFEST} cannot be read ({error})"
     if not whole:
-        return f"{MANIFEST} is not what was written"
+        return f"{MANIFEST} differs from what was written"
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
@@ -79,7 +79,7 @@ def damage(folder: Path) -> str | None:
         if path.stat().st_size != entry.get("size"):
             return f"{name} has {path.stat().st_size} bytes instead of {entry.get('size')}"
         if digest(path) != entry.get("sha256"):
-            return f"{name} is not what was written (its SHA-256 differs)"
+            return f"{name} differs from what was written (SHA-256)"
     return None
 
 

@@ -24,7 +24,7 @@ from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
 from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_an_epoch
-from m2f_trainer.training.ema import forget, swap
+from m2f_trainer.training.ema import drop_averages, swap_averages
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
     found = newest_complete(output_dir)
     if found is None and resume is True:
         raise CheckpointError(
-            f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint to start anew, or "
-            "name a checkpoint elsewhere"
+            f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint for a new run, "
+            "or name a checkpoint elsewhere"
         )
     return found
 
@@ -67,7 +67,7 @@ def newest_complete(output_dir: Path) -> Path | None:
         if reason is None:
             logger.warning("resuming from %s", folder)
             return folder
-        logger.warning("passed over %s: %s", folder, reason)
+        logger.warning("skipped %s: %s", folder, reason)
     return None
 
 
@@ -76,7 +76,7 @@ def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
     found = checkpoints(output_dir)
     if found and not overwrite:
         raise CheckpointError(
-            f"{output_dir} holds the checkpoints of another run, up to step {found[-1][0]}. Go on with it with "
+            f"{output_dir} holds the checkpoints of another run, up to step {found[-1][0]}. Continue it with "
             "--resume_from_checkpoint true, delete them with --overwrite_output_dir true, or give another output_dir"
         )
     for _, folder in found:
@@ -89,7 +89,7 @@ def _sound(folder: Path) -> Path:
         reason = f"it is a run's folder, and not one of its checkpoints, such as {checkpoints(folder)[-1][1].name}"
     if reason is not None:
         raise CheckpointError(
-            f"{folder} can't be resumed from: {reason}. Say true to take the newest complete checkpoint"
+            f"{folder} cannot be resumed from: {reason}. Pass true to use the newest complete checkpoint"
         )
     return folder
 
@@ -99,7 +99,7 @@ def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> boo
     path = checkpoint / FINGERPRINT
     if not path.is_file():
         raise CheckpointError(
-            f"{checkpoint} has no {FINGERPRINT}, so that it can't be told what it was trained with. Start a new run "
+            f"{checkpoint} has no {FINGERPRINT}, so the settings of its training are unknown. Start a new run "
             "from it with --init_from"
         )
     changed = differences(json.loads(path.read_text(encoding="utf-8")), now)
@@ -111,7 +111,7 @@ def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> boo
         )
     if changed and not allow_changes:
         raise CheckpointError(
-            f"{checkpoint} was trained with other settings: {listed}. Set them back, or go on from the same sample "
+            f"{checkpoint} was trained with other settings: {listed}. Set them back, or continue at the same sample "
             "with --allow_changes true"
         )
     if changed:
@@ -209,8 +209,8 @@ class NewSettings(TrainerCallback):
     ) -> None:
         """Set the optimiser's groups and the schedule as they are at this step in a new run with these settings."""
         if isinstance(args, TrainArguments) and args.ema_decay is None:
-            swap(kwargs["optimizer"])
-            forget(kwargs["optimizer"])
+            swap_averages(kwargs["optimizer"])
+            drop_averages(kwargs["optimizer"])
         fresh = parameter_groups(model, rates_of(args))
         schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
         if isinstance(schedule, LambdaLR):

@@ -34,7 +34,7 @@ def test_a_checkpoint_is_sound_as_it_was_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"weight$", "model.safetensors is not what was written"),
+        (b"weight$", "model.safetensors differs from what was written"),
         (b"weight", "model.safetensors has 6 bytes instead of 7"),
         (None, "model.safetensors is missing"),
     ],

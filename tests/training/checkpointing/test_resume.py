@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether it is the same run."""
+"""Which checkpoint a run resumes from, and whether its settings are the same."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_file(tmp_path: P
     folder = checkpoint(tmp_path, 2)
     assert resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(folder))) == folder
     (folder / STATE).unlink()
-    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing. Say true to take the newest"):
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing. Pass true to use the newest"):
         resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(folder)))
 
 
@@ -117,11 +117,11 @@ def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of
     optimizer = torch.optim.AdamW(parameter_groups(model, Rates(0.1, 0.0)))
     model.class_predictor.weight.grad = torch.ones_like(model.class_predictor.weight)
     optimizer.step()
-    ema.update(optimizer, 0.9)
+    ema.update_averages(optimizer, 0.9)
     weight = model.class_predictor.weight.detach().clone()
     optimizer.step()
-    ema.update(optimizer, 0.9)
-    ema.swap(optimizer)  # as a checkpoint holds them
+    ema.update_averages(optimizer, 0.9)
+    ema.swap_averages(optimizer)  # as a checkpoint holds them
     average, args = model.class_predictor.weight.detach().clone(), arguments(tmp_path)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     told = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
