@@ -28,7 +28,7 @@ from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.run_folder import FEATURE_CACHE
+from m2f_trainer.run_folder import FEATURE_CACHE, write_atomically
 from m2f_trainer.training.checkpointing.fingerprint import digest_of
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def cached(
         compute(dataset, model, maps, args)
         state.wait_for_everyone()
         if state.is_main_process:
-            (folder / KEY).write_text(key, encoding="utf-8")
+            write_atomically(folder / KEY, key)
     return CachedViews(dataset.rows, transform, categories, maps)
 
 

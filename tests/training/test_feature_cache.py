@@ -114,7 +114,7 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(
 ) -> None:
     disk = namedtuple("disk", "total used free")(10**6, 10**6 - 1000, 1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
-    with pytest.raises(DataError, match=r"feature_cache 2: 3 images x 2 views .* don't fit .*Lower feature_cache"):
+    with pytest.raises(DataError, match=r"feature_cache 2: 3 images x 2 views .* do not fit .*Lower feature_cache"):
         both(rows, tmp_path)
 
 
