@@ -115,7 +115,7 @@ def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArgumen
     """Whether forward, backward and update of a batch leave a tenth of the device memory free."""
     device = train.device
     try:
-        step(model, collate(samples), train)
+        trial_step(model, collate(samples), train)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -127,7 +127,7 @@ def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArgumen
     return device.type != "cuda" or most <= HEADROOM * total
 
 
-def step(model: M2FModel, batch: dict[str, Any], train: TrainArguments) -> None:
+def trial_step(model: M2FModel, batch: dict[str, Any], train: TrainArguments) -> None:
     """One training step as the Trainer does it, at learning rate 0: the weights do not change."""
     device = train.device
     groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in parameter_groups(model, rates_of(train))]

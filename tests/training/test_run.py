@@ -21,7 +21,6 @@ from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
 from m2f_trainer.training.evaluate import evaluate_folder
-from m2f_trainer.training.prepare import augmentation_seed
 from m2f_trainer.training.run import train
 from tests.training.runs import m2f, write_tiny
 
@@ -52,10 +51,6 @@ def test_a_finished_run_that_is_resumed_trains_no_step_more_and_keeps_its_figure
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(run / "model.safetensors").items())
     assert again["eval_map"] == first["eval_map"] == read_metrics(run / "metrics.json")["eval_map"]
     assert read_details(run)["classes"]
-
-
-def test_the_data_s_own_seed_may_be_zero() -> None:
-    assert augmentation_seed(load_recipe(["--dataset_name", "coco", "--data_seed", "0"]).train) == 0
 
 
 def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(folder: Path) -> None:

@@ -98,6 +98,10 @@ def test_a_trainer_makes_our_parameter_groups_and_the_schedule_with_the_recipes_
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     assert [group["lr"] for group in groups] == pytest.approx([1e-5, 1e-5, 1e-6, 1e-6])
+    trainer.lr_scheduler = None  # as the Trainer does before it trains again, with a smaller batch
+    trainer.create_scheduler(10)
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+    assert trainer._created_lr_scheduler, "the Trainer replaces only a schedule that it has made itself"
 
 
 def test_an_optimizer_of_the_user_is_kept(tmp_path: Path) -> None:
