@@ -22,7 +22,7 @@ ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDAr
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no external program for these
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
-_CUT = "Cut the image into tiles; for a TIFF, `m2f predict --tile` does so."
+_CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 

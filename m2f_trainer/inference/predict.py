@@ -129,7 +129,7 @@ def _predict_large(job: Job, predictor: Predictor, options: Options, tile: int) 
     )
     height, width = windows.size
     small = height * width <= LARGEST_PICTURE
-    image = Image.fromarray(windows.read((0, height, 0, width))) if small else None
+    image = Image.fromarray(windows.read((0, 0, width, height))) if small else None
     _finish_image(job, image, instances, predictor)
 
 
