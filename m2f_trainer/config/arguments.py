@@ -35,6 +35,13 @@ class ModelArguments:
         "model",
         defines_model=True,
     )
+    head: Literal["original", "light", "tiny"] = option(
+        "original",
+        "Widths, layers and loss points of neck, pixel decoder and transformer decoder. original: as in the paper; "
+        "light: a tenth of its cost, for CPUs and small datasets; tiny: half of that. head_config changes single ones.",
+        "model",
+        defines_model=True,
+    )
     num_queries: int = option(
         100, "Number of queries: the maximum instances per image.", "model", at_least=1, defines_model=True
     )
@@ -78,6 +85,14 @@ class ModelArguments:
         at_least=1,
         changes_results=True,
     )
+    discrimination_weight: float = option(
+        5.0,
+        "Weight of the instance discrimination loss, which separates objects by their mask features in training; 0 "
+        "turns it off.",
+        "model",
+        at_least=0,
+        changes_results=True,
+    )
     backbone_config: dict[str, Any] | str | None = option(
         None,
         "A transformers configuration (with model_type) of a small, randomly initialised backbone.",
@@ -118,11 +133,31 @@ class ModelArguments:
                 f"feature_cache={self.feature_cache} stores the features of a frozen backbone, but tune={self.tune} "
                 "changes the backbone at every step. Set tune to frozen, or feature_cache to null."
             )
+        if self.head_checkpoint and self.head != "original":
+            raise RecipeError(
+                f"head={self.head} and head_checkpoint contradict each other: a published Mask2Former has the original "
+                "head. Leave head out."
+            )
         if self.head_checkpoint and self.init_from:
             raise RecipeError(
                 "head_checkpoint and init_from are both set, and both initialise the head. Keep one of them."
             )
 
+
+HEADS: dict[str, dict[str, Any]] = {
+    "original": {},
+    "light": {
+        "neck_channels": [64, 96, 128, 128], "hidden_dim": 96, "feature_size": 96, "mask_feature_size": 96,
+        "encoder_layers": 2, "encoder_feedforward_dim": 256, "decoder_layers": 4, "dim_feedforward": 256,
+        "num_attention_heads": 6, "train_num_points": 1024,
+    },
+    "tiny": {
+        "neck_channels": [48, 64, 96, 96], "hidden_dim": 64, "feature_size": 64, "mask_feature_size": 64,
+        "encoder_layers": 1, "encoder_feedforward_dim": 128, "decoder_layers": 4, "dim_feedforward": 128,
+        "num_attention_heads": 4, "train_num_points": 512,
+    },
+}  # fmt: skip
+"""Head -> the fields of `M2FConfig` that it sets."""
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "none": {"lsj_min_scale": 1.0, "lsj_max_scale": 1.0, "horizontal_flip": False},

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, get_scheduler
-from transformers.training_args import OptimizerNames
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
 from m2f_trainer.distributed import init_restartable, leave_at_exit
 from m2f_trainer.errors import RecipeError
+
+MUON = "muon"
+UNKNOWN = 10**9
+"""Steps that the Trainer is asked for where the clock ends the run."""
 
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
 """Mask2Former's learning rate schedule, as arguments of transformers' `polynomial`."""
@@ -46,6 +49,14 @@ class TrainArguments(TrainingArguments):
         -1,
         "Number of optimizer steps, overriding num_train_epochs; -1 trains by epochs.",
         "length and batch",
+        changes_results=True,
+    )
+    max_minutes: float | None = option(
+        None,
+        "Train for this many minutes of wall time instead of epochs or steps. Everything counts but the final test; "
+        "the learning rate schedule follows the time.",
+        "length and batch",
+        at_least=0.01,
         changes_results=True,
     )
     per_device_train_batch_size: int = option(
@@ -139,9 +150,10 @@ class TrainArguments(TrainingArguments):
         at_least=0,
         changes_results=True,
     )
-    optim: OptimizerNames | str = option(
-        TrainingArguments.default_optim,
-        "Optimizer, by transformers' name for it.",
+    optim: str | None = option(  # type: ignore[assignment]
+        None,
+        "Optimizer: muon (Muon for the matrices of neck and head, AdamW for everything else), or any of transformers "
+        "by its name. Default: muon, or adamw_torch_fused with fsdp or deepspeed, which shard matrices.",
         "learning rate and optimizer",
         changes_results=True,
     )
@@ -287,6 +299,8 @@ class TrainArguments(TrainingArguments):
         check_ranges(self)
         if self.max_steps == 0 or self.num_train_epochs == 0:
             raise RecipeError("max_steps and num_train_epochs: expected a run of at least one step, got 0.")
+        if self.max_minutes is not None:
+            self._require_fractions()
         if self.remove_unused_columns:
             raise RecipeError(
                 "remove_unused_columns must stay false: collate needs columns that are no argument of the model's "
@@ -319,7 +333,10 @@ class TrainArguments(TrainingArguments):
             self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        optim = self._optimizer()
+        self.optim = TrainingArguments.default_optim if optim == MUON else optim  # transformers doesn't know muon
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.optim = MUON if optim == MUON else self.optim
         self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
 
@@ -365,6 +382,8 @@ class TrainArguments(TrainingArguments):
         """
         arguments = copy(self)
         arguments.push_to_hub = False
+        if self.max_minutes is not None:
+            arguments.max_steps = UNKNOWN
         arguments.run_name = self.run_name or Path(self.output_dir or ".").resolve().name
         return arguments
 
@@ -372,6 +391,27 @@ class TrainArguments(TrainingArguments):
         """As in transformers, but below the length of the run: the polynomial schedule divides by the difference."""
         steps = int(super().get_warmup_steps(num_training_steps))
         return max(0, min(steps, num_training_steps - 1))
+
+    def _require_fractions(self) -> None:
+        """A run of minutes has no known number of steps to count in."""
+        if self.max_steps > 0:
+            raise RecipeError(f"max_minutes and max_steps={self.max_steps} both set the length of the run: keep one.")
+        for name in ("warmup_steps", "head_first_steps"):
+            if vars(self)[name] >= 1:
+                raise RecipeError(
+                    f"{name}={vars(self)[name]:g}: expected a fraction of the run, below 1, since the number of steps "
+                    "in max_minutes is not known."
+                )
+
+    def _optimizer(self) -> str:
+        """The optimizer that was asked for, or the default."""
+        sharded = self.fsdp or self.deepspeed
+        if sharded and self.optim == MUON:
+            raise RecipeError(
+                "optim=muon orthogonalises whole matrices, but fsdp and deepspeed give each process a part of them. "
+                "Leave optim out, which is adamw_torch_fused there, or leave fsdp and deepspeed out."
+            )
+        return self.optim or ("adamw_torch_fused" if sharded else MUON)
 
     def _resolve_schedule(self) -> None:
         """Fill in the schedule's defaults, and translate `step`, which transformers lacks.

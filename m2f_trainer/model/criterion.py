@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .compact_masks import CompactMasks, chunks
 from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
+from .discrimination import discrimination
 from .matcher import Matches, match
 
 
@@ -46,6 +47,7 @@ class LossSettings:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
+    discrimination_weight: float = 0.0
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -90,6 +92,8 @@ class Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the weighted terms, each a vector of the L outputs: loss_cross_entropy, loss_mask, loss_dice.
 
+        With a discrimination_weight there is a loss_discrimination of one number too, of the features themselves.
+
         embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), divisors as `normalizer` gives
         them (default: of this batch), T masks and class_labels [(N_b,)] in the batch's order.
         """
@@ -108,11 +112,15 @@ class Criterion(nn.Module):
             mask, dice = self._mask_losses(embeddings, features, masks, matches, points)
             untouched = 0 * (embeddings.sum() + features.sum())  # a rank without objects gives gradients too
             count = divisors[0].clamp(min=1)
-            return {
+            terms = {
                 "loss_cross_entropy": self.settings.class_weight * classes,
                 "loss_mask": self.settings.mask_weight * mask / count + untouched,
                 "loss_dice": self.settings.dice_weight * dice / count,
             }
+            if self.settings.discrimination_weight:
+                apart = discrimination(features, masks, [len(labels) for labels in class_labels], points.matching)
+                terms["loss_discrimination"] = self.settings.discrimination_weight * (apart / count).unsqueeze(0)
+            return terms
 
     def _class_loss(self, class_logits: Tensor, class_labels: Sequence[Tensor], matches: Matches) -> Tensor:
         """Summed weighted cross entropy of all queries -> (L,)."""

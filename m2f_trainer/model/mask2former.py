@@ -43,6 +43,8 @@ class M2FConfig(Mask2FormerConfig):
     categories      class k is the k-th entry, {"id": the dataset's own id, "name": ...}
     image_height, image_width
                     the padded frame that images are fitted into, multiples of the backbone's stride
+    discrimination_weight
+                    weight of a loss that only training has (see `discrimination`); 0 is off
     backbone_name   what the backbone was made from: a table name, Hub id or folder; "" for a random start
     head_checkpoint, init_from
                     what the weights started from, kept for the licence chain
@@ -55,6 +57,7 @@ class M2FConfig(Mask2FormerConfig):
     categories: list[dict[str, Any]] | None = None
     image_height: int = 1024
     image_width: int = 1024
+    discrimination_weight: float = 0.0
     image_mean: list[float] | tuple[float, ...] = IMAGE_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGE_STD
     backbone_name: str = ""
@@ -107,7 +110,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         self.class_predictor = nn.Linear(config.hidden_dim, classes + 1)
         weights = (config.class_weight, config.mask_weight, config.dice_weight, config.no_object_weight)
         points = (config.train_num_points, config.oversample_ratio, config.importance_sample_ratio)
-        self.criterion = Criterion(classes, LossSettings(*weights, *points))
+        self.criterion = Criterion(classes, LossSettings(*weights, *points, config.discrimination_weight))
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         for name in ("mean", "std"):
@@ -145,7 +148,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         if mask_labels is not None and class_labels is not None:
             masks = CompactMasks.of(mask_labels, pixel_values.shape[-2:])
             terms = self.criterion(embeddings, features, class_logits, masks, class_labels, num_items_in_batch)
-            loss = torch.stack(list(terms.values())).sum()
+            loss = torch.cat(list(terms.values())).sum()
         with torch.set_grad_enabled(torch.is_grad_enabled() and loss is None):
             mask_logits = None if self.training else torch.einsum("bqc,bchw->bqhw", embeddings[-1], features)
         output = Mask2FormerForUniversalSegmentationOutput(

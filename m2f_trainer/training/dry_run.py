@@ -15,6 +15,7 @@ from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
+from m2f_trainer.training.callbacks.clock import TICKS
 from m2f_trainer.training.checkpointing.fingerprint import updates_an_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
@@ -131,6 +132,7 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
     ]
     an_epoch = updates_an_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
+    steps = steps if train.max_minutes is None else TICKS
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)
@@ -158,9 +160,16 @@ def steps_text(plan: Plan) -> str:
         train.gradient_accumulation_steps,
         train.world_size,
     )
-    return (
+    length = (
         f"{plan.steps:,} optimiser steps, {plan.steps_an_epoch:,} an epoch: "
-        f"{plan.steps / plan.steps_an_epoch:.1f} epochs of {plan.images:,} images\n"
+        f"{plan.steps / plan.steps_an_epoch:.1f} epochs of {plan.images:,} images"
+    )
+    if train.max_minutes is not None:
+        length = (
+            f"{train.max_minutes:g} minutes; {plan.steps_an_epoch:,} optimiser steps an epoch of {plan.images:,} images"
+        )
+    return (
+        f"{length}\n"
         f"{device * accumulated * devices} images a step: "
         f"{device} a device x {accumulated} accumulated x {devices} devices"
     )
@@ -170,11 +179,12 @@ def curve_text(plan: Plan) -> str:
     """The table of learning rates at a few steps; with layer decay the backbone's is that of its last block."""
     head, backbone = rate_factors(plan.train, plan.steps)
     rate, multiplier = plan.train.learning_rate, plan.train.backbone_lr_multiplier or 0.0
-    rows = []
+    rows, minutes = [], plan.train.max_minutes
     for step in sorted({min(round(point * plan.steps), plan.steps - 1) for point in POINTS}):
-        rows.append((f"{step:,}", f"{rate * head(step):.2e}", f"{rate * multiplier * backbone(step):.2e}"))
+        at = f"{step:,}" if minutes is None else f"{minutes * step / plan.steps:.1f}"
+        rows.append((at, f"{rate * head(step):.2e}", f"{rate * multiplier * backbone(step):.2e}"))
     trains = any(group["name"] not in ("neck and head", "backbone LoRA") for group in plan.groups)
-    heads = ("at step", "learning rate", "of the backbone")
+    heads = ("at step" if minutes is None else "at minute", "learning rate", "of the backbone")
     return columns([row if trains else row[:2] for row in [heads, *rows]])
 
 

@@ -34,6 +34,7 @@ from m2f_trainer.training.checkpointing.fingerprint import digest_of
 logger = logging.getLogger(__name__)
 MAPS, KEY = "maps.bf16", "maps.json"
 SPARE = 0.02  # fraction of the disk that is left free
+PIXELS_AT_ONCE = 2**18  # of small images, such as 16 of 128 x 128
 
 
 @dataclass(frozen=True)
@@ -186,16 +187,20 @@ def make_room(maps: MapFile) -> None:
 
 @torch.no_grad()
 def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: Any) -> None:
-    """Run the backbone over this rank's share of all views, and write the maps."""
+    """Run the backbone over this rank's share of all views, and write the maps.
+
+    In bfloat16, which the file has anyway, where the recipe or the CPU's units say so; small images many at a time.
+    """
     state = PartialState()
     todo = AllViews(dataset, maps.views, slice(state.process_index, None, state.num_processes))
-    loader: DataLoader[Any] = DataLoader(
-        todo, args.per_device_train_batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate
-    )
+    transform: Any = dataset.transform
+    batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
+    loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate)
     records = iter(todo.records)
+    half = bool(args.bf16) or (args.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     for batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
             found = model.encoder.backbone_features(pixels)
         for maps_of_one in zip(*found, strict=True):
             maps.write(next(records), maps_of_one)

@@ -6,6 +6,7 @@ The schedule is one of transformers', multiplied with the recipe's own factors b
 
 import re
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
-from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.config.training_arguments import MUON, TrainArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.training.ema import add_averages
+from m2f_trainer.training.muon import MuonAdamW
 
 BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"
 UNDECAYED_NAMES = (
     "level_embed", "position_embeddings", "cls_token", "register_tokens", "mask_token", "lambda1", "gamma",
 )  # fmt: skip
+NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
+LARGEST = 256
+"""What Muon leaves to AdamW: layers that start at zero, the first and the last one, as its author advises; and matrices
+whose smaller side is above this, which take a large part of a step to make orthogonal."""
 BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
 STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
 
@@ -50,9 +57,14 @@ def rates_of(arguments: Any) -> Rates:
 
 
 def build_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-    """transformers' optimiser for these arguments (`optim`), over our parameter groups."""
-    factory, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
-    optimizer: Optimizer = factory(parameter_groups(model, rates_of(arguments)), **settings)
+    """The optimiser that `optim` names, Muon or one of transformers, over our parameter groups."""
+    groups, stock = parameter_groups(model, rates_of(arguments)), copy(arguments)
+    if arguments.optim == MUON:  # the fused AdamW would skip fp16's overflows by itself, and Muon would not
+        stock.optim = OptimizerNames.ADAMW_TORCH if arguments.fp16 else OptimizerNames.ADAMW_TORCH_FUSED
+    factory, settings = Trainer.get_optimizer_cls_and_kwargs(stock, model)  # type: ignore[arg-type]
+    if arguments.optim == MUON:
+        factory, settings = MuonAdamW, {**settings, "matrices": matrices(model)}
+    optimizer: Optimizer = factory(groups, **settings)
     if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
         optimizer.register_step_post_hook(add_averages)
     return optimizer
@@ -94,6 +106,17 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
         start = {"name": part, "params": [], "lr": rates.learning_rate * multiplier, "weight_decay": decay}
         groups.setdefault((part, name in plain), start)["params"].append(parameter)
     return list(groups.values())
+
+
+def matrices(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Neck and head's parameters that Muon steps, and how many matrices each is: 3 where attention's are packed."""
+    plain, found = undecayed(model), {}
+    for name, parameter in trainable(model).items():
+        if BACKBONE in name or name in plain or any(word in name for word in NOT_MATRICES):
+            continue
+        if parameter.ndim > 1 and 1 < min(len(parameter), parameter[0].numel()) <= LARGEST:
+            found[parameter] = 3 if name.endswith("in_proj_weight") else 1
+    return found
 
 
 def top_block(model: nn.Module) -> int:

@@ -4,11 +4,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from m2f_trainer.config.arguments import DataArguments, ModelArguments
+from m2f_trainer.config.arguments import HEADS, DataArguments, ModelArguments
 from m2f_trainer.config.recipe import Recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
@@ -101,11 +102,17 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
         num_queries=model.num_queries,
         drop_path=model.drop_path,
         rope_rescale=model.rope_rescale,
-        **(model.head_config if isinstance(model.head_config, dict) else {}),
+        **head_fields(model),
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
     set_tuning(built, model.tune, lora)
     return built
+
+
+def head_fields(model: ModelArguments) -> dict[str, Any]:
+    """Fields of `M2FConfig`: the preset's, changed by head_config."""
+    given = model.head_config if isinstance(model.head_config, dict) else {}
+    return {"discrimination_weight": model.discrimination_weight, **HEADS[model.head], **given}
 
 
 def require_figure(name: str | None, rows: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from m2f_trainer.run_folder import (
     write_metrics,
 )
 from m2f_trainer.training.auto import images_a_device, resolve
+from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
 from m2f_trainer.training.callbacks.signals import StopOnSignal
@@ -67,6 +69,7 @@ def train(recipe: Recipe) -> dict[str, float]:
 
     Raises RunStopped, a KeyboardInterrupt, when a signal asked the run to stop; a checkpoint is saved by then.
     """
+    begun = time.monotonic()
     recipe.train.start_process_group()
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
@@ -77,7 +80,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         facts = fingerprint(recipe, data.train, data.valid, data.categories)
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
         model = build(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
-        callbacks = [*run_callbacks(recipe.train), *resume_callbacks(start), stop]
+        callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, data, facts, callbacks)
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -76,7 +76,7 @@ def main() -> None:
     )  # fmt: skip
     data: Any = FourImages()
     trainer = M2FTrainer(
-        tiny_model().double(),
+        tiny_model(discrimination_weight=5.0).double(),
         arguments,
         train_dataset=data,
         eval_dataset=data,

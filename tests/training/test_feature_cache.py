@@ -50,6 +50,7 @@ def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
 def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     plain, kept, model = both(rows, tmp_path)
     encoder, compute = model.encoder, model.encoder.backbone_features
     for epoch in range(2):
@@ -63,6 +64,18 @@ def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
             )
             rounded = loss_of(model, plain)
         torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
+
+
+def test_a_cpu_with_bfloat16_units_computes_the_maps_in_it(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    _, kept, model = both(rows, tmp_path)
+    pixels, mask = (kept[0][name].unsqueeze(0) for name in ("pixel_values", "pixel_mask"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model.encoder.backbone_features(model.normalise(pixels, mask))
+    for found, one in zip(kept[0]["backbone_maps"], wanted, strict=True):
+        torch.testing.assert_close(found, one[0].bfloat16(), rtol=2e-2, atol=2e-2)
 
 
 def test_a_data_worker_at_another_view_does_not_change_what_this_one_reads(

@@ -7,6 +7,7 @@ the order does not depend on who adds a callback, or when.
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
+from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import (
@@ -28,6 +29,7 @@ ORDER: tuple[tuple[type[TrainerCallback], str], ...] = (
     (SeedEveryStep, "seeds before another callback draws a random number"),
     (FiniteGuard, "ends the run before another callback sees gradients that are not finite"),
     (NoStockUpload, "raises before another callback starts an upload"),
+    (Clock, "sets the step's learning rates before a logger reads them"),
     (DefaultFlowCallback, "decides whether to log, evaluate and save; the rows below read and change that"),
     (TrainerCallback, "all others: the loggers of report_to, then the user's own, in the order they were added"),
     (EvaluateAtEverySave, "reads should_save as transformers and the user's callbacks leave it"),

@@ -1,0 +1,93 @@
+"""AdamW, with the updates of weight matrices made orthogonal.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled to AdamW's size of update so that both
+share one learning rate (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ, STEPS = (3.4445, -4.7750, 2.0315), 5
+MOMENTUM = 0.95
+RATE, SIZE = 4.0, 0.2
+"""A matrix's rate, in learning rates: heads learnt fastest at 2 to 4 (benchmarks/accuracy). And the root mean square of
+an AdamW update, which Liu et al. give Muon's."""
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Each matrix (M, n, m) with its singular values brought near to 1, as float32.
+
+    The odd polynomials of Newton and Schulz, as `torch.optim.Muon` has them. All but two of the products are of the
+    smaller side squared: the polynomials of X X' are multiplied first.
+    """
+    x = matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.transpose(1, 2) if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.transpose(1, 2)
+    total: Tensor | None = None
+    for step in range(STEPS):
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        total = factor if total is None else factor @ total
+        if step < STEPS - 1:
+            gram = factor @ gram @ factor
+    straight: Tensor = x if total is None else total @ x
+    return straight.transpose(1, 2) if tall else straight
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Steps the named matrices by Muon, as `torch.optim.Muon` at `RATE` times the group's rate, and the rest by AdamW.
+
+    `matrices` says of each of Muon's parameters into how many matrices, one above the other, it falls: 3 for a packed
+    attention's. A convolution's kernel (out, in, h, w) is a matrix (out, in x h x w).
+    """
+
+    def __init__(self, params: Iterable[Any], *, matrices: Mapping[nn.Parameter, int], **settings: Any) -> None:
+        self.matrices = dict(matrices)
+        super().__init__(params, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [
+                {**group, "params": [one for one in group["params"] if one not in self.matrices]} for group in groups
+            ]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Update a group's matrices, those of one shape together."""
+        alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter in self.matrices and parameter.grad is not None:
+                rows = len(parameter) // self.matrices[parameter]
+                alike[rows, parameter[0].numel()].append(parameter)
+        rate = RATE * group["lr"]
+        for (rows, columns), parameters in alike.items():
+            updates = torch.cat([self._update(one).reshape(-1, rows, columns) for one in parameters])
+            steps = orthogonal(updates).split([self.matrices[one] for one in parameters])
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(step.reshape(parameter.shape), alpha=-rate * SIZE * max(rows, columns) ** 0.5)
+
+    def _update(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient with Nesterov's momentum, in the parameter's shape."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:  # AdamW wants a count of steps when it loads a checkpoint
+            state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(parameter))
+        momentum: Tensor = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM)

@@ -1,0 +1,117 @@
+"""A run of minutes, with a clock that the test moves."""
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState
+
+from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import RecipeError
+from m2f_trainer.training.callbacks.clock import TICKS, Clock, clock_of
+from m2f_trainer.training.optimizer import rate_factors
+
+EVALUATION = 30.0
+
+
+class Time:
+    """Seconds, as `time.monotonic` gives them."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def arguments(**fields: object) -> TrainArguments:
+    given = {"use_cpu": True, "report_to": "none", "warmup_steps": 0.1, "max_minutes": 10.0, **fields}
+    return TrainArguments(**given)  # type: ignore[arg-type]
+
+
+class Run:
+    """Steps of a second each, as the Trainer's loop calls its callbacks."""
+
+    def __init__(self, time: Time, clock: Clock, step: int = 0, **fields: object) -> None:
+        self.time, self.clock, self.args = time, clock, arguments(**fields)
+        weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+        groups = [{"params": [w], "name": name} for w, name in zip(weights, ("neck and head", "backbone"), strict=True)]
+        self.optimizer = torch.optim.SGD(groups, lr=2.0)
+        self.schedule = LambdaLR(self.optimizer, lambda _: 1.0)
+        self.state = TrainerState(global_step=step, max_steps=10**9)
+        self.control = TrainerControl()
+        self.told = {"optimizer": self.optimizer, "lr_scheduler": self.schedule}
+        clock.on_train_begin(self.args, self.state, self.control, **self.told)
+
+    def step(self, seconds: float = 1.0) -> list[float]:
+        """One step; the rates that it was made at."""
+        self.clock.on_step_begin(self.args, self.state, self.control, **self.told)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.step()
+        self.schedule.step()
+        self.time.seconds += seconds
+        self.state.global_step += 1
+        self.clock.on_step_end(self.args, self.state, self.control, **self.told)
+        return rates
+
+
+def test_the_rates_follow_the_time_and_not_the_steps() -> None:
+    time = Time()
+    run = Run(time, Clock(10, now=time), head_first_steps=0.5)
+    head, backbone = rate_factors(run.args, TICKS)
+    passed = 0.0
+    for seconds in (0.0, 30.0, 200.0, 100.0, 250.0):
+        tick = int(TICKS * passed / 600)
+        assert run.step(seconds) == pytest.approx([2 * head(tick), 2 * backbone(tick)])
+        assert run.schedule.get_last_lr() == [group["lr"] for group in run.optimizer.param_groups]
+        passed += seconds
+
+
+def test_the_run_ends_evaluated_and_saved_when_its_minutes_are_over() -> None:
+    time = Time()
+    run = Run(time, Clock(10, now=time))
+    while not run.control.should_training_stop:
+        assert run.state.global_step < run.state.max_steps
+        assert not run.control.should_save
+        run.step(7.0)
+    assert run.state.global_step == run.state.max_steps == 86, "600 seconds by 7"
+    assert run.control.should_evaluate
+    assert run.control.should_save
+
+
+def test_what_passed_before_the_first_step_counts_and_the_forecast_goes_by_the_steps_alone() -> None:
+    time = Time()
+    run = Run(time, Clock(10, passed=300, now=time))
+    for _ in range(10):
+        run.step(3.0)
+    assert run.state.max_steps == 100, "300 seconds were left for steps of 3 seconds"
+
+
+def test_a_resumed_run_has_the_rest_of_the_time_its_checkpoint_included() -> None:
+    time = Time()
+    first = Run(time, Clock(10, now=time))
+    for _ in range(40):
+        first.step(5.0)
+    time.seconds += EVALUATION
+    kept = first.clock.state()
+    time.seconds += 10_000  # the machine was off
+    restored = Clock.from_state(kept)
+    restored.now, restored.read_at = time, time()
+    again = Run(time, restored, step=40)
+    assert again.clock.share() == pytest.approx((200 + EVALUATION) / 600)
+    steps = 0
+    while not again.control.should_training_stop:
+        again.step(5.0)
+        steps += 1
+    assert steps == (600 - 200 - EVALUATION) / 5
+
+
+def test_a_run_of_minutes_takes_no_other_length_and_no_counted_warm_up() -> None:
+    with pytest.raises(RecipeError, match="max_minutes and max_steps=50 both set the length of the run"):
+        arguments(max_steps=50)
+    with pytest.raises(RecipeError, match="warmup_steps=20: expected a fraction of the run, below 1"):
+        arguments(warmup_steps=20)
+
+
+def test_only_a_run_of_minutes_has_a_clock() -> None:
+    assert clock_of(TrainArguments(use_cpu=True, report_to="none"), 0.0) == []
+    assert [type(one) for one in clock_of(arguments(), 0.0)] == [Clock]
