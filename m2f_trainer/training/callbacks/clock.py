@@ -53,6 +53,9 @@ class Clock(TrainerCallback, ExportableState):
             self.minutes = args.max_minutes
             self.head, self.backbone = rate_factors(args, TICKS)
         self.first = (state.global_step, self.share())
+        if self.first[1] >= 1:
+            state.max_steps = state.global_step  # a finished run that is resumed; `M2FTrainer` makes no step of it
+            control.should_evaluate = control.should_save = False  # the checkpoint was made while they were set
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

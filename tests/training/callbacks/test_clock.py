@@ -105,6 +105,12 @@ def test_a_resumed_run_has_the_rest_of_the_time_its_checkpoint_included() -> Non
     assert steps == (600 - 200 - EVALUATION) / 5
 
 
+def test_a_finished_run_that_is_resumed_is_at_its_last_step() -> None:
+    time = Time()
+    kept = Clock(10, passed=601, now=time).state()
+    assert Run(time, Clock.from_state(kept), step=40).state.max_steps == 40
+
+
 def test_a_run_of_minutes_takes_no_other_length_and_no_counted_warm_up() -> None:
     with pytest.raises(RecipeError, match="max_minutes and max_steps=50 both set the length of the run"):
         arguments(max_steps=50)
