@@ -16,7 +16,7 @@ from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.gallery import truth_of
 from m2f_trainer.run_folder import read_run
-from m2f_trainer.viz.charts import lines, save_png
+from m2f_trainer.viz.charts import line_chart, save_png
 from m2f_trainer.viz.overlay import draw_instances
 
 IMAGES, SIDE, GAP = 4, 220, 4
@@ -37,7 +37,7 @@ def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
     """Write both pictures."""
     out.mkdir(parents=True, exist_ok=True)
     curves = {name: [(0.0, 0.0), *read_run(Path(run)).curves["eval_map"]] for name, run in runs.items()}
-    save_png(lines(curves, "step; mask AP"), out / "curve.png")
+    save_png(line_chart(curves, "step", "mask AP"), out / "curve.png")
     test = load_dataset(dataset)["test"]
     words = {category.id: "" for category in categories_of(test)}  # scores are enough on small pictures
     rows = [test[k] for k in range(0, len(test), len(test) // IMAGES)][:IMAGES]

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
 from benchmarks.measure import in_a_process, machine
 from m2f_trainer.config.recipe import OptionParser, Recipe, load_recipe
 from m2f_trainer.training.run import train
-from m2f_trainer.viz.charts import Drawing, lines, save_png
+from m2f_trainer.viz.charts import line_chart, save_png
 
 FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "eval_map_medium": "medium"}
 
@@ -195,7 +196,7 @@ def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str
     }
 
 
-def curves(rows: dict[str, list[dict[str, Any]]]) -> Drawing:
+def curves(rows: dict[str, list[dict[str, Any]]]) -> Figure:
     """Mask AP over steps, mean of the seeds, a line a row."""
     courses = {
         row: [
@@ -204,7 +205,7 @@ def curves(rows: dict[str, list[dict[str, Any]]]) -> Drawing:
         ]
         for row, runs in rows.items()
     }
-    return lines({row: [(0, 0.0), *course] for row, course in courses.items()}, "step; mask AP")
+    return line_chart({row: [(0, 0.0), *course] for row, course in courses.items()}, "step", "mask AP")
 
 
 def to_markdown(rows: dict[str, list[dict[str, Any]]]) -> str:

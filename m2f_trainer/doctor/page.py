@@ -1,6 +1,5 @@
-"""The doctor's page: one HTML file that needs nothing else; findings, histograms and pictures, worst cases first."""
+"""The page of `m2f check`: one self-contained HTML file with findings, histograms and pictures, worst cases first."""
 
-import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f_trainer.data.problems import KINDS, Finding, listed
+from m2f_trainer.data.problems import KINDS, listed
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.pictures import draw_objects
 from m2f_trainer.doctor.scan import Scan
@@ -21,61 +20,55 @@ from m2f_trainer.doctor.summary import (
     relative_file,
     verdict,
 )
-from m2f_trainer.viz.charts import bars
-from m2f_trainer.viz.html import chart, page, photograph, table
+from m2f_trainer.viz.charts import bar_chart
+from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 
-_PICTURES = 24
-_BARS = 40
+MOST_PICTURES = 24
+MOST_BARS = 40
 
 
 def render(examination: Examination) -> str:
-    """The page as text."""
-    name = html.escape(Path(examination.dataset).resolve().name)
-    parts = [
-        f"<h1>{name}</h1>",
-        f'<p class="verdict">{html.escape(verdict(examination))}</p>',
-        *_summary(examination),
-        "<h2>Findings</h2>",
-        *(_finding(finding, examination) for finding in examination.findings),
-        *(["<p>None.</p>"] if not examination.findings else []),
-        *_histograms(examination),
-        *_pictures(examination),
-    ]
-    return page(f"m2f check: {Path(examination.dataset).resolve().name}", parts)
-
-
-def _summary(examination: Examination) -> Iterator[str]:
-    told = figures(examination)
-    columns = ("images", "empty", "instances", "crowds")
-    head = ("split", "images", "empty", "objects", "crowds")
-    yield table(head, [[split, *(row[key] for key in columns)] for split, row in told["splits"].items()])
-
-
-def _finding(finding: Finding, examination: Examination) -> str:
-    kind, file = KINDS[finding.kind], html.escape(relative_file(finding, examination))
-    ids = f": {html.escape(listed(finding.ids))}" if finding.ids else ""
-    fix = f" <code>--fix</code>: {kind.fix}." if kind.fix else ""
-    return (
-        f'<article class="{finding.severity}"><p><b>{finding.severity}</b> {html.escape(kind.title)} '
-        f"<b>&times; {finding.count}</b></p><p>{html.escape(finding.message)}</p>"
-        f"<p>{html.escape(kind.why)} {html.escape(kind.remedy)}{fix}</p><small>{file}{ids}</small></article>"
+    """The text of the page."""
+    name = Path(examination.dataset).resolve().name
+    return render_page(
+        "check.html",
+        title=f"m2f check: {name}",
+        heading=name,
+        verdict=verdict(examination),
+        summary=_summary(examination),
+        findings=[
+            {
+                "kind": KINDS[finding.kind],
+                "severity": finding.severity,
+                "count": finding.count,
+                "message": finding.message,
+                "file": relative_file(finding, examination),
+                "ids": listed(finding.ids) if finding.ids else "",
+            }
+            for finding in examination.findings
+        ],
+        histograms=list(_histograms(examination)),
+        pictures=list(_pictures(examination)),
     )
 
 
-def _histograms(examination: Examination) -> Iterator[str]:
+def _summary(examination: Examination) -> Table:
+    columns = ("images", "empty", "instances", "crowds")
+    rows = [[split, *(row[key] for key in columns)] for split, row in figures(examination)["splits"].items()]
+    return Table(("split", "images", "empty", "objects", "crowds"), rows)
+
+
+def _histograms(examination: Examination) -> Iterator[Chart]:
     per_image, sides = instances_per_image(examination), object_sides(examination)
     size = f"{examination.settings.image_width}x{examination.settings.image_height}"
-    yield "<h2>Histograms</h2>"
-    yield '<div class="grid">'
     if per_image:
         queries = examination.settings.num_queries
-        yield _chart(f"Objects in an image (the model has {queries} queries)", _binned(per_image, whole=True))
+        yield _bars(f"Objects in an image (the model has {queries} queries)", _binned(per_image, whole=True))
     if sides:
-        yield _chart(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
+        yield _bars(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
     totals = {name: sum(counts.values()) for name, counts in class_counts(examination).items()}
-    yield _chart("Objects of a class", sorted(totals.items(), key=lambda item: -item[1]))
-    yield _chart("Image sizes", image_sizes(examination))
-    yield "</div>"
+    yield _bars("Objects of each class", sorted(totals.items(), key=lambda item: -item[1]))
+    yield _bars("Image sizes", image_sizes(examination))
 
 
 def _binned(values: Sequence[float], *, whole: bool) -> list[tuple[str, int]]:
@@ -93,31 +86,32 @@ def _binned(values: Sequence[float], *, whole: bool) -> list[tuple[str, int]]:
     return list(zip(labels, counts.tolist(), strict=True))
 
 
-def _chart(title: str, rows: Sequence[tuple[str, int]]) -> str:
-    return chart(title, bars(rows[:_BARS]), f"and {len(rows) - _BARS} more" if len(rows) > _BARS else "")
+def _bars(title: str, rows: Sequence[tuple[str, int]]) -> Chart:
+    rest = [f"and {len(rows) - MOST_BARS} more"] if len(rows) > MOST_BARS else []
+    return chart(title, bar_chart(rows[:MOST_BARS]), *rest)
 
 
-def _pictures(examination: Examination) -> Iterator[str]:
-    """Images with the most findings first, then the most crowded."""
-    blamed: Counter[tuple[str, int]] = Counter()
-    told: dict[tuple[str, int], list[str]] = {}
+def _pictures(examination: Examination) -> Iterator[Photo]:
+    """The images with the most findings first, then those with the most objects."""
+    counts: Counter[tuple[str, int]] = Counter()
+    problems: dict[tuple[str, int], list[str]] = {}
     for finding in examination.findings:
         for image_id, count in Counter(finding.images).items():
             key = (finding.file, image_id)
-            blamed[key] += count
-            told.setdefault(key, []).append(f"{KINDS[finding.kind].title} ({count})")
-    images = [(split, scan) for split, scans in examination.scans.items() for scan in scans]
-    keys = {id(scan): (examination.splits[split].name, scan.entry["id"]) for split, scan in images}
-    images.sort(key=lambda item: (-blamed[keys[id(item[1])]], -len(item[1].targets)))
-    yield "<h2>Pictures, worst cases first</h2>"
-    yield '<div class="grid">'
-    for split, scan in images[:_PICTURES]:
-        yield _picture(split, scan, told.get(keys[id(scan)], []))
-    yield "</div>"
+            counts[key] += count
+            problems.setdefault(key, []).append(f"{KINDS[finding.kind].title} ({count})")
+    images = [
+        (split, scan, (examination.splits[split].name, scan.entry["id"]))
+        for split, scans in examination.scans.items()
+        for scan in scans
+    ]
+    images.sort(key=lambda image: (-counts[image[2]], -len(image[1].targets)))
+    for split, scan, key in images[:MOST_PICTURES]:
+        yield _picture(split, scan, problems.get(key, []))
 
 
-def _picture(split: str, scan: Scan, problems: Sequence[str]) -> str:
+def _picture(split: str, scan: Scan, problems: Sequence[str]) -> Photo:
     name, size = scan.entry["file_name"], f"{scan.entry['width']}x{scan.entry['height']}"
     count = f"{len(scan.objects)} annotation{'s' * (len(scan.objects) != 1)}"
     caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {count}", *problems)
-    return photograph(draw_objects(scan.source, scan.objects, 480), name, caption)
+    return photo(draw_objects(scan.source, scan.objects, 480), name, caption)

@@ -40,18 +40,19 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
     kinds = {"masks": "", "boxes": "box_"} | ({"boundary": "boundary_"} if f"{prefix}boundary_map" in metrics else {})
     for label, kind in kinds.items():
         values = [metrics.get(f"{prefix}{kind}{column}", -1.0) for column in COLUMNS]
-        lines.append(f"{label:8}" + "".join(f"{_percent(value):>8}" for value in values))
+        lines.append(f"{label:8}" + "".join(f"{percent(value):>8}" for value in values))
     start = prefix + CLASS_KEY
     classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
     width = max([len("class"), *map(len, classes)]) + 2
     if classes:
         lines += ["", f"{'class':{width}}{'AP':>8}"]
     ranked = sorted(classes.items(), key=lambda item: -item[1])
-    return "\n".join(lines + [f"{printable(name):{width}}{_percent(value):>8}" for name, value in ranked])
+    return "\n".join(lines + [f"{printable(name):{width}}{percent(value):>8}" for name, value in ranked])
 
 
-def _percent(value: float) -> str:
-    return "-" if value < 0 else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    """A share as percent; "-" where it was not scored (None) or where there was nothing to score (-1)."""
+    return "-" if value is None or value < 0 else f"{100 * value:.1f}"
 
 
 Engine = Literal["auto", "hotcoco", "pycocotools"]

@@ -1,91 +1,90 @@
-"""`m2f report`: one page about a run, or about several beside one another, that needs nothing else."""
+"""`m2f report`: one self-contained page about a run, or about several runs side by side."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
+from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
 from m2f_trainer.run_folder import Run, read_runs
-from m2f_trainer.viz.charts import lines
-from m2f_trainer.viz.html import SORT, chart, grid, page, photograph, table, write_page
+from m2f_trainer.viz.charts import line_chart
+from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page, write_page
 
 SUMMARY = {
     "eval_map": "AP", "eval_map_50": "AP50", "eval_map_75": "AP75", "eval_map_small": "small",
     "eval_map_medium": "medium", "eval_map_large": "large", "eval_mar_100": "AR100", "eval_box_map": "box AP",
     "eval_boundary_map": "boundary AP", "test_map": "test AP",
 }  # fmt: skip
-COURSES = {
+LOGGED = {
     "eval_map": "Mask AP", "eval_map_50": "Mask AP50", "eval_boundary_map": "Boundary AP", "loss": "Training loss",
     "learning_rate": "Learning rate", "data_wait": "Share of time spent waiting for data",
 }  # fmt: skip
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write the page about these runs; returns its path. Raises ModelFolderError where a folder holds no evaluation."""
+    """Write the page about these runs; return its path. Raises ModelFolderError where a folder has no evaluation."""
     runs = read_runs(folders)
-    title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
-    return write_page(output, page(f"m2f report: {title}", list(_parts(title, runs)), SORT))
-
-
-def _parts(title: str, runs: Sequence[Run]) -> Iterator[str]:
-    given = {run.name: run.details for run in runs}
-    yield f"<h1>{html.escape(title)}</h1>"
-    yield "<p>COCO figures in percent, at the images' original size, against the untouched annotations.</p>"
-    yield _summary(runs)
-    yield "<h2>Course</h2>" + grid(list(_courses(runs)))
-    yield "<h2>Classes</h2>" + (_classes(runs[0].details) if len(runs) == 1 else _classes_compared(runs))
-    yield "<h2>Precision, recall and scores</h2>" + grid(list(_score_charts(given)))
-    yield "<h2>Errors</h2>"
-    yield "<p>At IoU 0.5, as TIDE counts them. Its cost is the AP50, in points, to be had by mending it alone.</p>"
-    yield _errors(given)
-    yield grid(
-        [chart(f"Confusion, {name}", plots.confusion(one), plots.confusion_key(one)) for name, one in given.items()]
+    heading = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
+    details = {run.name: run.details for run in runs}
+    text = render_page(
+        "report.html",
+        sortable=True,
+        title=f"m2f report: {heading}",
+        heading=heading,
+        summary=_summary(runs),
+        settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in runs]),
+        training=list(_training_charts(runs)),
+        classes=_classes(runs[0].details) if len(runs) == 1 else _classes_compared(runs),
+        score_charts=list(_score_charts(details)),
+        errors=_errors(details),
+        confusion=[
+            chart(f"Confusion, {name}", plots.confusion(one), plots.confusion_caption(one))
+            for name, one in details.items()
+        ],
+        galleries=[_gallery(run, 6 if len(runs) == 1 else 3) for run in runs],
     )
-    for run in runs:
-        yield from _photographs(run, 6 if len(runs) == 1 else 3)
+    return write_page(output, text)
 
 
-def percent(value: float | None) -> str:
-    """A share as percent; "-" where it was not scored."""
-    return "-" if value is None or value < 0 else f"{100 * value:.1f}"
-
-
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[Run]) -> Table:
     rows = [
-        [run.name, *(percent(run.figures.get(key)) for key in SUMMARY), run.figures.get("step", "-"), *_setting(run)]
-        for run in runs
+        [run.name, *(percent(run.figures.get(key)) for key in SUMMARY), run.figures.get("step", "-")] for run in runs
     ]
-    return table(["run", *SUMMARY.values(), "step", "backbone", "tuned", "input", "dataset"], rows)
+    return Table(["run", *SUMMARY.values(), "step"], rows)
 
 
-def _setting(run: Run) -> list[str]:
+def _settings(run: Run) -> list[str]:
     recipe = run.recipe
     size = f"{recipe['image_width']}x{recipe['image_height']}" if "image_width" in recipe else "-"
     dataset = str(recipe.get("dataset_name") or "-").rstrip("/").rsplit("/", 1)[-1]
     backbone = str(recipe.get("backbone") or "-")
     if Path(backbone).is_absolute():
         backbone = Path(backbone).name
-    return [backbone, str(recipe.get("tune", "-")), size, dataset]
+    if config := recipe.get("backbone_config"):  # a randomly initialised backbone of this configuration, instead
+        architecture = config.get("model_type", "backbone") if isinstance(config, Mapping) else "backbone"
+        backbone = f"{architecture}, randomly initialised"
+    return [run.name, backbone, str(recipe.get("tune", "-")), size, dataset]
 
 
-def _courses(runs: Sequence[Run]) -> Iterator[str]:
-    """A chart of each figure that was told; -1, a figure without truth, and what is no number are left out."""
-    for key, title in COURSES.items():
-        unit = 100 if key.startswith("eval_") else 1  # percent, as in the tables
-        told = {run.name: [(x, unit * y) for x, y in run.curves.get(key, []) if 0 <= y < math.inf] for run in runs}
-        series = {name: curve for name, curve in told.items() if curve}
+def _training_charts(runs: Sequence[Run]) -> Iterator[Chart]:
+    """A chart of each logged figure; values that are -1 (nothing to score), NaN or infinite are left out."""
+    for key, title in LOGGED.items():
+        scale = 100 if key.startswith("eval_") else 1  # percent, as in the tables
+        points = [[(x, scale * y) for x, y in run.curves.get(key, []) if 0 <= y < math.inf] for run in runs]
+        names = [run.name for run in runs] if len(runs) > 1 else [""]
+        series = {name: curve for name, curve in zip(names, points, strict=True) if curve}
         if series:
-            yield chart(title, lines(series, "step"))
+            yield chart(title, line_chart(series, "step"))
 
 
-def _classes(details: Mapping[str, Any]) -> str:
+def _classes(details: Mapping[str, Any]) -> Table:
     head = ("class", "objects", "AP", "AP50", "AP75", "boundary AP", "best threshold", "precision", "recall", "F1")
     rows = [
         [
@@ -96,10 +95,10 @@ def _classes(details: Mapping[str, Any]) -> str:
         ]
         for row in sorted(details["classes"], key=lambda row: -row["ap"])
     ]  # fmt: skip
-    return table(head, rows, sortable=True)
+    return Table(head, rows, sortable=True)
 
 
-def _classes_compared(runs: Sequence[Run]) -> str:
+def _classes_compared(runs: Sequence[Run]) -> Table:
     tables = [{row["name"]: row for row in run.details["classes"]} for run in runs]
     names = dict.fromkeys(name for one in tables for name in one)
     rows = [
@@ -107,52 +106,63 @@ def _classes_compared(runs: Sequence[Run]) -> str:
         + [percent(one[name]["ap"] if name in one else None) for one in tables]
         for name in names
     ]
-    return table(["class", "objects", *(f"AP, {run.name}" for run in runs)], rows, sortable=True)
+    return Table(["class", "objects", *(f"AP, {run.name}" for run in runs)], rows, sortable=True)
 
 
-def _score_charts(given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    several = len(given) > 1
-    yield chart("Precision over recall" + ", IoU 0.5" * several, plots.precision_recall(given), "Mean of the classes.")
+def _score_charts(details: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:
+    several = len(details) > 1
+    title = "Precision over recall" + ", IoU 0.5" * several
+    yield chart(title, plots.precision_recall(details), "Mean of the classes.")
     if not several:
-        (details,) = given.values()
-        yield chart("Precision over recall, IoU 0.5, classes with the most objects", plots.class_curves(details))
-        yield chart("Predictions by score", plots.score_counts(details))
-    told = ", ".join(f"{name} {one['calibration']['error']:.3f}" for name, one in given.items())
-    yield chart(
-        "Share of right predictions over score", plots.reliability(given), f"Expected calibration error: {told}"
-    )
+        (one,) = details.values()
+        title = "Precision over recall, IoU 0.5, classes with the most objects"
+        yield chart(title, plots.class_precision_recall(one))
+        yield chart("Predictions by score", plots.score_histogram(one))
+    errors = ", ".join(f"{name} {one['calibration']['error']:.3f}" for name, one in details.items())
+    title = "Share of correct predictions over score"
+    yield chart(title, plots.reliability(details), f"Expected calibration error: {errors}")
 
 
-def _errors(given: Mapping[str, Mapping[str, Any]]) -> str:
-    kinds = list(next(iter(given.values()))["errors"])
-    rows = [[kind, *(cell for one in given.values() for cell in _error_cells(one["errors"][kind]))] for kind in kinds]
-    head = ["error", *(cell for name in given for cell in (f"{name}: how many", f"{name}: cost"))]
-    return table(head, rows)
+def _errors(details: Mapping[str, Mapping[str, Any]]) -> Table:
+    errors = {name: one["errors"] for name, one in details.items()}
+    head = ["error", *(cell for name in errors for cell in (f"{name}: count", f"{name}: cost"))]
+    rows = [
+        [kind, *(cell for one in errors.values() for cell in (one[kind]["count"], f"{100 * one[kind]['cost']:.1f}"))]
+        for kind in next(iter(errors.values()))
+    ]
+    return Table(head, rows)
 
 
-def _error_cells(error: Mapping[str, float]) -> tuple[str, str]:
-    return str(error["count"]), f"{100 * error['cost']:.1f}"
+@dataclass(frozen=True)
+class Gallery:
+    """The worst and the best images of a run; where there are none, `problem` says why."""
+
+    run: str
+    photos: Mapping[str, Sequence[Photo]] = field(default_factory=dict)
+    problem: str = ""
 
 
-def _photographs(run: Run, most: int) -> Iterator[str]:
-    """The worst and the best images, truth on the left; a sentence where the dataset isn't here."""
-    yield f"<h2>Images of {html.escape(run.name)}: truth on the left, prediction on the right</h2>"
+def _gallery(run: Run, count: int) -> Gallery:
+    """At most `count` of the worst and `count` of the best images, ground truth on the left."""
     rows = rows_of_run(run)
     if rows is None:
         name = run.recipe.get("dataset_name")
-        why = f"the dataset {name} is not here" if name else "the folder doesn't say which dataset it is about"
-        yield f"<p>No pictures: {html.escape(why)}.</p>"
-        return
+        problem = f"the dataset {name} is not here." if name else "the run's recipe names no dataset."
+        return Gallery(run.name, problem=problem)
     categories = [Category(row["id"], row["name"]) for row in run.details["classes"]]
-    for kind in ("worst", "best"):
-        try:
-            made = pictures(rows, run.details["shown"][kind][:most], categories)
-        except ImageError as error:
-            yield f"<p>No pictures: {html.escape(str(error))}</p>"
-            return
-        yield f"<h3>The {kind}</h3>" if made else ""
-        yield grid([photograph(image, name, (name, _told(one))) for name, image, one in made], wide=True)
+    try:
+        photos = {
+            kind: [
+                photo(image, name, (name, _quality(entry)))
+                for name, image, entry in pictures(rows, run.details["shown"][kind][:count], categories)
+            ]
+            for kind in ("worst", "best")
+        }
+    except ImageError as error:
+        return Gallery(run.name, problem=str(error))
+    return Gallery(run.name, photos)
 
 
-def _told(one: Mapping[str, Any]) -> str:
-    return f"quality {one['quality']:.2f}: {one['found']} found, {one['wrong']} wrong, {one['missed']} missed"
+def _quality(entry: Mapping[str, Any]) -> str:
+    found, wrong, missed = entry["found"], entry["wrong"], entry["missed"]
+    return f"quality {entry['quality']:.2f}: {found} found, {wrong} wrong, {missed} missed"

@@ -1,40 +1,52 @@
-"""Words and values of strangers as harmless Markdown."""
+"""Markdown from the templates in m2f_trainer/templates, with every value escaped."""
+
+from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from m2f_trainer.viz.html import template_environment
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+def render_markdown(template: str, **values: Any) -> str:
+    """The text of a template, its values escaped by `escape` unless they are `verbatim`."""
+
+    def finalize(value: Any) -> Any:
+        return value if hasattr(value, "__html__") else verbatim(escape(str(value)))
+
+    return template_environment(finalize=finalize, keep_trailing_newline=True).get_template(template).render(**values)
+
+
+def verbatim(text: str) -> Markup:
+    """Text that a template takes as it is: Markdown of ours, or text that is escaped already."""
+    from markupsafe import Markup
+
+    return Markup(text)
 
 
 def escape(text: str, code: bool = False) -> str:
-    """Text as one harmless line of Markdown; `code` for text inside backticks or a code block."""
+    """One line of Markdown that shows the text and does nothing else; `code`: for backticks and code blocks."""
     line = re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+", " ", text).strip()[:200]
     if code:
         return re.sub(r"[`\"'\\<>]", "_", line)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:.@-])", r"\\\1", html.escape(line, quote=False))
 
 
-def percent(value: float) -> str:
-    """A share as percent; "-" where there was no truth."""
-    return "-" if value < 0 else f"{100 * value:.1f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table of cells that are Markdown already, with an empty line after it."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
-
-
-def code(values: Mapping[str, Any]) -> list[str]:
-    """A block of JSON, which stays a block whatever is in it: JSON has escapes for every character."""
-    text = re.sub(r"[<>&`(]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(values, indent=2))
-    return ["```json", *text.splitlines(), "```"]
+def json_block(values: Mapping[str, Any]) -> Markup:
+    """JSON for a code block, which nothing in it can end: JSON has escapes for every character."""
+    text = json.dumps(values, indent=2)
+    return verbatim(re.sub(r"[<>&`(]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with each absolute path cut to its last part, at any depth: the world need not know your folders."""
+    """The values with each absolute path, at any depth, cut to its last part, so that no local folder is published."""
     return {key: _without_folder(value) for key, value in values.items()}
 
 

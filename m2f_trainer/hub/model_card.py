@@ -1,13 +1,15 @@
-"""The model card: what was trained on what, how well it does, how to use it with and without us, and its licences.
+"""The model card: training data and settings, metrics, use with and without this package, limits and licences.
 
-Names of datasets and categories come from strangers' files, so they are escaped before they enter Markdown; the
-metadata goes through huggingface_hub's YAML writer. A card ends with its own digest: one that no longer fits it was
-changed by hand, and is kept.
+The text is the template m2f_trainer/templates/model_card.md. Names of datasets and classes come from the files of
+strangers, so every value is escaped before it enters Markdown; the metadata goes through huggingface_hub's YAML writer.
+A card ends with its own digest: where the digest doesn't match, someone has edited the card, and it is kept.
 """
+
+from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,35 +20,76 @@ from huggingface_hub import EvalResult, ModelCardData
 from m2f_trainer.config.recipe import GROUPS, rows
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import SharingError
+from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
-from m2f_trainer.hub.markdown import code, escape, percent, table, without_folders
+from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
 from m2f_trainer.run_folder import read_details, read_json
 
 CARD = "README.md"
-FEW = 20  # objects of a class, below which chance decides its figures
 SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
+PICTURES = "pictures"
+"""The folder of a card's pictures. They show the dataset, so they are uploaded only where that was asked for."""
+
+SHOWN_PICTURES, PICTURE_SIDE = 3, 480  # of the worst and of the best images each; pixels of the longer side
+FEW_OBJECTS = 20  # figures of a class with fewer objects are mostly chance
+GIBIBYTE = 2**30
+
+SPLITS = {"eval_": "valid", "test_": "test"}
+METRICS = {
+    "map": "mask AP",
+    "map_50": "mask AP50",
+    "map_75": "mask AP75",
+    "map_small": "small",
+    "map_medium": "medium",
+    "map_large": "large",
+    "box_map": "box AP",
+    "boundary_map": "boundary AP",
+}
+ERRORS = {
+    "class": "wrong class",
+    "localisation": "poor outline",
+    "both": "wrong class and poor outline",
+    "duplicate": "duplicate",
+    "background": "background",
+    "missed": "missed",
+}
+LOCAL_THEMES = (
+    "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
+)  # fmt: skip
+LOCAL_FIELDS = {
+    "dataloader_pin_memory", "hub_revision", "hub_private_repo", "accelerator_config", "run_name", "project",
+    "disable_tqdm", "logging_dir", "do_eval", "dataloader_prefetch_factor", "include_for_metrics",
+}  # fmt: skip
+"""Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a card is for: `model_id` is what its examples load (by default the folder); the other two as `Target`."""
+class CardOptions:
+    """What a card is written for.
+
+    Attributes:
+        model_id: what its examples load; by default the name of the folder.
+        pictures: show the images that `draw_pictures` wrote.
+        adapter_only: describe an upload of the LoRA adapter, neck and head without the backbone's own weights.
+    """
 
     model_id: str | None = None
     pictures: bool = False
     adapter_only: bool = False
 
 
-def write_card(folder: str | Path, form: Form | None = None) -> Path:
+def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
     """Write README.md into a model's folder from the files beside it. Raises SharingError where there is no model."""
     path = Path(folder, CARD)
-    path.write_text(render_card(Path(folder), form), encoding="utf-8")
+    path.write_text(render_card(Path(folder), options), encoding="utf-8")
     return path
 
 
-def render_card(folder: Path, form: Form | None = None) -> str:
-    """The text of the card."""
-    config, form = read_json(folder / "config.json"), form or Form()
+def render_card(folder: Path, options: CardOptions | None = None) -> str:
+    """The text of the card. Raises SharingError where the folder holds no model."""
+    options = options or CardOptions()
+    config = read_json(folder / "config.json")
     if not config:
         raise SharingError(f"{folder} holds no model: expected config.json there. Give a run's folder or a checkpoint.")
     recipe, metrics, details = (
@@ -54,28 +97,39 @@ def render_card(folder: Path, form: Form | None = None) -> str:
         read_json(folder / "metrics.json"),
         read_details(folder),
     )
+    state, fingerprint = read_json(folder / "trainer_state.json"), read_json(folder / "fingerprint.json")
     dataset = Path(str(recipe.get("dataset_name") or "a COCO dataset")).name
     chain = licence_chain(config)
-    lines = [
-        "---",
-        metadata(config, metrics, dataset, chain).to_yaml().strip(),
-        "---",
-        "",
-        *introduction(config, recipe, dataset),
-        *results(metrics, details),
-        *errors(details),
-        *(gallery(folder) if form.pictures else []),
-        *usage(escape(form.model_id or folder.resolve().name, code=True), form.adapter_only),
-        *record(recipe, read_json(folder / "trainer_state.json"), read_json(folder / "fingerprint.json"), dataset),
-        *limits(config, details, dataset),
-        *licences(chain),
-    ]
-    text = "\n".join(lines)
+    calibration_error = details.get("calibration", {}).get("error")
+    fields_set = model_fields(recipe)
+    text = render_markdown(
+        "model_card.md",
+        metadata=verbatim(card_metadata(config, metrics, dataset, chain).to_yaml().strip()),
+        backbone=backbone_title(config),
+        names=[str(category["name"]) for category in config.get("categories") or []],
+        dataset=dataset,
+        built_with_dinov3=any(origin.licence == DINOV3 for origin in chain),
+        config={key: config.get(key) for key in ("image_height", "image_width", "neck", "num_queries")},
+        tune=recipe.get("tune", "unknown"),
+        results=results_table(metrics),
+        classes=classes_table(metrics, details),
+        errors=error_rows(details),
+        pictures=list(picture_entries(folder, details)) if options.pictures else [],
+        adapter_only=options.adapter_only,
+        model_id=verbatim(escape(options.model_id or folder.resolve().name, code=True)),
+        training=[*data_lines(fingerprint, dataset), *cost_lines(state)],
+        recipe=json_block(fields_set) if fields_set else None,
+        calibration_error=None if calibration_error is None else f"{100 * calibration_error:.0f}",
+        num_images=verbatim(f"{len(details.get('images', [])):,}") if details.get("images") else None,
+        rare=[row["name"] for row in details.get("classes", []) if row["objects"] < FEW_OBJECTS],
+        rare_limit=FEW_OBJECTS,
+        origins=[[source_name(one.source), verbatim(one.licence or "its own"), verbatim(one.duty)] for one in chain],
+    )
     return text + SIGNATURE.format(digest_of(text))
 
 
 def digest_of(text: str) -> str:
-    """Enough of a SHA-256 to notice a change."""
+    """The first 64 bits of a text's SHA-256: enough to notice an edit."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -85,16 +139,21 @@ def is_untouched(card: str) -> bool:
     return card == text + SIGNATURE.format(digest_of(text))
 
 
-def metadata(config: Mapping[str, Any], metrics: Mapping[str, Any], dataset: str, chain: list[Origin]) -> ModelCardData:
+# head
+
+
+def card_metadata(
+    config: Mapping[str, Any], metrics: Mapping[str, Any], dataset: str, chain: list[Origin]
+) -> ModelCardData:
     """The card's metadata block; figures in model-index form, as shares of 1."""
-    backbone = str((config.get("backbone_config") or {}).get("model_type", ""))
+    architecture = str((config.get("backbone_config") or {}).get("model_type", ""))
     licence = licence_fields(chain)
     bases = [origin.source for origin in chain if re.fullmatch(r"[\w.-]+/[\w.-]+", origin.source)]
     return ModelCardData(
-        model_name="m2f_trainer " + str(config.get("backbone_name") or backbone).rsplit("/", 1)[-1],
+        model_name="m2f_trainer " + str(config.get("backbone_name") or architecture).rsplit("/", 1)[-1],
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=["image-segmentation", "instance-segmentation", "mask2former", backbone.split("_")[0], "m2f_trainer"],
+        tags=["image-segmentation", "instance-segmentation", "mask2former", architecture.split("_")[0], "m2f_trainer"],
         base_model=bases or None,
         metrics=["mean_average_precision"],
         eval_results=list(eval_results(metrics, dataset)) or None,
@@ -105,9 +164,9 @@ def metadata(config: Mapping[str, Any], metrics: Mapping[str, Any], dataset: str
 
 
 def eval_results(metrics: Mapping[str, Any], dataset: str) -> Iterator[EvalResult]:
-    """One entry a split and figure; figures without any truth (-1) are left out."""
+    """One entry for each split and metric; metrics without ground truth (-1) are left out."""
     for prefix, split in SPLITS.items():
-        for key, name in COLUMNS.items():
+        for key, name in METRICS.items():
             value = metrics.get(prefix + key, -1)
             if value >= 0:
                 yield EvalResult(
@@ -122,278 +181,134 @@ def eval_results(metrics: Mapping[str, Any], dataset: str) -> Iterator[EvalResul
                 )
 
 
-def introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], dataset: str) -> list[str]:
-    """Title, one sentence, and the facts of the training."""
-    names = [str(category["name"]) for category in config.get("categories") or []]
-    backbone = str(config.get("backbone_name") or "a randomly initialised backbone").rsplit("/", 1)[-1]
-    shown = ", ".join(escape(name) for name in names[:50]) + (", ..." if len(names) > 50 else "")
-    classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
-    built = ["", "Built with DINOv3."] if any(one.licence == DINOV3 for one in licence_chain(config)) else []
-    return [
-        f"# Mask2Former on {escape(backbone)}",
-        "",
-        f"Instance segmentation of {classes}, fine-tuned on {escape(dataset)} with m2f\\_trainer.",
-        *built,
-        "",
-        f"- Classes: {shown or 'see config.json'}",
-        f"- Input: {config.get('image_height')} x {config.get('image_width')}, aspect kept, padded",
-        f"- Neck: {config.get('neck')}; queries: {config.get('num_queries')}; tuned: {recipe.get('tune', 'unknown')}",
-        "",
-    ]
+def backbone_title(config: Mapping[str, Any]) -> str:
+    """The backbone as the card's title names it, without the folders above it."""
+    architecture = (config.get("backbone_config") or {}).get("model_type", "backbone")
+    return str(config.get("backbone_name") or f"a randomly initialised {architecture}").rsplit("/", 1)[-1]
 
 
-def usage(model: str, adapter_only: bool) -> list[str]:
-    """How to use the model, with our package and without it; of an adapter alone, how to put it on its backbone."""
-    if adapter_only:
-        return ["## Use", "", *ADAPTER_USE.format(model=model).splitlines(), ""]
-    return ["## Use", "", *MODEL_USE.format(model=model).splitlines(), ""]
+# results
 
 
-MODEL_USE = """\
-With m2f\\_trainer (images of any size; COCO results with the dataset's own category ids):
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table; its cells are escaped unless they are Markdown already."""
 
-```bash
-pip install m2f-trainer
-m2f predict {model} photos/
-```
-
-```python
-from m2f_trainer import Predictor
-
-(found,) = Predictor.from_pretrained("{model}")(["photo.jpg"], threshold=0.5)
-```
-
-With transformers alone (the folder carries the model's code; read it before you trust it):
-
-```python
-from transformers import pipeline
-
-segment = pipeline("image-segmentation", model="{model}", trust_remote_code=True)
-segment("photo.jpg", subtask="instance")
-```
-
-The pipeline's own post-processing resizes masks to 384 x 384, so its outlines are coarser than the figures above."""
-
-ADAPTER_USE = """\
-These are a LoRA adapter, the neck and the head; the backbone's own weights are fetched from where they came from:
-
-```python
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from m2f_trainer import Predictor
-from m2f_trainer.model.adapters import load_adapter
-
-predictor = Predictor(load_adapter(Path(snapshot_download("{model}"))))
-(found,) = predictor(["photo.jpg"], threshold=0.5)
-```"""
+    head: list[str]
+    rows: list[list[str]]
 
 
-def limits(config: Mapping[str, Any], details: Mapping[str, Any], dataset: str) -> list[str]:
-    """What the model can't do, as far as that follows from how it was made and measured."""
-    return [
-        "## Limits",
-        "",
-        f"- It knows the classes above alone, as {escape(dataset)} shows them; on other images it was not measured.",
-        f"- It finds at most {config.get('num_queries')} objects in an image; larger or denser ones go in tiles "
-        "(`m2f predict --tile`).",
-        *measured_limits(details),
-        "",
-    ]
-
-
-def measured_limits(details: Mapping[str, Any]) -> Iterator[str]:
-    """What its own evaluation says against it."""
-    calibrated = details.get("calibration", {}).get("error")
-    off = "" if calibrated is None else f" (they are {100 * calibrated:.0f} points off on average)"
-    yield f"- Scores rank predictions; they are no probabilities{off}. Choose a threshold on your own images."
-    if details.get("images"):
-        yield f"- The figures of the valid split are of {len(details['images']):,} images and one training run."
-    few = [row["name"] for row in details.get("classes", []) if row["objects"] < FEW]
-    if few:
-        named = ", ".join(escape(name) for name in few[:10]) + (", ..." if len(few) > 10 else "")
-        yield f"- Fewer than {FEW} objects to measure on, so that their figures say little: {named}."
-
-
-def named(source: str) -> str:
-    """A Hub id as it is; of a folder its own name alone: the world need not know where it lies."""
-    return Path(source).name if Path(source).is_absolute() else source
-
-
-def licences(chain: list[Origin]) -> list[str]:
-    """The licence chain as a table."""
-    rows = [[escape(named(one.source)), one.licence or "its own", one.duty] for one in chain]
-    start = table(["the weights started from", "licence", "what it asks"], rows)
-    return [
-        "## Licences",
-        "",
-        *(start if rows else ["The weights started from random numbers.", ""]),
-        "The code in this folder is Apache-2.0. The dataset's own terms apply to what was trained on it.",
-        "",
-    ]
-
-
-COLUMNS = {
-    "map": "mask AP",
-    "map_50": "mask AP50",
-    "map_75": "mask AP75",
-    "map_small": "small",
-    "map_medium": "medium",
-    "map_large": "large",
-    "box_map": "box AP",
-    "boundary_map": "boundary AP",
-}
-SPLITS = {"eval_": "valid", "test_": "test"}
-PICTURES = "pictures"
-"""The folder of a card's pictures. They show the dataset, so they are uploaded only where that was asked for."""
-
-DRAWN, LONGEST = 3, 480
-KINDS = {
-    "class": "another class",
-    "localisation": "badly outlined",
-    "both": "another class and badly outlined",
-    "duplicate": "found twice",
-    "background": "nothing there",
-    "missed": "missed",
-}
-
-
-def results(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:
-    """COCO figures of each split in percent, then each class, then the errors."""
+def results_table(metrics: Mapping[str, Any]) -> Table | None:
+    """The COCO metrics of each split, in percent; None where none was scored."""
     rows = [
-        [split, *(percent(metrics.get(prefix + key, -1)) for key in COLUMNS)]
+        [split, *(figure(metrics.get(prefix + key)) for key in METRICS)]
         for prefix, split in SPLITS.items()
         if f"{prefix}map" in metrics
     ]
-    if not rows:
-        return []
-    told = "COCO AP in percent, at the images' original size, against the untouched annotations:"
-    return ["## Results", "", told, "", *table(["split", *COLUMNS.values()], rows), *classes(metrics, details)]
+    return Table(["split", *METRICS.values()], rows) if rows else None
 
 
-def classes(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> list[str]:
-    """Mask AP of each class, best first; with the details of the valid split where they are there."""
-    shares = {
+def classes_table(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> Table | None:
+    """Mask AP of each class, best first, and from the details of the valid split its best threshold."""
+    by_split = {
         split: {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
         for prefix, split in SPLITS.items()
         if (start := f"{prefix}map_class/")
     }
-    given = {split: values for split, values in shares.items() if values}
-    if not given:
-        return []
+    scored = {split: values for split, values in by_split.items() if values}
+    if not scored:
+        return None
     rows = {row["name"]: row for row in details.get("classes", [])}
-    head = ["class", *(f"mask AP ({split})" for split in given)]
+    head = ["class", *(f"mask AP ({split})" for split in scored)]
     head += ["objects (valid)", "AP50", "best threshold", "precision there", "recall there"] if rows else []
-    names = dict.fromkeys(name for values in given.values() for name in values)
-    first = next(reversed(given.values()))
-    ranked = sorted(names, key=lambda name: -first.get(name, -1))
+    names = dict.fromkeys(name for values in scored.values() for name in values)
+    ranking = next(reversed(scored.values()))  # the test split where it was scored
     cells = [
-        [escape(name), *(percent(values.get(name, -1)) for values in given.values()), *more(rows.get(name), bool(rows))]
-        for name in ranked
+        [
+            name,
+            *(figure(values.get(name)) for values in scored.values()),
+            *(class_details(rows.get(name)) if rows else ()),
+        ]
+        for name in sorted(names, key=lambda name: -ranking.get(name, -1))
     ]
-    return table(head, cells)
+    return Table(head, cells)
 
 
-def more(row: Mapping[str, Any] | None, wanted: bool) -> list[str]:
-    """What is known of a class beside its AP; a class at whose best threshold nothing is kept has no threshold."""
-    if not wanted:
-        return []
+def class_details(row: Mapping[str, Any] | None) -> list[str]:
+    """Objects, AP50, and precision and recall at the best threshold; "-" where a class has no threshold."""
     if row is None:
         return ["-"] * 5
-    kept = [f"{row['threshold']:.2f}", percent(row["precision"]), percent(row["recall"])] if row["kept"] else ["-"] * 3
-    return [str(row["objects"]), percent(row["ap50"]), *kept]
+    at_best = [verbatim(f"{row['threshold']:.2f}"), figure(row["precision"]), figure(row["recall"])]
+    return [str(row["objects"]), figure(row["ap50"]), *(at_best if row["kept"] else ["-"] * 3)]
 
 
-def errors(details: Mapping[str, Any]) -> list[str]:
-    """What mending each kind of error alone would bring, as TIDE counts it."""
-    kinds = details.get("errors", {})
-    there = [one for one in KINDS if kinds.get(one, {}).get("count")]
-    ranked = sorted(there, key=lambda kind: -kinds[kind]["cost"])
-    rows = [[KINDS[one], str(kinds[one]["count"]), f"{100 * kinds[one]['cost']:.1f}"] for one in ranked]
-    if not rows:
-        return []
-    told = "Errors on the valid split at IoU 0.5, and the AP50 in points that mending one kind alone would bring:"
-    return [told, "", *table(["error", "how many", "cost"], rows)]
+def error_rows(details: Mapping[str, Any]) -> list[list[str]]:
+    """Error type, count and cost in points of AP50 of TIDE's error types that occur, the most expensive first."""
+    errors = details.get("errors", {})
+    occurring = [kind for kind in ERRORS if errors.get(kind, {}).get("count")]
+    ranked = sorted(occurring, key=lambda kind: -errors[kind]["cost"])
+    return [[ERRORS[kind], str(errors[kind]["count"]), figure(errors[kind]["cost"])] for kind in ranked]
+
+
+def figure(value: float | None) -> str:
+    """A share in percent, as Markdown."""
+    return verbatim(percent(value))
+
+
+# pictures
 
 
 def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) -> list[Path]:
-    """Write the worst and the best images with truth beside prediction into the folder's `pictures/`; return them.
+    """Write the worst and the best images, ground truth beside prediction, into the folder's `pictures/`.
 
-    Raises ImageError where an image can't be read.
+    Returns the paths written. Raises ImageError where an image can't be read.
     """
     categories = [Category(row["id"], row["name"]) for row in details.get("classes", [])]
     written = []
     for kind, entries in details.get("shown", {}).items():
         (folder / PICTURES).mkdir(exist_ok=True)
-        for number, (_, image, _) in enumerate(pictures(dataset, entries[:DRAWN], categories, LONGEST), 1):
+        for number, (_, image, _) in enumerate(
+            pictures(dataset, entries[:SHOWN_PICTURES], categories, PICTURE_SIDE), 1
+        ):
             written.append(folder / PICTURES / f"{kind}_{number}.jpg")
             image.save(written[-1], "JPEG", quality=85)
     return written
 
 
-def gallery(folder: Path) -> list[str]:
-    """The pictures that `draw_pictures` wrote, with what each shows."""
-    shown: Mapping[str, Sequence[Mapping[str, Any]]] = read_details(folder).get("shown", {})
-    lines = [
-        line for kind, title in (("worst", "Worst"), ("best", "Best")) for line in _row(folder, kind, title, shown)
-    ]
-    head = ["## Pictures", "", "Images of the valid split: the truth on the left, the prediction on the right.", ""]
-    return [*head, *lines] if lines else []
+def picture_entries(folder: Path, details: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Title and path of each picture that `draw_pictures` wrote."""
+    for kind in ("worst", "best"):
+        for number, entry in enumerate(details.get("shown", {}).get(kind, [])[:SHOWN_PICTURES], 1):
+            path = f"{PICTURES}/{kind}_{number}.jpg"
+            if (folder / path).is_file():
+                counts = f"{entry['found']} found, {entry['wrong']} wrong, {entry['missed']} missed"
+                yield {"title": verbatim(f"{kind.capitalize()} {number}: {counts}"), "path": verbatim(path)}
 
 
-def _row(folder: Path, kind: str, title: str, shown: Mapping[str, Any]) -> Iterator[str]:
-    for number, one in enumerate(shown.get(kind, [])[:DRAWN], 1):
-        name = f"{PICTURES}/{kind}_{number}.jpg"
-        if (folder / name).is_file():
-            told = f"{one['found']} found, {one['wrong']} wrong, {one['missed']} missed"
-            yield from (f"{title} {number}: {told}", "", f"![{title} {number}: {told}]({name})", "")
+# training
 
 
-LOCAL_THEMES = (
-    "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
-)  # fmt: skip
-LOCAL_FIELDS = {
-    "dataloader_pin_memory", "hub_revision", "hub_private_repo", "accelerator_config", "run_name", "project",
-    "disable_tqdm", "logging_dir", "do_eval", "dataloader_prefetch_factor", "include_for_metrics",
-}  # fmt: skip
-"""Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
-
-GIBIBYTE = 2**30
-
-
-def record(recipe: Mapping[str, Any], state: Mapping[str, Any], facts: Mapping[str, Any], dataset: str) -> list[str]:
-    """The section on training; what a folder doesn't tell is left out.
-
-    Args:
-        state: trainer_state.json.
-        facts: fingerprint.json.
-        dataset: its name, of strangers.
-    """
-    lines = [*data_lines(facts, dataset), *cost_lines(state)]
-    chosen = chosen_fields(recipe)
-    shown = ["<details><summary>The recipe</summary>", "", *code(chosen), "", "</details>", ""] if chosen else []
-    return ["## Training", "", *lines, *([""] if lines else []), *shown] if lines or shown else []
-
-
-def data_lines(facts: Mapping[str, Any], dataset: str) -> Iterator[str]:
-    """Which data, told by digests that anyone who has it can compare."""
-    if facts:
-        images = "streamed images" if facts.get("train_images") is None else f"{facts['train_images']:,} images"
-        yield f"- Data: {escape(dataset)}, {images} to train on"
+def data_lines(fingerprint: Mapping[str, Any], dataset: str) -> Iterator[str]:
+    """The training data, with the digests of its annotations that anyone who has the data can compare."""
+    if fingerprint:
+        images = fingerprint.get("train_images")
+        count = "streamed images" if images is None else f"{images:,} images"
+        yield verbatim(f"Data: {escape(dataset)}, {count} to train on")
         for split, key in (("train", "train_data"), ("valid", "valid_data")):
-            yield f"- Fingerprint of the {split} annotations (SHA-256): `{escape(str(facts.get(key)), code=True)}`"
+            digest = escape(str(fingerprint.get(key)), code=True)
+            yield verbatim(f"Fingerprint of the {split} annotations (SHA-256): `{digest}`")
 
 
 def cost_lines(state: Mapping[str, Any]) -> Iterator[str]:
-    """Steps, time, hardware and software, as `training.cost` keeps them."""
+    """Steps, time, hardware and software, as the training callback Cost records them in trainer_state.json."""
     if state:
-        yield f"- Length: {state['global_step']:,} steps, {state['epoch'] or 0:.1f} epochs"
+        yield verbatim(f"Length: {state['global_step']:,} steps, {state['epoch'] or 0:.1f} epochs")
     cost = state.get("stateful_callbacks", {}).get("Cost", {}).get("attributes")
     if cost:
-        yield f"- Time: {duration(cost['seconds'])}, evaluations included"
         memory = f"peak memory of a process {cost['peak_memory'] / GIBIBYTE:.1f} GiB"
-        yield f"- Hardware: {cost['processes']} x {escape(cost['hardware'])}; {memory}"
-        yield f"- Software: {escape(cost['software'])}"
+        yield verbatim(f"Time: {duration(cost['seconds'])}, evaluations included")
+        yield verbatim(f"Hardware: {cost['processes']} x {escape(cost['hardware'])}; {memory}")
+        yield verbatim(f"Software: {escape(cost['software'])}")
 
 
 def duration(seconds: float) -> str:
@@ -402,12 +317,25 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
-def chosen_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of the fields that make the model: those this package names, and others that were set."""
-    kept = []
+def model_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's fields that affect the model: all that this package defines, and others that were set.
+
+    Without `backbone` where `backbone_config` replaces it by a randomly initialised one.
+    """
+    kept = {}
     for one in (one for group in GROUPS for one in fields(group) if one.init and one.name not in LOCAL_FIELDS):
         row, value = rows().get(one.name), recipe.get(one.name)
         affects_model = row.theme not in LOCAL_THEMES if row else value != one.default
         if affects_model and value not in (None, []):
-            kept.append(one.name)
-    return without_folders({name: recipe[name] for name in kept})
+            kept[one.name] = value
+    if "backbone_config" in kept:
+        kept.pop("backbone", None)
+    return without_folders(kept)
+
+
+# licences
+
+
+def source_name(source: str) -> str:
+    """A Hub id as it is; of a folder its name alone, so that the card doesn't show local paths."""
+    return Path(source).name if Path(source).is_absolute() else source

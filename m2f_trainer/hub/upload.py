@@ -18,7 +18,7 @@ from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.gallery import rows_of_run
 from m2f_trainer.hub.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
-from m2f_trainer.hub.model_card import CARD, PICTURES, Form, draw_pictures, is_untouched, render_card, write_card
+from m2f_trainer.hub.model_card import CARD, PICTURES, CardOptions, draw_pictures, is_untouched, render_card, write_card
 from m2f_trainer.run_folder import read_details, read_json, read_run
 
 WAITS = (1.0, 4.0)
@@ -46,9 +46,9 @@ class Target:
     pictures: bool = False
 
     @property
-    def form(self) -> Form:
+    def card_options(self) -> CardOptions:
         """The card for it."""
-        return Form(self.repo_id, self.pictures, self.adapter_only)
+        return CardOptions(self.repo_id, self.pictures, self.adapter_only)
 
 
 def push(folder: str | Path, target: Target | str) -> str:
@@ -63,7 +63,7 @@ def push(folder: str | Path, target: Target | str) -> str:
     add_agreement(folder)
     if target.pictures:
         add_pictures(folder)
-    add_card(folder, target.form)
+    add_card(folder, target.card_options)
     for wait in (*WAITS, None):
         try:
             return send(folder, target)
@@ -107,7 +107,7 @@ def listing(folder: str | Path, target: Target) -> list[tuple[str, int | None]]:
     files = operations(folder, target.adapter_only, target.pictures)
     sizes: dict[str, int | None] = {one.path_in_repo: one.upload_info.size for one in files}
     if has_our_card(folder):
-        sizes[CARD] = len(render_card(folder, target.form).encode())
+        sizes[CARD] = len(render_card(folder, target.card_options).encode())
     if target.pictures and not (folder / PICTURES).is_dir():
         sizes[f"{PICTURES}/"] = None
     if needs_agreement(folder):
@@ -158,10 +158,10 @@ def check_model(folder: Path, adapter_only: bool = False) -> None:
         )
 
 
-def add_card(folder: Path, form: Form) -> None:
+def add_card(folder: Path, options: CardOptions) -> None:
     """Write the card anew, unless someone has written one of their own."""
     if has_our_card(folder):
-        write_card(folder, form)
+        write_card(folder, options)
 
 
 def has_our_card(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.distributed import from_main
 from m2f_trainer.errors import ImageError
-from m2f_trainer.hub.model_card import Form, draw_pictures, write_card
+from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
 from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
 from m2f_trainer.model.mask2former import M2FModel
@@ -175,7 +175,7 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
             save_adapter(model, output / ADAPTER_FOLDER)
         write_json(output / FINGERPRINT, trainer.fingerprint or {})
         illustrate(output, valid)
-        write_card(output, Form(pictures=True))
+        write_card(output, CardOptions(pictures=True))
         if target is not None:
             push(output, target)
     trainer.accelerator.wait_for_everyone()

@@ -1,185 +1,159 @@
-"""Small charts as marks on a plane, drawn as SVG for pages or as PNG for folders and loggers.
+"""Charts as matplotlib figures, written as SVG for pages and as PNG for folders.
 
-A drawing is 320 units wide, so that on a phone its text is as large as on a desk.
+Figures are made without pyplot, so drawing changes no global state and needs no display. Labels may come from the files
+of strangers: they are drawn as plain text, never parsed as mathematics. matplotlib is imported when a chart is made.
 """
 
 from __future__ import annotations
 
-import html
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Point = tuple[float, float]
 
-WIDTH, FONT = 320, 11
+WIDTH = 3.6  # inches; pages show charts at least 300 pixels wide, so that text of 9 points is at least 10 pixels high
 PALETTE = ("#3b82c4", "#d9782d", "#3f9a50", "#b0479b", "#c0392f", "#7a6ff0", "#8c6d46", "#1a9aa0")
-INK, FAINT = "ink", "faint"  # as the page's text, and fainter
+GRID = "#88888866"
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": "#888888",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3,
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font and colour
+    "text.parse_math": False,  # "$" is a character of a name
+    "xtick.color": "#888888",
+    "xtick.labelcolor": "black",
+    "ytick.color": "#888888",
+    "ytick.labelcolor": "black",
+}
 
 
-@dataclass(frozen=True)
-class Line:
-    """Joined points."""
-
-    points: Sequence[Point]
-    colour: str = INK
-
-
-@dataclass(frozen=True)
-class Box:
-    """A filled rectangle; `strength` 0 to 1 is its opacity."""
-
-    corner: Point
-    size: Point
-    colour: str = PALETTE[0]
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
-class Text:
-    """One line of text on its baseline; anchor is start, middle or end."""
-
-    place: Point
-    text: str
-    anchor: str = "start"
-    colour: str = INK
-
-
-Mark = Line | Box | Text
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Marks, the later over the earlier."""
-
-    height: float
-    marks: Sequence[Mark]
-
-
-def series_colour(index: int) -> str:
+def series_color(index: int) -> str:
     """The colour of the index-th series."""
     return PALETTE[index % len(PALETTE)]
 
 
-def bars(rows: Sequence[tuple[str, float]], form: str = "{:g}") -> Drawing:
-    """Horizontal bars, readable whatever the labels."""
-    most = max((value for _, value in rows), default=0) or 1
-    marks: list[Mark] = []
-    for row, (label, value) in enumerate(rows):
-        y, width = 16 * row, 170 * value / most
-        marks += [
-            Text((96, y + 11), label[:16], "end"),
-            Box((102, y + 2), (width, 11)),
-            Text((106 + width, y + 11), form.format(value)),
+def bar_chart(rows: Sequence[tuple[str, float]], value_format: str = "{:g}") -> Figure:
+    """Horizontal bars, one for each (label, value), with the value at the end of the bar."""
+    with _axes(0.15 + 0.2 * len(rows)) as (figure, axes):
+        places, values = range(len(rows)), [value for _, value in rows]
+        drawn = axes.barh(places, values, color=PALETTE[0], height=0.7)
+        axes.bar_label(drawn, [value_format.format(value) for value in values], padding=2)
+        axes.set_yticks(places, [plain_text(label, 20) for label, _ in rows])
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.tick_params(left=False, bottom=False, labelbottom=False)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def line_chart(
+    series: Mapping[str, Sequence[Point]], x_label: str, y_label: str = "", y_max: float | None = None
+) -> Figure:
+    """Curves over a common x axis, both axes from zero.
+
+    Args:
+        series: name -> (x, y) points; a curve of fewer than 30 points has markers. Names stand in a legend below the
+            chart, unless the only one is empty.
+        y_max: the end of the y axis; by default it follows from the values.
+    """
+    named = [name for name in series if name]
+    with _axes(2.2 + 0.2 * len(named)) as (figure, axes):
+        drawn = [
+            axes.plot(*zip(*points, strict=True), color=series_color(index), marker="o" if len(points) < 30 else "")[0]
+            for index, points in enumerate(series.values())
+            if points
         ]
-    return Drawing(16 * max(1, len(rows)), marks)
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, y_max and 1.02 * y_max)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if named:
+            labels = [plain_text(name, 40) for name, points in series.items() if points]
+            figure.legend(drawn, labels, loc="outside lower left", frameon=False)
+    return figure
 
 
-def lines(series: Mapping[str, Sequence[Point]], x_title: str, high: float | None = None) -> Drawing:
-    """Curves over a common x from 0 on, y from 0 to `high` (the largest value unless given), with a legend."""
-    points = [point for curve in series.values() for point in curve]
-    right = max((x for x, _ in points), default=1) or 1
-    top = high or round_above(max((y for _, y in points), default=1) or 1)
-    left, bottom, wide, tall = 46.0, 168.0, 264.0, 156.0
-    marks: list[Mark] = []
-    for part in range(5):
-        y = bottom - tall * part / 4
-        marks += [Line([(left, y), (left + wide, y)], FAINT), Text((left - 4, y + 4), f"{top * part / 4:.3g}", "end")]
-    places = zip((0, right / 2, right), ("start", "middle", "end"), strict=True)
-    marks += [Text((left + wide * x / right, bottom + 14), f"{x:.6g}", anchor) for x, anchor in places]
-    marks.append(Text((left + wide / 4, bottom + 14), x_title, "middle"))
-    for index, (name, curve) in enumerate(series.items()):
-        placed = [(left + wide * x / right, bottom - tall * min(max(y / top, 0.0), 1.0)) for x, y in curve]
-        colour, y = series_colour(index), bottom + 32 + 15 * index
-        marks += [Line(placed, colour), Box((left, y - 8), (14, 8), colour), Text((left + 20, y), name[:44])]
-        marks += [Box((x - 1.5, y - 1.5), (3, 3), colour) for x, y in placed] if len(placed) < 30 else []
-    return Drawing(bottom + 24 + 15 * len(series), marks)
+def matrix_chart(counts: Sequence[Sequence[int]], labels: Sequence[str], x_label: str, y_label: str) -> Figure:
+    """A square table of counts, (n, n); a cell is darker where it holds a larger share of its row."""
+    from matplotlib.colors import to_rgba
+
+    size = len(labels)
+    with _axes(min(WIDTH, 1.3 + 0.4 * size)) as (figure, axes):
+        strengths = [[0.04 + 0.8 * count / max(1, sum(row)) for count in row] for row in counts]
+        axes.imshow([[to_rgba(PALETTE[0], alpha) for alpha in row] for row in strengths], aspect="auto")
+        for row, values in enumerate(counts):
+            for column, count in enumerate(values):
+                if count:
+                    axes.text(column, row, str(count), ha="center", va="center", fontsize=9 if size < 8 else 7)
+        names = [plain_text(label, 16) for label in labels]
+        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), names)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(left=False, bottom=False)
+        axes.spines[:].set_visible(False)
+    return figure
 
 
-def round_above(value: float) -> float:
-    """The next of 1, 2, 4, 8 times a power of ten, so that a quarter of it reads well."""
-    unit = 10.0 ** math.floor(math.log10(value))
-    return next(unit * step for step in (1, 2, 4, 8, 10) if unit * step >= value * (1 - 1e-9))
+def plain_text(text: str, length: int) -> str:
+    """One line of printable characters, cut to `length` of them."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def squares(counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str]) -> Drawing:
-    """A table of counts, darker where a row's share is larger; the columns are named by number, and listed below."""
-    left = 92.0
-    cell = min(32.0, (WIDTH - left) / max(1, len(columns)))
-    marks: list[Mark] = [
-        Text((left + cell * (column + 0.5), 11), str(column + 1), "middle") for column in range(len(columns))
-    ]
-    for row, values in enumerate(counts):
-        y, total = 16 + cell * row, max(1, sum(values))
-        marks.append(Text((left - 4, y + cell / 2 + 4), f"{row + 1} {rows[row][:12]}", "end"))
-        for column, count in enumerate(values):
-            x = left + cell * column
-            marks.append(Box((x, y), (cell - 1, cell - 1), strength=0.04 + 0.9 * count / total))
-            if count and cell >= 24:
-                marks.append(Text((x + cell / 2 - 0.5, y + cell / 2 + 4), str(count), "middle"))
-    return Drawing(20 + cell * len(rows), marks)
+def to_svg(figure: Figure, key: str = "") -> str:
+    """An `<svg>` element for a page, equal for equal figures.
+
+    Args:
+        key: what the ids inside are derived from; give each chart of a page another one.
+    """
+    buffer = io.StringIO()
+    with _style({"svg.hashsalt": f"m2f_trainer {key}"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids of groups, which nothing refers to
+    return re.sub(r' (width|height)="[^"]*pt"', "", text, count=2).strip()  # the page decides the size
 
 
-# as SVG
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG; return the path."""
+    with _style({}):
+        figure.savefig(path, format="png", dpi=250)
+    return Path(path)
 
 
-def svg(drawing: Drawing) -> str:
-    """An inline SVG image; every text is escaped."""
-    body = "".join(_element(mark) for mark in drawing.marks)
-    return f'<svg viewBox="0 0 {WIDTH} {drawing.height:g}" role="img">{body}</svg>'
+@contextmanager
+def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A new figure of `WIDTH` x `height` inches and its axes, to be filled within the context."""
+    with _style({}):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, figure.add_subplot()
 
 
-def _element(mark: Mark) -> str:
-    if isinstance(mark, Text):
-        (x, y), text = mark.place, html.escape(mark.text)
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{mark.anchor}" fill="{_css(mark.colour)}">{text}</text>'
-    if isinstance(mark, Box):
-        (x, y), (width, height) = mark.corner, mark.size
-        place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        return f'<rect {place} fill="{_css(mark.colour)}" fill-opacity="{mark.strength:.2f}"/>'
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in mark.points)
-    return f'<polyline points="{points}" fill="none" stroke="{_css(mark.colour)}" stroke-width="1.4"/>'
+@contextmanager
+def _style(more: Mapping[str, Any]) -> Iterator[None]:
+    """matplotlib's defaults with our `STYLE`, whatever the user's matplotlibrc says."""
+    import matplotlib
 
-
-def _css(colour: str) -> str:
-    return {INK: "currentColor", FAINT: "#8886"}.get(colour, colour)
-
-
-# as a picture
-
-
-def picture(drawing: Drawing, scale: int = 3) -> Image.Image:
-    """The same on white, `scale` pixels a unit."""
-    size = (WIDTH * scale, round((drawing.height + 6) * scale))
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image, "RGBA")
-    font = ImageFont.load_default(size=FONT * scale)
-    for mark in drawing.marks:
-        _paint(draw, mark, scale, font)
-    return image
-
-
-def _paint(
-    draw: ImageDraw.ImageDraw, mark: Mark, scale: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> None:
-    ink = {INK: "#202020", FAINT: "#d8d8d8"}.get(mark.colour, mark.colour)
-    if isinstance(mark, Text):
-        place = (mark.place[0] * scale, mark.place[1] * scale)
-        text = "".join(letter if letter.isprintable() else "?" for letter in mark.text)
-        draw.text(place, text, fill=ink, font=font, anchor={"start": "ls", "middle": "ms", "end": "rs"}[mark.anchor])
-    elif isinstance(mark, Box):
-        (x, y), (width, height) = mark.corner, mark.size
-        corners = (x * scale, y * scale, max(x, x + width - 0.3) * scale, max(y, y + height - 0.3) * scale)
-        draw.rectangle(corners, fill=f"{ink}{round(255 * mark.strength):02x}")
-    elif len(mark.points) > 1:
-        draw.line([(x * scale, y * scale) for x, y in mark.points], fill=ink, width=max(1, scale // 2))
-
-
-def save_png(drawing: Drawing, path: str | Path) -> Path:
-    """Write it as PNG; returns the path."""
-    target = Path(path)
-    picture(drawing).save(target)
-    return target
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, **more})
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # an emoji in a name is drawn as a box
+        yield

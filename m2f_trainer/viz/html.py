@@ -1,95 +1,108 @@
-"""One HTML page that needs nothing else: style, tables that sort, figures, pictures inside. Every name is escaped."""
+"""HTML pages from the templates in m2f_trainer/templates: self-contained, with every value escaped.
+
+A page holds its style, charts (SVG) and pictures (JPEG). Its content security policy forbids every request, and every
+script but the page's own, which is named by its digest.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from m2f_trainer.viz.charts import Drawing, svg
+from m2f_trainer.viz.charts import to_svg
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --error: #c62f2f; --warning: #b87a00 }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.verdict { font-size: 1.1rem; margin: .25rem 0 1rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid var(--line) }
-th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid } th button::after {
-  content: " ↕"; opacity: .5 }
-.tall { max-height: 30rem; overflow-y: auto } .tall th { position: sticky; top: 0; background: Canvas }
-article { border: 1px solid var(--line); border-left: 5px solid var(--warning); border-radius: 4px; margin: .6rem 0;
-  padding: .5rem .8rem }
-article.error { border-left-color: var(--error) } article p { margin: .2rem 0 } article small { opacity: .75 }
-.error b { color: var(--error) } .warning b { color: var(--warning) }
-.scroll + .grid { margin-top: 1rem }
-.grid { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)) }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 4px; overflow: hidden }
-figure img { display: block; width: 100%; height: auto; background: var(--soft) }
-figcaption { padding: .4rem .6rem; font-size: .85rem }
-svg { width: 100%; height: auto; display: block } svg text { font-size: 11px }
-"""
-
-SORT = """
-document.querySelectorAll("th button").forEach(button => button.onclick = () => {
-  const head = button.parentNode, body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const down = head.dataset.down = head.dataset.down === "1" ? "0" : "1";
-  const value = row => { const text = row.cells[column].textContent, number = parseFloat(text);
-    return text === "-" ? -1 : isNaN(number) || column === 0 ? text : number };
-  [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
-    return (x < y ? -1 : x > y ? 1 : 0) * (down === "1" && column ? -1 : 1) }).forEach(row => body.append(row));
-});
-"""
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
 
 
-def page(title: str, parts: Sequence[str], script: str = "") -> str:
-    """The whole page; `title` is plain text, the parts are markup."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(parts) + (f"\n<script>{script}</script>" if script else "")
-    content = f"<head>{head}<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body>"
-    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
+@dataclass(frozen=True)
+class Table:
+    """A table of plain values; `sortable` gives its head the buttons that the sorting script listens to."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    sortable: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart on a page: an `<svg>` element, its title above it, and lines of plain text below it."""
+
+    title: str
+    svg: Markup
+    caption: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture on a page: a `data:` address, the alternative text, and lines of plain text below it."""
+
+    name: str
+    source: str
+    caption: Sequence[str] = ()
+
+
+def chart(title: str, figure: Figure, *caption: str) -> Chart:
+    """A figure as a page shows it; charts of one page need different titles."""
+    from markupsafe import Markup
+
+    return Chart(title, Markup(to_svg(figure, title)), caption)
+
+
+def photo(image: Image.Image, name: str, caption: Sequence[str]) -> Photo:
+    """An image as a page shows it, as JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return Photo(name, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", caption)
+
+
+def template_environment(**options: Any) -> Environment:
+    """Jinja2 for this package's templates: values are escaped, and a name that no value was given for is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("m2f_trainer"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        **options,
+    )
+
+
+def render_page(template: str, *, sortable: bool = False, **values: Any) -> str:
+    """The text of a page.
+
+    Args:
+        template: a file of m2f_trainer/templates that extends page.html.
+        sortable: add the script that sorts tables by the buttons in their heads.
+        values: what the template shows; `title` is the title of the window.
+    """
+    from markupsafe import Markup
+
+    environment = template_environment()
+    script = environment.get_template("sort.js").render() if sortable else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    scripts = f"'sha256-{digest}'" if script else "'none'"
+    policy = (
+        # matplotlib writes style attributes, which no digest can allow
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return environment.get_template(template).render(policy=policy, script=Markup(script), **values)
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write a page, and the folder it goes to; returns its path."""
+    """Write a page, making its folder where there is none; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, sortable: bool = False) -> str:
-    """A table of plain values, wider than a phone if it must be; sortable needs `SORT` as the page's script."""
-    cell = '<th><button type="button">{}</button></th>' if sortable else "<th>{}</th>"
-    top = "".join(cell.format(html.escape(text)) for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
-    kind = "scroll tall" if sortable else "scroll"
-    return f'<div class="{kind}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def chart(title: str, drawing: Drawing, note: str = "") -> str:
-    """A drawing with its title, and a note below."""
-    below = f"<figcaption>{html.escape(note)}</figcaption>" if note else ""
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg(drawing)}{below}</figure>"
-
-
-def photograph(image: Image.Image, name: str, caption: Sequence[str]) -> str:
-    """A picture inside the page, its caption's lines of plain text below."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    told = "<br>".join(html.escape(line) for line in caption)
-    source = f"data:image/jpeg;base64,{data}"
-    return f'<figure><img alt="{html.escape(name)}" src="{source}"><figcaption>{told}</figcaption></figure>'
-
-
-def grid(parts: Sequence[str], *, wide: bool = False) -> str:
-    """Figures beside one another, as many as there is room for."""
-    return f'<div class="grid{" wide" * wide}">' + "\n".join(parts) + "</div>"

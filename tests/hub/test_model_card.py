@@ -18,7 +18,7 @@ from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.evaluation.gallery import truth_of
 from m2f_trainer.hub.licences import AGREEMENT, legal_text
 from m2f_trainer.hub.markdown import escape
-from m2f_trainer.hub.model_card import Form, draw_pictures, is_untouched, write_card
+from m2f_trainer.hub.model_card import CardOptions, draw_pictures, is_untouched, write_card
 from m2f_trainer.run_folder import write_details
 from tests.hub.folder import CONFIG, write_json, write_model
 
@@ -39,7 +39,7 @@ def test_the_card_tells_task_library_and_figures_in_model_index_form(tmp_path: P
 
 
 def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
-    text = write_card(write_model(tmp_path / "run"), Form("me/pets")).read_text(encoding="utf-8")
+    text = write_card(write_model(tmp_path / "run"), CardOptions("me/pets")).read_text(encoding="utf-8")
     assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 | - |" in text
     assert "It finds at most 100 objects in an image" in text
     assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
@@ -174,7 +174,7 @@ def test_the_card_shows_the_best_and_the_worst_images_only_where_asked_for(tmp_p
     run = scored(tmp_path)
     plain = write_card(run).read_text(encoding="utf-8")
     assert "pictures/" not in plain
-    card = write_card(run, Form("me/pets", pictures=True)).read_text(encoding="utf-8")
+    card = write_card(run, CardOptions("me/pets", pictures=True)).read_text(encoding="utf-8")
     shown = re.findall(r"!\[(.+?)\]\((pictures/\w+\.jpg)\)", card)
     assert [file for _, file in shown] == ["pictures/worst_1.jpg", "pictures/worst_2.jpg", "pictures/best_1.jpg"]
     assert re.fullmatch(r"Best 1: [1-9]\d* found, 0 wrong, 0 missed", shown[-1][0])
@@ -188,9 +188,9 @@ def test_the_card_shows_the_best_and_the_worst_images_only_where_asked_for(tmp_p
 def test_the_card_tells_what_goes_wrong_and_what_its_figures_rest_on(tmp_path: Path) -> None:
     text = write_card(scored(tmp_path)).read_text(encoding="utf-8")
     assert re.search(r"^\| missed \| [1-9]\d* \| \d", text, flags=re.MULTILINE)
-    assert "| nothing there |" not in text
+    assert "| background |" not in text
     assert "are of 3 images and one training run" in text
-    assert "so that their figures say little: " in text
+    assert "so these figures are uncertain: " in text
     assert "| class | mask AP (valid) | objects (valid) | AP50 | best threshold |" in text
 
 
@@ -223,8 +223,20 @@ def test_the_recipe_in_the_card_is_a_recipe_without_local_folders(tmp_path: Path
     assert load_recipe([str(tmp_path / "again.json")]).train.max_steps == 77
 
 
+def test_a_randomly_initialised_backbone_is_not_called_by_the_default_name(tmp_path: Path) -> None:
+    config = {"model_type": "dinov3_vit", "hidden_size": 32}
+    folder = write_model(tmp_path / "run", backbone_name="", backbone_config=config)
+    write_json(folder / "recipe.json", {"backbone": "dinov3-vits16plus", "backbone_config": config})
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "# Mask2Former on a randomly initialised dinov3\\_vit\n" in text
+    assert "vits16plus" not in text
+    assert '"hidden_size": 32' in text
+
+
 def test_the_card_of_an_adapter_alone_tells_how_to_put_it_on_its_backbone(tmp_path: Path) -> None:
-    text = write_card(write_model(tmp_path / "run"), Form("me/pets", adapter_only=True)).read_text(encoding="utf-8")
+    text = write_card(write_model(tmp_path / "run"), CardOptions("me/pets", adapter_only=True)).read_text(
+        encoding="utf-8"
+    )
     assert 'load_adapter(Path(snapshot_download("me/pets")))' in text
     assert "m2f predict me/pets" not in text
 
