@@ -154,6 +154,8 @@ def _style(more: Mapping[str, Any]) -> Iterator[None]:
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, **more})
+        parameters: Any = matplotlib.rcParams  # its keys are literals to mypy
+        parameters.update(STYLE)
+        parameters.update(more)
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # an emoji in a name is drawn as a box
         yield
