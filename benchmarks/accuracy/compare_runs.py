@@ -14,10 +14,9 @@ from m2f_trainer import Predictor
 from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
-from m2f_trainer.evaluation.gallery import truth_of
+from m2f_trainer.evaluation.gallery import ground_truth
 from m2f_trainer.run_folder import read_run
 from m2f_trainer.viz.charts import line_chart, save_png
-from m2f_trainer.viz.overlay import draw_instances
 
 IMAGES, SIDE, GAP = 4, 220, 4
 
@@ -39,13 +38,16 @@ def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
     curves = {name: [(0.0, 0.0), *read_run(Path(run)).curves["eval_map"]] for name, run in runs.items()}
     save_png(line_chart(curves, "step", "mask AP"), out / "curve.png")
     test = load_dataset(dataset)["test"]
-    words = {category.id: "" for category in categories_of(test)}  # scores are enough on small pictures
+    names = {category.id: category.name for category in categories_of(test)}
     rows = [test[k] for k in range(0, len(test), len(test) // IMAGES)][:IMAGES]
     images = [open_image(row["image"], f"image {row['image_id']}") for row in rows]
-    columns = [images, [draw_instances(image, truth_of(row), words) for image, row in zip(images, rows, strict=True)]]
+    columns = [
+        images,
+        [ground_truth(row).overlay(image, names, legend=False) for image, row in zip(images, rows, strict=True)],
+    ]
     for run in runs.values():
         found = Predictor.from_pretrained(run)(images, threshold=0.5)
-        columns.append([draw_instances(image, one, words) for image, one in zip(images, found, strict=True)])
+        columns.append([one.overlay(image, names, legend=False) for image, one in zip(images, found, strict=True)])
     sheet(columns).save(out / "found.png")
 
 

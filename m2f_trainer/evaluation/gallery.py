@@ -1,4 +1,4 @@
-"""Truth beside prediction: pictures for reports, cards and loggers."""
+"""Ground truth beside prediction: pictures for reports, cards and loggers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.run_folder import Run
-from m2f_trainer.viz.overlay import draw_instances
+from m2f_trainer.viz.overlay import add_legend
+
+GAP = 6  # pixels between the two images
 
 
 def rows_of_run(run: Run) -> Dataset | None:
-    """The valid split that the run was scored on; None where its dataset can't be had here."""
+    """The valid split that the run was scored on; None where its dataset can't be loaded here."""
     name = run.recipe.get("dataset_name")
     if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
         return None
@@ -29,11 +31,8 @@ def rows_of_run(run: Run) -> Dataset | None:
         return None
 
 
-GAP = 6  # pixels between the two
-
-
-def truth_of(row: Mapping[str, Any]) -> Instances:
-    """The objects of a dataset row that are no crowd, as Instances whose scores are NaN."""
+def ground_truth(row: Mapping[str, Any]) -> Instances:
+    """The objects of a dataset row, without crowd regions, as Instances whose scores are NaN."""
     objects = [item for item in row["objects"] if not item["iscrowd"]]
     size = (int(row["height"]), int(row["width"]))
     rles = [{"size": list(size), "counts": item["counts"].encode("ascii")} for item in objects]
@@ -41,31 +40,38 @@ def truth_of(row: Mapping[str, Any]) -> Instances:
     return Instances(int(row["image_id"]), ids, np.full(len(rles), np.nan), rles, tight_boxes(rles), size)
 
 
-def beside(row: Mapping[str, Any], found: Instances | None, names: Mapping[int, str], longest: int) -> Image.Image:
-    """The image of a row twice, with its truth on the left and what was found on the right.
+def side_by_side(
+    row: Mapping[str, Any], found: Instances | None, names: Mapping[int, str], longest: int
+) -> Image.Image:
+    """The image of a row twice, ground truth on the left and prediction on the right, with one legend below both.
 
-    Each is at most `longest` pixels of its longer side. Raises ImageError where the image can't be read, or is no
-    longer of the size that was predicted.
+    Args:
+        found: the prediction; None draws nothing on the right.
+        names: category id -> name.
+        longest: pixels of the longer side of each image, at most.
+
+    Raises:
+        ImageError: the image can't be read, or is no longer of the size that was predicted.
     """
-    where, truth = f"image {row['image_id']}", truth_of(row)
+    where, truth = f"image {row['image_id']}", ground_truth(row)
     image = open_image(row["image"], where, size=truth.size)
     if found is not None and found.size != truth.size:
         raise ImageError(
             f"{where}: predicted at {found.size[1]}x{found.size[0]} pixels, and now has {image.width}x{image.height}:"
             " the dataset has changed since. Score the model again."
         )
-    nothing = Instances(truth.image_id, truth.category_ids[:0], truth.scores[:0], [], truth.boxes[:0], truth.size)
-    left, right = (draw_instances(image, one, names) for one in (truth, found or nothing))
+    left, legend = truth.drawn_on(image, names)
+    right, right_legend = (image.convert("RGB"), {}) if found is None else found.drawn_on(image, names)
     left.thumbnail((longest, longest))
     right.thumbnail((longest, longest))
     both = Image.new("RGB", (2 * left.width + GAP, left.height), "white")
     both.paste(left, (0, 0))
     both.paste(right, (left.width + GAP, 0))
-    return both
+    return add_legend(both, {**legend, **right_legend})
 
 
 def rows_by_id(dataset: Dataset, image_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """The rows of these images, those that the dataset has."""
+    """The rows of these images, by image id; an id that the dataset lacks is left out."""
     places = {int(image_id): place for place, image_id in enumerate(dataset["image_id"])}
     return {one: dataset[places[one]] for one in image_ids if one in places}
 
@@ -73,7 +79,7 @@ def rows_by_id(dataset: Dataset, image_ids: Sequence[int]) -> dict[int, dict[str
 def pictures(
     dataset: Dataset, shown: Sequence[Mapping[str, Any]], categories: Sequence[Category], longest: int = 480
 ) -> list[tuple[str, Image.Image, Mapping[str, Any]]]:
-    """(file name, truth beside prediction, the entry) of each entry of an assessment's `shown`."""
+    """(file name, ground truth beside prediction, entry) of each entry of evaluation.json's `shown`."""
     names = {category.id: category.name for category in categories}
     rows = rows_by_id(dataset, [one["image_id"] for one in shown])
     made = []
@@ -81,5 +87,5 @@ def pictures(
         if row := rows.get(one["image_id"]):
             found = next(iter(Instances.from_coco(one["predictions"])), None)
             name = str(row["image"].get("path") or one["image_id"]).replace("\\", "/").rsplit("/", 1)[-1]
-            made.append((name, beside(row, found, names, longest), one))
+            made.append((name, side_by_side(row, found, names, longest), one))
     return made

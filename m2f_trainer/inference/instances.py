@@ -1,9 +1,4 @@
-"""What a model found in an image, and the one way from its logits to that.
-
-Three frames: *logits* (h, w), *padded* (the network's input) and *original* (the image as it came). As in the original
-Mask2Former, mask logits are resized to the padded frame, the padding is cropped, the rest is resized to the original
-frame, and only then thresholded at zero; the score is class probability x mean mask probability inside that mask.
-"""
+"""The instances predicted in one image, as RLE masks in the original frame; to and from COCO results."""
 
 from __future__ import annotations
 
@@ -17,7 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.errors import MaskError, needs
-from m2f_trainer.masks.rle import Size
+from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import Bitmap, Box, Size
 from m2f_trainer.masks.segmentation import decode, to_counts
 
 
@@ -107,11 +103,54 @@ class Instances:
             data={"class_name": np.array([words.get(int(k), str(k)) for k in self.category_ids], dtype=str)},
         )
 
-    def overlay(self, image: Image.Image, names: Mapping[int, str] | None = None) -> Image.Image:
-        """A copy of `image` with these instances drawn on it; `names` maps category ids to words."""
-        from m2f_trainer.viz.overlay import draw_instances
+    def overlay(
+        self,
+        image: Image.Image,
+        names: Mapping[int, str] | None = None,
+        *,
+        boxes: bool = False,
+        legend: bool = True,
+    ) -> Image.Image:
+        """A copy of `image` with these instances drawn on it, small ones over large ones.
 
-        return draw_instances(image, self, names or {})
+        Few large objects get labels. Otherwise colour is the class, where there are several, and a strip below the
+        image names the classes that it shows. See `m2f_trainer.viz.overlay`.
+
+        Args:
+            image: the original image, of the size that was predicted.
+            names: category id -> name, of all classes of the model; an id without a name is written as it is.
+            boxes: draw the bounding boxes too.
+            legend: add the strip where the colours need it; without it the result has the size of `image`.
+
+        Raises:
+            ValueError: the image has another size than the instances.
+        """
+        from m2f_trainer.viz.overlay import add_legend
+
+        drawn, colors = self.drawn_on(image, names, boxes=boxes)
+        return add_legend(drawn, colors) if legend else drawn
+
+    def drawn_on(
+        self, image: Image.Image, names: Mapping[int, str] | None = None, *, boxes: bool = False
+    ) -> tuple[Image.Image, Mapping[str, tuple[int, int, int]]]:
+        """As `overlay`, but the legend is returned as class name -> colour, to go with several images."""
+        from m2f_trainer.viz.overlay import Shape, choose_style, draw_shapes
+
+        if (image.height, image.width) != tuple(self.size):
+            raise ValueError(
+                f"Expected the image that was predicted, {self.size[0]}x{self.size[1]} (height x width), found "
+                f"{image.height}x{image.width}. Pass the original image, not a resized one."
+            )
+        style = choose_style(self.size, self.boxes, self.category_ids.tolist(), self.scores.tolist(), names or {})
+        order = np.argsort(-self.boxes[:, 2:].prod(axis=1), kind="stable").tolist()
+        shapes = (Shape(*self._bitmap(index), style.colors[index], style.labels[index]) for index in order)
+        return draw_shapes(image, shapes, boxes=boxes), style.legend
+
+    def _bitmap(self, index: int) -> tuple[Box, Bitmap]:
+        """The tight box of a mask, x0, y0, x1, y1, and the mask within it, so that many small objects stay cheap."""
+        runs = rle.read_own(self.rles[index]["counts"])
+        box = rle.box_of(runs, self.size[0])
+        return box, rle.paint(runs, box, self.size[0])
 
 
 def _instances_of(image_id: int, entries: Sequence[Mapping[str, Any]]) -> Instances:

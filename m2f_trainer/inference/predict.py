@@ -141,7 +141,7 @@ def _predict_video(job: Job, predictor: Predictor, options: Options) -> None:
     def pictures() -> Iterator[Image.Image]:
         for number, (instances, frame) in enumerate(zip(found, drawn, strict=True)):
             records.append(record_of(f"{job.path}#{number}", instances))
-            yield instances.overlay(frame, predictor.names)
+            yield instances.overlay(frame, predictor.names, legend=False)  # frames of one size
 
     write_video(pictures(), job.folder / job.name, frame_rate(job.path))
     keep(job.part, job.key, records)

@@ -1,106 +1,173 @@
-"""Instances drawn on their image: tinted masks with outlines, and a name and score where there is room."""
+"""Objects drawn on their image: tinted masks with outlines, labels where they hide nothing, or a legend of the classes.
+
+Colour tells what the text does not. Where every object has a label with its class, and where there is one class only,
+each object has a colour of its own, so that neighbours can be told apart. Where labels would hide the objects, colour is
+the class, and a legend names it; touching objects of one class are still separated by their outlines.
+"""
 
 from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from m2f_trainer.masks import rle
+from m2f_trainer.masks.rle import Bitmap, Box, Size
 
-Colour = tuple[int, int, int]
-Rectangle = tuple[float, float, float, float]
+Color: TypeAlias = tuple[int, int, int]
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Rectangle: TypeAlias = tuple[float, float, float, float]
 
-TINT = 0.45
+TINT = 0.45  # share of the colour inside a mask; its outline has the colour alone
 GOLDEN_RATIO = 0.618033988749895
+MOST_LABELS = 20  # objects of an image that has labels
 
 
-class Drawable(Protocol):
-    """The n instances of one image, as `m2f_trainer.inference.instances.Instances` has them, in the original frame."""
+class Shape(NamedTuple):
+    """One object to draw, in the frame of the image."""
 
-    @property
-    def size(self) -> rle.Size:
-        """(H, W) of the image."""
-
-    @property
-    def category_ids(self) -> NDArray[np.int64]:
-        """(n,)."""
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """(n,); NaN where there is no score."""
-
-    @property
-    def boxes(self) -> NDArray[np.float64]:
-        """(n, 4): x, y, width, height."""
-
-    @property
-    def rles(self) -> list[dict[str, Any]]:
-        """n COCO run-length encodings."""
+    box: Box
+    """x0, y0, x1, y1 in pixels, x1 and y1 excluded."""
+    bitmap: Bitmap
+    """(y1 - y0, x1 - x0) of zeros and ones."""
+    color: Color
+    label: str = ""
+    """Written beside the object; left out where no place is free."""
 
 
-def colour(index: int) -> Colour:
-    """The index-th of an endless row of bright colours, neighbours far apart in hue."""
+@dataclass(frozen=True)
+class Style:
+    """Colours and labels of the n objects of one image, and the legend that the colours need.
+
+    Attributes:
+        colors: n colours.
+        labels: n labels; all empty where they would hide the objects.
+        legend: class name -> colour, where the colour is the class; else empty.
+    """
+
+    colors: Sequence[Color]
+    labels: Sequence[str]
+    legend: Mapping[str, Color] = field(default_factory=dict)
+
+
+def color(index: int) -> Color:
+    """The index-th of an endless row of bright colours; neighbours in the row are far apart in hue."""
     hue = (0.58 + index * GOLDEN_RATIO) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.9, 0.6)[index % 3], (1.0, 0.9)[index % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw_instances(
-    image: Image.Image, instances: Drawable, names: Mapping[int, str], *, boxes: bool = False
-) -> Image.Image:
-    """A copy of `image` with every instance in a colour of its own, small ones over large ones.
+def choose_style(
+    size: Size,
+    boxes: NDArray[np.float64],
+    category_ids: Sequence[int],
+    scores: Sequence[float],
+    names: Mapping[int, str],
+) -> Style:
+    """How to draw the n objects of an image.
+
+    Labels (class, where there are several, and score, where there is one) are for at most `MOST_LABELS` objects whose
+    median box is larger than the median label.
 
     Args:
-        image: the original image; its size must be that of the instances.
-        names: category id -> word; an id without one is written as it is.
-        boxes: draw the bounding boxes too.
-
-    Raises:
-        ValueError: the image has another size than the instances.
+        size: (H, W) of the image.
+        boxes: (n, 4) x, y, width, height.
+        category_ids: n ids; an id that `names` lacks is written as it is.
+        scores: n scores; NaN for an object without one, such as ground truth.
+        names: category id -> name, of all classes that the image could show.
     """
-    if (image.height, image.width) != tuple(instances.size):
-        raise ValueError(
-            f"Expected the image that was predicted, {instances.size[0]}x{instances.size[1]} (height x width), found "
-            f"{image.height}x{image.width}. Pass the original image, not a resized one."
-        )
-    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
-    line = max(1, round(min(instances.size) / 400))
-    for index in np.argsort(-instances.boxes[:, 2:].prod(axis=1), kind="stable").tolist():
-        _paint(pixels, _within_box(instances, index), colour(index), line)
+    classes = sorted({*names, *category_ids})
+    several = len(classes) > 1
+    words = [names.get(one, str(one)) for one in category_ids]
+    percents = ["" if math.isnan(score) else f"{100 * score:.0f}%" for score in scores]
+    labels = [f"{word if several else ''} {score}".strip() for word, score in zip(words, percents, strict=True)]
+    own_colors = [color(index) for index in range(len(labels))]
+    if _labels_fit(size, boxes, labels):
+        return Style(own_colors, labels)
+    nothing = [""] * len(labels)
+    if not several:
+        return Style(own_colors, nothing)
+    by_class = {one: color(index) for index, one in enumerate(classes)}
+    legend = {names.get(one, str(one)): by_class[one] for one in sorted(set(category_ids))}
+    return Style([by_class[one] for one in category_ids], nothing, legend)
+
+
+def _labels_fit(size: Size, boxes: NDArray[np.float64], labels: Sequence[str]) -> bool:
+    if not labels or len(labels) > MOST_LABELS:
+        return False
+    font = _font(size)
+    areas = [width * height for width, height in (_label_size(label, font) for label in labels)]
+    return float(np.median(boxes[:, 2] * boxes[:, 3])) >= float(np.median(areas))
+
+
+def draw_shapes(image: Image.Image, shapes: Iterable[Shape], *, boxes: bool = False) -> Image.Image:
+    """A copy of `image` as RGB with the shapes painted in the order in which they come, so large ones should come first.
+
+    Args:
+        shapes: may be a generator: one bitmap is in memory at a time.
+        boxes: draw the bounding boxes too.
+    """
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)  # (H, W, 3)
+    size = (image.height, image.width)
+    line = max(1, round(min(size) / 400))
+    outlined: list[tuple[Box, Color, str]] = []
+    for box, bitmap, ink, label in shapes:
+        _paint(pixels, box, bitmap.astype(np.bool_), ink, line)
+        outlined.append((box, ink, label))
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     if boxes:
-        for index, (x, y, width, height) in enumerate(instances.boxes.tolist()):
-            draw.rectangle((x, y, x + max(0, width - 1), y + max(0, height - 1)), outline=colour(index), width=line)
-    _write_labels(draw, instances, names)
+        for (x0, y0, x1, y1), ink, _ in outlined:
+            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=ink, width=line)
+    _write_labels(draw, outlined, size)
     return picture
 
 
-def _within_box(instances: Drawable, index: int) -> tuple[slice, slice, NDArray[np.bool_]]:
-    """Rows, columns and the mask within its box, so that a crowd of small objects stays cheap."""
-    x, y, width, height = (int(value) for value in instances.boxes[index])
-    runs = rle.read_own(instances.rles[index]["counts"])
-    mask = rle.paint(runs, (x, y, x + width, y + height), instances.size[0])
-    return slice(y, y + height), slice(x, x + width), mask.astype(np.bool_)
+def draw_sample(sample: Mapping[str, Any]) -> Image.Image:
+    """A training sample as the model gets it: `pixel_values` (3, H, W), with its `masks` at their `boxes`."""
+    pixels = np.ascontiguousarray(sample["pixel_values"].numpy().transpose(1, 2, 0))  # (H, W, 3)
+    masks = zip(sample["boxes"].tolist(), sample["masks"], strict=True)
+    shapes = [Shape((x0, y0, x1, y1), mask, color(k)) for k, ((x0, y0, x1, y1), mask) in enumerate(masks)]
+    return draw_shapes(Image.fromarray(pixels), shapes)
 
 
-def _paint(pixels: NDArray[np.float32], part: tuple[slice, slice, NDArray[np.bool_]], tint: Colour, line: int) -> None:
-    """Tint the mask's pixels, and its border in full colour, in place."""
-    rows, columns, mask = part
-    target = pixels[rows, columns]
-    ink = np.array(tint, np.float32)
-    target[mask] = (1 - TINT) * target[mask] + TINT * ink
-    target[mask & ~_eroded(mask, line)] = ink
+def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
+    """The image with a strip below it that names the colours; as it is where there are none."""
+    if not legend:
+        return image
+    font = ImageFont.load_default(size=float(np.clip(image.width / 40, 11, 24)))
+    side = math.ceil(_label_size("Ag", font)[1])  # of a colour's square
+    places, x, y = [], side // 2, side // 2
+    for name in legend:
+        width = 1.5 * side + _label_size(name, font)[0] + side
+        if x + width > image.width and x > side // 2:
+            x, y = side // 2, y + round(1.4 * side)
+        places.append((x, y))
+        x += math.ceil(width)
+    picture = Image.new("RGB", (image.width, image.height + y + round(1.5 * side)), "white")
+    picture.paste(image)
+    draw = ImageDraw.Draw(picture)
+    for (name, ink), (left, top) in zip(legend.items(), places, strict=True):
+        draw.rectangle((left, image.height + top, left + side, image.height + top + side), fill=ink)
+        draw.text((left + 1.5 * side, image.height + top), name, fill=(0, 0, 0), font=font)
+    return picture
+
+
+def _paint(pixels: NDArray[np.float32], box: Box, mask: NDArray[np.bool_], ink: Color, line: int) -> None:
+    """Tint the pixels of a mask, and its outline of `line` pixels in full colour, in place."""
+    x0, y0, x1, y1 = box
+    target, full = pixels[y0:y1, x0:x1], np.array(ink, np.float32)
+    target[mask] = (1 - TINT) * target[mask] + TINT * full
+    target[mask & ~_eroded(mask, line)] = full
 
 
 def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
-    """The pixels that are at least `steps` away, up, down and sideways, from the background or the box's edge."""
+    """The pixels at least `steps` away, up, down and sideways, from the background and from the edge of the box."""
     inside = np.pad(mask, 1)
     for _ in range(steps):
         core = inside[1:-1, 1:-1]
@@ -109,46 +176,49 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return inside[1:-1, 1:-1]
 
 
-def _write_labels(draw: ImageDraw.ImageDraw, instances: Drawable, names: Mapping[int, str]) -> None:
-    """Name and score of each instance (truth has none), best first; one that finds no free place is left out.
+def _font(size: Size) -> Font:
+    """The font of labels on an image of (H, W)."""
+    return ImageFont.load_default(size=float(np.clip(min(size) / 32, 9, 32)))
 
-    A place is free where it covers neither another label nor the centre of another instance.
-    """
-    sides = np.sqrt(instances.boxes[:, 2:].prod(axis=1))
-    largest = min(min(instances.size) / 32, float(np.median(sides)) / 2 if len(sides) else 32)  # half an object
-    font = ImageFont.load_default(size=float(np.clip(largest, 9, 32)))
-    taken = np.zeros(instances.size, np.uint16)  # how many labels and centres lie on a pixel
-    middles = (instances.boxes[:, :2] + instances.boxes[:, 2:] / 2)[:, ::-1]  # (n, 2), y and x
-    centres = np.clip(middles, 0, np.array(taken.shape) - 1).astype(int).tolist()
-    for row, column in centres:
-        taken[row, column] += 1
-    for index, (row, column) in enumerate(centres):
-        category_id = int(instances.category_ids[index])
-        score = instances.scores[index]
-        text = names.get(category_id, str(category_id)) + ("" if np.isnan(score) else f" {100 * score:.0f}%")
-        _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-        places = _places(instances.boxes[index], (right + 4, bottom + 3), instances.size)
-        taken[row, column] -= 1
-        free = [place for place in places if not taken[_pixels(place)].any()]
-        taken[row, column] += 1
-        if not free or instances.boxes[index, 2] <= 0:
+
+def _label_size(label: str, font: Font) -> tuple[float, float]:
+    """Width and height of a label with its margin, in pixels."""
+    _, _, right, bottom = ImageDraw.Draw(Image.new("1", (1, 1))).textbbox((0, 0), label, font=font)
+    return right + 4, bottom + 3
+
+
+def _write_labels(draw: ImageDraw.ImageDraw, objects: Sequence[tuple[Box, Color, str]], size: Size) -> None:
+    """Write each label where it covers neither another label nor the centre of another object, else leave it out."""
+    font = _font(size)
+    covered = np.zeros(size, np.uint16)  # (H, W): how many labels and centres lie on a pixel
+    centres = [
+        (min((y0 + y1) // 2, size[0] - 1), min((x0 + x1) // 2, size[1] - 1)) for (x0, y0, x1, y1), _, _ in objects
+    ]
+    for centre in centres:
+        covered[centre] += 1
+    for (box, ink, label), centre in zip(objects, centres, strict=True):
+        if not label or box[2] <= box[0]:
             continue
-        taken[_pixels(free[0])] += 1
-        ink = colour(index)
-        draw.rectangle(free[0], fill=ink)
+        covered[centre] -= 1  # a label may lie on its own object
+        places = _label_places(box, _label_size(label, font), size)
+        free = next((place for place in places if not covered[_pixels(place)].any()), None)
+        covered[centre] += 1
+        if free is None:
+            continue
+        covered[_pixels(free)] += 1
+        draw.rectangle(free, fill=ink)
         dark = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2] > 140
-        draw.text((free[0][0] + 2, free[0][1] + 1), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+        draw.text((free[0] + 2, free[1] + 1), label, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
 
 
-def _places(box: NDArray[np.float64], label: tuple[float, float], size: rle.Size) -> list[Rectangle]:
+def _label_places(box: Box, label: tuple[float, float], size: Size) -> list[Rectangle]:
     """Where a label of this width and height may go: above the box, below it, or at its top, within the image."""
-    x, y, _, box_height = box.tolist()
-    left = max(0.0, min(x, size[1] - label[0] - 1))
-    tops = [y - label[1], y + box_height, y]
+    x0, y0, _, y1 = box
+    left = max(0.0, min(x0, size[1] - label[0] - 1))
     return [
         (left, top, left + label[0], top + label[1])
-        for top in tops
-        if (top >= 0 and top + label[1] < size[0]) or top == y
+        for top in (y0 - label[1], y1, y0)
+        if (top >= 0 and top + label[1] < size[0]) or top == y0
     ]
 
 
@@ -156,28 +226,3 @@ def _pixels(place: Rectangle) -> tuple[slice, slice]:
     """The rows and columns that a rectangle touches."""
     left, top, right, bottom = place
     return slice(int(top), math.ceil(bottom)), slice(int(left), math.ceil(right))
-
-
-_TINT = 0.4
-_GOLDEN_RATIO = 0.618033988749895
-
-
-def draw_masks(image: Image.Image, looks: Iterable[tuple[rle.Box, rle.Bitmap]]) -> Image.Image:
-    """A copy of an RGB image with each bitmap, at its box, tinted and outlined in a colour of its own."""
-    pixels = np.asarray(image).astype(np.float32)
-    for number, ((x0, y0, x1, y1), bitmap) in enumerate(looks):
-        ink = 255 * np.array(colorsys.hsv_to_rgb((0.58 + number * _GOLDEN_RATIO) % 1, 0.8, 1.0), dtype=np.float32)
-        inside = bitmap.astype(np.bool_)
-        framed = np.pad(inside, 1)
-        core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
-        part = pixels[y0:y1, x0:x1]
-        part[inside] = (1 - _TINT) * part[inside] + _TINT * ink
-        part[inside & ~core] = ink
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def draw_sample(sample: Mapping[str, Any]) -> Image.Image:
-    """A transform's sample as the model is shown it."""
-    pixels = np.ascontiguousarray(sample["pixel_values"].numpy().transpose(1, 2, 0))  # (H, W, 3)
-    looks = zip(map(tuple, sample["boxes"].tolist()), sample["masks"], strict=True)
-    return draw_masks(Image.fromarray(pixels), looks)

@@ -16,7 +16,7 @@ from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.evaluation.evaluator import Assessment
-from m2f_trainer.evaluation.gallery import GAP, beside, truth_of
+from m2f_trainer.evaluation.gallery import GAP, ground_truth, side_by_side
 from m2f_trainer.evaluation.report import write_report
 from m2f_trainer.run_folder import curves_of, read_runs, write_details, write_metrics
 from tests.evaluation.truth import perfect
@@ -192,9 +192,9 @@ def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path
 
 def test_the_truth_is_on_the_left_and_has_no_scores(data: Path) -> None:
     row = load_coco(data)["valid"][0]
-    image = beside(row, None, {}, 1000)
+    image = side_by_side(row, None, {}, 1000)
     assert image.size == (2 * row["width"] + GAP, row["height"])
-    truth = truth_of(row)
+    truth = ground_truth(row)
     assert len(truth) == sum(not item["iscrowd"] for item in row["objects"])
     left, right = np.asarray(image)[:, : row["width"]], np.asarray(image)[:, row["width"] + GAP :]
     assert (left != right).any(axis=2).mean() > 0.01, "nothing is drawn on the right"

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of
-from m2f_trainer.evaluation.gallery import beside
+from m2f_trainer.evaluation.gallery import side_by_side
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.viz.overlay import draw_sample
 
@@ -59,7 +59,9 @@ class Pictures(TrainerCallback):
         names = {category.id: category.name for category in categories_of(samples.rows)}
         rows = [samples.rows[index] for index in range(min(SHOWN, len(samples)))]
         return {
-            f"valid/truth_and_prediction_{index}": np.asarray(beside(row, found.get(row["image_id"]), names, LONGEST))
+            f"valid/truth_and_prediction_{index}": np.asarray(
+                side_by_side(row, found.get(row["image_id"]), names, LONGEST)
+            )
             for index, row in enumerate(rows)
         }
 
