@@ -12,7 +12,7 @@ from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks import segmentation as masks
-from m2f_trainer.viz.overlay import draw_masks, draw_sample
+from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes
 
 
 def draw_objects(source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int) -> Image.Image:
@@ -20,14 +20,15 @@ def draw_objects(source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]]
     image = open_image(source, "picture")
     size = image.size
     image.thumbnail((longest, longest))
-    small_masks = []
-    for one in objects:
+    box = (0, 0, image.width, image.height)
+    shapes = []
+    for number, one in enumerate(objects):
         bitmap = masks.decode(one["counts"], size[1], size[0])
         small = Image.fromarray(np.ascontiguousarray(bitmap) * np.uint8(255)).resize(
             image.size, Image.Resampling.BILINEAR
         )
-        small_masks.append(((0, 0, image.width, image.height), (np.asarray(small) > 127).astype(np.uint8)))
-    return draw_masks(image, small_masks)
+        shapes.append(Shape(box, (np.asarray(small) > 127).astype(np.uint8), color(number)))
+    return draw_shapes(image, shapes)
 
 
 def preview(examination: Examination, count: int, transform: TrainTransform, folder: Path) -> list[Path]:

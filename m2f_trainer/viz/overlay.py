@@ -1,8 +1,8 @@
-"""Objects drawn on their image: tinted masks with outlines, labels where they hide nothing, or a legend of the classes.
+"""Objects drawn on their image: tinted masks with outlines, and labels where they hide nothing or a legend of classes.
 
-Colour tells what the text does not. Where every object has a label with its class, and where there is one class only,
-each object has a colour of its own, so that neighbours can be told apart. Where labels would hide the objects, colour is
-the class, and a legend names it; touching objects of one class are still separated by their outlines.
+Colour shows what the text does not. Where the objects have labels with their class, and where there is one class only,
+each object has a colour of its own, so that neighbours are separate. Where labels would hide the objects, colour is the
+class, and a legend names it; touching objects of one class are still separated by their outlines.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _labels_fit(size: Size, boxes: NDArray[np.float64], labels: Sequence[str]) -
 
 
 def draw_shapes(image: Image.Image, shapes: Iterable[Shape], *, boxes: bool = False) -> Image.Image:
-    """A copy of `image` as RGB with the shapes painted in the order in which they come, so large ones should come first.
+    """A copy of `image` as RGB with the shapes painted one after another; large ones should come first.
 
     Args:
         shapes: may be a generator: one bitmap is in memory at a time.

@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from m2f_trainer.doctor.pictures import draw_objects
-from m2f_trainer.viz.overlay import draw_masks
+from m2f_trainer.viz.overlay import Shape, draw_shapes
 
 
 def test_masks_are_drawn_where_they_are():
     image = Image.new("RGB", (20, 10), "black")
-    drawn = np.asarray(draw_masks(image, [((4, 2, 9, 8), np.ones((6, 5), dtype=np.uint8))]))
+    drawn = np.asarray(draw_shapes(image, [Shape((4, 2, 9, 8), np.ones((6, 5), dtype=np.uint8), (255, 0, 0))]))
     lit = drawn.any(axis=2)
     assert lit[2:8, 4:9].all()
     assert lit.sum() == 30
