@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ("inference.instances", "masks.polygons", "inference.predictor", "inference.tiles")
+MODULES = ("inference.instances", "masks.polygons", "inference.predictor", "data.tiles")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -19,6 +19,13 @@ def suggest(*commands: str) -> None:
     say("\n".join(["", "Next:", *(f"  {command}" for command in commands)]))
 
 
+def natural_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

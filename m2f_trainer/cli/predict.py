@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f_trainer.cli.console import positive_int, say, suggest
+from m2f_trainer.cli.console import natural_int, positive_int, say, suggest
 
 SUMMARY = "overlays and COCO results of a model for images and videos"
 DESCRIPTION = (
@@ -30,21 +30,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     large = parser.add_argument_group(
-        "large images", "TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
+        "tiles", "default: as in training. TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
     )
     large.add_argument(
         "--tile",
-        type=positive_int,
+        type=natural_int,
         metavar="SIDE",
         help="predict in tiles of SIDE x SIDE pixels and merge instances across seams; best is the size of the "
-        "training images",
+        "training images or tiles; 0 predicts whole images",
     )
     large.add_argument(
         "--overlap",
         type=float,
         metavar="FRACTION",
-        default=0.2,
-        help="fraction of a tile's side shared with the next tile [%(default)s]",
+        help="fraction of a tile's side shared with the next tile [as in training, or 0.3]",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, default=Path("predictions"), help="output folder [%(default)s]")

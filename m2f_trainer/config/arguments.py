@@ -43,7 +43,12 @@ class ModelArguments:
         defines_model=True,
     )
     num_queries: int = option(
-        100, "Number of queries: the maximum instances per image.", "model", at_least=1, defines_model=True
+        100,
+        "Number of queries: the maximum instances per image or tile. auto: as many as the training split needs.",
+        "model",
+        at_least=1,
+        auto=True,
+        defines_model=True,
     )
     head_checkpoint: str | None = option(
         None,
@@ -176,6 +181,9 @@ _LSJ = {
     "copy_paste": 0.0,
 }
 
+_TILES = {"lsj_min_scale": 1.0, "lsj_max_scale": 1.0}
+"""Tiles keep the scale of the images, at which the model is used: jitter costs AP in short runs (recipes/README.md)."""
+
 
 @dataclass
 class DataArguments:
@@ -202,6 +210,37 @@ class DataArguments:
         at_least=1,
         changes_results=True,
     )
+    tile_size: int | None = option(
+        None,
+        "Train on square tiles of the images, N original pixels a side, for small or many objects; evaluation and "
+        "prediction tile by themselves. A tile is resized to image_height x image_width, by default to its own size.",
+        "data",
+        at_least=8,
+        changes_results=True,
+    )
+    tile_overlap: float = option(
+        0.3,
+        "Fraction of a tile that is shared with its neighbours in evaluation and prediction.",
+        "data",
+        at_least=0,
+        at_most=0.49,
+        changes_results=True,
+    )
+    empty_tiles: float = option(
+        0.1,
+        "Maximum fraction of training tiles without objects.",
+        "data",
+        at_least=0,
+        at_most=0.9,
+        changes_results=True,
+    )
+    tiles_per_image: int | None = option(
+        None,
+        "Maximum tiles with objects that an epoch shows of one image; over the epochs all are shown. Default: all.",
+        "data",
+        at_least=1,
+        changes_results=True,
+    )
     min_instance_area: int = option(
         1,
         "Drop training instances with fewer pixels than this at the input size.",
@@ -221,7 +260,7 @@ class DataArguments:
     )
     lsj_min_scale: float | None = option(
         None,
-        "Large-scale jitter: smallest factor an image is scaled by.",
+        "Large-scale jitter: smallest factor an image is scaled by. With tile_size the default is 1.",
         "augmentation",
         at_least=0.01,
         at_most=10,
@@ -229,7 +268,7 @@ class DataArguments:
     )
     lsj_max_scale: float | None = option(
         None,
-        "Large-scale jitter: largest factor an image is scaled by.",
+        "Large-scale jitter: largest factor an image is scaled by. With tile_size the default is 1.",
         "augmentation",
         at_least=0.01,
         at_most=10,
@@ -272,6 +311,6 @@ class DataArguments:
 
     def augment(self) -> dict[str, Any]:
         """The six augmentation fields, with the preset's values where they are not set."""
-        preset = {**_LSJ, **AUGMENTATIONS.get(self.augmentation, {})}
+        preset = {**_LSJ, **(_TILES if self.tile_size else {}), **AUGMENTATIONS.get(self.augmentation, {})}
         given = {key: vars(self)[key] for key in preset if vars(self)[key] is not None}
         return {**preset, **given, "horizontal_flip": preset["horizontal_flip"] and self.horizontal_flip}

@@ -219,7 +219,10 @@ def build(values: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
         raise RecipeError("dataset_name is missing: give the folder of a COCO dataset, as in --dataset_name my_coco.")
-    check_sides(data, required_multiple(model))
+    multiple = required_multiple(model)
+    if data.tile_size and not {"image_height", "image_width"} & values.keys():
+        data.image_height = data.image_width = -(-data.tile_size // multiple) * multiple
+    check_sides(data, multiple)
     return Recipe(model, data, train)
 
 
@@ -233,7 +236,12 @@ def required_multiple(model: ModelArguments) -> int:
 
 
 def check_sides(data: DataArguments, multiple: int) -> None:
-    """Raise RecipeError with the nearest valid sizes unless both sides are multiples of `multiple`."""
+    """Raise RecipeError unless both sides are multiples of `multiple`, and equal where there are tiles."""
+    if data.tile_size and data.image_height != data.image_width:
+        raise RecipeError(
+            f"tile_size={data.tile_size}: tiles are square, and the frame that they fill is {data.image_height} x "
+            f"{data.image_width}. Give image_height and image_width one value, or leave both out."
+        )
     for name, side in (("image_height", data.image_height), ("image_width", data.image_width)):
         if side % multiple:
             below = side // multiple * multiple

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
@@ -21,6 +22,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
     def __init__(self, rows: datasets.Dataset, transform: Transform, categories: Sequence[Category]) -> None:
         self.rows = rows
         self.transform = transform
+        self.categories = categories
         self.class_of = {category.id: k for k, category in enumerate(categories)}
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()
@@ -33,12 +35,30 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample `index` of the epoch that was set; see `sample`."""
+        return self.sample(index, int(self._epoch))
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The sample of `transform` with class_labels int64 (N,) for its category ids.
 
         Raises:
             DataError: the image can't be read, or a category isn't one of the model's
         """
-        return with_class_labels(self.transform(self.rows[index], int(self._epoch), index, self.rows), self.class_of)
+        return with_class_labels(self.transform(self.row(index, epoch), epoch, index, self.rows), self.class_of)
+
+    def row(self, index: int, epoch: int) -> Mapping[str, Any]:
+        """The row of a sample."""
+        row: Mapping[str, Any] = self.rows[index]
+        return row
+
+    def objects(self) -> npt.NDArray[np.int64]:
+        """The number of objects of each sample, (len,), before augmentation."""
+        columns = self.rows.select_columns(["objects"]).with_format(None)
+        return np.array([sum(not one["iscrowd"] for one in row["objects"]) for row in columns], np.int64)
+
+    def name(self, index: int) -> str:
+        """A sample in messages."""
+        return f"image {self.row(index, int(self._epoch))['image_id']} (sample {index})"
 
 
 def with_class_labels(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
@@ -64,7 +84,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         pixel_values uint8 (B, 3, H, W); pixel_mask bool (B, H, W); class_labels B x int64 (N_b,); image_id int64 (B,);
         original_size and resized_size int64 (B, 2); mask_labels: `pack_masks` of all instances in the batch's order;
-        backbone_maps, (B, C, h, w) each, where the samples have them
+        backbone_maps, (B, C, h, w) each, where the samples have them; so is tile int64 (B, 3) of `tiles.EvalTiles`
     """
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
@@ -81,6 +101,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if "backbone_maps" in samples[0]:
         maps = zip(*(sample["backbone_maps"] for sample in samples), strict=True)
         batch["backbone_maps"] = [torch.stack(images) for images in maps]
+    if "tile" in samples[0]:
+        batch["tile"] = torch.tensor([sample["tile"] for sample in samples], dtype=torch.int64)
     return batch
 
 

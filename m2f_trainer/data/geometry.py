@@ -23,6 +23,9 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 class Crop:
     """The part of an image that a sample shows: a window of the resized frame, flipped left to right if `flip`, then
     rotated anticlockwise by `quarter_turns` times 90 degrees.
+
+    An object is left out if less than the fraction `least_visible` of it is in the window, unless its visible part
+    fills at least a hundredth of the window: of a large object, a window never shows much.
     """
 
     original: Size
@@ -30,6 +33,7 @@ class Crop:
     window: Box
     flip: bool = False
     quarter_turns: int = 0
+    least_visible: float = 0.0
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -86,7 +90,17 @@ def crop_mask(counts: str, crop: Crop) -> tuple[Box, rle.Bitmap] | None:
     x0, y0 = crop.window[:2]
     placed = (window[0] - x0, window[1] - y0, window[2] - x0, window[3] - y0)
     trimmed = trim(_resize_mask(runs, window, crop), placed)
-    return None if trimmed is None else _orient_box(*trimmed, crop)
+    return None if trimmed is None or _is_sliver(trimmed[1], runs, crop) else _orient_box(*trimmed, crop)
+
+
+def _is_sliver(bitmap: rle.Bitmap, runs: rle.Runs, crop: Crop) -> bool:
+    """Whether too little of an object is in the crop, by the rule of `Crop`."""
+    if not crop.least_visible:
+        return False
+    x0, y0, x1, y1 = crop.window
+    sy, sx = crop.scale
+    whole, frame = rle.area(runs) * sy * sx, (x1 - x0) * (y1 - y0)
+    return bool(bitmap.sum() < min(crop.least_visible * whole, frame / 100))
 
 
 def _orient_box(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitmap]:
@@ -99,6 +113,12 @@ def _orient_box(box: Box, bitmap: rle.Bitmap, crop: Crop) -> tuple[Box, rle.Bitm
         left, top, right, bottom = top, width - right, bottom, width - left
         width, height = height, width
     return (left, top, right, bottom), np.ascontiguousarray(orient(bitmap, crop))
+
+
+def in_crop(boxes: npt.NDArray[np.float64], crop: Crop) -> npt.NDArray[np.bool_]:
+    """Which of the boxes (N, 4) of the original frame meet the window of a crop, (N,)."""
+    x0, y0, x1, y1 = crop.source(crop.window)
+    return np.asarray((boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0))
 
 
 def orient(pixels: Pixels, crop: Crop) -> Pixels:

@@ -6,14 +6,15 @@ proportional to the area of the objects, and overlapping instances stay separate
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, crop_mask, orient, resize_to_fit, trim
+from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, crop_mask, in_crop, orient, resize_to_fit, trim
 from m2f_trainer.data.images import ImageSource, open_image
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, Size
@@ -30,6 +31,7 @@ class Sample(TypedDict):
     image_id: int
     original_size: Size
     resized_size: Size
+    tile: NotRequired[tuple[int, int, int]]  # of `tiles.EvalTiles`: the tile's number, the image's height and width
 
 
 def paste_instances(sample: Sample, other: Sample, chosen: npt.NDArray[np.bool_]) -> Sample:
@@ -95,9 +97,8 @@ class EvalTransform:
         Raises:
             ImageError: the image can't be read or isn't of the row's size
         """
-        original = (row["height"], row["width"])
-        image = open_image(row["image"], image_name(row), size=original)
-        return make_sample(image, row, _whole(resize_to_fit(original, self.size)), self.size)
+        frames = resize_to_fit((row["height"], row["width"]), self.size)
+        return make_sample(read_image(row), row, _whole(frames), self.size)
 
     def prepare(self, image: ImageSource, where: str = "image") -> tuple[torch.Tensor, torch.Tensor, Frames]:
         """One image without annotations: pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and its frames.
@@ -108,7 +109,7 @@ class EvalTransform:
         opened = open_image(image, where)
         frames = resize_to_fit((opened.height, opened.width), self.size)
         crop = _whole(frames)
-        return *_pad(crop_image(opened, crop), crop, self.size), frames
+        return *pad(crop_image(opened, crop), crop, self.size), frames
 
 
 class TrainTransform:
@@ -148,22 +149,22 @@ class TrainTransform:
             ImageError: an image can't be read or isn't of its row's size
         """
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index]))
-        sample = self.random_sample(row, rng)
+        sample = self.random_sample(row, epoch, rng)
         if len(rows) and rng.random() < self.copy_paste:
-            other = self.random_sample(rows[int(rng.integers(len(rows)))], rng)
+            other = self.random_sample(rows[int(rng.integers(len(rows)))], epoch, rng)
             sample = paste_instances(sample, other, rng.random(len(other["masks"])) < 0.5)
         return drop_small(self.min_area, sample)
 
-    def random_sample(self, row: Row, rng: np.random.Generator) -> Sample:
+    def random_sample(self, row: Row, epoch: int, rng: np.random.Generator) -> Sample:
         """One image with a random crop and random colours, before copy-paste."""
-        original = (row["height"], row["width"])
-        crop = self.random_crop(original, rng)
+        crop = self.random_crop(row, epoch, rng)
         colors = random_colors(self.color_jitter, rng)
-        image = open_image(row["image"], image_name(row), size=original, shrink_to=crop.resized)
+        image = read_image(row, shrink_to=crop.resized)
         return make_sample(image, row, crop, self.size, colors, fast=True)
 
-    def random_crop(self, original: Size, rng: np.random.Generator) -> Crop:
+    def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
         """A random scale, window, flip and rotation."""
+        original = (row["height"], row["width"])
         quarter_turns = int(rng.integers(4)) if self.rotate90 else 0
         size = self.size[::-1] if quarter_turns % 2 else self.size  # the frame before the rotation
         factor = rng.uniform(*self.scales)
@@ -184,10 +185,11 @@ def make_sample(
     fast: bool = False,
 ) -> Sample:
     """The sample of a crop of a row's image, without crowd regions and instances outside the crop."""
-    objects = [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
+    near = in_crop(target_boxes(row), crop).tolist()  # reading a mask costs as much as cropping it
+    objects = [entry for entry, meets in zip(targets(row), near, strict=True) if meets]
     cropped = ((entry["category_id"], crop_mask(entry["counts"], crop)) for entry in objects)
     visible = [(category, *found) for category, found in cropped if found is not None]
-    pixel_values, pixel_mask = _pad(crop_image(image, crop, colors, fast), crop, size)
+    pixel_values, pixel_mask = pad(crop_image(image, crop, colors, fast), crop, size)
     return Sample(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
@@ -200,8 +202,27 @@ def make_sample(
     )
 
 
+def targets(row: Row) -> list[Mapping[str, Any]]:
+    """The objects of a row that are trained on: all but crowd regions."""
+    return [entry for entry in row.get("objects", ()) if not entry["iscrowd"]]
+
+
+def target_boxes(row: Row) -> npt.NDArray[np.float64]:
+    """The boxes (N, 4) of a row's targets, from their masks: x0, y0, x1, y1 in the original frame."""
+    size = [row["height"], row["width"]]
+    encoded = [{"size": size, "counts": one["counts"]} for one in targets(row)]
+    boxes = np.asarray(coco_mask.toBbox(encoded), np.float64).reshape(-1, 4) if encoded else np.zeros((0, 4))
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
 def _whole(frames: Frames) -> Crop:
     return Crop(frames.original, frames.resized, (0, 0, frames.resized[1], frames.resized[0]))
+
+
+def read_image(row: Row, shrink_to: Size | None = None) -> Image.Image:
+    """The image of a row, of at least `shrink_to`. Raises ImageError if it can't be read or isn't of the row's size."""
+    return open_image(row["image"], image_name(row), size=(row["height"], row["width"]), shrink_to=shrink_to)
 
 
 def image_name(row: Row) -> str:
@@ -211,7 +232,7 @@ def image_name(row: Row) -> str:
     return f"image {row['image_id']}" + (f" ({path})" if path else "")
 
 
-def _pad(pixels: Pixels, crop: Crop, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(pixels: Pixels, crop: Crop, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """The pixels in the top left corner of the padded frame, uint8 (3, H, W), and their mask, bool (H, W)."""
     pixels = orient(pixels, crop)  # (h, w, 3)
     height, width = pixels.shape[:2]

@@ -25,6 +25,9 @@ from torch.nn import functional
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.masks.rle import Box, Size, encode_runs, runs_of_changes, union
 
+Pairs = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+"""Probability, class and query of k pairs, (k,) each."""
+
 
 @torch.no_grad()
 def to_instances(
@@ -37,6 +40,7 @@ def to_instances(
     padded_size: Size,
     category_ids: Sequence[int],
     top_k: int = 100,
+    threshold: float = 0.0,
 ) -> list[Instances]:
     """The `top_k` best (query, class) pairs of each image as Instances, as in the original Mask2Former.
 
@@ -51,14 +55,15 @@ def to_instances(
         resized_sizes: B sizes (H, W) of the images within the padded frame, at its top left.
         padded_size: (H, W) of the network's input.
         category_ids: K ids: class k of the model is the dataset's category `category_ids[k]`.
+        threshold: pairs that can't score above it are left out before their masks are made; 0 leaves out none.
     """
     ids, originals, resized = (_to_list(value) for value in (image_ids, original_sizes, resized_sizes))
-    probabilities, classes, queries = _best_pairs(class_logits, top_k)
+    pairs = _best_pairs(class_logits, top_k, threshold)
     dtype = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
     return [
         _image_instances(
             mask_logits[index].to(dtype),
-            (probabilities[index], classes[index], queries[index]),
+            pairs[index],
             int(ids[index]),
             ((originals[index][0], originals[index][1]), (resized[index][0], resized[index][1]), padded_size),
             np.asarray(category_ids, np.int64),
@@ -71,20 +76,23 @@ def _to_list(values: Sequence[Any] | Tensor) -> list[Any]:
     return list(values.tolist()) if isinstance(values, Tensor) else list(values)
 
 
-def _best_pairs(class_logits: Tensor, top_k: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Probability, class and query, each (B, k), of the best pairs of each image, from (B, Q, K+1) logits."""
+def _best_pairs(class_logits: Tensor, top_k: int, threshold: float) -> list[Pairs]:
+    """The best pairs of each image, at most `top_k`, from (B, Q, K+1) logits."""
     dtype = torch.float64 if class_logits.dtype == torch.float64 else torch.float32
     probabilities = class_logits.to(dtype).softmax(-1)[..., :-1]
     num_classes = probabilities.shape[-1]
     pairs = probabilities.flatten(1)  # (B, Q*K)
-    best, index = pairs.topk(min(top_k, pairs.shape[1]), dim=1)
-    host = index.cpu().numpy()
-    return best.double().cpu().numpy(), host % num_classes, host // num_classes
+    best, index = (values.cpu().numpy() for values in pairs.topk(min(top_k, pairs.shape[1]), dim=1))
+    kept = best > threshold if threshold else np.ones(best.shape, np.bool_)
+    return [
+        (one[keep].astype(np.float64), places[keep] % num_classes, places[keep] // num_classes)
+        for one, places, keep in zip(best, index, kept, strict=True)
+    ]
 
 
 def _image_instances(
     mask_logits: Tensor,
-    pairs: tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]],
+    pairs: Pairs,
     image_id: int,
     sizes: tuple[Size, Size, Size],
     category_ids: NDArray[np.int64],

@@ -12,14 +12,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from m2f_trainer.data.images import SUFFIXES, open_image
+from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.errors import DataError
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.inference.results import Record, keep, kept, record_of, write_dataset, write_results
-from m2f_trainer.inference.tiles import predict_tiled
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
-from m2f_trainer.inference.windows import open_windows
+from m2f_trainer.inference.windows import windows_of
 
 logger = logging.getLogger(__name__)
 PARTS, DRAWN = ".parts", ".instances"
@@ -29,13 +29,15 @@ LARGEST_PICTURE = 2**25
 
 @dataclass(frozen=True)
 class Options:
-    """How to predict. `tile` cuts every image into tiles of that many pixels a side, which share `overlap` of it."""
+    """How to predict. `tile` cuts images into tiles of that many pixels a side, which share `overlap` of it; 0 shows
+    them whole. None of either: as the model was trained.
+    """
 
     threshold: float = 0.5
     recursive: bool = False
     batch_size: int = 4
     tile: int | None = None
-    overlap: float = 0.2
+    overlap: float | None = None
     dataset: bool = False  # write the predictions as a COCO dataset too
 
 
@@ -62,6 +64,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     named = zip(paths, picture_names(paths), strict=True)
     jobs = [Job(path, output_dir, name, _key(model, path, options)) for path, name in named]
     predictor = Predictor.from_pretrained(model)
+    predictor.tiling = tiling_for(predictor, options)
     left = [job for job in jobs if kept(job.part, job.key) is None]
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), disable=None) as bar:
         for _ in work(predictor, left, options):
@@ -96,41 +99,33 @@ def _key(model: str, path: Path, options: Options) -> tuple[object, ...]:
     return (model, str(path), *changed, options.threshold, options.tile, options.overlap)
 
 
+def tiling_for(predictor: Predictor, options: Options) -> Tiling | None:
+    """The model's own tiles where the options name no others; None where images are shown whole."""
+    own, config = predictor.tiling, predictor.model.config
+    side = (own.side if own else 0) if options.tile is None else options.tile
+    overlap = config.tile_overlap if options.overlap is None else options.overlap
+    return Tiling(side, overlap, predictor.padded_size) if side else None
+
+
 def work(predictor: Predictor, jobs: Sequence[Job], options: Options) -> Iterator[Job]:
-    """Do the jobs, giving each when it is written: single images in batches, then tiled images, then videos."""
-    videos = [job for job in jobs if is_video(job.path)]
+    """Do the jobs, giving each when it is written: images, then videos."""
     images = [job for job in jobs if not is_video(job.path)]
-    if options.tile is None:
-        found = predictor.stream(
-            (job.path for job in images), batch_size=options.batch_size, threshold=options.threshold
-        )
-        for job, instances in zip(images, found, strict=True):
-            _finish_image(job, open_image(job.path, str(job.path)), instances, predictor)
-            yield job
-    else:
-        for job in images:
-            _predict_large(job, predictor, options, options.tile)
-            yield job
-    for job in videos:
-        _predict_video(job, predictor, options)
+    found = predictor.stream((job.path for job in images), batch_size=options.batch_size, threshold=options.threshold)
+    for job, instances in zip(images, found, strict=True):
+        _finish_image(job, instances, predictor)
         yield job
+    for job in jobs:
+        if is_video(job.path):
+            _predict_video(job, predictor, options)
+            yield job
 
 
-def _finish_image(job: Job, image: Image.Image | None, instances: Instances, predictor: Predictor) -> None:
-    if image is not None:
-        instances.overlay(image, predictor.names).save(job.folder / job.name)
+def _finish_image(job: Job, instances: Instances, predictor: Predictor) -> None:
+    height, width = instances.size
+    if height * width <= LARGEST_PICTURE:
+        pixels = windows_of(job.path, str(job.path)).read((0, 0, width, height))
+        instances.overlay(Image.fromarray(pixels), predictor.names).save(job.folder / job.name)
     keep(job.part, job.key, [record_of(str(job.path), instances)])
-
-
-def _predict_large(job: Job, predictor: Predictor, options: Options, tile: int) -> None:
-    windows = open_windows(job.path)
-    instances = predict_tiled(
-        predictor, windows, tile, options.overlap, batch_size=options.batch_size, threshold=options.threshold
-    )
-    height, width = windows.size
-    small = height * width <= LARGEST_PICTURE
-    image = Image.fromarray(windows.read((0, 0, width, height))) if small else None
-    _finish_image(job, image, instances, predictor)
 
 
 def _predict_video(job: Job, predictor: Predictor, options: Options) -> None:

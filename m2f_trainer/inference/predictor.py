@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from m2f_trainer.data.geometry import Frames
 from m2f_trainer.data.images import ImageSource
+from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
+from m2f_trainer.inference.tiles import Merger
+from m2f_trainer.inference.windows import windows_of
+from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.mask2former import M2FModel, load_model
 
 
 class Predictor:
     """`Predictor(model)(images)`: what evaluation does, for images without annotations.
+
+    A model that was trained on tiles sees images in tiles; `tiling` can be set to others, or to None for whole images.
 
     Args:
         model: a model of this package; put into evaluation mode and moved to `device` where one is given.
@@ -41,6 +50,7 @@ class Predictor:
         self.category_ids = [int(category["id"]) for category in categories]
         self.names = {int(category["id"]): str(category["name"]) for category in categories}
         self.padded_size = (model.config.image_height, model.config.image_width)
+        self.tiling = tiling_of(model.config)
         self._transform = EvalTransform(*self.padded_size)
 
     @classmethod
@@ -72,30 +82,61 @@ class Predictor:
     def stream(
         self, images: Iterable[ImageSource], *, batch_size: int = 1, threshold: float = 0.5, top_k: int = 100
     ) -> Iterator[Instances]:
-        """The same for any number of images, `batch_size` of them in memory at a time."""
-        numbered = enumerate(images)
-        while batch := list(islice(numbered, batch_size)):
-            for found in self._predict(batch, top_k):
-                yield found.above(threshold)
+        """The same for any number of images, `batch_size` of them in memory at a time; in tiles, so many of these.
+
+        `top_k` limits the instances of an image, or of each of its tiles.
+        """
+        frames, merger = self._frames(images), Merger(self.tiling) if self.tiling else None
+        while batch := list(islice(frames, batch_size)):
+            for frame, instances in zip(batch, self._predict(batch, threshold, top_k), strict=True):
+                whole = merger.add(instances, frame.tile, frame.size) if merger else instances
+                if whole is not None:
+                    yield whole.above(threshold)
+
+    def _frames(self, images: Iterable[ImageSource]) -> Iterator[Frame]:
+        """What the model is shown of each image: all of it, or tile after tile."""
+        for position, image in enumerate(images):
+            if self.tiling is None:
+                values, valid, frames = self._transform.prepare(image, _name(position, image))
+                yield Frame(position, frames.original, 0, values, valid, frames)
+                continue
+            windows = windows_of(image, _name(position, image))
+            for number, tile in enumerate(self.tiling.lay(windows.size)):
+                yield Frame(position, windows.size, number, *self.tiling.prepare(windows.read(tile.box)))
 
     @torch.inference_mode()
-    def _predict(self, batch: Sequence[tuple[int, ImageSource]], top_k: int) -> list[Instances]:
-        """The instances of some images with their positions, as many as `top_k` an image."""
-        prepared = [self._transform.prepare(image, _name(position, image)) for position, image in batch]
-        pixel_values = torch.stack([pixels for pixels, _, _ in prepared])  # uint8 (B, 3, H, W)
-        pixel_mask = torch.stack([valid for _, valid, _ in prepared])  # bool (B, H, W)
+    def _predict(self, batch: Sequence[Frame], threshold: float, top_k: int) -> list[Instances]:
+        """The instances of some frames, as many as `top_k` a frame, at the size that they have in their image."""
+        pixel_values = torch.stack([frame.pixel_values for frame in batch])  # uint8 (B, 3, H, W)
+        pixel_mask = torch.stack([frame.pixel_mask for frame in batch])  # bool (B, H, W)
         device = self.model.device
         output = self.model(pixel_values=pixel_values.to(device), pixel_mask=pixel_mask.to(device))
         return to_instances(
             output.class_queries_logits,
             output.masks_queries_logits,
-            image_ids=[position for position, _ in batch],
-            original_sizes=[frames.original for _, _, frames in prepared],
-            resized_sizes=[frames.resized for _, _, frames in prepared],
+            image_ids=[frame.position for frame in batch],
+            original_sizes=[frame.frames.original for frame in batch],
+            resized_sizes=[frame.frames.resized for frame in batch],
             padded_size=self.padded_size,
             category_ids=self.category_ids,
             top_k=top_k,
+            threshold=threshold,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One image, or one tile of it, as the model is shown it: pixel_values uint8 (3, H, W), pixel_mask bool (H, W).
+
+    `position` and `size` (height, width) are the image's, `tile` is the tile's number in it.
+    """
+
+    position: int
+    size: Size
+    tile: int
+    pixel_values: Tensor
+    pixel_mask: Tensor
+    frames: Frames
 
 
 def _name(position: int, image: ImageSource) -> str:

@@ -1,53 +1,42 @@
-"""Large images in overlapping tiles, with every object found once.
+"""What was found in an image's overlapping tiles, merged: every object once, whole.
 
-Two pieces of one class from neighbouring tiles are one object when their masks agree inside the tiles' overlap. Of the
-tiles that see all its pieces whole, the one that sees most around them has the say. An object that every tile cuts is
-put together: the overlaps are cut in the middle, and each tile gives what it saw in its own part. A piece without a
-partner counts where most of it lies in its tile's own part; elsewhere a neighbour saw the place better and found
-nothing.
+A piece is *cut* where it touches an edge of its tile inside the image, *complete* otherwise. Complete pieces are
+objects; of two that overlap, the one with the higher score stays (non-maximum suppression). A cut piece that lies in
+such an object is a part of it, and dropped. The cut pieces of neighbouring tiles that are left and agree inside the
+tiles' overlap are one object that no tile saw whole: it is put together, each tile giving what it saw in its own part.
+A cut piece without a partner stays where most of it lies in its tile's own part, at a lower score: elsewhere a
+neighbour saw the place better and found nothing.
 
 Pieces are bitmaps of a bit a pixel, cropped to their boxes: memory follows the objects, never N x H x W.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.data.tiles import Tile, Tiling
 from m2f_trainer.inference.instances import Instances, tight_boxes
-from m2f_trainer.inference.windows import Pixels, Windows
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, Size, box_area, encode_runs, intersection, union
 
 SAME_OBJECT = 0.5
-"""The IoU inside two tiles' overlap above which two pieces are one object."""
+"""The IoU above which two pieces are one object; of cut ones, their IoU inside the overlap of their tiles."""
+
+COVERED = 0.5
+"""The share of a cut piece above which it is part of the object that covers it."""
+
+CUT_SCORE = 0.3
+"""What the score of a cut piece without a partner is multiplied by."""
+
+CANDIDATES = 0.02
+"""The score that an instance of a tile must exceed to be merged where images are scored; COCO keeps 100 an image."""
 
 _ENCODED_AT_ONCE = 1000
-
-
-class Stream(Protocol):
-    """What of a Predictor is used."""
-
-    def stream(
-        self, images: Iterator[Pixels], *, batch_size: int = 1, threshold: float = 0.5, top_k: int = 100
-    ) -> Iterator[Instances]:
-        """The instances of each image."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Where a tile lies, and the part of it that it has the say on."""
-
-    box: Box
-    own: Box
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,6 +47,7 @@ class Piece:
     category_id: int
     score: float
     box: Box
+    area: int
     packed: NDArray[np.uint8]  # of np.packbits
 
     @property
@@ -73,59 +63,112 @@ class Piece:
         return self.mask[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
-def lay_tiles(size: Size, tile: int, overlap: float) -> list[Tile]:
-    """Tiles of `tile` pixels a side, row by row, sharing at least the `overlap` of a side with their neighbours.
+class Merger:
+    """Collects what was found in the tiles of images, and gives each image's instances when its last tile has come."""
 
-    >>> [one.box for one in lay_tiles((100, 180), 100, 0.2)]
-    [(0, 0, 100, 100), (80, 0, 180, 100)]
+    def __init__(self, tiling: Tiling, limit: int | None = None) -> None:
+        """`limit` is how many instances an image has at most; by default all."""
+        self.tiling, self.limit = tiling, limit
+        self._open: dict[int, tuple[list[Tile], set[int], list[Piece]]] = {}  # tiles, those to come, pieces
 
-    Raises:
-        RecipeError: the overlap isn't within 0 and 0.5, where three tiles would meet.
-    """
-    if tile < 1 or not 0 <= overlap < 0.5:
-        raise RecipeError(
-            f"expected a tile of at least 1 pixel and an overlap from 0 to below 0.5, got {tile}, {overlap}"
-        )
-    rows, columns = (_lay_line(side, tile, overlap) for side in size)
-    return [
-        Tile((x[0], y[0], x[1], y[1]), (own_x[0], own_y[0], own_x[1], own_y[1]))
-        for (y, own_y), (x, own_x) in product(rows, columns)
-    ]
+    def add(self, found: Instances, number: int, size: Size) -> Instances | None:
+        """`found` is of tile `number` of image `found.image_id`, which has `size`, its masks in the tile's frame."""
+        if found.image_id not in self._open:
+            laid = self.tiling.lay(size)
+            self._open[found.image_id] = laid, set(range(len(laid))), []
+        tiles, missing, pieces = self._open[found.image_id]
+        pieces += _pieces(number, tiles[number], found)
+        missing.remove(number)
+        if missing:
+            return None
+        del self._open[found.image_id]
+        return merge(found.image_id, tiles, pieces, size, self.limit)
+
+    def add_batch(self, found: Sequence[Instances], tiles: Sequence[Sequence[int]]) -> list[Instances]:
+        """Add several; `tiles` holds a tile's number, -1 for a blank one, and its image's height and width for each.
+
+        Returns:
+            the images that are complete
+        """
+        places = zip(found, tiles, strict=True)
+        added = (self.add(one, number, (height, width)) for one, (number, height, width) in places if number >= 0)
+        return [one for one in added if one is not None]
 
 
-def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Start and end of each tile along one axis, and of its own part."""
-    side = min(tile, length)
-    shared = min(side - 1, math.ceil(tile * overlap)) if side > 1 else 0
-    count = max(1, math.ceil((length - shared) / (side - shared)))
-    starts = [round(index * (length - side) / max(1, count - 1)) for index in range(count)]
-    cuts = [0, *((start + before + side) // 2 for before, start in pairwise(starts)), length]
-    return [((start, start + side), (cuts[index], cuts[index + 1])) for index, start in enumerate(starts)]
-
-
-def predict_tiled(
-    predictor: Stream,
-    image: Windows,
-    tile: int,
-    overlap: float = 0.2,
-    *,
-    batch_size: int = 1,
-    threshold: float = 0.5,
+def merge(
+    image_id: int, tiles: Sequence[Tile], pieces: Iterable[Piece], size: Size, limit: int | None = None
 ) -> Instances:
-    """The instances of a large image, predicted tile by tile and merged; image_id is 0.
-
-    Raises:
-        RecipeError: tile and overlap can't be laid out.
-    """
-    tiles = lay_tiles(image.size, tile, overlap)
-    found = predictor.stream((image.read(one.box) for one in tiles), batch_size=batch_size, threshold=threshold)
-    pieces = [list(_pieces(number, tiles[number], instances)) for number, instances in enumerate(found)]
-    objects = [one for group in group_pieces(tiles, pieces) if (one := join(tiles, group, image.size)) is not None]
-    objects.sort(key=lambda piece: -piece.score)
-    rles = [{"size": list(image.size), "counts": counts} for counts in _encode(objects, image.size)]
+    """The instances of an image of (height, width) `size` from what its tiles show: the `limit` best."""
+    cell = max(tiles[0].box[2:])
+    of_tile = [Objects(cell) for _ in tiles]
+    for piece in by_score(pieces):
+        of_tile[piece.tile].add(piece)
+    found, cut = Objects(cell), []
+    for piece in by_score(piece for several in of_tile for piece in several.pieces):
+        if _is_cut(piece, tiles[piece.tile].box, size):
+            cut.append(piece)
+        else:
+            found.add(piece)
+    groups = group_pieces(tiles, [piece for piece in cut if not found.covers(piece)])
+    joined = [_stitch(tiles, group) for group in groups if len(group) > 1]
+    for piece in by_score(piece for piece in joined if piece is not None):
+        found.add(piece)
+    for (piece,) in (group for group in groups if len(group) == 1):
+        if 2 * piece.within(tiles[piece.tile].own).sum() >= piece.area and not found.covers(piece):
+            found.add(replace(piece, score=CUT_SCORE * piece.score))
+    objects = by_score(found.pieces)[:limit]
+    rles = [{"size": list(size), "counts": counts} for counts in _encode(objects, size)]
     categories = np.array([piece.category_id for piece in objects], np.int64)
     scores = np.array([piece.score for piece in objects], np.float64)
-    return Instances(0, categories, scores, rles, tight_boxes(rles), image.size)
+    return Instances(image_id, categories, scores, rles, tight_boxes(rles), size)
+
+
+def by_score(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces, best first."""
+    return sorted(pieces, key=lambda piece: -piece.score)
+
+
+class Objects:
+    """Pieces that are objects of their own, found again by the square cells of `cell` pixels that their boxes meet."""
+
+    def __init__(self, cell: int) -> None:
+        self.cell = cell
+        self.pieces: list[Piece] = []
+        self._near: dict[tuple[int, int, int], list[int]] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Add a piece, unless it is an object that is there already."""
+        if all(common <= SAME_OBJECT * (piece.area + other.area - common) for other, common in self._meeting(piece)):
+            for cell in self._cells(piece):
+                self._near.setdefault(cell, []).append(len(self.pieces))
+            self.pieces.append(piece)
+
+    def covers(self, piece: Piece) -> bool:
+        """Whether more than `COVERED` of a piece lies in one of the objects."""
+        return any(common > COVERED * piece.area for _, common in self._meeting(piece))
+
+    def _cells(self, piece: Piece) -> Iterator[tuple[int, int, int]]:
+        x0, y0, x1, y1 = piece.box
+        columns, rows = (
+            range(x0 // self.cell, (x1 - 1) // self.cell + 1),
+            range(y0 // self.cell, (y1 - 1) // self.cell + 1),
+        )
+        return ((piece.category_id, row, column) for row, column in product(rows, columns))
+
+    def _meeting(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
+        """The objects of a piece's class whose boxes meet its own, with the number of pixels that they share."""
+        for place in {place for cell in self._cells(piece) for place in self._near.get(cell, ())}:
+            other = self.pieces[place]
+            shared = intersection(piece.box, other.box)
+            if box_area(shared):
+                yield other, int(np.count_nonzero(piece.within(shared) & other.within(shared)))
+
+
+def _is_cut(piece: Piece, tile: Box, size: Size) -> bool:
+    """Whether a piece touches an edge of its tile that isn't the image's."""
+    (x0, y0, x1, y1), (left, top, right, bottom) = piece.box, tile
+    height, width = size
+    return x0 <= left > 0 or y0 <= top > 0 or x1 >= right < width or y1 >= bottom < height
 
 
 def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
@@ -136,16 +179,20 @@ def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
         x0, y0, x1, y1 = rle.box_of(runs, instances.size[0])
         if x1 > x0:
             packed = np.packbits(rle.paint(runs, (x0, y0, x1, y1), instances.size[0]))
-            yield Piece(number, int(category_id), float(score), (left + x0, top + y0, left + x1, top + y1), packed)
+            box = (left + x0, top + y0, left + x1, top + y1)
+            yield Piece(number, int(category_id), float(score), box, rle.area(runs), packed)
 
 
-def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Piece]) -> list[list[Piece]]:
     """The pieces of all tiles, those of one object together; a group has at most one piece a tile.
 
     Pairs are joined from the best agreement down, so that a piece goes to the neighbour's that fits it best.
     """
-    group = {id(piece): [piece] for several in pieces for piece in several}
-    for _, first, second in sorted(_pairs(tiles, pieces), key=lambda pair: -pair[0]):
+    of_tile: list[list[Piece]] = [[] for _ in tiles]
+    for piece in pieces:
+        of_tile[piece.tile].append(piece)
+    group = {id(piece): [piece] for piece in pieces}
+    for _, first, second in sorted(_pairs(tiles, of_tile), key=lambda pair: -pair[0]):
         one, other = group[id(first)], group[id(second)]
         if {piece.tile for piece in one}.isdisjoint(piece.tile for piece in other):
             one += other
@@ -179,43 +226,22 @@ def agreement(first: Piece, second: Piece, shared: Box) -> float:
     return common / total if total else 0.0
 
 
-def join(tiles: Sequence[Tile], group: Sequence[Piece], size: Size) -> Piece | None:
-    """One object of its pieces, as the module says; None where nothing is left. `size` is the image's."""
-    if len(group) == 1:
-        (piece,) = group
-        own = piece.within(intersection(piece.box, tiles[piece.tile].own)).sum()
-        return piece if 2 * own >= piece.mask.sum() else None
-    margins = [_margin(union([piece.box for piece in group]), tiles[piece.tile].box, size) for piece in group]
-    widest = max(margins)
-    return group[margins.index(widest)] if widest > 0 else _stitch(tiles, group)
-
-
-def _margin(box: Box, tile: Box, size: Size) -> float:
-    """Pixels between a box and the next edge of a tile inside the image; 0 or less where the tile may cut the box."""
-    x0, y0, x1, y1 = box
-    left, top, right, bottom = tile
-    gaps = (
-        (y0 - top, top > 0),
-        (bottom - y1, bottom < size[0]),
-        (x0 - left, left > 0),
-        (right - x1, right < size[1]),
-    )
-    return min((gap for gap, inside in gaps if inside), default=math.inf)
-
-
 def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
-    """In each tile's own part what that tile saw; the score is the mean, weighted by what each piece contributes."""
+    """In each tile's own part what that tile saw; the score is the mean, weighted by what each piece contributes.
+
+    None where no tile saw anything in its own part.
+    """
     boxes = [intersection(piece.box, tiles[piece.tile].own) for piece in group]
     areas = [int(piece.within(box).sum()) if box_area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
     used = [(piece, box) for piece, box, area in zip(group, boxes, areas, strict=True) if area]
     if not used:
         return None
-    x0, y0, x1, y1 = whole = union([box for _, box in used])
+    x0, y0, x1, y1 = union([box for _, box in used])
     mask = np.zeros((y1 - y0, x1 - x0), np.bool_)
     for piece, box in used:
         mask[box[1] - y0 : box[3] - y0, box[0] - x0 : box[2] - x0] = piece.within(box)
     score = sum(area * piece.score for piece, area in zip(group, areas, strict=True)) / sum(areas)
-    return Piece(-1, group[0].category_id, score, whole, np.packbits(mask))
+    return Piece(-1, group[0].category_id, score, (x0, y0, x1, y1), sum(areas), np.packbits(mask))
 
 
 def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:

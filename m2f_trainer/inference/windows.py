@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from m2f_trainer.data.images import open_image
+from m2f_trainer.data.geometry import Pixels
+from m2f_trainer.data.images import ImageSource, open_image
 from m2f_trainer.errors import ImageError, needs
 from m2f_trainer.masks.rle import Box, Size
-
-Pixels = NDArray[np.uint8]
 
 GREY, RGB, YCBCR = 1, 2, 6
 JPEG = 7
@@ -33,7 +31,7 @@ class Windows(Protocol):
     size: Size
 
     def read(self, box: Box) -> Pixels:
-        """The pixels inside a box of the image."""
+        """The pixels inside a box (x0, y0, x1, y1) of the image."""
         ...
 
 
@@ -117,6 +115,13 @@ class TiffWindows:
             return np.zeros((*shape[1:3], 1), np.uint8)
         pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
         return pixels
+
+
+def windows_of(image: ImageSource, where: str) -> Windows:
+    """An image of any kind by windows. Raises as `open_windows` does; `where` names the image in messages."""
+    if isinstance(image, (str, Path)):
+        return open_windows(Path(image))
+    return ArrayWindows(np.asarray(open_image(image, where)))
 
 
 def open_windows(path: Path) -> Windows:

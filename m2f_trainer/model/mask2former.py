@@ -45,6 +45,9 @@ class M2FConfig(Mask2FormerConfig):
                     the padded frame that images are fitted into, multiples of the backbone's stride
     discrimination_weight
                     weight of a loss that only training has (see `discrimination`); 0 is off
+    tile_size, tile_overlap
+                    images are seen in square tiles of this side, in their own pixels, that overlap by this fraction of
+                    it and are resized to the frame; None for whole images
     backbone_name   what the backbone was made from: a table name, Hub id or folder; "" for a random start
     head_checkpoint, init_from
                     what the weights started from, kept for the licence chain
@@ -58,6 +61,8 @@ class M2FConfig(Mask2FormerConfig):
     image_height: int = 1024
     image_width: int = 1024
     discrimination_weight: float = 0.0
+    tile_size: int | None = None
+    tile_overlap: float = 0.3
     image_mean: list[float] | tuple[float, ...] = IMAGE_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGE_STD
     backbone_name: str = ""

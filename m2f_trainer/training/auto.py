@@ -1,4 +1,4 @@
-"""Values for the recipe fields set to "auto": learning rate, images per device, epochs."""
+"""Values for the recipe fields set to "auto": queries, learning rate, images per device, epochs."""
 
 import logging
 import math
@@ -7,11 +7,13 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from m2f_trainer.config.fields import options_of
-from m2f_trainer.config.recipe import AUTO, Recipe, load_recipe
+from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
@@ -22,36 +24,52 @@ from m2f_trainer.training.optimizer import parameter_groups, rates_of
 logger = logging.getLogger(__name__)
 REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # of the original Mask2Former and all of its published configurations
 CPU_IMAGES, FIRST_TRY, HEADROOM = 2, 4, 0.9
+FEWEST_QUERIES = 20
 EPOCHS = ((500, 150), (2_000, 75), (10_000, 40), (math.inf, 25))
 """(upper limit of the number of training images, epochs): the middle of the ranges in RF-DETR's fine-tuning guide."""
 
 
-def resolve(recipe: Recipe, images: int, checkpoint: Path | None, probe: Callable[[int], int]) -> Recipe:
+def resolve(
+    recipe: Recipe, samples: InstanceDataset, checkpoint: Path | None, probe: Callable[[ModelArguments, int], int]
+) -> Recipe:
     """The recipe with numbers for "auto"; a resumed run keeps the numbers of its checkpoint.
 
     Args:
-        images: number of training images
-        probe: finds how many images fit on a device, up to a limit
+        samples: the training samples of an epoch, images or tiles
+        probe: finds how many of them fit on a device with a model, up to a limit
     """
-    names = [
-        name for name, row in options_of(type(recipe.train)).items() if row.auto and vars(recipe.train)[name] == AUTO
-    ]
-    if not names:
+    model, train = copy(recipe.model), copy(recipe.train)
+    automatic = ((owner, name) for owner in (model, train) for name, row in options_of(type(owner)).items() if row.auto)
+    owners = {name: owner for owner, name in automatic if vars(owner)[name] == AUTO}
+    if not owners:
         return recipe
-    train = copy(recipe.train)
+    told: list[str] = []
     if checkpoint is not None and (checkpoint / RECIPE).is_file():
-        before = load_recipe([str(checkpoint / RECIPE)]).train
-        vars(train).update({name: vars(before)[name] for name in names})
+        before = load_recipe([str(checkpoint / RECIPE)])
+        for name, owner in owners.items():
+            vars(owner)[name] = vars(before.model if owner is model else before.train)[name]
     else:
         spread = train.world_size * train.gradient_accumulation_steps
-        if "num_train_epochs" in names:
-            train.num_train_epochs = epochs_for(images)
-        if "per_device_train_batch_size" in names:
-            train.per_device_train_batch_size = probe(min(max(REFERENCE_IMAGES // spread, 1), images))
-        if "learning_rate" in names:
+        if "num_queries" in owners:
+            model.num_queries, reason = queries_for(samples.objects())
+            told.append(reason)
+        if "num_train_epochs" in owners:
+            train.num_train_epochs = epochs_for(len(samples))
+        if "per_device_train_batch_size" in owners:
+            limit = min(max(REFERENCE_IMAGES // spread, 1), len(samples))
+            train.per_device_train_batch_size = probe(model, limit)
+        if "learning_rate" in owners:
             train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
-    logger.warning("auto: %s", ", ".join(f"{name} = {vars(train)[name]:g}" for name in names))
-    return Recipe(recipe.model, recipe.data, train)
+    values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
+    logger.warning("auto: %s", "; ".join([values, *told]))
+    return Recipe(model, recipe.data, train)
+
+
+def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
+    """Queries for the objects of each training sample, and why: what 99 of 100 samples hold, rounded up to tens."""
+    enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
+    queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
+    return queries, f"99 % of the training samples have at most {enough} objects, the fullest has {most}"
 
 
 def rate_for(images: int) -> float:
@@ -105,10 +123,9 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fullest(rows: InstanceDataset, count: int) -> list[dict[str, Any]]:
-    """Samples of the `count` images with the most objects."""
-    objects = [len(some) for some in rows.rows["objects"]]
-    order = sorted(range(len(objects)), key=lambda index: -objects[index])
-    return [rows[index] for index in order[:count]]
+    """The `count` samples with the most objects."""
+    order = np.argsort(-rows.objects(), kind="stable")
+    return [rows[index] for index in order[:count].tolist()]
 
 
 def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArguments) -> bool:

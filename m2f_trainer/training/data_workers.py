@@ -54,7 +54,7 @@ class Watched(Dataset[dict[str, Any]]):
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
-        return f"image {self.dataset.rows[index]['image_id']} (sample {index})"
+        return self.dataset.name(index)
 
     def suspects(self) -> list[str]:
         """Names of the samples whose loading was started and not finished."""

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
-from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.data.validate import check_categories, check_split
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.evaluation.plots import write_plots
@@ -25,6 +23,7 @@ from m2f_trainer.run_folder import (
     write_details,
     write_metrics,
 )
+from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 
 WORTH_WORKERS = 64  # images; for fewer, starting and ending worker processes takes longer than reading
@@ -49,8 +48,7 @@ def evaluate_folder(
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
     check_categories(categories, splits[split])
-    size = (loaded.config.image_height, loaded.config.image_width)
-    rows = InstanceDataset(splits[split], EvalTransform(*size), categories)
+    rows = eval_samples(splits[split], loaded.config, categories)
     arguments = TrainArguments(
         output_dir=str(output_dir or "."),
         per_device_eval_batch_size=batch_size,

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2f_trainer.data.collate import InstanceDataset, collate, with_class_labels
-from m2f_trainer.data.dataset import Category
-from m2f_trainer.data.transforms import Sample, TrainTransform
+from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
@@ -77,29 +76,27 @@ class MapFile:
 
 
 class CachedViews(InstanceDataset):
-    """Samples of K fixed views per image, with the backbone's feature maps from a file."""
+    """K fixed views of each sample, with the backbone's feature maps from a file: epoch e has view e mod K."""
 
-    def __init__(self, rows: Any, transform: TrainTransform, categories: Sequence[Category], maps: MapFile) -> None:
-        self.maps = maps
-        super().__init__(rows, OneOfViews(transform, maps.views), categories)
+    def __init__(self, dataset: InstanceDataset, maps: MapFile) -> None:
+        super().__init__(dataset.rows, dataset.transform, dataset.categories)
+        self.dataset, self.maps = dataset, maps
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, index: int, epoch: int) -> Mapping[str, Any]:
+        """The row of the view."""
+        return self.dataset.row(index, epoch % self.maps.views)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """As `InstanceDataset`, with `backbone_maps`, (C, h, w) each."""
-        record = index * self.maps.views + int(self._epoch) % self.maps.views
-        return {**super().__getitem__(index), "backbone_maps": self.maps.read(record)}
+        view = epoch % self.maps.views
+        return {**self.dataset.sample(index, view), "backbone_maps": self.maps.read(index * self.maps.views + view)}
 
-
-class OneOfViews:
-    """A transform that returns in epoch e the sample of epoch e mod K."""
-
-    def __init__(self, transform: TrainTransform, views: int) -> None:
-        self.transform, self.views = transform, views
-
-    def __call__(
-        self, row: Mapping[str, Any], epoch: int, index: int, rows: Sequence[Mapping[str, Any]] = ()
-    ) -> Sample:
-        """The sample of one of the fixed views."""
-        return self.transform(row, epoch % self.views, index, rows)
+    def objects(self) -> NDArray[np.int64]:
+        """As `InstanceDataset`."""
+        return self.dataset.objects()
 
 
 class AllViews(Dataset[dict[str, Any]]):
@@ -117,13 +114,10 @@ class AllViews(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         index, view = divmod(self.records[place], self.views)
-        rows = self.dataset.rows
-        return with_class_labels(self.dataset.transform(rows[index], view, index, rows), self.dataset.class_of)
+        return self.dataset.sample(index, view)
 
 
-def cached(
-    dataset: InstanceDataset, categories: Sequence[Category], model: M2FModel, views: int, args: Any
-) -> CachedViews:
+def cached(dataset: InstanceDataset, model: M2FModel, views: int, args: Any) -> CachedViews:
     """The dataset with its backbone maps, which are computed and stored in the run's folder unless they are there.
 
     `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
@@ -144,7 +138,7 @@ def cached(
         state.wait_for_everyone()
         if state.is_main_process:
             write_atomically(folder / KEY, key)
-    return CachedViews(dataset.rows, transform, categories, maps)
+    return CachedViews(dataset, maps)
 
 
 @torch.no_grad()
@@ -162,7 +156,7 @@ def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
     for name, tensor in encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
-    total.update(json.dumps([settings, digest_of(dataset.rows)]).encode())
+    total.update(json.dumps([settings, len(dataset), digest_of(dataset.rows)]).encode())
     return total.hexdigest()
 
 

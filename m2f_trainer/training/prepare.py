@@ -1,6 +1,7 @@
 """The parts of a run, built from recipe values: data, samples, model, and the files saved with the model."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.errors import RecipeError
@@ -24,6 +26,8 @@ from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.feature_cache import cached
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,33 +59,38 @@ def first(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Sequence[Category]) -> InstanceDataset:
-    """Training rows with the recipe's augmentation, a function of (seed, epoch, index)."""
-    return InstanceDataset(rows, train_transform(data, seed), categories)
+    """Training rows, or tiles of them, with the recipe's augmentation, a function of (seed, epoch, index)."""
+    transform = train_transform(data, seed)
+    if not isinstance(transform, TileTransform):
+        return InstanceDataset(rows, transform, categories)
+    tiles = TrainTiles(rows, transform, categories, data.empty_tiles, data.tiles_per_image)
+    sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
+    logger.warning("tiles: %s per epoch, from %s images; %s", f"{len(tiles):,}", f"{len(rows):,}", sizes)
+    return tiles
 
 
-def eval_samples(rows: Dataset, data: DataArguments, categories: Sequence[Category]) -> InstanceDataset:
-    """Rows to score on: resized and padded, without augmentation."""
+def eval_samples(rows: Dataset, data: DataArguments | M2FConfig, categories: Sequence[Category]) -> InstanceDataset:
+    """Rows to score on: whole images, resized and padded, or tiles of them."""
+    tiling = tiling_of(data)
+    if tiling is not None:
+        return EvalTiles(rows, tiling, categories)
     return InstanceDataset(rows, EvalTransform(data.image_height, data.image_width), categories)
 
 
 def with_feature_cache(
-    samples: InstanceDataset, categories: Sequence[Category], model: M2FModel, views: int | None, args: TrainArguments
+    samples: InstanceDataset, model: M2FModel, views: int | None, args: TrainArguments
 ) -> InstanceDataset:
-    """The training samples with precomputed features of a frozen backbone for `views` views an image; None for none."""
-    return samples if views is None else cached(samples, categories, model, views, args)
+    """The samples with precomputed features of a frozen backbone for `views` views of each; None for none."""
+    return samples if views is None else cached(samples, model, views, args)
 
 
 def train_transform(data: DataArguments, seed: int) -> TrainTransform:
     """The augmentation of a recipe."""
     augment = data.augment()
-    return TrainTransform(
-        data.image_height,
-        data.image_width,
-        flip=augment.pop("horizontal_flip"),
-        min_area=data.min_instance_area,
-        seed=seed,
-        **augment,
-    )
+    settings = {"flip": augment.pop("horizontal_flip"), "min_area": data.min_instance_area, "seed": seed, **augment}
+    if data.tile_size:
+        return TileTransform(data.image_height, data.image_width, data.tile_size, **settings)
+    return TrainTransform(data.image_height, data.image_width, **settings)
 
 
 def augmentation_seed(train: TrainArguments) -> int:
@@ -100,6 +109,8 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
         init_from=model.init_from,
         neck=model.neck,
         num_queries=model.num_queries,
+        tile_size=data.tile_size,
+        tile_overlap=data.tile_overlap,
         drop_path=model.drop_path,
         rope_rescale=model.rope_rescale,
         **head_fields(model),

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import Recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
@@ -76,12 +77,13 @@ def train(recipe: Recipe) -> dict[str, float]:
         checkpoint = from_main(partial(find_checkpoint, recipe.train))
         data = load_data(recipe.data)
         require_figure(recipe.train.metric_for_best_model, data.valid)
-        recipe = resolve_auto(recipe, data, checkpoint)
-        facts = fingerprint(recipe, data.train, data.valid, data.categories)
+        samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
+        recipe = resolve_auto(recipe, samples, checkpoint)
+        facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
         model = build(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
-        trainer = make_trainer(model, recipe, data, facts, callbacks)
+        trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None
@@ -95,34 +97,37 @@ def dry_run(recipe: Recipe) -> str:
     recipe.train.start_process_group()
     set_seed(recipe.train.seed)
     data = load_data(recipe.data)
-    recipe = resolve_auto(recipe, data, None)
-    objects = sum(len(some) for some in data.train["objects"])
-    model = build(recipe.model, recipe.data, data.categories)
-    return to_text(plan(model, recipe.train, len(data.train), max(1, round(objects / len(data.train)))))
-
-
-def resolve_auto(recipe: Recipe, data: Data, checkpoint: Path | None) -> Recipe:
-    """The recipe with a number for every "auto"; a resumed run keeps the numbers of its checkpoint."""
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
+    recipe = resolve_auto(recipe, samples, None)
+    model = build(recipe.model, recipe.data, data.categories)
+    return to_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
 
-    def probe(limit: int) -> int:
-        make_model = partial(build, recipe.model, recipe.data, data.categories)
+
+def resolve_auto(recipe: Recipe, samples: InstanceDataset, checkpoint: Path | None) -> Recipe:
+    """The recipe with a number for every "auto"; a resumed run keeps the numbers of its checkpoint."""
+
+    def probe(model: ModelArguments, limit: int) -> int:
+        make_model = partial(build, model, recipe.data, samples.categories)
         found = images_a_device(make_model, samples, recipe.train, limit)
         set_seed(recipe.train.seed)
         return found
 
-    return resolve(recipe, len(samples), checkpoint, probe)
+    return resolve(recipe, samples, checkpoint, probe)
 
 
 def make_trainer(
-    model: M2FModel, recipe: Recipe, data: Data, facts: Mapping[str, Any], callbacks: list[TrainerCallback]
+    model: M2FModel,
+    recipe: Recipe,
+    samples: InstanceDataset,
+    data: Data,
+    facts: Mapping[str, Any],
+    callbacks: list[TrainerCallback],
 ) -> M2FTrainer:
     """The Trainer of a run; it saves the recipe and `facts`, its fingerprint, with every checkpoint."""
-    samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
     trainer = M2FTrainer(
         model,
         recipe.train.for_trainer(),
-        train_dataset=with_feature_cache(samples, data.categories, model, recipe.model.feature_cache, recipe.train),
+        train_dataset=with_feature_cache(samples, model, recipe.model.feature_cache, recipe.train),
         eval_dataset=eval_samples(data.valid, recipe.data, data.categories),
         callbacks=callbacks,
         fingerprint=facts,

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.tiles import EvalTiles
+from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Assessment
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
+from m2f_trainer.inference.tiles import CANDIDATES, Merger
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import (
@@ -88,6 +91,7 @@ class M2FTrainer(Trainer):
         self.can_return_loss = True
         self.scorer = compute_metrics
         self.predictions: list[Instances] = []
+        self.merger: Merger | None = None
         self.latest_metrics: dict[str, float] = {}
         self.details: Mapping[str, Any] = {}
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
@@ -150,7 +154,8 @@ class M2FTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
         categories = self.accelerator.unwrap_model(self.model).config.categories
-        self.predictions += instances_of(outputs, inputs, categories)
+        found = instances_of(outputs, inputs, categories, threshold=CANDIDATES if self.merger else 0.0)
+        self.predictions += found if self.merger is None else self.merger.add_batch(found, inputs["tile"].tolist())
         return None, None, None
 
     def evaluation_loop(
@@ -163,6 +168,8 @@ class M2FTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The Trainer's loop; then the predictions of all ranks are scored once, and every rank gets the figures."""
         self.predictions = []
+        dataset = unwatched(dataloader.dataset)
+        self.merger = Merger(dataset.tiling, LIMITS[-1]) if isinstance(dataset, EvalTiles) else None
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         scorer = self.scorer or Assessment(split_rows(dataloader.dataset))
@@ -180,6 +187,8 @@ class M2FTrainer(Trainer):
         if isinstance(dataset, InstanceDataset):
             dataset = Watched(dataset, self.args.dataloader_num_workers)
             self.watched.append(dataset)
+            if isinstance(dataset.dataset, EvalTiles):
+                return watch(tile_loader(dataset, dataset.dataset, int(kwargs["batch_size"]), self.args), limit)
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
         return watch(loader, limit)
 
@@ -205,10 +214,28 @@ class M2FTrainer(Trainer):
             rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)
 
 
+def tile_loader(watched: Watched, tiles: EvalTiles, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:
+    """Batches of this rank's tiles, as many on every rank. accelerate would deal the tiles of an image to all ranks."""
+    tiles.deal(args.process_index, args.world_size, batch_size)
+    return DataLoader(
+        watched,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+
+
+def unwatched(dataset: Dataset[Any]) -> Dataset[Any]:
+    """The dataset itself."""
+    return dataset.dataset if isinstance(dataset, Watched) else dataset
+
+
 def split_rows(dataset: Dataset[Any]) -> Any:
     """The rows of an evaluation dataset, to score against. Raises TypeError if it is no `InstanceDataset`."""
-    if isinstance(dataset, Watched):
-        dataset = dataset.dataset
+    dataset = unwatched(dataset)
     if not isinstance(dataset, InstanceDataset):
         raise TypeError(
             f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics"
@@ -216,7 +243,9 @@ def split_rows(dataset: Dataset[Any]) -> Any:
     return dataset.rows
 
 
-def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]) -> list[Instances]:
+def instances_of(
+    outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]], threshold: float = 0.0
+) -> list[Instances]:
     """Model outputs of one batch -> predictions at original size, with the dataset's own category ids."""
     return to_instances(
         outputs.class_queries_logits.float(),
@@ -226,6 +255,7 @@ def instances_of(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[M
         resized_sizes=inputs["resized_size"].tolist(),
         padded_size=tuple(inputs["pixel_values"].shape[-2:]),
         category_ids=[category["id"] for category in categories],
+        threshold=threshold,
     )
 
 

@@ -20,8 +20,14 @@ def test_the_options_are_passed_on_and_next_steps_are_printed(
     stand_in(monkeypatch, "m2f_trainer.inference.predict", predict_folder=predict_folder, Options=dict)
     model = str(tmp_path)
     assert main(["predict", model, "a.png", "b", "--recursive", "--threshold", "0.3", "--tile", "512"]) == 0
-    options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": 0.2, "dataset": False}
+    options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": None, "dataset": False}
     assert seen == [(model, [Path("a.png"), Path("b")], Path("predictions"), options)]
     out = capsys.readouterr().out
     assert out.startswith("Overlays and predictions are in predictions.")
     assert out.endswith(f"Next:\n  m2f export {model}\n  m2f push {model} NAME/MODEL\n")
+
+
+def test_a_negative_tile_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "m", "in", "--tile", "-5"])
+    assert "expected a whole number of at least 0, got '-5'" in capsys.readouterr().err

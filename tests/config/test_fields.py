@@ -21,7 +21,7 @@ from m2f_trainer.training.checkpointing.fingerprint import differences, fingerpr
 
 @dataclass
 class WiderData(DataArguments):
-    tile_size: int = option(
+    crop_size: int = option(
         640, "Train on tiles of this side, in pixels.", "data", at_least=64, changes_results=True, auto=True
     )
 
@@ -56,17 +56,17 @@ def test_a_model_is_defined_only_by_fields_that_change_results() -> None:
 
 @pytest.mark.usefixtures("wider")
 def test_a_new_field_is_read_saved_checked_and_explained_from_its_row_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"dataset_name": "x", "tile_size": 128}))
+    (tmp_path / "a.json").write_text(json.dumps({"dataset_name": "x", "crop_size": 128}))
     read = load_recipe([str(tmp_path / "a.json")])
-    assert vars(read.data)["tile_size"] == 128
+    assert vars(read.data)["crop_size"] == 128
     save_recipe(read, tmp_path / "b.json")
     assert load_recipe([str(tmp_path / "b.json")]) == read
-    assert vars(load_recipe(["--dataset_name", "x", "--tile_size", "auto"]).data)["tile_size"] == "auto"
-    with pytest.raises(RecipeError, match="tile_size: expected at least 64, got 8"):
-        load_recipe(["--dataset_name", "x", "--tile_size", "8"])
-    with pytest.raises(RecipeError, match="the nearest is --tile_size"):
-        load_recipe(["--dataset_name", "x", "--tilesize", "128"])
-    assert f"  --tile_size N|auto{' ' * 18}Train on tiles of this side, in pixels. [640]" in field_help.help_of_fields()
+    assert vars(load_recipe(["--dataset_name", "x", "--crop_size", "auto"]).data)["crop_size"] == "auto"
+    with pytest.raises(RecipeError, match="crop_size: expected at least 64, got 8"):
+        load_recipe(["--dataset_name", "x", "--crop_size", "8"])
+    with pytest.raises(RecipeError, match="the nearest is --crop_size"):
+        load_recipe(["--dataset_name", "x", "--cropsize", "128"])
+    assert f"  --crop_size N|auto{' ' * 18}Train on tiles of this side, in pixels. [640]" in field_help.help_of_fields()
 
 
 @pytest.mark.usefixtures("wider")
@@ -74,13 +74,13 @@ def test_a_new_field_is_compared_on_resume_and_an_older_checkpoint_has_its_defau
     splits = load_coco(write_sample(tmp_path, images=(2, 1, 0)))
     categories = categories_of(splits["train"])
     then, now = (
-        fingerprint(load_recipe(["--dataset_name", "x", *given]), splits["train"], splits["valid"], categories)
-        for given in ((), ("--tile_size", "128"))
+        fingerprint(load_recipe(["--dataset_name", "x", *given]), splits["train"], splits["valid"], categories, 2)
+        for given in ((), ("--crop_size", "128"))
     )
-    assert differences(then, now) == {"tile_size": "tile_size was 640, is 128"}
-    older = {key: value for key, value in then.items() if key != "tile_size"}
+    assert differences(then, now) == {"crop_size": "crop_size was 640, is 128"}
+    older = {key: value for key, value in then.items() if key != "crop_size"}
     assert differences(older, then) == {}
-    assert differences(older, now) == {"tile_size": "tile_size was 640, is 128"}
+    assert differences(older, now) == {"crop_size": "crop_size was 640, is 128"}
 
 
 def test_bounds_are_inclusive_and_other_values_than_numbers_pass() -> None:

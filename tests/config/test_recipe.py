@@ -208,6 +208,28 @@ def test_fields_that_agree_with_checkpointing_steps_are_accepted(tmp_path: Path)
     assert load_recipe([write(tmp_path, values)]).train.eval_steps == 300
 
 
+def test_a_tile_fills_a_square_frame_which_by_default_is_of_its_own_size() -> None:
+    def frame(*options: str) -> tuple[int, int]:
+        data = load_recipe(["--dataset_name", "x", "--backbone", "dinov2-small", *options]).data
+        return data.image_height, data.image_width
+
+    assert frame("--tile_size", "112") == (112, 112)
+    assert frame("--tile_size", "113") == (126, 126), "a multiple of the patch size"
+    assert frame("--tile_size", "112", "--image_height", "224", "--image_width", "224") == (224, 224)
+    with pytest.raises(RecipeError, match=r"tile_size=112: tiles are square, .* 224 x 1022\. Give .* one value"):
+        frame("--tile_size", "112", "--image_height", "224", "--image_width", "1022")
+
+
+def test_tiles_keep_the_scale_of_the_images_unless_told_otherwise() -> None:
+    def scales(*options: str) -> tuple[float, float]:
+        augment = load_recipe(["--dataset_name", "x", "--tile_size", "128", *options]).data.augment()
+        return augment["lsj_min_scale"], augment["lsj_max_scale"]
+
+    assert scales() == scales("--augmentation", "strong") == (1.0, 1.0)
+    assert scales("--augmentation", "light") == (0.8, 1.25)
+    assert scales("--lsj_min_scale", "0.5") == (0.5, 1.0)
+
+
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "epochs", ""])
 def test_other_checkpointing_steps_are_refused(value: str) -> None:
     assert f'or "epoch", got {value!r}' in error_of("--dataset_name", "coco", f"--checkpointing_steps={value}")

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from PIL import Image
 from m2f_trainer.data.images import image_size
 from m2f_trainer.errors import DataError
 from m2f_trainer.inference import predict as folder
+from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predict import Options, predict_folder
-from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.inference.predictor import Frame, Predictor
 from tests.inference.test_predictor import BrightnessModel, picture
 
 
@@ -27,11 +29,11 @@ class Counting(Predictor):
     seen = 0
     dies_at = -1
 
-    def _predict(self, batch: Sequence[tuple[int, object]], top_k: int) -> list[object]:  # type: ignore[override]
+    def _predict(self, batch: Sequence[Frame], *options: Any) -> list[Instances]:
         type(self).seen += len(batch)
         if type(self).seen == type(self).dies_at:
             raise KeyboardInterrupt
-        return super()._predict(batch, top_k)  # type: ignore[arg-type, return-value]
+        return super()._predict(batch, *options)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ from m2f_trainer.config.recipe import load_recipe, rows
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.errors import RecipeError, TrainingError
+from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training import auto as automatic
-from m2f_trainer.training.prepare import train_transform
+from m2f_trainer.training.prepare import train_samples, train_transform
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
@@ -28,6 +30,15 @@ def test_the_learning_rate_goes_with_the_root_of_the_images_a_step(images: int, 
 
 def test_small_datasets_are_seen_more_often() -> None:
     assert [automatic.epochs_for(images) for images in (10, 499, 500, 9_999, 118_000)] == [150, 150, 75, 40, 25]
+
+
+@pytest.mark.parametrize(
+    ("objects", "queries"), [([0, 1, 2], 20), ([30] * 10, 30), ([31] * 10, 40), ([*[5] * 995, *[90] * 5], 20)]
+)
+def test_queries_are_what_99_of_100_samples_need_in_tens(objects: list[int], queries: int) -> None:
+    found, reason = automatic.queries_for(np.array(objects))
+    assert found == queries
+    assert reason.endswith(f"the fullest has {max(objects)}")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +60,8 @@ def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_full
     categories = categories_of(rows)
     dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories)
     (sample,) = automatic.fullest(dataset, 1)
-    most = max(len(row["objects"]) for row in rows)
-    assert sample["image_id"] in {row["image_id"] for row in rows if len(row["objects"]) == most}
+    objects = {row["image_id"]: sum(not one["iscrowd"] for one in row["objects"]) for row in rows}
+    assert objects[sample["image_id"]] == max(objects.values())
     model = tiny_model(categories=[vars(category) for category in categories]).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert automatic.fits(model, [sample], recipe.train)
@@ -80,22 +91,30 @@ def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(
     path = write_tiny(tmp_path, **words)
     with caplog.at_level(logging.WARNING):
         train(load_recipe([str(path)]))
-    assert "num_train_epochs = 150, per_device_train_batch_size = 2, learning_rate = 3.53553e-05" in caplog.text
+    assert "auto: num_queries = 20, num_train_epochs = 150, per_device_train_batch_size = 2, learning_rate = 3.5" in (
+        caplog.text
+    )
+    assert "; 99 % of the training samples have at most " in caplog.text
     checkpoint = tmp_path / "run" / "checkpoint-2"
     saved = json.loads((checkpoint / "recipe.json").read_text())
-    expected = {"learning_rate": 1e-4 * math.sqrt(2 / 16), "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    rate = 1e-4 * math.sqrt(2 / 16)
+    expected = {"num_queries": 20, "learning_rate": rate, "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    assert load_model(str(checkpoint)).config.num_queries == 20
     assert {name: saved[name] for name in AUTOMATIC} == pytest.approx(expected)
 
-    def unasked(_: int) -> int:
+    def unasked(*_: object) -> int:
         raise AssertionError
 
-    again = automatic.resolve(load_recipe([str(path)]), 3000, checkpoint, unasked)
-    assert {name: vars(again.train)[name] for name in AUTOMATIC} == pytest.approx(expected)
+    recipe = load_recipe([str(path)])
+    rows = load_coco(tmp_path / "data")["valid"]
+    again = automatic.resolve(recipe, train_samples(rows, recipe.data, 0, categories_of(rows)), checkpoint, unasked)
+    assert {name: ({**vars(again.train), **vars(again.model)})[name] for name in AUTOMATIC} == pytest.approx(expected)
 
 
-def test_auto_is_a_word_of_three_fields_on_the_command_line_and_in_json_and_of_no_other() -> None:
+def test_auto_is_a_word_of_four_fields_on_the_command_line_and_in_json_and_of_no_other() -> None:
     given = [token for name in AUTOMATIC for token in (f"--{name}", "auto")]
-    assert all(vars(load_recipe(["--dataset_name", "coco", *given]).train)[name] == "auto" for name in AUTOMATIC)
+    recipe = load_recipe(["--dataset_name", "coco", *given])
+    assert all(({**vars(recipe.train), **vars(recipe.model)})[name] == "auto" for name in AUTOMATIC)
     with pytest.raises(RecipeError, match="--weight_decay"):
         load_recipe(["--dataset_name", "coco", "--weight_decay", "auto"])
     with pytest.raises(RecipeError, match="--learning_rate"):

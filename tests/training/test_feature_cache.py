@@ -13,6 +13,7 @@ from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.tiles import TileTransform, TrainTiles
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
@@ -38,7 +39,7 @@ def both(rows: Any, folder: Path, views: int = 2) -> tuple[InstanceDataset, Cach
     model = tiny_model(categories=[vars(one) for one in categories]).train()
     set_tuning(model, "frozen")
     plain = InstanceDataset(rows, TrainTransform(64, 64, color_jitter=0.4, copy_paste=0.5), categories)
-    return plain, cached(plain, categories, model, views, Arguments(str(folder), torch.device("cpu"))), model
+    return plain, cached(plain, model, views, Arguments(str(folder), torch.device("cpu"))), model
 
 
 def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
@@ -106,6 +107,19 @@ def test_the_backbone_does_not_run_in_training_and_views_come_round(
         kept.set_epoch(epoch)
         losses.append(loss_of(model, kept).item())
     assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+def test_features_of_tiles_are_kept_for_each_view_of_a_tile(rows: Any, tmp_path: Path) -> None:
+    categories = categories_of(rows)
+    model = tiny_model(categories=[vars(one) for one in categories]).train()
+    set_tuning(model, "frozen")
+    plain = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories, limit=2)
+    kept = cached(plain, model, 3, Arguments(str(tmp_path), torch.device("cpu")))
+    assert len(kept) == len(plain) == 6
+    for epoch in (1, 2, 4):
+        plain.set_epoch(epoch % 3)
+        kept.set_epoch(epoch)
+        torch.testing.assert_close(loss_of(model, kept), loss_of(model, plain), rtol=1e-2, atol=0)
 
 
 def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 from m2f_trainer.config.recipe import load_recipe
@@ -109,9 +113,6 @@ def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(folder:
 
 
 def test_written_predictions_score_what_pycocotools_says(folder: Path, tmp_path: Path) -> None:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     figures = evaluate_folder(str(folder / "run"), str(folder / "data"), output_dir=tmp_path, batch_size=1)
     truth = COCO(str(folder / "data" / "valid" / "_annotations.coco.json"))
     results = json.loads((tmp_path / "predictions.json").read_text())
@@ -164,6 +165,76 @@ def test_two_ranks_score_what_one_process_scores(folder: Path, tmp_path: Path, l
     two = read_metrics(tmp_path / "metrics.json")
     for key in (key for key in one if "map" in key or "mar" in key):
         assert two[key] == pytest.approx(one[key], abs=1e-12), key
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps on tiles."""
+    folder = tmp_path_factory.mktemp("tiled")
+    fields = {"tile_size": 48, "tile_overlap": 0.25, "augmentation": "light", "copy_paste": 0.5}
+    train(load_recipe([str(write_tiny(folder, **fields))]))
+    return folder
+
+
+def test_a_tiled_model_evaluated_again_gives_the_figures_that_training_printed(tiled: Path, tmp_path: Path) -> None:
+    checkpoint = tiled / "run" / "checkpoint-4"
+    config = load_model(str(checkpoint)).config
+    assert (config.tile_size, config.tile_overlap, config.image_height) == (48, 0.25, 64)
+    again = evaluate_folder(str(checkpoint), str(tiled / "data"), output_dir=tmp_path, batch_size=1)
+    held = {key: value for key, value in read_metrics(checkpoint / "metrics.json").items() if "ma" in key}
+    assert held
+    for key, value in held.items():
+        assert again[key] == pytest.approx(value, abs=1e-9), key
+    assert json.loads((tmp_path / "predictions.json").read_text())
+    for part in ("errors", "calibration", "images"):
+        assert read_details(tmp_path)[part] == read_details(checkpoint)[part]
+
+
+def test_a_tiled_models_figures_are_pycocotools_own_at_the_images_size(tiled: Path, tmp_path: Path) -> None:
+    figures = evaluate_folder(str(tiled / "run"), str(tiled / "data"), output_dir=tmp_path, batch_size=5)
+    truth = COCO(str(tiled / "data" / "valid" / "_annotations.coco.json"))
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    scorer = COCOeval(truth, truth.loadRes(results), "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
+    assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+    assert max(Counter(result["image_id"] for result in results).values()) <= 100
+
+
+def test_a_tiled_model_predicts_in_tiles_unless_it_is_told_otherwise(tiled: Path, tmp_path: Path) -> None:
+    def found(name: str, **options: Any) -> Any:
+        out = predict_folder(str(tiled / "run"), [tiled / "data" / "valid"], tmp_path / name, Options(0.02, **options))
+        return json.loads((out / "predictions.json").read_text())
+
+    own = found("own", batch_size=1)
+    assert own
+    assert found("same", batch_size=1, tile=48, overlap=0.25) == own
+    assert found("other", batch_size=1, tile=64) != own
+    assert found("whole", batch_size=1, tile=0) != own
+    evaluate_folder(str(tiled / "run"), str(tiled / "data"), output_dir=tmp_path / "scores", batch_size=1)
+    scored = json.loads((tmp_path / "scores" / "predictions.json").read_text())
+    masks = Counter((one["segmentation"]["counts"], one["score"]) for one in own)
+    assert scored
+    assert Counter((one["segmentation"]["counts"], one["score"]) for one in scored) <= masks, "the 100 best an image"
+
+
+def test_two_ranks_score_a_tiled_model_as_one_does(tiled: Path, tmp_path: Path) -> None:
+    done = m2f("evaluate", tiled / "run", tiled / "data", "--output_dir", tmp_path, "--batch_size", 1, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = evaluate_folder(str(tiled / "run"), str(tiled / "data"), batch_size=1)
+    two = read_metrics(tmp_path / "metrics.json")
+    for key in (key for key in one if "map" in key or "mar" in key):
+        assert two[key] == pytest.approx(one[key], abs=1e-12), key
+
+
+def test_a_resumed_run_on_tiles_ends_with_the_same_weights(tiled: Path, tmp_path: Path) -> None:
+    options = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tiled / "run" / "checkpoint-2")]
+    train(load_recipe([str(tiled / "recipe.json"), *options]))
+    resumed = load_model(str(tmp_path / "checkpoint-4")).state_dict()
+    for name, tensor in load_model(str(tiled / "run" / "checkpoint-4")).state_dict().items():
+        assert torch.equal(resumed[name], tensor), name
 
 
 def test_a_lora_run_leaves_a_plain_model_and_an_adapter(tmp_path: Path) -> None:

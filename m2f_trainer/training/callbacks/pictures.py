@@ -57,7 +57,7 @@ class Pictures(TrainerCallback):
     def _predictions(self, samples: InstanceDataset) -> Named:
         found = {one.image_id: one.above(LEAST_SCORE) for one in self.predictions()}
         names = {category.id: category.name for category in categories_of(samples.rows)}
-        rows = [samples.rows[index] for index in range(min(SHOWN, len(samples)))]
+        rows = [samples.rows[index] for index in range(min(SHOWN, len(samples.rows)))]
         return {
             f"valid/truth_and_prediction_{index}": np.asarray(
                 side_by_side(row, found.get(row["image_id"]), names, LONGEST)

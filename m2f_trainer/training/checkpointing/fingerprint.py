@@ -16,8 +16,10 @@ FIXED = {*(name for name, row in rows().items() if row.defines_model), "categori
 """A checkpoint cannot be resumed with another value of these: a new run can start from its weights, with init_from."""
 
 
-def fingerprint(recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Any]) -> dict[str, Any]:
-    """Settings that affect results, by name, as plain values."""
+def fingerprint(
+    recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Any], samples: int
+) -> dict[str, Any]:
+    """Settings that affect results, by name, as plain values; `samples` of an epoch are images or tiles."""
     values: dict[str, Any] = {}
     for group in (recipe.model, recipe.data, recipe.train):
         values |= {name: vars(group)[name] for name, row in options_of(type(group)).items() if row.changes_results}
@@ -25,7 +27,7 @@ def fingerprint(recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequ
     values["world_size"] = recipe.train.world_size
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
-    values["train_images"] = len(train)
+    values["train_images"] = samples
     values["train_data"] = digest_of(train)
     values["valid_data"] = digest_of(valid)
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))

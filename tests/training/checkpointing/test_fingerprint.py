@@ -64,7 +64,7 @@ def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands
     def changed(*options: str) -> set[str]:
         then, now = (
             fingerprint.fingerprint(
-                load_recipe(["quickstart", "--dataset_name", "x", *given]), splits["train"], splits["valid"], categories
+                load_recipe(["quickstart", "--dataset_name", "x", *given]), *splits.values(), categories, 3
             )
             for given in ((), options)
         )
@@ -79,7 +79,7 @@ def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands
 def test_the_fingerprints_of_earlier_versions_still_compare(tmp_path: Path) -> None:
     splits = load_coco(write_sample(tmp_path, images=(3, 1, 0)))
     recipe = load_recipe(["quickstart", "--dataset_name", "x"])
-    now = fingerprint.fingerprint(recipe, splits["train"], splits["valid"], categories_of(splits["train"]))
+    now = fingerprint.fingerprint(recipe, splits["train"], splits["valid"], categories_of(splits["train"]), 3)
     then = {key: now[key] for key in (*MODEL_KEYS, *OTHER_KEYS)}
     assert fingerprint.differences(then, now) == {}
     assert {*MODEL_KEYS, "head", "categories", "engine"} == fingerprint.FIXED

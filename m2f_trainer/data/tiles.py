@@ -1,0 +1,316 @@
+"""Images in square tiles of `tile_size` original pixels, each brought to the model's frame: small objects become large.
+
+Training: a grid of just touching tiles lies over each image, and an epoch shows each of its tiles once. The grid is
+shifted by a random part of a tile, a function of (seed, epoch, image) alone, so that objects are cut elsewhere each
+time. Tiles without objects are a set share of an epoch, and take turns. Evaluation and prediction: tiles that overlap,
+at the same scale (`lay_tiles`); `inference.tiles` merges what is found in them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from m2f_trainer.config.arguments import DataArguments
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, in_crop
+from m2f_trainer.data.transforms import Row, Sample, TrainTransform, pad, read_image, target_boxes
+from m2f_trainer.errors import RecipeError
+from m2f_trainer.masks.rle import Box, Size
+from m2f_trainer.model.mask2former import M2FConfig
+
+LEAST_VISIBLE = 0.1
+"""Smallest visible fraction of an object in a training tile; see `geometry.Crop`."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where a tile lies in the image (x0, y0, x1, y1), and its own part: own parts cover the image without overlap."""
+
+    box: Box
+    own: Box
+
+
+def lay_tiles(size: Size, side: int, overlap: float) -> list[Tile]:
+    """Tiles of `side` pixels, row by row, sharing at least the `overlap` of a side with their neighbours.
+
+    >>> [one.box for one in lay_tiles((100, 180), 100, 0.2)]
+    [(0, 0, 100, 100), (80, 0, 180, 100)]
+
+    Raises:
+        RecipeError: the overlap isn't within 0 and 0.5, where three tiles would meet.
+    """
+    if side < 1 or not 0 <= overlap < 0.5:
+        raise RecipeError(
+            f"expected a tile of at least 1 pixel and an overlap from 0 to below 0.5, got {side}, {overlap}"
+        )
+    rows, columns = (_lay_line(length, side, overlap) for length in size)
+    return [
+        Tile((x[0], y[0], x[1], y[1]), (own_x[0], own_y[0], own_x[1], own_y[1]))
+        for (y, own_y), (x, own_x) in product(rows, columns)
+    ]
+
+
+def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Start and end of each tile along one axis, and of its own part."""
+    side = min(tile, length)
+    shared = min(side - 1, math.ceil(tile * overlap)) if side > 1 else 0
+    count = max(1, math.ceil((length - shared) / (side - shared)))
+    starts = [round(index * (length - side) / max(1, count - 1)) for index in range(count)]
+    cuts = [0, *((start + before + side) // 2 for before, start in pairwise(starts)), length]
+    return [((start, start + side), (cuts[index], cuts[index + 1])) for index, start in enumerate(starts)]
+
+
+# training
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tile of the grid of `rows` x `columns` over image number `image`; `filled` where an object is in it."""
+
+    image: int
+    rows: int
+    columns: int
+    row: int
+    column: int
+    filled: bool
+
+
+class Grid:
+    """The tiles that an epoch shows: of each image those that hold objects, and a share of all images' empty ones.
+
+    Where there are more than may be shown they take turns, in a fixed random order: each epoch goes on where the one
+    before stopped.
+    """
+
+    def __init__(self, rows: datasets.Dataset, side: int, empty: float, limit: int | None = None) -> None:
+        """`rows` as `load_coco` has them; `empty`, below 1, is the share of tiles without objects, at most; `limit` is
+        how many with objects an epoch shows of one image.
+        """
+        order = np.random.default_rng(0)
+        cells: list[NDArray[np.int64]] = []  # (n, 5) of each image: its number, rows, columns, row, column
+        counts: list[NDArray[np.int64]] = []
+        for image, (size, boxes) in enumerate(sizes_and_boxes(rows)):
+            down, across = (math.ceil(length / side) for length in size)
+            places = np.indices((down, across)).reshape(2, -1).T  # (n, 2)
+            cells.append(np.column_stack([np.tile([image, down, across], (len(places), 1)), places]))
+            counts.append(count_inside(boxes, size, side, (down, across)).reshape(-1))
+        self.cells, self.counts = np.concatenate(cells), np.concatenate(counts)
+        filled = order.permutation(np.flatnonzero(self.counts))
+        groups = [group for group in _by_image(filled, self.cells[filled, 0]) if len(group)]
+        self.turns = [_Turns(group, min(len(group), limit or len(group))) for group in groups]
+        shown, others = sum(turns.shown for turns in self.turns), order.permutation(np.flatnonzero(self.counts == 0))
+        self.turns.append(_Turns(others, min(len(others), round(shown * empty / (1 - empty)))))
+        self.starts = np.cumsum([0, *(turns.shown for turns in self.turns)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def cell(self, index: int, epoch: int) -> Cell:
+        """Tile `index` of an epoch: image after image, then those without objects."""
+        group = int(np.searchsorted(self.starts, index, "right")) - 1
+        place = self.turns[group].place(index - int(self.starts[group]), epoch)
+        image, rows, columns, row, column = self.cells[place].tolist()
+        return Cell(image, rows, columns, row, column, bool(self.counts[place]))
+
+    def objects(self) -> NDArray[np.int64]:
+        """The number of objects in each tile of the first epoch, before the grid is shifted."""
+        return np.concatenate([self.counts[turns.places[: turns.shown]] for turns in self.turns])
+
+
+@dataclass(frozen=True, eq=False)
+class _Turns:
+    """Numbers of tiles, `shown` of which are shown in an epoch."""
+
+    places: NDArray[np.int64]
+    shown: int
+
+    def place(self, index: int, epoch: int) -> int:
+        return int(self.places[(epoch * self.shown + index) % len(self.places)])
+
+
+def _by_image(places: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The places of each image, in the order that they have."""
+    order = np.argsort(images, kind="stable")
+    return np.split(places[order], np.flatnonzero(np.diff(images[order])) + 1)
+
+
+def sizes_and_boxes(rows: datasets.Dataset) -> Iterator[tuple[Size, NDArray[np.float64]]]:
+    """Of each row its (height, width), and its objects' boxes (N, 4) x0, y0, x1, y1 as the masks have them."""
+    columns = rows.select_columns(["height", "width", "objects"]).with_format(None)
+    for row in columns:
+        yield (row["height"], row["width"]), target_boxes(row)
+
+
+def count_inside(boxes: NDArray[np.float64], size: Size, side: int, grid: Size) -> NDArray[np.int64]:
+    """The number of boxes (N, 4) that meet each tile of an unshifted grid, (rows, columns)."""
+    meets = []
+    for axis, (length, count) in enumerate(zip(size, grid, strict=True)):
+        starts = _starts((np.arange(count) + 0.5) / count * length, side, length)  # (count,)
+        low, high = boxes[:, 1 - axis], boxes[:, 3 - axis]
+        meets.append((low[:, None] < starts + side) & (high[:, None] > starts))  # (N, count)
+    down, across = meets
+    return np.asarray(np.einsum("nr,nc->rc", down.astype(np.int64), across.astype(np.int64)))
+
+
+def _starts(centres: Any, side: float, length: float) -> Any:
+    """Where windows begin along an axis: around their centres, but inside the image."""
+    return np.clip(centres - side / 2, 0, max(0.0, length - side))
+
+
+class TileTransform(TrainTransform):
+    """`TrainTransform` for tiles: the frame shows `side` original pixels, times the jitter of lsj_min_ and _max_scale.
+
+    A row's `cell` says which tile; a row without one is shown at a random place. The frame must be a square.
+    """
+
+    def __init__(self, image_height: int, image_width: int, side: int, **settings: Any) -> None:
+        super().__init__(image_height, image_width, **settings)
+        self.side = side
+
+    def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
+        """The cell, its grid shifted as this epoch's is for this image; unshifted where it would lose its objects."""
+        quarter_turns = int(rng.integers(4)) if self.rotate90 else 0
+        scale = self.size[0] / self.side * rng.uniform(*self.scales)
+        flip = bool(rng.random() < 0.5) and self.flip
+        cell: Cell | None = row.get("cell")
+        shifts = np.random.default_rng([self.seed, epoch, cell.image, 1]) if cell else rng
+        crop = self._window(row, cell, shifts.uniform(-0.5, 0.5, size=2).tolist(), scale)
+        if cell is not None and cell.filled and not in_crop(target_boxes(row), crop).any():
+            crop = self._window(row, cell, (0.0, 0.0), scale)
+        return Crop(crop.original, crop.resized, crop.window, flip, quarter_turns, LEAST_VISIBLE)
+
+    def _window(self, row: Row, cell: Cell | None, shift: Sequence[float], scale: float) -> Crop:
+        """The window around a cell's centre, moved by a share of the cell's height and width."""
+        original = (row["height"], row["width"])
+        resized = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))
+        place = ((cell.row, cell.rows), (cell.column, cell.columns)) if cell else ((0, 1), (0, 1))
+        y0, x0 = (
+            round(float(_starts((number + 0.5 + moved) / count * length, side, length)))
+            for (number, count), moved, length, side in zip(place, shift, resized, self.size, strict=True)
+        )
+        return Crop(original, resized, (x0, y0, min(resized[1], x0 + self.size[1]), min(resized[0], y0 + self.size[0])))
+
+
+class TrainTiles(InstanceDataset):
+    """The tiles of a training split as `Grid` deals them; `transform` is a `TileTransform`."""
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        transform: TileTransform,
+        categories: Sequence[Category],
+        empty: float = 0.0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(rows, transform, categories)
+        self.grid = Grid(rows, transform.side, empty, limit)
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def row(self, index: int, epoch: int) -> Row:
+        """The image's row, with the cell."""
+        cell = self.grid.cell(index, epoch)
+        return {**self.rows[cell.image], "cell": cell}
+
+    def objects(self) -> NDArray[np.int64]:
+        """As `InstanceDataset`, of each tile."""
+        return self.grid.objects()
+
+
+# evaluation and prediction
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a model sees images: tiles of `side` original pixels, overlapping by a share, brought to its frame."""
+
+    side: int
+    overlap: float
+    frame: Size
+
+    def lay(self, size: Size) -> list[Tile]:
+        """The tiles of an image. Raises RecipeError as `lay_tiles`."""
+        return lay_tiles(size, self.side, self.overlap)
+
+    def prepare(self, pixels: Pixels) -> tuple[torch.Tensor, torch.Tensor, Frames]:
+        """A tile's RGB (h, w, 3) -> pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and where it lies."""
+        size, scale = (pixels.shape[0], pixels.shape[1]), min(self.frame) / self.side
+        height, width = (max(1, round(length * scale)) for length in size)
+        crop = Crop(size, (height, width), (0, 0, width, height))
+        return *pad(crop_image(Image.fromarray(pixels), crop), crop, self.frame), Frames(size, crop.resized, self.frame)
+
+
+def tiling_of(data: DataArguments | M2FConfig) -> Tiling | None:
+    """The tiles of a recipe, or those that a model was trained on; None for whole images."""
+    frame = (data.image_height, data.image_width)
+    return Tiling(data.tile_size, data.tile_overlap, frame) if data.tile_size else None
+
+
+class EvalTiles(InstanceDataset):
+    """The tiles of a split's images, image after image: the share of one rank, which gets images whole.
+
+    A sample is as an `InstanceDataset`'s, without objects; its `original_size` is the tile's, and `tile` int64 (3,) is
+    the tile's number in its image, -1 for a blank one that makes the ranks' batches equally many, and the image's
+    height and width.
+    """
+
+    def __init__(self, rows: datasets.Dataset, tiling: Tiling, categories: Sequence[Category]) -> None:
+        super().__init__(rows, self._show, categories)
+        self.tiling = tiling
+        self._images = rows.select_columns(["image", "image_id", "height", "width"])
+        self._tiles = [tiling.lay(size) for size in zip(rows["height"], rows["width"], strict=True)]
+        self._held: tuple[int, Pixels] | None = None
+        self.deal(0, 1, 1)
+
+    def deal(self, rank: int, world: int, batch_size: int) -> None:
+        """Choose this rank's images: those of most tiles first, each to the rank with the fewest tiles so far."""
+        shares: list[list[int]] = [[] for _ in range(world)]
+        loads = [0] * world
+        for image in sorted(range(len(self._tiles)), key=lambda image: -len(self._tiles[image])):
+            least = loads.index(min(loads))
+            shares[least].append(image)
+            loads[least] += len(self._tiles[image])
+        self._places = [(image, tile) for image in sorted(shares[rank]) for tile in range(len(self._tiles[image]))]
+        batches = max(math.ceil(load / batch_size) for load in loads)
+        self._places += [(0, -1)] * ((batches - 1) * batch_size + 1 - len(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, index: int, epoch: int) -> Row:
+        """The image's row without its objects, its number in the split, and the tile's in the image."""
+        image, tile = self._places[index]
+        return {**self._images[image], "number": image, "tile": tile}
+
+    def _show(self, row: Row, epoch: int, index: int, rows: Sequence[Row]) -> Sample:
+        x0, y0, x1, y1 = self._tiles[row["number"]][max(0, row["tile"])].box
+        blank = row["tile"] < 0
+        pixels = np.zeros((y1 - y0, x1 - x0, 3), np.uint8) if blank else self._pixels(row)[y0:y1, x0:x1]
+        values, valid, frames = self.tiling.prepare(pixels)
+        return Sample(
+            pixel_values=values,
+            pixel_mask=valid,
+            masks=[],
+            boxes=torch.zeros((0, 4), dtype=torch.int32),
+            category_ids=torch.zeros(0, dtype=torch.int64),
+            image_id=row["image_id"],
+            original_size=frames.original,
+            resized_size=frames.resized,
+            tile=(row["tile"], row["height"], row["width"]),
+        )
+
+    def _pixels(self, row: Row) -> Pixels:
+        """The image (H, W, 3), held until another one's tile is asked for: each data worker reads an image once."""
+        if self._held is None or self._held[0] != row["number"]:
+            self._held = (row["number"], np.asarray(read_image(row)))
+        return self._held[1]
