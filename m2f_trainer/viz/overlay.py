@@ -1,4 +1,4 @@
-"""Objects drawn on their image: tinted masks with outlines, and labels where they hide nothing or a legend of classes.
+"""Objects drawn on their image: tinted masks with outlines, labels where they hide nothing, or a legend of the classes.
 
 Colour shows what the text does not. Where the objects have labels with their class, and where there is one class only,
 each object has a colour of its own, so that neighbours are separate. Where labels would hide the objects, colour is the
@@ -140,7 +140,7 @@ def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
     """The image with a strip below it that names the colours; as it is where there are none."""
     if not legend:
         return image
-    font = ImageFont.load_default(size=float(np.clip(image.width / 40, 11, 24)))
+    font = ImageFont.load_default(size=float(np.clip(image.width / 50, 11, 18)))
     side = math.ceil(_label_size("Ag", font)[1])  # of a colour's square
     places, x, y = [], side // 2, side // 2
     for name in legend:
