@@ -13,6 +13,7 @@ from .compact_masks import CompactMasks, chunks
 from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
+from .quality import quality_losses
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LossSettings:
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
     discrimination_weight: float = 0.0
+    quality_weight: float = 0.0
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -89,10 +91,12 @@ class Criterion(nn.Module):
         class_labels: Sequence[Tensor],
         divisors: Tensor | None = None,
         points: Points | None = None,
+        quality_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the weighted terms, each a vector of the L outputs: loss_cross_entropy, loss_mask, loss_dice.
 
         With a discrimination_weight there is a loss_discrimination of one number too, of the features themselves.
+        With quality_logits (B, Q) of the last output there is a loss_quality of one number too.
 
         embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), divisors as `normalizer` gives
         them (default: of this batch), T masks and class_labels [(N_b,)] in the batch's order.
@@ -120,6 +124,13 @@ class Criterion(nn.Module):
             if self.settings.discrimination_weight:
                 apart = discrimination(features, masks, [len(labels) for labels in class_labels], points.matching)
                 terms["loss_discrimination"] = self.settings.discrimination_weight * (apart / count).unsqueeze(0)
+            if quality_logits is not None:
+                counts = [len(labels) for labels in class_labels]
+                losses = quality_losses(quality_logits, embeddings[-1], features, masks, counts, points.matching)
+                weights = torch.full(class_logits.shape[:3], self.settings.no_object_weight, device=losses.device)
+                weights[matches.level, matches.image, matches.query] = 1
+                quality = (losses * weights[-1]).sum() / divisors[1]
+                terms["loss_quality"] = self.settings.quality_weight * quality.unsqueeze(0)
             return terms
 
     def _class_loss(self, class_logits: Tensor, class_labels: Sequence[Tensor], matches: Matches) -> Tensor:

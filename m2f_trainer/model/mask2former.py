@@ -30,6 +30,8 @@ from .criterion import Criterion, LossSettings
 from .encoder import Encoder
 from .initialization import NECK_LAYERS, init_class_head, init_head_layer, init_neck_layer
 from .pixel_decoder import PixelDecoder
+from .quality import QualityHead
+from .ranking import rank
 from .transformer_decoder import QueryDecoder
 
 AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
@@ -48,6 +50,8 @@ class M2FConfig(Mask2FormerConfig):
     tile_size, tile_overlap
                     images are seen in square tiles of this side, in their own pixels, that overlap by this fraction of
                     it and are resized to the frame; None for whole images
+    quality_weight  loss weight of the head that predicts each mask's IoU to rank by (see `quality`); 0: no such head
+    matrix_nms      whether duplicates lose score in the class logits (see `ranking`)
     backbone_name   what the backbone was made from: a table name, Hub id or folder; "" for a random start
     head_checkpoint, init_from
                     what the weights started from, kept for the licence chain
@@ -63,6 +67,8 @@ class M2FConfig(Mask2FormerConfig):
     discrimination_weight: float = 0.0
     tile_size: int | None = None
     tile_overlap: float = 0.3
+    quality_weight: float = 0.0
+    matrix_nms: bool = False
     image_mean: list[float] | tuple[float, ...] = IMAGE_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGE_STD
     backbone_name: str = ""
@@ -113,9 +119,11 @@ class M2FModel(Mask2FormerPreTrainedModel):
         self.model = Body(config)
         classes = len(config.categories or [])
         self.class_predictor = nn.Linear(config.hidden_dim, classes + 1)
+        self.quality_predictor = QualityHead() if config.quality_weight else None
         weights = (config.class_weight, config.mask_weight, config.dice_weight, config.no_object_weight)
         points = (config.train_num_points, config.oversample_ratio, config.importance_sample_ratio)
-        self.criterion = Criterion(classes, LossSettings(*weights, *points, config.discrimination_weight))
+        training_only = (config.discrimination_weight, config.quality_weight)
+        self.criterion = Criterion(classes, LossSettings(*weights, *points, *training_only))
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         for name in ("mean", "std"):
@@ -149,15 +157,26 @@ class M2FModel(Mask2FormerPreTrainedModel):
         if mask_labels is None or class_labels is None:
             hidden, embeddings = hidden[-1:], embeddings[-1:]
         class_logits = self.class_predictor(hidden)
-        loss = None
+        labelled = mask_labels is not None and class_labels is not None
+        mask_logits = quality = loss = None
+        if not self.training or self.quality_predictor is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not labelled):
+                mask_logits = torch.einsum("bqc,bchw->bqhw", embeddings[-1], features)
+        if self.quality_predictor is not None:
+            quality = self.quality_predictor(mask_logits, features)
         if mask_labels is not None and class_labels is not None:
             masks = CompactMasks.of(mask_labels, pixel_values.shape[-2:])
-            terms = self.criterion(embeddings, features, class_logits, masks, class_labels, num_items_in_batch)
+            terms = self.criterion(
+                embeddings, features, class_logits, masks, class_labels, num_items_in_batch, quality_logits=quality
+            )
             loss = torch.cat(list(terms.values())).sum()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and loss is None):
-            mask_logits = None if self.training else torch.einsum("bqc,bchw->bqhw", embeddings[-1], features)
+        ranked = class_logits[-1]
+        if mask_logits is not None and not self.training:
+            ranked = rank(ranked, mask_logits, quality, self.config.matrix_nms)
         output = Mask2FormerForUniversalSegmentationOutput(
-            loss=loss, class_queries_logits=class_logits[-1], masks_queries_logits=mask_logits
+            loss=loss,
+            class_queries_logits=ranked,
+            masks_queries_logits=None if self.training else mask_logits,
         )
         return output if return_dict else output.to_tuple()
 
@@ -201,6 +220,8 @@ class M2FModel(Mask2FormerPreTrainedModel):
         """Initialise new layers as the original Mask2Former does (see `initialization.py`)."""
         if isinstance(module, M2FModel):
             init_class_head(module.class_predictor)
+            if module.quality_predictor is not None:
+                module.quality_predictor.start()
             for buffer, values in ((self.pixel_mean, self.config.image_mean), (self.pixel_std, self.config.image_std)):
                 init.copy_(buffer, torch.tensor(values).view(1, 3, 1, 1))
         elif isinstance(module, NECK_LAYERS):

@@ -135,11 +135,17 @@ def example() -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", [VIT, DINOV2, CONVNEXT], ids=lambda one: one["model_type"])
-def test_an_onnx_file_equals_the_model_at_any_size(backbone: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "fields"),
+    [(VIT, {}), (DINOV2, {}), (CONVNEXT, {}), (VIT, {"quality_weight": 1.0, "matrix_nms": True})],
+    ids=["dinov3_vit", "dinov2", "dinov3_convnext", "ranking"],
+)
+def test_an_onnx_file_equals_the_model_at_any_size(
+    backbone: dict[str, object], fields: dict[str, object], tmp_path: Path
+) -> None:
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     size = (56, 56) if backbone is DINOV2 else (128, 128) if backbone is CONVNEXT else (64, 64)
-    model = model_of(backbone, image_size=size)
+    model = model_of(backbone, image_size=size, **fields)
     path = export_model(model, "onnx", tmp_path)
     found = check_export(model, path, None, 4, FULL, fixed_size=False)
     assert found.met, found.to_text()
