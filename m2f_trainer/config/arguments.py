@@ -98,6 +98,19 @@ class ModelArguments:
         at_least=0,
         changes_results=True,
     )
+    quality_weight: float = option(
+        2.0,
+        "Loss weight of a small head that predicts each mask's IoU, by which predictions are ranked; 0: no such head.",
+        "model",
+        at_least=0,
+        defines_model=True,
+    )
+    matrix_nms: bool = option(
+        True,
+        "Predictions that overlap better ones of their class lose score (Matrix NMS), in the model's class logits.",
+        "model",
+        changes_results=True,
+    )
     backbone_config: dict[str, Any] | str | None = option(
         None,
         "A transformers configuration (with model_type) of a small, randomly initialised backbone.",

@@ -123,7 +123,8 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
 def head_fields(model: ModelArguments) -> dict[str, Any]:
     """Fields of `M2FConfig`: the preset's, changed by head_config."""
     given = model.head_config if isinstance(model.head_config, dict) else {}
-    return {"discrimination_weight": model.discrimination_weight, **HEADS[model.head], **given}
+    weights = {"discrimination_weight": model.discrimination_weight, "quality_weight": model.quality_weight}
+    return {**weights, "matrix_nms": model.matrix_nms, **HEADS[model.head], **given}
 
 
 def require_figure(name: str | None, rows: Dataset) -> None:
