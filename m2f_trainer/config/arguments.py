@@ -97,6 +97,7 @@ class ModelArguments:
         "model",
         at_least=0,
         changes_results=True,
+        before=0.0,
     )
     quality_weight: float = option(
         2.0,
@@ -104,12 +105,14 @@ class ModelArguments:
         "model",
         at_least=0,
         defines_model=True,
+        before=0.0,
     )
     matrix_nms: bool = option(
         True,
         "Predictions that overlap better ones of their class lose score (Matrix NMS), in the model's class logits.",
         "model",
         changes_results=True,
+        before=False,
     )
     backbone_config: dict[str, Any] | str | None = option(
         None,

@@ -37,11 +37,12 @@ class Option:
         help: one or two sentences for `m2f train --help`.
         at_least, at_most: inclusive bounds of a number; None where unbounded.
         changes_results: a resumed run must have the same value, unless `allow_changes` is set. A checkpoint written
-            before the field existed counts as having its default.
+            before the field existed counts as having `before`.
         defines_model: no checkpoint can be carried over to another value, not even with `allow_changes`.
         auto: the word "auto" is accepted instead of a number; `training/auto.py` resolves it.
         json_type: a type that JSON may hold here instead of a string.
         saved: False for fields that recipe.json leaves out: derived ones, and those of one person or process.
+        before: what runs did before the field existed; left out where that is the default.
     """
 
     default: Any
@@ -54,6 +55,7 @@ class Option:
     auto: bool = False
     json_type: type | None = None
     saved: bool = True
+    before: Any = ...
 
 
 def option(default: Any, help: str, theme: Theme, **properties: Any) -> Any:

@@ -5,6 +5,7 @@ is an object, and nothing in its loss tells how well the mask fits.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class QualityHead(nn.Module):
     def start(self) -> None:
         """torch's default, and a score of 0: a head that is new in a trained model leaves the order as it was."""
         for layer in self.layers:
-            init_class_head(layer)
+            init_class_head(cast(nn.Linear, layer))
         init.zeros_(self.score.weight)
         init.zeros_(self.score.bias)
 
@@ -44,7 +45,8 @@ class QualityHead(nn.Module):
         measured = measures(mask_logits, features).to(self.score.weight.dtype)
         for layer in self.layers:
             measured = F.relu(layer(measured))
-        return self.score(measured).squeeze(-1)
+        logits: Tensor = self.score(measured).squeeze(-1)
+        return logits
 
 
 @torch.no_grad()

@@ -47,8 +47,11 @@ def digest_of(rows: Dataset) -> str:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text, for each setting that differs between two fingerprints; a missing field counts as its default."""
-    defaults = {name: row.default for name, row in rows().items()}
+    """Name -> text, for each setting that differs between two fingerprints.
+
+    A field that one of them lacks counts as its `Option.before`.
+    """
+    defaults = {name: row.default if row.before is ... else row.before for name, row in rows().items()}
     changed = {}
     for name in sorted({*then, *now}):
         before, after = (facts.get(name, defaults.get(name)) for facts in (then, now))

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,8 +79,13 @@ def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands
 
 def test_the_fingerprints_of_earlier_versions_still_compare(tmp_path: Path) -> None:
     splits = load_coco(write_sample(tmp_path, images=(3, 1, 0)))
-    recipe = load_recipe(["quickstart", "--dataset_name", "x"])
-    now = fingerprint.fingerprint(recipe, splits["train"], splits["valid"], categories_of(splits["train"]), 3)
+
+    def of(*options: str) -> dict[str, Any]:
+        recipe = load_recipe(["quickstart", "--dataset_name", "x", *options])
+        return fingerprint.fingerprint(recipe, splits["train"], splits["valid"], categories_of(splits["train"]), 3)
+
+    now = of("--discrimination_weight", "0", "--quality_weight", "0", "--matrix_nms", "false")
     then = {key: now[key] for key in (*MODEL_KEYS, *OTHER_KEYS)}
     assert fingerprint.differences(then, now) == {}
-    assert {*MODEL_KEYS, "head", "categories", "engine"} == fingerprint.FIXED
+    assert fingerprint.differences(then, of()).keys() == {"discrimination_weight", "quality_weight", "matrix_nms"}
+    assert {*MODEL_KEYS, "head", "quality_weight", "categories", "engine"} <= fingerprint.FIXED
