@@ -19,6 +19,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "m2f check my_coco",
     "m2f check my_coco --html check.html --preview 8",
+    "m2f check my_coco --recipe my_recipe.json",
     "m2f check my_coco --fix corrected",
 )
 
@@ -28,6 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
     output.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and images")
+    output.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="write a recipe for this dataset and this machine, with reasons"
+    )
     output.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
     output.add_argument(
         "--preview", type=positive_int, metavar="N", help="draw N augmented training samples into preview/"
@@ -59,7 +63,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         fixed = arguments.fix if result.status != UNUSABLE else None
         dataset = shlex.quote(str(fixed or arguments.dataset))
         if fixed or not result.status:
-            suggest(f"m2f train dinov3_vits16plus_1024 --dataset_name {dataset}")
+            recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""
+            suggest(f"m2f train{recipe} --dataset_name {dataset}")
         else:
             suggest(f"m2f check {dataset}" + " --fix corrected" * (result.status != UNUSABLE))
     return result.status
@@ -67,7 +72,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[str]:
     """Write the page, the corrected copy and the preview that were asked for; return one message for each."""
-    from m2f_trainer.doctor.examine import UNUSABLE
+    from m2f_trainer.doctor.examine import CLEAN, UNUSABLE
     from m2f_trainer.doctor.fix import repair
     from m2f_trainer.doctor.page import render
     from m2f_trainer.doctor.pictures import preview
@@ -76,6 +81,10 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
     messages = []
     if arguments.html:
         messages.append(f"page: {write_page(arguments.html, render(result))}")
+    if arguments.recipe and result.status == CLEAN:
+        messages.append(write_recipe(arguments.recipe, result))
+    elif arguments.recipe:
+        messages.append(f"no {arguments.recipe}: a recipe is written for a dataset without errors")
     if arguments.fix and result.status != UNUSABLE:
         changes = repair(result, arguments.fix)
         messages.append(f"corrected copy: {arguments.fix}, {len(changes)} change(s) listed in changes.json")
@@ -88,3 +97,20 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
         paths = preview(result, arguments.preview, TrainTransform(*size, flip=flip, **augment), Path("preview"))
         messages.append(f"{len(paths)} augmented samples: {paths[0].parent}")
     return messages
+
+
+def write_recipe(path: Path, result: "Examination") -> str:
+    """Write the recipe for the training split and this machine; return the choices and their reasons as text."""
+    from m2f_trainer.doctor.recommend import (
+        as_recipe,
+        choices_text,
+        facts_of,
+        images_of_scans,
+        recommend,
+        this_machine,
+    )
+    from m2f_trainer.run_folder import write_json
+
+    choices = recommend(facts_of(images_of_scans(result.scans["train"])), this_machine())
+    write_json(path, as_recipe(choices))
+    return f"recipe: {path}\n{choices_text(choices)}"

@@ -2,13 +2,18 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from m2f_trainer.cli.console import say, suggest
 
 SUMMARY = "train from a recipe (JSON) and options"
-DESCRIPTION = "Train a model. Every recipe field is an option, which overrides the recipe; unknown options are errors."
+DESCRIPTION = (
+    "Train a model. Every recipe field is an option, which overrides the recipe; unknown options are errors. Without a "
+    "recipe, the fields that are not given are chosen for the dataset and this machine, and printed with the reasons."
+)
 EXAMPLES = (
+    "m2f train --dataset_name my_coco --max_minutes 30",
     "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
     "m2f train dinov3_vitl16_1024_lora --dataset_name my_coco --num_train_epochs auto --dry_run",
     "m2f train runs/first/recipe.json --resume_from_checkpoint auto",
@@ -35,7 +40,7 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
         return
     from m2f_trainer.config.recipe import load_recipe
 
-    recipe = load_recipe(options)
+    recipe = load_recipe(options, choose)
     if arguments.dry_run:
         from m2f_trainer.training.run import dry_run
 
@@ -46,3 +51,18 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     train(recipe)
     folder, dataset = shlex.quote(str(recipe.train.output_dir)), shlex.quote(str(recipe.data.dataset_name))
     suggest(f"m2f evaluate {folder} {dataset}", f"m2f predict {folder} IMAGES")
+
+
+def choose(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe fields for the dataset and this machine, where no recipe is named. Raises DataError, RecipeError."""
+    if not given.get("dataset_name"):
+        return {}
+    from m2f_trainer.data.hub_dataset import load_dataset
+    from m2f_trainer.data.validate import check_split
+    from m2f_trainer.doctor.recommend import as_recipe, choices_text, facts_of, images_of_rows, recommend, this_machine
+
+    splits = load_dataset(str(given["dataset_name"]))
+    check_split(splits, "train")
+    choices = recommend(facts_of(images_of_rows(splits["train"])), this_machine(), given)
+    say(f"No recipe is named. Chosen for this dataset and machine:\n{choices_text(choices)}")
+    return as_recipe(choices)

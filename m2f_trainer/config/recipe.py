@@ -69,15 +69,18 @@ class Recipe:
     train: TrainArguments
 
 
-def load_recipe(argv: Sequence[str]) -> Recipe:
-    """`[RECIPE.json] [--field value ...]` -> a checked recipe; options override the file. Raises RecipeError."""
-    if argv and not argv[0].startswith("-"):
-        path, options = find_recipe(argv[0]), argv[1:]
-        written = checked(read_object(path), f"in {path}")
-    else:
-        written, options = {}, argv
-    given = checked(OptionParser().given(options), "on the command line")
-    return build({**written, **given})
+def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> Recipe:
+    """`[RECIPE.json] [--field value ...]` -> a checked recipe; options override the file.
+
+    `choose`: where no file is named, it gets the options' values and returns further fields (default: none).
+
+    Raises RecipeError.
+    """
+    path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
+    given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
+    if path is not None:
+        return build({**checked(read_object(path), f"in {path}"), **given})
+    return build({**(choose(given) if choose else {}), **given})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -219,14 +222,14 @@ def build(values: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
         raise RecipeError("dataset_name is missing: give the folder of a COCO dataset, as in --dataset_name my_coco.")
-    multiple = required_multiple(model)
+    multiple = backbone_stride(model)
     if data.tile_size and not {"image_height", "image_width"} & values.keys():
         data.image_height = data.image_width = -(-data.tile_size // multiple) * multiple
     check_sides(data, multiple)
     return Recipe(model, data, train)
 
 
-def required_multiple(model: ModelArguments) -> int:
+def backbone_stride(model: ModelArguments) -> int:
     """The number that both image sides must be a multiple of; 1 if it is unknown before the backbone is loaded."""
     if isinstance(model.backbone_config, dict):
         return stride_of(read_config(model.backbone_config))

@@ -1,17 +1,20 @@
 """`m2f check`: the exit status is the examination's, and the next step fits it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from m2f_trainer.cli.main import main
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor import examine, summary
 
 
 @pytest.mark.parametrize(
     ("status", "step"),
     [
-        (0, "m2f train dinov3_vits16plus_1024 --dataset_name 'my coco'"),
+        (0, "m2f train --dataset_name 'my coco'"),
         (1, "m2f check 'my coco' --fix corrected"),
         (examine.UNUSABLE, "m2f check 'my coco'"),
     ],
@@ -25,3 +28,15 @@ def test_the_next_step_depends_on_what_was_found(
     out = capsys.readouterr().out
     assert out.startswith(f"status {status}\n")
     assert out.endswith(f"Next:\n  {step}\n")
+
+
+def test_a_recipe_for_the_dataset_is_written_with_reasons(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = write_sample(tmp_path / "set", images=(4, 2, 0)), tmp_path / "recipe.json"
+    assert main(["check", str(data), "--recipe", str(path)]) == 0
+    recipe = load_recipe([str(path), "--dataset_name", str(data)])
+    out = capsys.readouterr().out
+    assert f"recipe: {path}\n" in out
+    assert out.endswith(f"Next:\n  m2f train {path} --dataset_name {data}\n")
+    assert recipe.data.image_height == recipe.data.image_width

@@ -1,9 +1,14 @@
 """`m2f train`: from command line to recipe to run."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from m2f_trainer.cli.main import main
+from m2f_trainer.data.synthetic import write_sample
 from tests.cli.stand_in import stand_in
+from tests.model.tiny import VIT
 
 Captured = pytest.CaptureFixture[str]
 
@@ -19,15 +24,31 @@ def test_the_help_has_an_example_and_the_recipe_fields(capsys: Captured) -> None
 def test_the_recipe_is_passed_on_and_next_steps_are_printed(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     stand_in(monkeypatch, "m2f_trainer.training.run", train=seen.append)
-    assert main(["train", "--dataset_name", "my coco", "--output_dir", "runs/a", "--seed", "7"]) == 0
+    assert main(["train", "quickstart", "--dataset_name", "my coco", "--output_dir", "runs/a", "--seed", "7"]) == 0
     assert seen[0].train.seed == 7
     assert capsys.readouterr().out.endswith("Next:\n  m2f evaluate runs/a 'my coco'\n  m2f predict runs/a IMAGES\n")
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "m2f_trainer.training.run", dry_run=lambda recipe: f"plan of {recipe.data.dataset_name}")
-    assert main(["train", "--dataset_name", "coco", "--dry_run"]) == 0
+    assert main(["train", "quickstart", "--dataset_name", "coco", "--dry_run"]) == 0
     assert capsys.readouterr().out == "plan of coco\n"
+
+
+def test_without_a_recipe_the_fields_are_chosen_for_the_dataset_and_printed(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    stand_in(monkeypatch, "m2f_trainer.training.run", train=seen.append)
+    data = write_sample(tmp_path / "set", images=(4, 2, 0))
+    options = ["--dataset_name", str(data), "--backbone_config", json.dumps(VIT), "--max_minutes", "3"]
+    assert main(["train", *options]) == 0
+    assert seen[0].train.max_minutes == 3
+    assert (seen[0].model.num_queries, seen[0].model.tune) == ("auto", "frozen")
+    out = capsys.readouterr().out
+    assert out.startswith("No recipe is named. Chosen for this dataset and machine:\n")
+    assert "num_queries" in out
+    assert "max_minutes" not in out
 
 
 def test_a_wrong_option_gives_one_message_and_no_traceback(capsys: Captured) -> None:

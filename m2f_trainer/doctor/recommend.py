@@ -1,0 +1,226 @@
+"""A recipe for a dataset and a machine, with a reason for each choice.
+
+`m2f check --recipe FILE` writes it, and `m2f train --dataset_name X` without a recipe trains it. The thresholds follow
+the measurements in benchmarks/accuracy/TABLES.md.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import get_token
+
+from m2f_trainer.config.arguments import ModelArguments
+from m2f_trainer.config.recipe import backbone_stride
+from m2f_trainer.doctor.scan import Scan
+from m2f_trainer.masks.rle import Size
+
+Image = tuple[Size, list[tuple[int, float]]]
+"""(height, width) of an image, and the category id and area of each instance, in pixels of the original image."""
+
+TILE_IN_OBJECTS = 6.6
+"""Side of a tile in median object sides: tiles of 112 pixels for nuclei of 17 pixels, which train fastest."""
+
+WORTH_TILES = 0.75
+"""Images are cut into tiles when a tile's side is below this share of the images' longer side."""
+
+FEW_IMAGES = 2_000
+"""Below this many training images LoRA is as good as tuning the whole backbone, at a lower cost."""
+
+CPU_SIDE, GPU_SIDE = 336, 1024
+"""Largest side of the model's input for images that are not cut into tiles."""
+
+CPU_MINUTES = 60
+CPU_SECONDS_A_PIXEL = 8e-6
+"""CPU time of one training sample with the light head and a frozen DINOv2 ViT-S, for each pixel of the input."""
+
+CACHED_VIEWS = 2
+WORTH_CACHE = 3
+"""Backbone features are kept when a run shows each cached view at least this often."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Figures of a training split on which the choices depend. Crowd regions are not counted.
+
+    images       number of images
+    most         the most instances in one image
+    object_side  median over instances of the square root of their area, in pixels of the original image
+    large_side   the same for the class whose objects are largest
+    image_side   median over images of the longer side, in pixels of the original image
+    pixels       the images' pixels in all
+    """
+
+    images: int
+    most: int
+    object_side: float
+    large_side: float
+    image_side: float
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """accelerator: torch has a device other than the CPU. token: a Hub token is set, so gated weights can be loaded."""
+
+    accelerator: bool
+    token: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of one recipe field, and the reason for it."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+def this_machine() -> Machine:
+    """The machine of this process."""
+    return Machine(torch.accelerator.is_available(), get_token() is not None)
+
+
+def images_of_rows(rows: Dataset) -> Iterator[Image]:
+    """The images of a split (rows of `m2f_trainer.data.dataset`); none is opened."""
+    for row in rows.select_columns(["height", "width", "objects"]):
+        yield (row["height"], row["width"]), [(o["category_id"], o["area"]) for o in row["objects"] if not o["iscrowd"]]
+
+
+def images_of_scans(scans: Iterable[Scan]) -> Iterator[Image]:
+    """The images that `m2f check` has examined."""
+    for scan in scans:
+        size = (scan.entry["height"], scan.entry["width"])
+        yield size, [(one["category_id"], one["mask_area"]) for one in scan.targets]
+
+
+def facts_of(images: Iterable[Image]) -> Facts:
+    """Count and measure the objects of a training split."""
+    counts, longer, pixels = [], [], 0
+    sides: dict[int, list[float]] = {}
+    for size, objects in images:
+        counts.append(len(objects))
+        longer.append(max(size))
+        pixels += size[0] * size[1]
+        for category_id, area in objects:
+            sides.setdefault(category_id, []).append(math.sqrt(area))
+    image_side = float(np.median(longer)) if longer else 0.0
+    every = [side for some in sides.values() for side in some]
+    return Facts(
+        images=len(counts),
+        most=max(counts, default=0),
+        object_side=float(np.median(every)) if every else image_side,
+        large_side=max((float(np.median(some)) for some in sides.values()), default=image_side),
+        image_side=image_side,
+        pixels=pixels,
+    )
+
+
+def recommend(facts: Facts, machine: Machine, given: Mapping[str, Any] | None = None) -> list[Choice]:
+    """Choose recipe fields for a dataset and a machine. Fields that are not listed keep their defaults.
+
+    `given`: fields that the user has set. They are kept, and nothing is chosen that contradicts them.
+
+    Raises RecipeError or ModelError where the given backbone can't be read.
+    """
+    given = given or {}
+    backbone = _backbone(machine)
+    named = {name: given[name] for name in ("backbone", "backbone_config") if name in given}
+    stride = backbone_stride(ModelArguments(**{"backbone": backbone.value, **named}))
+    view = _input(facts, machine, stride, given.get("tile_size"))
+    choices = [backbone, *view, *_training(facts, machine, as_recipe(view) | dict(given))]
+    kept = {name for set_field, names in EXCLUDES.items() if given.get(set_field) is not None for name in names}
+    if given.get("tune", "frozen") != "frozen":
+        kept.add("feature_cache")
+    return [choice for choice in choices if choice.field not in kept | given.keys()]
+
+
+EXCLUDES = {
+    "backbone_config": ("backbone",),
+    "init_from": ("backbone", "head"),
+    "head_checkpoint": ("head",),
+    "head_config": ("head",),
+    "augmentation": ("lsj_min_scale", "lsj_max_scale"),
+    "max_steps": ("max_minutes", "num_train_epochs"),
+    "max_minutes": ("num_train_epochs",),
+    "num_train_epochs": ("max_minutes",),
+}
+"""A field that the user has set -> the fields for which nothing is chosen then."""
+
+
+def as_recipe(choices: Sequence[Choice]) -> dict[str, Any]:
+    """The fields and values of a recipe file."""
+    return {choice.field: choice.value for choice in choices}
+
+
+def choices_text(choices: Sequence[Choice]) -> str:
+    """One line for each choice: field, value, reason."""
+    widths = [
+        max(len(cell) for cell in column) for column in zip(*((c.field, str(c.value)) for c in choices), strict=True)
+    ]
+    return "\n".join(f"  {c.field:{widths[0]}}  {c.value!s:{widths[1]}}  {c.reason}" for c in choices)
+
+
+def _backbone(machine: Machine) -> Choice:
+    if not machine.accelerator:
+        return Choice("backbone", "dinov2-small", "no GPU: the smallest backbone")
+    if not machine.token:
+        return Choice("backbone", "dinov2-small", "no Hub token: weights that need no access")
+    return Choice("backbone", "dinov3-vits16plus", "the default, since there are a GPU and a Hub token")
+
+
+def _input(facts: Facts, machine: Machine, stride: int, tile_size: int | None) -> list[Choice]:
+    """Tiles or whole images, the size of the model's input, and the queries. `tile_size`: given by the user."""
+    tile = tile_size or _multiple(TILE_IN_OBJECTS * facts.object_side, stride)
+    found = f"objects of {facts.object_side:.0f} pixels, images of {facts.image_side:.0f}"
+    choices = []
+    if tile_size or (tile < WORTH_TILES * facts.image_side and facts.large_side < tile / 2):
+        side = _multiple(min(4 * tile, GPU_SIDE / 2) if machine.accelerator else tile, stride)
+        choices.append(Choice("tile_size", tile, f"{found}: train on tiles at full resolution"))
+        reason = "the size of a tile" if side == tile else "tiles are enlarged, for finer outlines"
+    else:
+        side = _multiple(min(facts.image_side, GPU_SIDE if machine.accelerator else CPU_SIDE), stride)
+        reason = f"{found}: train on whole images"
+    sizes = [Choice(name, side, reason) for name in ("image_height", "image_width")]
+    return [*choices, *sizes, Choice("num_queries", "auto", f"at most {facts.most} objects in an image")]
+
+
+def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list[Choice]:
+    """Tuning, head, augmentation and length; `chosen` are the fields that are known already."""
+    if machine.accelerator:
+        return [
+            Choice("tune", "lora" if facts.images < FEW_IMAGES else "full", f"{facts.images:,} training images"),
+            Choice("num_train_epochs", "auto", "depends on the number of images"),
+            Choice("learning_rate", "auto", "depends on the images of an optimiser step"),
+        ]
+    return [
+        Choice("tune", "frozen", "no GPU: only neck and head are trained"),
+        *_feature_cache(facts, chosen),
+        Choice("head", "light", "no GPU: a tenth of the original head's cost"),
+        Choice("lsj_min_scale", 1.0, "runs of minutes learn faster without scale jitter"),
+        Choice("lsj_max_scale", 1.0, "runs of minutes learn faster without scale jitter"),
+        Choice("learning_rate", 5e-4, "measured with the light head"),
+        Choice("max_grad_norm", 1.0, "measured with the light head"),
+        Choice("max_minutes", CPU_MINUTES, "no GPU: an hour; change it with --max_minutes"),
+    ]
+
+
+def _feature_cache(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
+    """Keep the frozen backbone's features where a run is long enough to use each of them several times."""
+    minutes = chosen.get("max_minutes") or CPU_MINUTES
+    shown = 60 * minutes / (CPU_SECONDS_A_PIXEL * chosen["image_height"] * chosen["image_width"])
+    tile = chosen.get("tile_size")
+    samples = facts.pixels / tile**2 if tile else facts.images
+    times = shown / (CACHED_VIEWS * max(samples, 1))
+    if times < WORTH_CACHE:
+        return []
+    return [Choice("feature_cache", CACHED_VIEWS, f"features are kept on disk and used about {times:.0f} times each")]
+
+
+def _multiple(side: float, stride: int) -> int:
+    """The multiple of the backbone's stride nearest to a side, at least four times the stride."""
+    return max(4, round(side / stride)) * stride

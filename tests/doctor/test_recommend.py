@@ -1,0 +1,78 @@
+"""The recipe that is chosen for a dataset and a machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.recommend import (
+    Facts,
+    Machine,
+    as_recipe,
+    choices_text,
+    facts_of,
+    images_of_rows,
+    images_of_scans,
+    recommend,
+)
+from tests.model.tiny import VIT
+
+LAPTOP, SERVER = Machine(accelerator=False, token=False), Machine(accelerator=True, token=True)
+NUCLEI = Facts(images=464, most=375, object_side=17, large_side=17, image_side=320, pixels=90_000_000)
+STREETS = Facts(images=407, most=122, object_side=33, large_side=406, image_side=512, pixels=107_000_000)
+
+
+def test_small_objects_are_trained_on_tiles_and_large_ones_on_whole_images() -> None:
+    assert as_recipe(recommend(NUCLEI, LAPTOP))["tile_size"] == 112
+    assert "tile_size" not in as_recipe(recommend(STREETS, LAPTOP))
+
+
+@pytest.mark.parametrize("facts", [NUCLEI, STREETS])
+@pytest.mark.parametrize("machine", [LAPTOP, SERVER])
+def test_what_is_chosen_is_a_recipe_that_loads(facts: Facts, machine: Machine, tmp_path: Path) -> None:
+    choices = recommend(facts, machine)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(as_recipe(choices)))
+    recipe = load_recipe([str(path), "--dataset_name", "x"])
+    for choice in choices:
+        assert choice.reason
+        assert choice.field in choices_text(choices)
+    assert recipe.data.image_height % (14 if machine == LAPTOP else 16) == 0
+
+
+def test_a_laptop_gets_an_open_backbone_and_a_bounded_run_and_a_server_the_default() -> None:
+    laptop, server = as_recipe(recommend(NUCLEI, LAPTOP)), as_recipe(recommend(NUCLEI, SERVER))
+    assert (laptop["backbone"], laptop["tune"], laptop["max_minutes"]) == ("dinov2-small", "frozen", 60)
+    assert (server["backbone"], server["tune"]) == ("dinov3-vits16plus", "lora")
+    assert as_recipe(recommend(NUCLEI, Machine(accelerator=True, token=False)))["backbone"] == "dinov2-small"
+
+
+def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None:
+    few = Facts(images=20, most=5, object_side=100, large_side=100, image_side=300, pixels=1_800_000)
+    assert as_recipe(recommend(few, LAPTOP, {"max_minutes": 20}))["feature_cache"] == 2
+    assert "feature_cache" not in as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))
+
+
+def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
+    given = {"tune": "lora", "max_steps": 10, "backbone_config": {**VIT, "patch_size": 16}, "head_config": {}}
+    chosen = as_recipe(recommend(NUCLEI, LAPTOP, given))
+    assert not chosen.keys() & {"tune", "feature_cache", "max_minutes", "backbone", "head"}
+    assert chosen["image_height"] % 16 == 0
+    assert as_recipe(recommend(STREETS, LAPTOP, {"tile_size": 256}))["image_height"] == 252
+
+
+def test_objects_are_measured_in_pixels_of_the_original_image(tmp_path: Path) -> None:
+    rows = load_coco(write_sample(tmp_path / "set", images=(6, 2, 0)))["train"]
+    facts = facts_of(images_of_rows(rows))
+    assert facts_of(images_of_scans(examine(tmp_path / "set").scans["train"])) == facts
+    areas = sorted(one["area"] for row in rows for one in row["objects"] if not one["iscrowd"])
+    assert facts.images == 6
+    assert facts.pixels == sum(row["height"] * row["width"] for row in rows)
+    assert facts.most == max(sum(not one["iscrowd"] for one in row["objects"]) for row in rows)
+    middle = len(areas) // 2
+    expected = areas[middle] ** 0.5 if len(areas) % 2 else (areas[middle - 1] ** 0.5 + areas[middle] ** 0.5) / 2
+    assert facts.object_side == pytest.approx(expected)
