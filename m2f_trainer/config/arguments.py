@@ -101,7 +101,8 @@ class ModelArguments:
     )
     quality_weight: float = option(
         2.0,
-        "Loss weight of a small head that predicts each mask's IoU, by which predictions are ranked; 0: no such head.",
+        "Loss weight of a small head that predicts each mask's IoU, by which predictions are ranked; 0: no such head. "
+        "Meant for use with matrix_nms: without it, duplicates rank high.",
         "model",
         at_least=0,
         defines_model=True,
