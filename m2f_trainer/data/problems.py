@@ -186,11 +186,6 @@ KINDS: Mapping[str, Kind] = {
         "At the input size it is less than 4 pixels wide or high, which is one cell of the mask logits.",
         "Use a larger input size or tiles.",
     ),
-    "small-objects": _warning(
-        "objects small or many for whole images",
-        "The model sees little of them, and learns them much more slowly than from tiles at the images' own scale.",
-        "Train on tiles with the `tile_size` of the message; evaluation and prediction tile by themselves.",
-    ),
     "self-intersection": _warning(
         "self-intersecting polygon",
         "Regions that the polygon covers twice become holes.",

@@ -16,7 +16,6 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.hub_dataset import is_hub_dataset, read_hub
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
-from m2f_trainer.doctor.advice import tile_size
 from m2f_trainer.doctor.duplicates import find_duplicates
 from m2f_trainer.doctor.scan import Scan, Settings, scan_split
 from m2f_trainer.errors import DataError
@@ -73,9 +72,6 @@ def examine(dataset: str | Path, settings: Settings | None = None) -> Examinatio
         _check_splits(name, splits, scans, report)
         _check_class_names(splits, categories, report)
         _check_class_use(splits, scans, categories, report)
-        advice = tile_size(scans.get("train", []), settings)
-        if advice is not None:
-            report("small-objects", name, [], f"{advice.reason}: --tile_size {advice.value} --num_queries auto.")
         duplicates = _check_duplicates(splits, scans, report)
     return Examination(name, settings, splits, scans, tuple(categories), tuple(report.sorted()), duplicates)
 
