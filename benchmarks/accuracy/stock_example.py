@@ -29,7 +29,7 @@ from benchmarks.accuracy.stock_parts import postprocessed
 from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.masks.segmentation import decode
 from m2f_trainer.model.backbones import load_pretrained
 from m2f_trainer.training.prepare import first
@@ -127,4 +127,4 @@ def score(model: nn.Module, shown: ExampleDataset) -> dict[str, float]:
         outputs = model(pixel_values=sample["pixel_values"][None])
         inputs = {name: sample[name][None] for name in ("image_id", "original_size")}
         found += postprocessed(outputs, inputs, categories)
-    return {f"eval_{name}": value for name, value in Assessment(shown.rows)(found).items()}
+    return {f"eval_{name}": value for name, value in Evaluator(shown.rows)(found).items()}

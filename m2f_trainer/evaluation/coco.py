@@ -1,8 +1,8 @@
-"""Instances of all ranks -> the official COCO mask and box figures.
+"""The official COCO mask and box metrics of predicted Instances.
 
-The ground truth is the dataset's rows as the annotation file had them: every object, crowd regions as ignore regions,
-the file's own areas. Two engines give the same arrays: hotcoco where it is installed, pycocotools otherwise. The
-figures are then computed here, from those arrays, as pycocotools' summary does.
+The ground truth is taken unchanged from the annotation file: every object, crowd regions as ignore regions, areas as
+given. Two engines compute the same precision and recall arrays: hotcoco if it is installed, otherwise pycocotools. The
+metrics are computed here from those arrays, as in pycocotools' summary.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ CLASS_KEY = "map_class/"
 
 
 def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """The COCO figures in percent, of masks, boxes and boundaries, and then the mask AP of every class, best first.
+    """A text table of the COCO metrics of masks, boxes and boundaries in percent, then mask AP per class, best first.
 
-    "-" stands for a figure without any truth (-1 in the metrics).
+    "-" marks a metric without any objects to score (-1 in the metrics).
 
     Args:
-        metrics: what `CocoMap` returns, its keys with `prefix` before them ("eval_" in the Trainer's).
+        metrics: what `CocoMap` returns, with `prefix` before each key.
+        prefix: "eval_" for the Trainer's metrics.
     """
     lines = [f"{'':8}" + "".join(f"{title:>8}" for title in TITLES)]
     kinds = {"masks": "", "boxes": "box_"} | ({"boundary": "boundary_"} if f"{prefix}boundary_map" in metrics else {})
@@ -51,7 +52,7 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as percent; "-" where it was not scored (None) or where there was nothing to score (-1)."""
+    """Format a share as percent; "-" if it was not scored (None) or there was nothing to score (-1)."""
     return "-" if value is None or value < 0 else f"{100 * value:.1f}"
 
 
@@ -59,9 +60,9 @@ Engine = Literal["auto", "hotcoco", "pycocotools"]
 Kind = Literal["segm", "bbox"]
 Results = list[dict[str, Any]] | NDArray[np.float64]
 Chunk = tuple[list[dict[str, Any]], list[dict[str, Any]], Results]
-"""Images, annotations and results, as COCO files hold them; results of boxes as pycocotools' array of seven columns."""
+"""Images, annotations and results in COCO format; box results as pycocotools' array with seven columns."""
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""precision (10 thresholds, 101 recalls, K, 4 areas, 3 limits) and recall (10, K, 4, 3); -1 where there is no truth."""
+"""Precision (10 IoU thresholds, 101 recalls, K, 4 area ranges, 3 limits), recall (10, K, 4, 3); -1 without objects."""
 
 IOU_50, IOU_75 = 0, 5
 AREAS = ("", "_small", "_medium", "_large")
@@ -74,8 +75,8 @@ class CocoMap:
 
     Args:
         dataset: rows of `load_coco`.
-        categories: the scored categories; those of the dataset unless given.
-        engine: "auto" is hotcoco where it can be imported, else pycocotools.
+        categories: the scored categories. Default: those of the dataset.
+        engine: "auto" uses hotcoco if it is installed, otherwise pycocotools.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class CocoMap:
         self._truth = [self._objects_of(row) for row in rows]
 
     def _objects_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The ground truth of one row. Images are numbered in the order of their ids: hotcoco refuses negative ones."""
+        """The ground truth of one row. Images are renumbered by ascending id because hotcoco rejects negative ids."""
         known = {category.id for category in self.categories}
         return [
             {
@@ -109,19 +110,20 @@ class CocoMap:
         ]
 
     def __call__(self, instances: Iterable[Instances]) -> dict[str, float]:
-        """COCO's twelve figures for masks and, after "box_", for boxes, and `map_class/<name>` for every class.
+        """COCO's twelve metrics for masks, for boxes with the prefix "box_", and `map_class/<name>` for every class.
 
         `map`, `map_50`, `map_75`, `map_small`, `map_medium`, `map_large`, `mar_1`, `mar_10`, `mar_100`, `mar_small`,
-        `mar_medium`, `mar_large`. A figure without any truth is -1, as pycocotools has it. Boxes are the tight boxes
-        of the predicted masks. Images given twice, as a distributed sampler does to fill up its last batch, count once.
+        `mar_medium`, `mar_large`. A metric without any objects to score is -1, as in pycocotools. Boxes are the tight
+        boxes of the predicted masks. An image given twice, as by a distributed sampler that fills its last batch,
+        counts once.
 
         Raises:
-            DataError: a prediction for an image that the dataset doesn't have, or of another size.
+            DataError: the image of a prediction is not in the dataset, or its masks do not have the image's size.
         """
         return self.score(instances)[0]
 
     def score(self, instances: Iterable[Instances]) -> tuple[dict[str, float], NDArray[np.float64]]:
-        """The same figures, and the precision of the masks that they come from, (10, 101, K, 4, 3)."""
+        """The same metrics, and the precision of the masks, (10, 101, K, 4, 3) as in `Arrays`."""
         found = self.by_image(instances)
         masks = self._arrays("segm", found)
         metrics = summarize(*masks)
@@ -131,7 +133,7 @@ class CocoMap:
         return metrics, masks[0]
 
     def class_names(self) -> list[str]:
-        """The names of the categories; where two share one, each carries its id."""
+        """The category names; a name that occurs more than once is followed by the category id."""
         names = [category.name for category in self.categories]
         return [
             category.name if names.count(category.name) == 1 else f"{category.name} ({category.id})"
@@ -139,11 +141,11 @@ class CocoMap:
         ]
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The objects of an image that are scored, as annotation entries; not to be written into."""
+        """The scored objects of an image as COCO annotations. The caller must not modify them."""
         return self._truth[self._numbers[image_id] - 1]
 
     def by_image(self, instances: Iterable[Instances]) -> dict[int, Instances]:
-        """Image id -> its predictions, the first of those given. Raises DataError as scoring does."""
+        """Image id -> its predictions, the first if there are several. Raises DataError as scoring does."""
         found: dict[int, Instances] = {}
         for item in instances:
             if item.image_id not in self.sizes:
@@ -166,9 +168,9 @@ class CocoMap:
         return score(chunks, [{"id": category.id, "name": category.name} for category in self.categories], kind)
 
     def _chunk(self, start: int, kind: Kind, found: Mapping[int, Instances]) -> Chunk:
-        """Some images, their truth with ids of its own, and their predictions, made afresh: engines write into them.
+        """At most `IMAGES_AT_ONCE` images with their ground truth and predictions, copied because engines modify them.
 
-        pycocotools takes an annotation whose id is 0 for unmatched, so that the file's ids can't be used.
+        Annotations are renumbered from 1 because pycocotools treats a match with annotation id 0 as unmatched.
         """
         images, truth = [], []
         predicted: list[Any] = []
@@ -185,9 +187,9 @@ class CocoMap:
         return images, numbered, list(chain.from_iterable(predicted))
 
     def _results(self, instances: Instances, number: int, kind: Kind) -> Results:
-        """An image's predictions of the scored categories: boxes as rows (n, 7), masks as entries without a box.
+        """An image's predictions of the scored categories: boxes as rows (n, 7), masks as COCO results without a box.
 
-        A box entry has no mask and the other way round: see `Instances.to_coco`.
+        A result must not contain both: see `Instances.to_coco`.
         """
         kept = np.flatnonzero(np.isin(instances.category_ids, [category.id for category in self.categories]))
         scores, labels = instances.scores[kept], instances.category_ids[kept]
@@ -206,7 +208,7 @@ class CocoMap:
 
 
 def summarize(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
-    """The twelve figures of pycocotools' summary from its arrays."""
+    """The twelve metrics of pycocotools' summary from the precision and recall `Arrays`."""
     metrics = {"map": mean_of_present(precision[:, :, :, 0, -1])}
     metrics["map_50"] = mean_of_present(precision[IOU_50, :, :, 0, -1])
     metrics["map_75"] = mean_of_present(precision[IOU_75, :, :, 0, -1])
@@ -220,13 +222,13 @@ def summarize(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> di
 
 
 def mean_of_present(values: NDArray[np.float64]) -> float:
-    """The mean over what has truth; -1 where nothing has."""
+    """The mean of the values other than -1; -1 if there are none."""
     present = values[values > -1]
     return float(np.mean(present)) if present.size else -1.0
 
 
 def _hotcoco_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], kind: Kind) -> Arrays:
-    """By hotcoco's streaming evaluator, which keeps matches alone, so that memory stays flat."""
+    """Score with hotcoco's streaming evaluator, which stores only the matches and so needs little memory."""
     from hotcoco import StreamingEval
 
     streaming = StreamingEval(categories, iou_type=kind)
@@ -238,7 +240,7 @@ def _hotcoco_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], k
 
 
 def _pycocotools_arrays(chunks: Iterable[Chunk], categories: list[dict[str, Any]], kind: Kind) -> Arrays:
-    """By pycocotools itself, with its chatter muted."""
+    """Score with pycocotools, with its printed output discarded."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

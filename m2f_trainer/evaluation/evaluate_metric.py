@@ -1,4 +1,4 @@
-"""The COCO scorer as a metric of the `evaluate` library, in a file of its own since importing that takes seconds."""
+"""The COCO metrics as a metric of the `evaluate` library; a separate file because importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from m2f_trainer.inference.instances import Instances, tight_boxes
 
 
 class CocoMapMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
-    """`CocoMap` behind `add_batch(predictions=[Instances, ...])` and `compute()`, for loops built on `evaluate`.
+    """`CocoMap` with the interface of `evaluate`: `add_batch(predictions=[Instances, ...])`, then `compute()`.
 
     Args:
         dataset: rows of `load_coco`.
         categories, engine: as for `CocoMap`.
-        settings: `evaluate.Metric`'s own, for instance `num_process`, `process_id` and `experiment_id`.
+        settings: passed to `evaluate.Metric`, for example `num_process`, `process_id` and `experiment_id`.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class CocoMapMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyp
         return evaluate.MetricInfo(
             description="Official COCO mask and box average precision of instance segmentation.",
             citation="Lin et al., Microsoft COCO: Common Objects in Context, ECCV 2014.",
-            inputs_description="predictions: a list of m2f_trainer Instances, one an image.",
+            inputs_description="predictions: a list of m2f_trainer Instances, one per image.",
             features=datasets.Features({"predictions": row}),
         )
 
     def add_batch(self, *, predictions: Sequence[Instances], **_: Any) -> None:
-        """Keep the predictions of some images; ground truth comes from the dataset."""
+        """Add the predictions of several images; the ground truth comes from the dataset."""
         super().add_batch(predictions=[_to_row(item) for item in predictions])
 
     def add(self, *, prediction: Instances, **_: Any) -> None:
-        """Keep the predictions of one image."""
+        """Add the predictions of one image."""
         self.add_batch(predictions=[prediction])
 
     def compute(self, *, predictions: Sequence[Instances] | None = None, **_: Any) -> dict[str, float] | None:
-        """`CocoMap`'s figures over all that was added; None on every process but the first."""
+        """The metrics of `CocoMap` over all added predictions; None on every process except the first."""
         if predictions is not None:
             self.add_batch(predictions=predictions)
         metrics: dict[str, float] | None = super().compute()

@@ -1,7 +1,7 @@
-"""All that is said of a model's predictions on a split: the figures, and the details behind them.
+"""All metrics and diagnostics for one split.
 
-The figures (COCO's, and boundary AP) are numbers by name, logged at each evaluation. The details go into
-evaluation.json, beside a checkpoint's metrics.json: what reports, cards and pictures are made from.
+The metrics (COCO AP and AR, boundary AP) are numbers by name, logged at each evaluation. The diagnostics are written to
+evaluation.json, next to a checkpoint's metrics.json. Reports, model cards and pictures are made from them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,31 @@ from numpy.typing import NDArray
 
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.evaluation.coco import IOU_50, IOU_75, CocoMap, mean_of_present
-from m2f_trainer.evaluation.matching import boundary_figures, joined, match_scene
-from m2f_trainer.evaluation.overlaps import Scene, scenes
-from m2f_trainer.evaluation.thresholds import Operation, calibration, confusion, image_quality, kept_of, operations
-from m2f_trainer.evaluation.tide import Verdict, breakdown, gather, judge
+from m2f_trainer.evaluation.matching import boundary_figures, concatenate_matches, match_image
+from m2f_trainer.evaluation.overlaps import ImageOverlaps, image_overlaps
+from m2f_trainer.evaluation.thresholds import (
+    ThresholdStats,
+    above_threshold,
+    best_thresholds,
+    calibration,
+    confusion,
+    image_quality,
+)
+from m2f_trainer.evaluation.tide import ImageErrors, classify_predictions, collect_predictions, tide_errors
 from m2f_trainer.inference.instances import Instances
 
-SHOWN = 6  # images kept with their predictions: so many of the worst, and of the best
+EXAMPLES = 6  # maximum number of worst images, and of best images, whose predictions are kept
 
 
-class Assessment:
-    """Scores predictions against one split: `figures = assessment(instances)`, then `assessment.details`.
+class Evaluator:
+    """Scores predictions against one split: `metrics = evaluator(instances)`, then `evaluator.details`.
 
     Args:
         dataset: rows of `load_coco`.
-        categories: the scored categories; those of the dataset unless given.
+        categories: the scored categories. Default: those of the dataset.
+
+    Attributes:
+        details: the content of evaluation.json for the latest call; empty before the first.
     """
 
     def __init__(self, dataset: Dataset, categories: Sequence[Category] | None = None) -> None:
@@ -38,42 +48,51 @@ class Assessment:
         self.details: dict[str, Any] = {}
 
     def __call__(self, instances: Iterable[Instances]) -> dict[str, float]:
-        """`CocoMap`'s figures and `boundary_map`, `boundary_map_50`, ... Raises DataError as `CocoMap`."""
-        found = list(instances)
+        """The metrics of `CocoMap`, and `boundary_map`, `boundary_map_50`, ... Raises DataError as `CocoMap` does."""
+        predictions = list(instances)
         names = self.coco.class_names()
-        figures, precision = self.coco.score(found)
-        seen = list(scenes(self.coco, found))
-        figures |= boundary_figures(
-            joined((match_scene(one, len(names), "boundaries") for one in seen), len(names)), names
-        )
-        self.details = details(seen, found, self.coco, precision) | {"figures": figures}
+        figures, precision = self.coco.score(predictions)
+        overlaps = list(image_overlaps(self.coco, predictions))
+        matches = (match_image(image, len(names), "boundaries") for image in overlaps)
+        figures |= boundary_figures(concatenate_matches(matches, len(names)), names)
+        self.details = evaluation_details(overlaps, predictions, self.coco, precision) | {"figures": figures}
         return figures
 
 
-def details(
-    seen: Sequence[Scene], found: Sequence[Instances], coco: CocoMap, precision: NDArray[np.float64]
+def evaluation_details(
+    overlaps: Sequence[ImageOverlaps],
+    predictions: Sequence[Instances],
+    coco: CocoMap,
+    precision: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """What evaluation.json holds besides the figures; classes are numbered as in its `classes`.
+    """The content of evaluation.json except the metrics. Class k is row k of its `classes`.
 
-    `precision` is (10, 101, K, 4, 3), as pycocotools has it.
+    Args:
+        overlaps: one entry per image of the split.
+        precision: (10, 101, K, 4, 3), as in pycocotools: IoU thresholds, recalls, classes, area ranges, limits.
     """
-    verdicts = [judge(scene) for scene in seen]
-    points = gather(seen, verdicts, len(coco.categories))
-    chosen = operations(points)
-    images = [image_quality(one, verdict, kept_of(one, chosen)) for one, verdict in zip(seen, verdicts, strict=True)]
+    errors = [classify_predictions(image) for image in overlaps]
+    scored = collect_predictions(overlaps, errors, len(coco.categories))
+    thresholds = best_thresholds(scored)
+    images = [
+        image_quality(image, image_errors, above_threshold(image, thresholds))
+        for image, image_errors in zip(overlaps, errors, strict=True)
+    ]
     return {
-        "classes": classes_table(coco, precision, chosen),
+        "classes": class_rows(coco, precision, thresholds),
         "precision_recall": curves(precision),
-        "errors": breakdown(points),
-        "calibration": calibration(points),
-        "confusion": confusion_table(seen, verdicts, chosen),
+        "errors": tide_errors(scored),
+        "calibration": calibration(scored),
+        "confusion": confusion_table(overlaps, errors, thresholds),
         "images": images,
-        "shown": shown(images, found, coco, chosen),
+        "shown": select_examples(images, predictions, coco, thresholds),
     }
 
 
-def classes_table(coco: CocoMap, precision: NDArray[np.float64], chosen: Sequence[Operation]) -> list[dict[str, Any]]:
-    """One row a class: its name and id, AP, AP50, and how it does at its best threshold."""
+def class_rows(
+    coco: CocoMap, precision: NDArray[np.float64], thresholds: Sequence[ThresholdStats]
+) -> list[dict[str, Any]]:
+    """One row per class: id, name, AP, AP50, AP75, and the values of `ThresholdStats`."""
     return [
         {
             "id": category.id,
@@ -81,14 +100,17 @@ def classes_table(coco: CocoMap, precision: NDArray[np.float64], chosen: Sequenc
             "ap": mean_of_present(precision[:, :, index, 0, -1]),
             "ap50": mean_of_present(precision[IOU_50, :, index, 0, -1]),
             "ap75": mean_of_present(precision[IOU_75, :, index, 0, -1]),
-            **vars(chosen[index]),
+            **vars(thresholds[index]),
         }
         for index, (category, name) in enumerate(zip(coco.categories, coco.class_names(), strict=True))
     ]
 
 
 def curves(precision: NDArray[np.float64]) -> dict[str, Any]:
-    """Precision at the recalls 0, 0.01, ..., 1, the classes' mean at three IoUs and each class at 0.5."""
+    """Precision at recalls 0, 0.01, ..., 1: the mean over classes at IoU 0.5, 0.75 and 0.9, and each class at 0.5.
+
+    A class without objects has None.
+    """
     whole = precision[:, :, :, 0, -1]  # (10, 101, K)
     present = whole[0, 0] > -1
     mean = {name: whole[place][:, present] for name, place in (("0.5", IOU_50), ("0.75", IOU_75), ("0.9", 8))}
@@ -100,31 +122,39 @@ def curves(precision: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def confusion_table(seen: Sequence[Scene], verdicts: Sequence[Verdict], chosen: Sequence[Operation]) -> list[list[int]]:
-    """[class of the object, predicted class, how often], -1 being the background, where there is any."""
+def confusion_table(
+    overlaps: Sequence[ImageOverlaps], errors: Sequence[ImageErrors], thresholds: Sequence[ThresholdStats]
+) -> list[list[int]]:
+    """Non-zero cells of the confusion matrix, [object's class, predicted class, count]; -1 is the background."""
     total: Counter[tuple[int, int]] = Counter()
-    for scene, verdict in zip(seen, verdicts, strict=True):
-        total.update(confusion(scene, verdict, kept_of(scene, chosen)))
+    for image, image_errors in zip(overlaps, errors, strict=True):
+        total.update(confusion(image, image_errors, above_threshold(image, thresholds)))
     return [[*pair, count] for pair, count in sorted(total.items())]
 
 
-def shown(
-    images: Sequence[Mapping[str, Any]], found: Sequence[Instances], coco: CocoMap, chosen: Sequence[Operation]
+def select_examples(
+    images: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Instances],
+    coco: CocoMap,
+    thresholds: Sequence[ThresholdStats],
 ) -> dict[str, list[dict[str, Any]]]:
-    """The worst and the best images that have something in them, each with its predictions that reach the threshold."""
-    busy = [one for one in images if one["found"] + one["wrong"] + one["missed"]]
-    ranked = sorted(busy, key=lambda one: (one["quality"], -one["wrong"] - one["missed"], -one["found"]))
-    worst = ranked[: min(SHOWN, (len(ranked) + 1) // 2)]
-    best = ranked[len(worst) :][::-1][:SHOWN]
-    least = {c.id: one.threshold for c, one in zip(coco.categories, chosen, strict=True) if one.kept}
-    by_image = coco.by_image(found)
+    """The worst and the best images, each with its predictions at or above the threshold of their class.
+
+    Images without objects and without such predictions are left out.
+    """
+    nonempty = [one for one in images if one["found"] + one["wrong"] + one["missed"]]
+    ranked = sorted(nonempty, key=lambda one: (one["quality"], -one["wrong"] - one["missed"], -one["found"]))
+    worst = ranked[: min(EXAMPLES, (len(ranked) + 1) // 2)]
+    best = ranked[len(worst) :][::-1][:EXAMPLES]
+    lowest = {c.id: one.threshold for c, one in zip(coco.categories, thresholds, strict=True) if one.kept}
+    by_image = coco.by_image(predictions)
     return {
-        kind: [{**one, "predictions": kept_results(by_image.get(one["image_id"]), least)} for one in ones]
+        kind: [{**one, "predictions": kept_results(by_image.get(one["image_id"]), lowest)} for one in ones]
         for kind, ones in (("worst", worst), ("best", best))
     }
 
 
-def kept_results(found: Instances | None, least: Mapping[int, float]) -> list[dict[str, Any]]:
-    """The COCO results of one image that reach the least score of their category."""
-    results = found.to_coco() if found is not None else []
-    return [one for one in results if one["score"] >= least.get(one["category_id"], 2.0)]
+def kept_results(predictions: Instances | None, lowest: Mapping[int, float]) -> list[dict[str, Any]]:
+    """COCO results of one image whose score is at least the `lowest` of their category id; others are left out."""
+    results = predictions.to_coco() if predictions is not None else []
+    return [one for one in results if one["score"] >= lowest.get(one["category_id"], 2.0)]

@@ -1,6 +1,6 @@
-"""Predictions matched with objects as pycocotools matches them, from the overlaps of `scenes`; AP from the matches.
+"""Match predictions to objects as pycocotools does, from the overlaps of `image_overlaps`, and compute AP.
 
-pycocotools' own matching can't be given overlaps of another kind, such as those of boundaries.
+pycocotools' own matching does not accept precomputed overlaps, such as boundary IoU.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2f_trainer.evaluation.coco import mean_of_present
-from m2f_trainer.evaluation.overlaps import MATCH, Scene
+from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
 
 Overlap = Literal["masks", "boundaries"]
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = {"": (0.0, 1e10), "_small": (0.0, 32.0**2), "_medium": (32.0**2, 96.0**2), "_large": (96.0**2, 1e10)}
-MOST = 100  # predictions of a class in an image
+MAX_DETECTIONS = 100  # per class and image
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What became of the predictions of one image, or of many behind one another.
+    """The matching results of n predictions, of one image or of several concatenated, for T IoU thresholds.
 
     Attributes:
-        classes: (n,) int64.
+        classes: (n,) int64 predicted class.
         scores: (n,) float64.
-        hit: (n, 4, T) bool: matched with an object, of each area range and at each threshold.
-        ignored: (n, 4, T) bool: counts neither as right nor as wrong.
-        truths: (K, 4) int64: objects to be found.
+        hit: (n, 4, T) bool: matched to an object, per area range and IoU threshold.
+        ignored: (n, 4, T) bool: neither a true nor a false positive.
+        truths: (K, 4) int64: number of objects per class and area range.
     """
 
     classes: NDArray[np.int64]
@@ -42,50 +42,58 @@ class Matches:
     truths: NDArray[np.int64]
 
 
-def match_scene(scene: Scene, num_classes: int, overlap: Overlap = "masks") -> Matches:
-    """Match at every threshold and area range, at most `MOST` predictions of a class."""
-    values = scene.overlaps if overlap == "masks" else scene.boundaries
-    kept = _first_of_each_class(scene.predicted)
-    shape = (len(scene.predicted), len(AREAS), len(THRESHOLDS))
+def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "masks") -> Matches:
+    """Match one image at every IoU threshold and area range, with at most `MAX_DETECTIONS` predictions per class."""
+    values = image.overlaps if overlap == "masks" else image.boundaries
+    kept = _first_of_each_class(image.predicted)
+    shape = (len(image.predicted), len(AREAS), len(THRESHOLDS))
     hit, ignored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
     truths = np.zeros((num_classes, len(AREAS)), np.int64)
     for index, (low, high) in enumerate(AREAS.values()):
-        out = scene.crowd | (scene.truth_areas < low) | (scene.truth_areas > high)
-        np.add.at(truths[:, index], scene.truth[~out], 1)
-        rows = candidates(scene, values, out)
-        ignored[:, index] = ((scene.areas < low) | (scene.areas > high))[:, None]
+        out = image.crowd | (image.truth_areas < low) | (image.truth_areas > high)
+        np.add.at(truths[:, index], image.truth[~out], 1)
+        rows = candidates(image, values, out)
+        ignored[:, index] = ((image.areas < low) | (image.areas > high))[:, None]
         for number, threshold in enumerate(THRESHOLDS.tolist()):
-            for prediction, chosen in pair_up(rows, threshold, out, scene.crowd).items():
+            for prediction, chosen in greedy_match(rows, threshold, out, image.crowd).items():
                 hit[prediction, index, number] = True
                 ignored[prediction, index, number] = out[chosen]
-    return Matches(scene.predicted[kept], scene.scores[kept], hit[kept], ignored[kept], truths)
+    return Matches(image.predicted[kept], image.scores[kept], hit[kept], ignored[kept], truths)
 
 
 def _first_of_each_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions of the first `MOST` of each class, in order."""
-    if len(classes) <= MOST:
+    """Indices of the first `MAX_DETECTIONS` predictions of each class, ascending."""
+    if len(classes) <= MAX_DETECTIONS:
         return np.arange(len(classes))
-    return np.sort(np.concatenate([np.flatnonzero(classes == one)[:MOST] for one in np.unique(classes)]))
+    return np.sort(np.concatenate([np.flatnonzero(classes == one)[:MAX_DETECTIONS] for one in np.unique(classes)]))
 
 
-def candidates(scene: Scene, values: NDArray[np.float64], out: NDArray[np.bool_]) -> dict[int, list[tuple[int, float]]]:
-    """Prediction -> the objects of its class that it could be matched with and the overlap, those that count first."""
-    same = scene.predicted[scene.pairs[:, 0]] == scene.truth[scene.pairs[:, 1]]
-    near = np.flatnonzero(same & (values >= MATCH - 1e-9))
+def candidates(
+    image: ImageOverlaps, values: NDArray[np.float64], out: NDArray[np.bool_]
+) -> dict[int, list[tuple[int, float]]]:
+    """Prediction -> (object, overlap) of the objects of its class that it can match; objects in `out` come last."""
+    same = image.predicted[image.pairs[:, 0]] == image.truth[image.pairs[:, 1]]
+    near = np.flatnonzero(same & (values >= MATCH_IOU - 1e-9))
     rows: dict[int, list[tuple[int, float]]] = {}
     for prediction, chosen, value in zip(
-        scene.pairs[near, 0].tolist(), scene.pairs[near, 1].tolist(), values[near].tolist(), strict=True
+        image.pairs[near, 0].tolist(), image.pairs[near, 1].tolist(), values[near].tolist(), strict=True
     ):
         rows.setdefault(prediction, []).append((chosen, value))
     return {key: sorted(row, key=lambda item: bool(out[item[0]])) for key, row in rows.items()}
 
 
-def pair_up(
+def greedy_match(
     rows: dict[int, list[tuple[int, float]]], threshold: float, out: NDArray[np.bool_], crowd: NDArray[np.bool_]
 ) -> dict[int, int]:
-    """Prediction -> object, greedily by score, each object once, a crowd region any number of times.
+    """Match greedily by falling score: prediction -> object. Only a crowd region can be matched more than once.
 
-    An object that counts is taken before one that doesn't, and of two with one overlap the later, as in pycocotools.
+    As in pycocotools, objects outside `out` (the ignored ones) come first, and of equal overlaps the later object wins.
+
+    Args:
+        rows: what `candidates` returns.
+        threshold: the lowest IoU of a match.
+        out: (m,) bool, ignored objects.
+        crowd: (m,) bool, crowd regions.
     """
     taken: set[int] = set()
     matched: dict[int, int] = {}
@@ -104,8 +112,8 @@ def pair_up(
     return matched
 
 
-def joined(parts: Iterable[Matches], num_classes: int) -> Matches:
-    """Those of many images as one, in the order of the images."""
+def concatenate_matches(parts: Iterable[Matches], num_classes: int) -> Matches:
+    """The matches of many images as one `Matches`, in the order of the images."""
     given = list(parts)
     empty = np.zeros((0, len(AREAS), len(THRESHOLDS)), np.bool_)
     return Matches(
@@ -118,7 +126,13 @@ def joined(parts: Iterable[Matches], num_classes: int) -> Matches:
 
 
 def average_precision(scores: NDArray[np.float64], hit: NDArray[np.bool_], truths: int) -> NDArray[np.float64]:
-    """Precision (101, T) at each recall for predictions of one class, ignored ones left out; hit is (n, T)."""
+    """Interpolated precision (101, T) at each recall, for n predictions of one class without ignored ones.
+
+    Args:
+        scores: (n,).
+        hit: (n, T).
+        truths: number of objects, at least 1.
+    """
     order = np.argsort(-scores, kind="stable")
     right = np.cumsum(hit[order], axis=0, dtype=np.float64)
     precision = right / np.arange(1, len(order) + 1)[:, None]
@@ -132,7 +146,7 @@ def average_precision(scores: NDArray[np.float64], hit: NDArray[np.bool_], truth
 
 
 def precisions(matches: Matches) -> NDArray[np.float64]:
-    """(K, 4, T) AP of each class, area range and threshold; -1 without truth."""
+    """(K, 4, T) AP of each class, area range and IoU threshold; -1 where there are no objects."""
     classes = len(matches.truths)
     table = np.full((classes, len(AREAS), len(THRESHOLDS)), -1.0)
     for one in range(classes):
@@ -143,7 +157,7 @@ def precisions(matches: Matches) -> NDArray[np.float64]:
 
 
 def _of_class(matches: Matches, mine: NDArray[np.int64], area: int, truths: int) -> list[float]:
-    """AP at each threshold: which predictions are ignored differs from one to the next."""
+    """AP at each IoU threshold. Computed one by one because the ignored predictions differ between thresholds."""
     values = []
     for number in range(len(THRESHOLDS)):
         counted = mine[~matches.ignored[mine, area, number]]
@@ -153,7 +167,7 @@ def _of_class(matches: Matches, mine: NDArray[np.int64], area: int, truths: int)
 
 
 def boundary_figures(matches: Matches, names: Sequence[str]) -> dict[str, float]:
-    """Boundary AP as COCO's mask AP is told: `boundary_map`, `_50`, `_75`, by size, and `boundary_map_class/<name>`."""
+    """Boundary AP, named as mask AP: `boundary_map`, `_50`, `_75`, by size, and `boundary_map_class/<name>`."""
     table = precisions(matches)
     figures = {
         "boundary_map": mean_of_present(table[:, 0]),

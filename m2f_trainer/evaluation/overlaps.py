@@ -1,7 +1,7 @@
-"""Each image's predictions beside its objects, with the pairs that overlap: what all diagnoses start from.
+"""The overlaps between predictions and objects of each image: the input of all matching and diagnostics.
 
-Masks are compared as RLE; bitmaps exist for the boundaries of a few masks at a time. Of the pairs, only those whose
-overlap could matter are kept, so that a scene is small however many predictions and objects it has.
+Masks are compared as RLE. Bitmaps exist only for the boundaries of a few masks at a time. Only pairs with an IoU of at
+least `BACKGROUND_IOU` are kept, so memory stays small even for many predictions and objects.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks.rle import Bitmap, Box, box_area, box_of, intersection, paint, read_runs
 
-RATIO = 0.02  # of the image's diagonal
+DILATION_RATIO = 0.02  # thickness of a boundary as a share of the image's diagonal
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The boundary of one mask: a bitmap (y1 - y0, x1 - x0) of zeros and ones within the mask's box."""
+    """The boundary of one mask.
+
+    Attributes:
+        box: the mask's bounding box in the image.
+        pixels: (y1 - y0, x1 - x0) of zeros and ones, cropped to `box`.
+        count: number of boundary pixels.
+    """
 
     box: Box
     pixels: Bitmap
@@ -33,12 +39,12 @@ class Boundary:
 
 
 def thickness(height: int, width: int) -> int:
-    """Pixels that a boundary is thick, at least one."""
-    return max(1, round(RATIO * math.hypot(height, width)))
+    """Thickness of a boundary in pixels, at least one, as in Boundary IoU (Cheng et al., CVPR 2021)."""
+    return max(1, round(DILATION_RATIO * math.hypot(height, width)))
 
 
 def boundary_of(rle: Mapping[str, Any]) -> Boundary:
-    """The boundary of a COCO RLE, worked out within the mask's box alone."""
+    """The boundary of a COCO RLE: the mask minus its erosion, computed inside the mask's box only."""
     height, width = rle["size"]
     runs = read_runs(rle["counts"], height, width)
     box = box_of(runs, height)
@@ -51,7 +57,7 @@ def boundary_of(rle: Mapping[str, Any]) -> Boundary:
 
 
 def boundary_iou(first: Boundary, second: Boundary) -> float:
-    """Pixels of both boundaries over pixels of either; 0 where there are none."""
+    """Intersection over union of two boundaries; 0 if both are empty or their boxes do not overlap."""
     x0, y0, x1, y1 = shared = intersection(first.box, second.box)
     if not box_area(shared):
         return 0.0
@@ -62,24 +68,25 @@ def boundary_iou(first: Boundary, second: Boundary) -> float:
     return both / (first.count + second.count - both)
 
 
-LEAST, MATCH = 0.1, 0.5  # overlap below which a pair is nothing, and from which it can be a match
+BACKGROUND_IOU = 0.1  # pairs below it are dropped
+MATCH_IOU = 0.5  # the lowest IoU of a match
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
-    """One image: n predictions, best first, m objects, and p pairs of both.
+class ImageOverlaps:
+    """One image: n predictions sorted by falling score, m objects, and the p pairs of them that overlap.
 
     Attributes:
         predicted: (n,) int64 class of each prediction; class k is the k-th of the scorer's categories.
-        scores: (n,) float64, falling.
-        areas: (n,) float64 pixels.
+        scores: (n,) float64, descending.
+        areas: (n,) float64, in pixels.
         truth: (m,) int64 class of each object.
-        truth_areas: (m,) float64, the annotation file's own.
-        crowd: (m,) bool.
-        pairs: (p, 2) int64, prediction and object.
-        overlaps: (p,) float64, the IoU of the masks; with a crowd region the share of the prediction that lies in it.
-        boundaries: (p,) float64, min(IoU of the boundaries, IoU of the masks); as `overlaps` for crowd regions, for
-            pairs of different classes and below `MATCH`, where it isn't asked for.
+        truth_areas: (m,) float64, in pixels, as given in the annotation file.
+        crowd: (m,) bool, True for crowd regions.
+        pairs: (p, 2) int64, index of the prediction and of the object.
+        overlaps: (p,) float64, mask IoU; for a crowd region the share of the prediction inside it, as in pycocotools.
+        boundaries: (p,) float64, min(boundary IoU, mask IoU). Equal to `overlaps` where it is not needed: for crowd
+            regions, for pairs of different classes and for overlaps below `MATCH_IOU`.
     """
 
     image_id: int
@@ -94,17 +101,17 @@ class Scene:
     boundaries: NDArray[np.float64]
 
 
-def scenes(coco: CocoMap, predictions: Iterable[Instances]) -> Iterator[Scene]:
-    """A scene for each image of the scorer's split, in the order of the image ids. Raises DataError as `CocoMap`."""
+def image_overlaps(coco: CocoMap, predictions: Iterable[Instances]) -> Iterator[ImageOverlaps]:
+    """Yield the overlaps of each image of the split, sorted by image id. Raises DataError as `CocoMap` does."""
     found = coco.by_image(predictions)
     classes = {category.id: index for index, category in enumerate(coco.categories)}
     for image_id in coco.sizes:
-        yield _scene(image_id, found.get(image_id), coco.objects(image_id), classes)
+        yield _overlaps_of_image(image_id, found.get(image_id), coco.objects(image_id), classes)
 
 
-def _scene(
+def _overlaps_of_image(
     image_id: int, found: Instances | None, objects: Sequence[Mapping[str, Any]], classes: Mapping[int, int]
-) -> Scene:
+) -> ImageOverlaps:
     known = [] if found is None else [i for i, one in enumerate(found.category_ids.tolist()) if one in classes]
     scores = np.array([] if found is None else found.scores[known], np.float64)
     order = np.argsort(-scores, kind="stable")
@@ -115,14 +122,14 @@ def _scene(
     crowd = np.array([bool(one["iscrowd"]) for one in objects], np.bool_)
     regions = [one["segmentation"] for one in objects]
     pairs, overlaps = _overlapping(masks, regions, crowd)
-    asked = (overlaps >= MATCH) & ~crowd[pairs[:, 1]] & (predicted[pairs[:, 0]] == truth[pairs[:, 1]])
+    asked = (overlaps >= MATCH_IOU) & ~crowd[pairs[:, 1]] & (predicted[pairs[:, 0]] == truth[pairs[:, 1]])
     boundaries = overlaps.copy()
     boundaries[asked] = np.minimum(overlaps[asked], _boundary_ious(masks, regions, pairs[asked]))
-    return Scene(
+    return ImageOverlaps(
         image_id,
         predicted,
         scores[order],
-        np.array([coco_mask.area(mask) for mask in masks], np.float64),  # of a list it fails from 256 masks on
+        np.array([coco_mask.area(mask) for mask in masks], np.float64),  # `area` of a list fails for 256 masks or more
         truth,
         np.array([one["area"] for one in objects], np.float64),
         crowd,
@@ -135,21 +142,21 @@ def _scene(
 def _overlapping(
     masks: list[dict[str, Any]], regions: list[dict[str, Any]], crowd: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Pairs (p, 2) that overlap by at least `LEAST`, and by how much (p,)."""
+    """The pairs (p, 2) that overlap by at least `BACKGROUND_IOU`, and their overlaps (p,)."""
     if not masks or not regions:
         return np.zeros((0, 2), np.int64), np.zeros(0)
-    unique: dict[bytes, int] = {}  # a query that was taken for several classes has one mask
+    unique: dict[bytes, int] = {}  # predictions of one query with several classes share a mask
     position = [unique.setdefault(mask["counts"], len(unique)) for mask in masks]
     firsts = [{"size": masks[0]["size"], "counts": counts} for counts in unique]
     table = np.asarray(coco_mask.iou(firsts, regions, crowd.astype(np.uint8).tolist()))[position]  # (n, m)
-    pairs = np.argwhere(table >= LEAST).astype(np.int64)
+    pairs = np.argwhere(table >= BACKGROUND_IOU).astype(np.int64)
     return pairs, table[pairs[:, 0], pairs[:, 1]]
 
 
 def _boundary_ious(
     masks: list[dict[str, Any]], regions: list[dict[str, Any]], pairs: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(p,) IoU of the boundaries of each pair; the boundary of a mask is found once in a row of its pairs."""
+    """(p,) boundary IoU of each pair. Pairs are sorted by prediction, so each boundary is computed only once."""
     objects: dict[int, Boundary] = {}
     values, before, mine = [], -1, None
     for prediction, region in pairs.tolist():

@@ -1,6 +1,7 @@
-"""How a model does once a score decides: best threshold of each class, confusion, calibration, quality of each image.
+"""The best score threshold of each class, and with it the confusion matrix, calibration and quality of each image.
 
-All at IoU 0.5. The threshold of a class is the lowest score of the best F1; predictions at or above it are "kept".
+Everything is measured at IoU 0.5. The threshold of a class is the score with the highest F1. Predictions with at least
+that score are "kept".
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m2f_trainer.evaluation.overlaps import MATCH, Scene
-from m2f_trainer.evaluation.tide import HIT, IGNORED, Points, Verdict
+from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
+from m2f_trainer.evaluation.tide import HIT, IGNORED, ImageErrors, ScoredPredictions
 
 BINS = 10
-NOTHING = -1  # class of the background, as what is there and as what was said
+BACKGROUND_CLASS = -1  # stands for the prediction of a missed object and for the object of a false positive
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One class at its best threshold."""
+class ThresholdStats:
+    """Results of one class at its best threshold.
+
+    Attributes:
+        objects: number of objects, without crowd regions.
+        kept: number of predictions with at least the threshold's score.
+    """
 
     threshold: float
     precision: float
@@ -32,79 +38,85 @@ class Operation:
     kept: int
 
 
-def operations(points: Points) -> list[Operation]:
-    """Each class at the score with the best F1; a class without predictions or objects keeps nothing."""
-    return [_best(points, one, int(truths)) for one, truths in enumerate(points.truths.tolist())]
+def best_thresholds(predictions: ScoredPredictions) -> list[ThresholdStats]:
+    """The threshold with the highest F1 for each class.
+
+    A class without correct predictions has threshold 1 and keeps no prediction.
+    """
+    return [_best(predictions, one, int(truths)) for one, truths in enumerate(predictions.truths.tolist())]
 
 
-def _best(points: Points, one: int, truths: int) -> Operation:
-    mine = np.flatnonzero(points.classes == one)
-    mine = mine[np.argsort(-points.scores[mine], kind="stable")]
-    if not len(mine) or not truths or not (points.kinds[mine] == HIT).any():
-        return Operation(1.0, 0.0, 0.0, 0.0, truths, 0)
-    scores, right = points.scores[mine], np.cumsum(points.kinds[mine] == HIT)
+def _best(predictions: ScoredPredictions, one: int, truths: int) -> ThresholdStats:
+    mine = np.flatnonzero(predictions.classes == one)
+    mine = mine[np.argsort(-predictions.scores[mine], kind="stable")]
+    if not len(mine) or not truths or not (predictions.kinds[mine] == HIT).any():
+        return ThresholdStats(1.0, 0.0, 0.0, 0.0, truths, 0)
+    scores, right = predictions.scores[mine], np.cumsum(predictions.kinds[mine] == HIT)
     f1 = 2 * right / (np.arange(1, len(mine) + 1) + truths)
-    f1[:-1][scores[1:] == scores[:-1]] = -1  # a threshold can't part equal scores
+    f1[:-1][scores[1:] == scores[:-1]] = -1  # a threshold cannot separate equal scores
     best = int(np.argmax(f1))
     kept, found = best + 1, int(right[best])
-    return Operation(float(scores[best]), found / kept, found / truths, float(f1[best]), truths, kept)
+    return ThresholdStats(float(scores[best]), found / kept, found / truths, float(f1[best]), truths, kept)
 
 
-def calibration(points: Points) -> dict[str, Any]:
-    """Of each tenth of the scores: predictions, their mean score, and the share that is right.
+def calibration(predictions: ScoredPredictions) -> dict[str, Any]:
+    """Reliability of the scores in ten bins: number of predictions, their mean score, and the share that is correct.
 
-    `error` is the expected calibration error: the mean distance of score and share, weighted by the predictions.
+    `error` is the expected calibration error (Guo et al., ICML 2017): the mean absolute difference between mean score
+    and share correct, weighted by the number of predictions.
     """
-    places = np.minimum((points.scores * BINS).astype(np.int64), BINS - 1)
+    places = np.minimum((predictions.scores * BINS).astype(np.int64), BINS - 1)
     counts = np.bincount(places, minlength=BINS)
     total = np.maximum(counts, 1)
-    mean = np.bincount(places, points.scores, BINS) / total
-    share = np.bincount(places, (points.kinds == HIT).astype(np.float64), BINS) / total
+    mean = np.bincount(places, predictions.scores, BINS) / total
+    share = np.bincount(places, (predictions.kinds == HIT).astype(np.float64), BINS) / total
     error = float((counts * np.abs(mean - share)).sum() / max(1, counts.sum()))
     return {"count": counts.tolist(), "score": mean.tolist(), "correct": share.tolist(), "error": error}
 
 
-def confusion(scene: Scene, verdict: Verdict, kept: NDArray[np.bool_]) -> Counter[tuple[int, int]]:
-    """(class of the object, predicted class) -> how often, for the kept predictions; `NOTHING` on either side.
+def confusion(image: ImageOverlaps, errors: ImageErrors, kept: NDArray[np.bool_]) -> Counter[tuple[int, int]]:
+    """(object's class, predicted class) -> count over the kept predictions; `BACKGROUND_CLASS` on either side.
 
-    A prediction that has found its object counts there; the others go, best first, to the object of another class that
-    they overlap most and nobody has, from IoU 0.5 on.
+    A correct prediction is counted with its object. Each other prediction, by falling score, is counted with the
+    unassigned object of another class that it overlaps most, if their IoU is at least 0.5, and otherwise with the
+    background. The remaining objects are counted with the background as predicted class.
     """
     counts: Counter[tuple[int, int]] = Counter()
-    taken = set(verdict.objects[kept & (verdict.kinds == HIT)].tolist())
+    taken = set(errors.objects[kept & (errors.kinds == HIT)].tolist())
     near: dict[int, list[tuple[float, int]]] = {}
-    for (prediction, number), value in zip(scene.pairs.tolist(), scene.overlaps.tolist(), strict=True):
-        if value >= MATCH and not scene.crowd[number]:
+    for (prediction, number), value in zip(image.pairs.tolist(), image.overlaps.tolist(), strict=True):
+        if value >= MATCH_IOU and not image.crowd[number]:
             near.setdefault(prediction, []).append((value, number))
-    for prediction in np.flatnonzero(kept & (verdict.kinds != IGNORED)).tolist():
-        said = int(scene.predicted[prediction])
-        if verdict.kinds[prediction] == HIT:
-            counts[said, said] += 1
+    for prediction in np.flatnonzero(kept & (errors.kinds != IGNORED)).tolist():
+        predicted = int(image.predicted[prediction])
+        if errors.kinds[prediction] == HIT:
+            counts[predicted, predicted] += 1
             continue
         free = [(value, number) for value, number in near.get(prediction, []) if number not in taken]
         number = max(free, default=(0.0, -1))[1]
         taken.add(number)
-        counts[int(scene.truth[number]) if number >= 0 else NOTHING, said] += 1
-    for number in np.flatnonzero(~scene.crowd).tolist():
+        counts[int(image.truth[number]) if number >= 0 else BACKGROUND_CLASS, predicted] += 1
+    for number in np.flatnonzero(~image.crowd).tolist():
         if number not in taken:
-            counts[int(scene.truth[number]), NOTHING] += 1
+            counts[int(image.truth[number]), BACKGROUND_CLASS] += 1
     return counts
 
 
-def image_quality(scene: Scene, verdict: Verdict, kept: NDArray[np.bool_]) -> dict[str, float | int]:
-    """Found, wrong and missed objects of one image, and its panoptic quality: sum of IoU / (found + half the errors).
+def image_quality(image: ImageOverlaps, errors: ImageErrors, kept: NDArray[np.bool_]) -> dict[str, float | int]:
+    """Found objects, wrong predictions and missed objects of one image, and its panoptic quality.
 
-    The quality of an image without objects is 1 where nothing was kept, else 0.
+    Quality is sum of IoU / (found + (wrong + missed) / 2) (Kirillov et al., CVPR 2019). For an image without objects it
+    is 1 if no prediction was kept, else 0.
     """
-    hits = np.flatnonzero(kept & (verdict.kinds == HIT))
-    ious = {tuple(pair): value for pair, value in zip(scene.pairs.tolist(), scene.overlaps.tolist(), strict=True)}
-    total = sum(ious[int(one), int(verdict.objects[one])] for one in hits)
-    wrong = int((kept & (verdict.kinds != HIT) & (verdict.kinds != IGNORED)).sum())
-    missed = int((~scene.crowd).sum()) - len(hits)
+    hits = np.flatnonzero(kept & (errors.kinds == HIT))
+    ious = {tuple(pair): value for pair, value in zip(image.pairs.tolist(), image.overlaps.tolist(), strict=True)}
+    total = sum(ious[int(one), int(errors.objects[one])] for one in hits)
+    wrong = int((kept & (errors.kinds != HIT) & (errors.kinds != IGNORED)).sum())
+    missed = int((~image.crowd).sum()) - len(hits)
     whole = len(hits) + (wrong + missed) / 2
     quality = total / whole if whole else 1.0
     return {
-        "image_id": scene.image_id,
+        "image_id": image.image_id,
         "quality": float(quality),
         "found": len(hits),
         "wrong": wrong,
@@ -112,7 +124,7 @@ def image_quality(scene: Scene, verdict: Verdict, kept: NDArray[np.bool_]) -> di
     }
 
 
-def kept_of(scene: Scene, chosen: Sequence[Operation]) -> NDArray[np.bool_]:
-    """(n,) which predictions reach their class's threshold."""
-    least = np.array([one.threshold if one.kept else np.inf for one in chosen])
-    return np.asarray(scene.scores >= least[scene.predicted], np.bool_)
+def above_threshold(image: ImageOverlaps, thresholds: Sequence[ThresholdStats]) -> NDArray[np.bool_]:
+    """(n,) bool: predictions with at least the threshold score of their class."""
+    lowest = np.array([one.threshold if one.kept else np.inf for one in thresholds])
+    return np.asarray(image.scores >= lowest[image.predicted], np.bool_)

@@ -20,7 +20,7 @@ from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
@@ -132,7 +132,7 @@ def require_figure(name: str | None, rows: Dataset) -> None:
 
     The Trainer would notice only at the first evaluation.
     """
-    figures = [f"eval_{figure}" for figure in Assessment(rows.select([0]))([])]
+    figures = [f"eval_{figure}" for figure in Evaluator(rows.select([0]))([])]
     wanted = f"eval_{str(name).removeprefix('eval_')}"
     if name is not None and wanted not in figures:
         nearest = difflib.get_close_matches(wanted, figures, n=1, cutoff=0.0)[0]

@@ -23,7 +23,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.tiles import EvalTiles
 from m2f_trainer.evaluation.coco import LIMITS
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.inference.tiles import CANDIDATES, Merger
@@ -54,8 +54,8 @@ Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 class M2FTrainer(Trainer):
     """Trains and evaluates an `M2FModel` on `InstanceDataset`s.
 
-    `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns figures. By default
-    it is `Assessment` on that split, whose details are kept in `details`. All else is as in transformers' Trainer.
+    `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns metrics. By default
+    it is the `Evaluator` of that split, whose `details` are kept. Everything else is as in transformers' Trainer.
     """
 
     def __init__(
@@ -172,10 +172,10 @@ class M2FTrainer(Trainer):
         self.merger = Merger(dataset.tiling, LIMITS[-1]) if isinstance(dataset, EvalTiles) else None
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        scorer = self.scorer or Assessment(split_rows(dataloader.dataset))
+        scorer = self.scorer or Evaluator(split_rows(dataloader.dataset))
         self.predictions = gather_predictions(self.predictions)
         figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
-        self.details = scorer.details if isinstance(scorer, Assessment) else {}
+        self.details = scorer.details if isinstance(scorer, Evaluator) else {}
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}

@@ -1,4 +1,4 @@
-"""The COCO figures are pycocotools' own."""
+"""The COCO metrics equal those of pycocotools."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def use(engine: Engine) -> Engine:
 
 
 def official(coco: dict[str, Any], predictions: list[Instances], kind: str) -> COCOeval:
-    """pycocotools alone, on the annotation dictionary as it is."""
+    """The result of pycocotools on the unchanged annotation dictionary."""
     truth = COCO()
     truth.dataset = copy.deepcopy(coco)
     entries = [entry for item in predictions for entry in item.to_coco()]
@@ -59,7 +59,7 @@ def official(coco: dict[str, Any], predictions: list[Instances], kind: str) -> C
 
 
 def from_one(coco: dict[str, Any]) -> dict[str, Any]:
-    """The same annotations numbered from 1: with id 0 pycocotools itself counts a match as a miss."""
+    """The same annotations numbered from 1: pycocotools counts a match with annotation id 0 as a miss."""
     annotations = [item | {"id": number} for number, item in enumerate(coco["annotations"], 1)]
     return coco | {"annotations": annotations}
 
@@ -88,9 +88,7 @@ def test_class_figures_equal_pycocotools_and_absent_classes_are_minus_one(engine
 
 @pytest.mark.parametrize("name", ["nuclei_tiny", "coco_tiny", "coco_permissive"])
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_perfect_predictions_of_real_annotations_score_what_pycocotools_says(
-    name: str, split: str, tmp_path: Path
-) -> None:
+def test_perfect_predictions_of_real_annotations_score_as_in_pycocotools(name: str, split: str, tmp_path: Path) -> None:
     coco = real_annotations(name, split)
     rows = load_coco(REAL_DATA / name, cache_dir=tmp_path)[split]
     predictions = perfect(rows)
@@ -157,9 +155,9 @@ def test_both_engines_give_the_same_numbers_to_the_last_bit() -> None:
 
 def test_predictions_of_an_unknown_image_are_an_error() -> None:
     coco, predictions = synthetic(3, seed=9)
-    stranger = instances_from(123456, (10, 10), [])
+    unknown = instances_from(123456, (10, 10), [])
     with pytest.raises(DataError, match=r"3 images alone, found image_id 123456\. Score against the split"):
-        CocoMap(rows_of(coco), categories_in(coco))([*predictions, stranger])
+        CocoMap(rows_of(coco), categories_in(coco))([*predictions, unknown])
 
 
 def test_masks_of_another_size_are_an_error() -> None:
@@ -170,12 +168,12 @@ def test_masks_of_another_size_are_an_error() -> None:
     assert predictions
 
 
-def test_classes_that_share_a_name_stay_apart() -> None:
+def test_classes_with_the_same_name_are_scored_separately() -> None:
     coco, predictions = synthetic(3, seed=11, categories=2)
     for category in coco["categories"][:2]:
-        category["name"] = "twin"
+        category["name"] = "shared"
     metrics = CocoMap(rows_of(coco), categories_in(coco))(predictions)
-    assert {"map_class/twin (2)", "map_class/twin (5)"} <= set(metrics)
+    assert {"map_class/shared (2)", "map_class/shared (5)"} <= set(metrics)
 
 
 def test_every_value_is_a_plain_float() -> None:
@@ -213,6 +211,6 @@ def test_the_table_reads_the_trainers_prefixed_metrics() -> None:
     assert metrics_table({f"eval_{key}": value for key, value in TABLE.items()}, "eval_") == metrics_table(TABLE)
 
 
-def test_a_class_name_cannot_steer_the_terminal() -> None:
+def test_control_characters_of_a_class_name_are_not_printed() -> None:
     table = metrics_table({"map_class/a\x1b[2J": 0.5, "map_class/b\nc": 0.25})
     assert [line.split() for line in table.splitlines()[4:]] == [["class", "AP"], ["a?[2J", "50.0"], ["b?c", "25.0"]]

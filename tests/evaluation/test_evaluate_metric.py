@@ -1,4 +1,4 @@
-"""The scorer as an `evaluate` metric gives the scorer's figures."""
+"""The `evaluate` metric returns the metrics of `CocoMap`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def predicted(tmp_path: Path):  # type: ignore[no-untyped-def]
     return CocoMapMetric(rows, categories, cache_dir=str(tmp_path)), CocoMap(rows, categories), predictions
 
 
-def test_batches_give_the_scorers_figures(predicted) -> None:  # type: ignore[no-untyped-def]
+def test_batches_give_the_metrics_of_coco_map(predicted) -> None:  # type: ignore[no-untyped-def]
     metric, scorer, predictions = predicted
     metric.add_batch(predictions=predictions[:4])
     metric.add(prediction=predictions[4])
@@ -26,7 +26,7 @@ def test_batches_give_the_scorers_figures(predicted) -> None:  # type: ignore[no
     assert metric.compute() == scorer(predictions)
 
 
-def test_all_predictions_at_once_give_the_scorers_figures_every_time(predicted) -> None:  # type: ignore[no-untyped-def]
+def test_all_predictions_at_once_give_the_metrics_of_coco_map_every_time(predicted) -> None:  # type: ignore[no-untyped-def]
     metric, scorer, predictions = predicted
     assert metric.compute(predictions=predictions) == scorer(predictions)
     assert metric.compute(predictions=predictions[:2]) == scorer(predictions[:2])

@@ -1,4 +1,4 @@
-"""Boundaries and boundary AP equal those of public implementations."""
+"""Boundaries and boundary AP equal those of scipy and faster-coco-eval."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from scipy.ndimage import binary_erosion
 
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.evaluation.coco import CocoMap
-from m2f_trainer.evaluation.matching import boundary_figures, joined, match_scene, mean_of_present, precisions
-from m2f_trainer.evaluation.overlaps import boundary_iou, boundary_of, scenes, thickness
+from m2f_trainer.evaluation.matching import (
+    boundary_figures,
+    concatenate_matches,
+    match_image,
+    mean_of_present,
+    precisions,
+)
+from m2f_trainer.evaluation.overlaps import boundary_iou, boundary_of, image_overlaps, thickness
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks.segmentation import decode
 from tests.evaluation.truth import (
@@ -32,14 +38,14 @@ KEYS = ("boundary_map", "boundary_map_50", "boundary_map_75")
 SIZES = ("boundary_map_small", "boundary_map_medium", "boundary_map_large")
 
 
-def our_figures(coco: CocoMap, predictions: list[Instances]) -> dict[str, float]:
+def computed_figures(coco: CocoMap, predictions: list[Instances]) -> dict[str, float]:
     names = coco.class_names()
-    matches = joined((match_scene(one, len(names), "boundaries") for one in scenes(coco, predictions)), len(names))
-    return boundary_figures(matches, names)
+    matches = (match_image(image, len(names), "boundaries") for image in image_overlaps(coco, predictions))
+    return boundary_figures(concatenate_matches(matches, len(names)), names)
 
 
-def theirs(coco: dict[str, Any], predictions: list[Instances]) -> list[float]:
-    """faster-coco-eval's AP, AP50, AP75, small, medium, large with its boundary overlaps."""
+def reference_figures(coco: dict[str, Any], predictions: list[Instances]) -> list[float]:
+    """Boundary AP, AP50, AP75, small, medium and large as computed by faster-coco-eval."""
     engine = pytest.importorskip("faster_coco_eval")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = engine.COCO(copy.deepcopy(coco))
@@ -54,7 +60,7 @@ def theirs(coco: dict[str, Any], predictions: list[Instances]) -> list[float]:
 
 
 def moved(rows: Any, seed: int) -> list[Instances]:
-    """Every object, crowds too, shifted by a few pixels, with chance scores, some of another class, some twice."""
+    """Every object and crowd region, shifted by a few pixels, with random scores; some of another class, some twice."""
     generator, found = np.random.default_rng(seed), []
     for row in rows:
         size, entries = (row["height"], row["width"]), []
@@ -71,7 +77,7 @@ def moved(rows: Any, seed: int) -> list[Instances]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_boundary_is_what_repeated_erosion_leaves(seed: int) -> None:
+def test_a_boundary_is_the_mask_minus_its_repeated_erosion(seed: int) -> None:
     generator = np.random.default_rng(seed)
     height, width = generator.integers(3, 150, 2).tolist()
     ys, xs = np.mgrid[0:height, 0:width]
@@ -88,7 +94,7 @@ def test_a_boundary_is_what_repeated_erosion_leaves(seed: int) -> None:
     assert boundary.count == (mask & ~core).sum()
 
 
-def test_boundaries_that_do_not_meet_and_empty_ones_have_no_overlap() -> None:
+def test_disjoint_and_empty_boundaries_have_no_overlap() -> None:
     full, empty = np.ones((20, 20), np.uint8, order="F"), np.zeros((20, 20), np.uint8, order="F")
     corner = empty.copy(order="F")
     corner[8:12, 8:12] = 1
@@ -96,15 +102,15 @@ def test_boundaries_that_do_not_meet_and_empty_ones_have_no_overlap() -> None:
     assert thickness(20, 20) == 1
     assert boundary_iou(whole, whole) == 1
     assert boundary_iou(whole, nothing) == 0 == boundary_iou(nothing, nothing)
-    assert boundary_iou(whole, inside) == 0, "one lies deep inside of the other"
+    assert boundary_iou(whole, inside) == 0, "the boundary of one lies inside the other without touching its boundary"
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_boundary_ap_equals_faster_coco_evals_on_blobs(seed: int) -> None:
     coco, predictions = synthetic(40, seed=seed)
     coco["annotations"] = [item | {"id": number} for number, item in enumerate(coco["annotations"], 1)]
-    figures = our_figures(CocoMap(rows_of(coco), categories_in(coco)), predictions)
-    assert [figures[key] for key in KEYS + SIZES] == pytest.approx(theirs(coco, predictions), abs=1e-9)
+    figures = computed_figures(CocoMap(rows_of(coco), categories_in(coco)), predictions)
+    assert [figures[key] for key in KEYS + SIZES] == pytest.approx(reference_figures(coco, predictions), abs=1e-9)
     assert 0.02 < figures["boundary_map"] < 0.9
 
 
@@ -113,8 +119,8 @@ def test_boundary_ap_equals_faster_coco_evals_on_real_annotations(name: str, tmp
     coco = real_annotations(name, "valid")
     rows = load_coco(REAL_DATA / name, cache_dir=tmp_path)["valid"]
     predictions = moved(rows, seed=3)
-    figures = our_figures(CocoMap(rows), predictions)
-    assert [figures[key] for key in KEYS + SIZES] == pytest.approx(theirs(coco, predictions), abs=1e-9)
+    figures = computed_figures(CocoMap(rows), predictions)
+    assert [figures[key] for key in KEYS + SIZES] == pytest.approx(reference_figures(coco, predictions), abs=1e-9)
     assert figures["boundary_map"] < CocoMap(rows)(predictions)["map"]
 
 
@@ -123,15 +129,15 @@ def test_the_same_matching_with_mask_overlaps_gives_the_official_mask_ap(seed: i
     coco, predictions = synthetic(40, seed=seed)
     scorer = CocoMap(rows_of(coco), categories_in(coco))
     names = scorer.class_names()
-    parts = (match_scene(one, len(names)) for one in scenes(scorer, predictions))
-    table, official = precisions(joined(parts, len(names))), scorer(predictions)
+    parts = (match_image(image, len(names)) for image in image_overlaps(scorer, predictions))
+    table, official = precisions(concatenate_matches(parts, len(names))), scorer(predictions)
     areas = ["map", "map_small", "map_medium", "map_large"]
     assert [mean_of_present(table[:, k]) for k in range(4)] == pytest.approx([official[key] for key in areas], abs=1e-9)
     for index, one in enumerate(names):
         assert mean_of_present(table[index, 0]) == pytest.approx(official[f"map_class/{one}"], abs=1e-9)
 
 
-def test_more_than_a_hundred_predictions_of_a_class_count_up_to_the_hundredth() -> None:
+def test_at_most_a_hundred_predictions_per_class_and_image_count() -> None:
     coco, _ = synthetic(1, seed=5)
     one = coco["annotations"][0] | {"id": 1, "iscrowd": 0}
     coco["annotations"] = [one]
@@ -141,6 +147,6 @@ def test_more_than_a_hundred_predictions_of_a_class_count_up_to_the_hundredth() 
         entries = [(one["category_id"], 1 - k / 1000, wrong) for k in range(120)]
         entries[place] = (one["category_id"], 1 - place / 1000, counts)
         found = [instances_from(one["image_id"], size, entries)]
-        assert our_figures(CocoMap(rows_of(coco), categories_in(coco)), found)["boundary_map"] == pytest.approx(
+        assert computed_figures(CocoMap(rows_of(coco), categories_in(coco)), found)["boundary_map"] == pytest.approx(
             expected
         )

@@ -11,7 +11,7 @@ from PIL import Image
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.evaluation import plots
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.viz.charts import series_color, to_svg
 from tests.evaluation.truth import perfect
 
@@ -21,9 +21,9 @@ CHARTS = ("precision_recall", "classes_precision_recall", "confusion", "calibrat
 @pytest.fixture(scope="module")
 def details(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rows = load_coco(write_sample(tmp_path_factory.mktemp("plots") / "set", images=(1, 3, 0)))["valid"]
-    assessment = Assessment(rows)
-    assessment([one.above(0) for one in perfect(rows)][1:])
-    return assessment.details
+    evaluator = Evaluator(rows)
+    evaluator([one.above(0) for one in perfect(rows)][1:])
+    return evaluator.details
 
 
 def test_every_chart_of_an_evaluation_is_written_as_png(details: dict[str, Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from m2f_trainer.cli import main as cli
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.gallery import GAP, ground_truth, side_by_side
 from m2f_trainer.evaluation.report import write_report
 from m2f_trainer.run_folder import curves_of, read_runs, write_details, write_metrics
@@ -25,7 +25,7 @@ EVIL = '<script>alert("1")</script>'
 
 
 class Reader(HTMLParser):
-    """Notes tags, addresses and text."""
+    """Collects tags, addresses and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sample whose first class and first image have wicked names."""
+    """A sample whose first class and first image have names with HTML tags."""
     root = write_sample(tmp_path_factory.mktemp("report") / "set", images=(2, 4, 0))
     path = root / "valid" / "_annotations.coco.json"
     coco = json.loads(path.read_text())
@@ -59,14 +59,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_run(folder: Path, data: Path, share: float = 1.0) -> Path:
-    """A run's folder as far as a report reads it; of the objects, the first `share` of each image are predicted."""
+    """A run's folder with the files that a report reads; with a `share` below 1 the first image has no predictions."""
     rows = load_coco(data)["valid"]
-    assessment = Assessment(rows)
+    evaluator = Evaluator(rows)
     found = [one.above(0) for one in perfect(rows)]
     kept = [one if share == 1 else one.above(2) for one in found[:1]] + found[1:]
-    figures = assessment(kept)
+    figures = evaluator(kept)
     folder.mkdir(parents=True)
-    write_details(assessment.details, folder / "evaluation.json")
+    write_details(evaluator.details, folder / "evaluation.json")
     write_metrics({"step": 4, **{f"eval_{key}": value for key, value in figures.items()}}, folder / "metrics.json")
     recipe = {"dataset_name": str(data), "backbone": EVIL, "tune": "full", "image_width": 64, "image_height": 64}
     (folder / "recipe.json").write_text(json.dumps(recipe))
@@ -85,14 +85,16 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path,
         [write_run(tmp_path / EVIL.replace("/", ""), data, 0.5)], tmp_path / "out" / "page.html"
     ).read_text()
     reader = Reader(text)
-    assert reader.tags.count("script") == 1, "the one that sorts tables"
+    assert reader.tags.count("script") == 1, "only the script that sorts tables"
     assert "b" not in reader.tags
     assert not {"link", "iframe"} & set(reader.tags)
     assert all(address.startswith("data:image/jpeg;base64,") for address in reader.addresses)
     assert len(reader.addresses) == 4
     assert EVIL in reader.words
     assert "<b>.jpg" in reader.words
-    assert text.index("<b>.jpg".replace("<", "&lt;").replace(">", "&gt;")) < text.index("The best"), "missed, so worst"
+    assert text.index("<b>.jpg".replace("<", "&lt;").replace(">", "&gt;")) < text.index("The best"), (
+        "an image with missed objects is among the worst"
+    )
     for heading in ("Training", "Classes", "Errors"):
         assert heading in reader.words
     assert reader.tags.count("button") == 10
@@ -100,7 +102,7 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path,
     assert "40" in chart, "in percent, as the tables"
 
 
-def test_several_runs_stand_beside_one_another(data: Path, tmp_path: Path) -> None:
+def test_several_runs_are_shown_side_by_side(data: Path, tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a" / "run", data), write_run(tmp_path / "b" / "run", data, 0.5)
     assert cli.main(["report", str(first), str(second), "--output", str(tmp_path / "page.html")]) == 0
     reader = Reader((tmp_path / "page.html").read_text())
@@ -108,7 +110,7 @@ def test_several_runs_stand_beside_one_another(data: Path, tmp_path: Path) -> No
     assert "a/run: count" in reader.words
 
 
-def test_a_page_without_the_dataset_says_so(data: Path, tmp_path: Path) -> None:
+def test_a_page_without_the_dataset_reports_that_it_is_missing(data: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": str(tmp_path / "gone")}))
     reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
@@ -136,7 +138,7 @@ def test_a_report_on_a_streamed_run_downloads_nothing_and_has_no_pictures(
     assert opened == []
 
 
-def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_reported_from_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         write_run(tmp_path / "run" / f"checkpoint-{step}", data)
     (tmp_path / "run" / "checkpoint-11").mkdir()
@@ -149,7 +151,7 @@ def test_an_unfinished_run_is_told_by_its_newest_checkpoint(data: Path, tmp_path
         read_runs([tmp_path])
 
 
-def test_the_course_keeps_the_last_telling_of_a_step() -> None:
+def test_curves_keep_the_last_logged_value_of_a_step() -> None:
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "epoch": 1}, {"step": 1, "loss": 1.0, "note": "x"}]
     assert curves_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}
 
@@ -163,7 +165,7 @@ def test_a_damaged_file_of_a_run_is_named(name: str, content: bytes, tmp_path: P
         read_runs([tmp_path])
 
 
-def test_a_course_leaves_out_what_was_not_scored_and_what_is_no_number(data: Path, tmp_path: Path) -> None:
+def test_curves_leave_out_unscored_and_non_finite_values(data: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", data)
     history = [{"step": 2, "eval_map": -1.0, "loss": float("nan")}, {"step": 4, "eval_map": -1.0, "loss": 8.0}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
@@ -178,19 +180,19 @@ def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path
     folder = write_run(tmp_path / "run", changed)
     for image in (changed / "valid").glob("*.jpg"):
         Image.open(image).resize((50, 40)).save(image)
-    said = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
-    assert "No pictures: image" in said
+    text = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    assert "No pictures: image" in text
     coco = json.loads((changed / "valid/_annotations.coco.json").read_text())
     coco["images"] = [{**one, "width": 50, "height": 40} for one in coco["images"]]
     coco["annotations"] = [
         {**one, "segmentation": {"size": [40, 50], "counts": [900, 1100]}} for one in coco["annotations"]
     ]
     (changed / "valid/_annotations.coco.json").write_text(json.dumps(coco))
-    said = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
-    assert "and now has 50x40: the dataset has changed since" in said
+    text = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    assert "and now has 50x40: the dataset has changed since" in text
 
 
-def test_the_truth_is_on_the_left_and_has_no_scores(data: Path) -> None:
+def test_the_ground_truth_is_on_the_left_and_has_no_scores(data: Path) -> None:
     row = load_coco(data)["valid"][0]
     image = side_by_side(row, None, {}, 1000)
     assert image.size == (2 * row["width"] + GAP, row["height"])

@@ -14,7 +14,7 @@ from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import SharingError
-from m2f_trainer.evaluation.evaluator import Assessment
+from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.gallery import ground_truth
 from m2f_trainer.hub.licences import AGREEMENT, legal_text
 from m2f_trainer.hub.markdown import escape
@@ -159,14 +159,14 @@ def test_the_licence_notes_are_found_and_name_the_official_texts() -> None:
 
 
 def scored(folder: Path) -> Path:
-    """A model's folder with the details of an evaluation: of three images, one is seen perfectly, the others not."""
+    """A model's folder with the details of an evaluation: perfect predictions of one image, none of the two others."""
     rows = load_coco(write_sample(folder / "data", images=(1, 3, 0)))["valid"]
     perfect = ground_truth(rows[0])
-    assessment = Assessment(rows)
-    assessment([replace(perfect, scores=np.full(len(perfect), 0.9))])
+    evaluator = Evaluator(rows)
+    evaluator([replace(perfect, scores=np.full(len(perfect), 0.9))])
     run = write_model(folder / "run")
-    write_details(assessment.details, run / "evaluation.json")
-    draw_pictures(run, rows, assessment.details)
+    write_details(evaluator.details, run / "evaluation.json")
+    draw_pictures(run, rows, evaluator.details)
     return run
 
 
