@@ -22,7 +22,7 @@ from tests.training.runs import write_tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
-PUBLISHED = [path for path in RECIPES if path.stem != "quickstart"]
+PUBLISHED = [path for path in RECIPES if path.name.startswith("dinov3_")]
 SCRIPTS = sorted((ROOT / "recipes").glob("*.sh"))
 README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 FIELDS = {one.name for group in (ModelArguments, DataArguments, TrainArguments) for one in fields(group)}
