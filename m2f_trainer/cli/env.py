@@ -15,7 +15,7 @@ EXAMPLES = ("m2f env",)
 
 REQUIRED = (
     "torch", "transformers", "accelerate", "datasets", "evaluate", "pycocotools", "peft", "safetensors",
-    "huggingface_hub", "scipy", "pillow", "numpy",
+    "huggingface_hub", "scipy", "pillow", "numpy", "jinja2", "matplotlib",
 )  # fmt: skip
 OPTIONAL = {
     "hotcoco": "faster COCO evaluation",

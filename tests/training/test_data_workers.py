@@ -21,6 +21,9 @@ class Rows:
     def __len__(self) -> int:
         return 2
 
+    def name(self, index: int) -> str:
+        return f"image {self.rows[index]['image_id']} (sample {index})"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == 1:
             raise ValueError("a broken file")
