@@ -36,11 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.export.export import CONSTANTS, export_model
-    from m2f_trainer.export.parity import FULL, HALF, check_export, dataset_of
+    from m2f_trainer.export.parity import FULL, HALF, check_export, recorded_dataset
     from m2f_trainer.model.mask2former import load_model
 
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
-    dataset = arguments.validation or dataset_of(Path(arguments.model))
+    dataset = arguments.validation or recorded_dataset(Path(arguments.model))
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )

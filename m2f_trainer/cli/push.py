@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     options = ("private", "revision", "pull_request", "adapter_only", "pictures")
     target = upload.Target(arguments.repo_id, **{name: vars(arguments)[name] for name in options})
     if arguments.dry_run:
-        for name, size in upload.listing(arguments.model, target):
+        for name, size in upload.planned_files(arguments.model, target):
             say(f"{'to be written' if size is None else f'{size:,}':>15}  {name}")
         return
     say(f"Uploaded to {upload.push(arguments.model, target)}.")

@@ -1,8 +1,8 @@
-"""A model as one file for other runtimes, ONNX or a torch program, with the constants to use it in a JSON beside it.
+"""Export a model as one file for other runtimes, ONNX or a torch program, and a JSON file of the constants to use it.
 
-The graph takes pixels as they are, normalises them itself, and ends at the logits; it has standard operators alone
-(deformable attention becomes GridSample). Free sizes are traced from a frame that is neither square nor the model's,
-so that no side is mistaken for a constant.
+The graph takes unnormalised uint8 pixels, normalises them and returns the logits. It contains only standard operators
+(deformable attention becomes GridSample). With dynamic height and width the graph is traced on a frame that is neither
+square nor of the model's size, so that the tracer takes no side for a constant.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from m2f_trainer.run_folder import write_json
 
 OPSET = 18
 FEWEST_STRIDES, MOST_STRIDES = 4, 512
-"""Sides of a graph of free size, in strides: a side's coarsest map has at least two cells."""
+"""Limits of a side of a graph with dynamic size, in strides. From 4 strides the coarsest map has at least 2 cells."""
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 CONSTANTS = "model.json"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("class_logits", "mask_logits")
-_ONE_FILE = 2**31 - 2**24  # bytes: protobuf ends at 2 GiB
+_ONE_FILE = 2**31 - 2**24  # bytes; protobuf allows less than 2 GiB
 
 
 class Graph(nn.Module):
-    """What is exported: uint8 pixels (B, 3, H, W) and a bool mask (B, H, W) -> class and mask logits, both float32.
+    """The exported module: uint8 pixels (B, 3, H, W) and a bool mask (B, H, W) -> class and mask logits in float32.
 
-    `half` keeps backbone and neck in float16; the decoders stay in float32, as in training with autocast.
+    With `half`, backbone and neck run in float16. The decoders stay in float32, as in training with autocast.
     """
 
     def __init__(self, model: M2FModel, half: bool = False) -> None:
         super().__init__()
         self.model = model
         self.dtype = torch.float16 if half else torch.float32
-        for parameter in model.encoder.parameters() if half else ():  # buffers hold frequencies: they stay exact
+        for parameter in model.encoder.parameters() if half else ():  # buffers hold frequencies and stay in float32
             parameter.data = parameter.data.half()
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,34 +56,33 @@ class Graph(nn.Module):
 
 
 def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = False, fixed_size: bool = False) -> Path:
-    """Write model.onnx or model.pt2 and model.json to `output_dir`; return the path of the first.
+    """Write model.onnx or model.pt2, and model.json, to `output_dir`; return the path of the model file.
 
     Args:
         form: "onnx" or "torch".
         half: backbone and neck in float16.
-        fixed_size: take images of the model's own frame only; the batch stays free.
+        fixed_size: accept only images of the model's own frame size; the batch size stays dynamic.
 
     Raises:
-        MissingPackageError: "onnx" without the extra `export`.
+        MissingPackageError: `form` is "onnx" and the extra `export` is not installed.
         ModelFolderError: the backbone can't be traced.
     """
     if form == "onnx":
         needs("onnx", "onnxscript", "onnxruntime", extra="export")
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
-    with quietly():
+    with quiet_exporters():
         program = trace(Graph(model, half), model.config, fixed_size)
         if form == "onnx":
             _write_onnx(program, path)
         else:
             torch.export.save(program, path)
-    constants = describe(model.config, form, half=half, fixed_size=fixed_size)
-    write_json(output_dir / CONSTANTS, constants)
+    write_json(output_dir / CONSTANTS, export_constants(model.config, form, half=half, fixed_size=fixed_size))
     return path
 
 
 def trace(graph: Graph, config: M2FConfig, fixed_size: bool) -> torch.export.ExportedProgram:
-    """The graph as a program of standard operators, its batch free, and its sides too unless `fixed_size`.
+    """Trace the graph with a dynamic batch size and, unless `fixed_size`, dynamic height and width.
 
     Raises:
         ModelFolderError: torch can't trace it.
@@ -122,13 +121,13 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def frame_stride(config: M2FConfig) -> int:
-    """What the sides of a frame must be multiples of."""
+    """The number that height and width of a frame must be multiples of."""
     assert isinstance(config.backbone_config, PreTrainedConfig)
     return stride_of(config.backbone_config)
 
 
-def describe(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> dict[str, Any]:
-    """Everything that using the file takes: the graph's inputs and outputs, and the steps before and after it."""
+def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> dict[str, Any]:
+    """The content of model.json: inputs and outputs of the graph, and the constants of pre- and postprocessing."""
     from m2f_trainer.version import __version__
 
     height, width, stride = config.image_height, config.image_width, frame_stride(config)
@@ -139,13 +138,14 @@ def describe(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> d
         "precision": "float16 backbone and neck, float32 decoders" if half else "float32",
         "inputs": {
             "pixel_values": "uint8 (batch, 3, height, width): RGB, resized and padded",
-            "pixel_mask": "bool (batch, height, width): true where there is image, false where there is padding",
+            "pixel_mask": "bool (batch, height, width): true on the image, false on padding",
             "sides": f"{height} x {width} only" if fixed_size else sides,
         },
         "outputs": {
             "class_logits": f"float32 (batch, {config.num_queries}, {len(config.categories or []) + 1}): "
-            "the classes in the order of `categories`, and last no object",
-            "mask_logits": f"float32 (batch, {config.num_queries}, height / 4, width / 4), rounded as strides allow",
+            "the classes in the order of `categories`, then no object",
+            "mask_logits": f"float32 (batch, {config.num_queries}, height / 4, width / 4), rounded to the "
+            "backbone's strides",
         },
         "preprocessing": {
             "image_height": height,
@@ -159,9 +159,9 @@ def describe(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> d
         },
         "postprocessing": {
             "scores": "softmax of class_logits over all, the last column dropped; the top_k best (query, class) pairs",
-            "masks": "mask_logits bilinearly (half-pixel centres, edges repeated, no antialias) to the padded frame, "
-            "cropped to the resized image, bilinearly to the original size; the mask is where that is above "
-            "mask_threshold",
+            "masks": "mask_logits resized bilinearly (half-pixel centres, edges repeated, no antialias) to the padded "
+            "frame, cropped to the resized image, resized bilinearly to the original size; the mask is where the "
+            "result is above mask_threshold",
             "score": "class probability x mean of sigmoid(resized logit) inside the mask",
             "top_k": 100,
             "mask_threshold": 0.0,
@@ -171,8 +171,8 @@ def describe(config: M2FConfig, form: str, *, half: bool, fixed_size: bool) -> d
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without the exporters' own notes, which no user can act on."""
+def quiet_exporters() -> Iterator[None]:
+    """Suppress log messages and warnings of the exporters, which no user can act on."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

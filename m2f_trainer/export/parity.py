@@ -1,4 +1,4 @@
-"""An exported file against the model that it was made from, on real images: logits, masks, AP and time."""
+"""Compare an exported file with the model it was made from, on images: logits, masks, AP and time."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ from m2f_trainer.run_folder import RECIPE, read_json, write_json
 
 REPORT = "parity.json"
 COMPARED = 0.05
-"""The lowest score of an instance whose mask is compared."""
+"""Masks of instances that score above this are compared."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What parity means: the mask AP may differ by less than `ap`, and the masks' mean IoU is above `iou`."""
+class ParityLimits:
+    """Limits of parity: the mask APs differ by less than `ap`, and the mean IoU of the masks is above `iou`."""
 
     ap: float
     iou: float
 
 
-FULL, HALF = Limits(0.001, 0.99), Limits(0.01, 0.95)
+FULL, HALF = ParityLimits(0.001, 0.99), ParityLimits(0.01, 0.95)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was measured; `model_*` is the model in torch, `file_*` the exported file."""
+    """The measured differences; `model_*` is the model in torch, `file_*` the exported file."""
 
     images: int
     class_logits: float  # largest difference
     mask_logits: float  # largest difference
-    mask_logits_size: float  # largest absolute value, to compare with
-    instances: int  # whose masks were compared; of none the IoU is 1
-    mask_iou: float  # mean over instances, each with the best of its class
+    mask_logits_size: float  # largest absolute mask logit of the model, for scale
+    instances: int  # number of compared masks; without any the IoU is 1
+    mask_iou: float  # mean over instances of the IoU with the best match of the same class
     mask_iou_lowest: float
     model_ap: float
     file_ap: float
-    model_seconds: float  # median of an image
+    model_seconds: float  # median per image
     file_seconds: float
-    other_size: float | None  # largest difference of mask logits in a frame of another size; None where it is fixed
-    limits: Limits
+    other_size: float | None  # largest difference of mask logits in a frame of another size; None for a fixed size
+    limits: ParityLimits
 
     @property
     def met(self) -> bool:
-        """Whether the file may be used in the model's place."""
+        """Whether the file can replace the model: all differences are within the limits."""
         other_size = self.other_size is None or self.other_size <= 0.05 * self.mask_logits_size
         return abs(self.file_ap - self.model_ap) < self.limits.ap and self.mask_iou > self.limits.iou and other_size
 
     def to_text(self) -> str:
-        """The report for people."""
+        """The report as text for the console."""
         lines = [
             f"parity on {self.images} images",
             f"  class logits   differ by {self.class_logits:.2e} at most",
@@ -76,20 +76,20 @@ class Parity:
             f"(limit {self.limits.iou} on average), of {self.instances} instances scored above {COMPARED}",
             f"  mask AP        model {self.model_ap:.5f}, file {self.file_ap:.5f}: "
             f"{abs(self.file_ap - self.model_ap):.5f} apart (limit {self.limits.ap})",
-            f"  an image takes model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
-            "(network alone, median, wall time on this device)",
+            f"  per image      model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
+            "(network only, median wall time on this device)",
         ]
         if self.other_size is not None:
             lines.append(f"  another size   mask logits differ by {self.other_size:.2e} at most")
         if not self.instances:
             lines.append(
-                "  no instance scored high enough: only logits were compared; train further, or try other images"
+                "  no instance scored above {COMPARED}: only logits were compared; train longer, or try other images"
             )
         return "\n".join([*lines, f"  parity is {'met' if self.met else 'NOT MET'}"])
 
 
 class Runner(nn.Module):
-    """Stands in for a model in a Predictor: runs it, keeps its last logits and how long each call took."""
+    """A model for a Predictor that records the logits and the duration of each call."""
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Runner(nn.Module):
         raise NotImplementedError
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Mask2FormerForUniversalSegmentationOutput:
-        """As the model's, without a loss."""
+        """As `M2FModel.forward`, without a loss."""
         start = time.perf_counter()
         classes, masks = self.run(pixel_values, pixel_mask)
         self.seconds.append(time.perf_counter() - start)
@@ -126,7 +126,7 @@ class ModelRunner(Runner):
 
 
 class OnnxRunner(Runner):
-    """An ONNX file in onnxruntime, on as many threads as torch has."""
+    """An ONNX file in onnxruntime, with as many threads as torch uses."""
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         import onnxruntime
@@ -138,17 +138,19 @@ class OnnxRunner(Runner):
         self.session = onnxruntime.InferenceSession(str(path), options, providers=usable)
 
     def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(INPUTS, (pixel_values.numpy(), pixel_mask.numpy()), strict=True))
-        classes, masks = self.session.run(None, given)
+        inputs = dict(zip(INPUTS, (pixel_values.numpy(), pixel_mask.numpy()), strict=True))
+        classes, masks = self.session.run(None, inputs)
         return torch.from_numpy(classes), torch.from_numpy(masks)
 
 
 class ProgramRunner(Runner):
-    """A torch program."""
+    """A torch program (.pt2)."""
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         super().__init__(config)
-        self.programs = (torch.export.load(path).module(),)  # within a tuple: no part whose mode could be set
+        self.programs = (
+            torch.export.load(path).module(),
+        )  # in a tuple, so that it is no submodule: train() and eval() would raise
 
     def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         classes, masks = self.programs[0](pixel_values, pixel_mask)
@@ -158,19 +160,19 @@ class ProgramRunner(Runner):
 RUNNERS = {".onnx": OnnxRunner, ".pt2": ProgramRunner}
 
 
-def compare(model: M2FModel, path: Path, rows: Dataset, limits: Limits, fixed_size: bool) -> Parity:
+def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLimits, fixed_size: bool) -> Parity:
     """Run model and file on the images of `rows`, one by one, and write parity.json beside the file."""
-    ours, file = ModelRunner(model), RUNNERS[path.suffix](path, model.config)
+    original, exported = ModelRunner(model), RUNNERS[path.suffix](path, model.config)
     differences, predictions, size = [], ([], []), 0.0  # type: ignore[var-annotated]
     for row in rows:
-        for runner, found in zip((ours, file), predictions, strict=True):
+        for runner, found in zip((original, exported), predictions, strict=True):
             (instances,) = Predictor(runner)(row["image"], threshold=0.0)  # type: ignore[arg-type]
             found.append(replace(instances, image_id=row["image_id"]))
-        (model_logits,), (file_logits,) = ours.logits, file.logits
-        differences.append([_apart(*pair) for pair in zip(model_logits, file_logits, strict=True)])
+        (model_logits,), (file_logits,) = original.logits, exported.logits
+        differences.append([_largest_difference(*pair) for pair in zip(model_logits, file_logits, strict=True)])
         size = max(size, float(model_logits[1].abs().max()))
-        ours.logits.clear()
-        file.logits.clear()
+        original.logits.clear()
+        exported.logits.clear()
     overlaps = np.concatenate([best_overlaps(*pair) for pair in zip(*predictions, strict=True)])
     scorer = CocoMap(rows)
     classes, masks = np.max(differences, axis=0).tolist()
@@ -184,32 +186,32 @@ def compare(model: M2FModel, path: Path, rows: Dataset, limits: Limits, fixed_si
         mask_iou_lowest=float(overlaps.min()) if len(overlaps) else 1.0,
         model_ap=scorer(predictions[0])["map"],
         file_ap=scorer(predictions[1])["map"],
-        model_seconds=statistics.median(ours.seconds),
-        file_seconds=statistics.median(file.seconds),
-        other_size=None if fixed_size else other_size(ours, file),
+        model_seconds=statistics.median(original.seconds),
+        file_seconds=statistics.median(exported.seconds),
+        other_size=None if fixed_size else other_size_difference(original, exported),
         limits=limits,
     )
     write_json(path.with_name(REPORT), {**asdict(parity), "met": parity.met})
     return parity
 
 
-def _apart(first: Tensor, second: Tensor) -> float:
+def _largest_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max())
 
 
 @torch.inference_mode()
-def other_size(ours: Runner, file: Runner) -> float:
-    """How far mask logits of noise lie apart, for two images in a frame that is larger by one stride and two."""
-    config, stride = ours.config, frame_stride(ours.config)
+def other_size_difference(original: Runner, exported: Runner) -> float:
+    """The largest difference of mask logits for two images of noise, one stride higher and two wider than the frame."""
+    config, stride = original.config, frame_stride(original.config)
     height, width = config.image_height + stride, config.image_width + 2 * stride
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2, 3, height, width), generator=noise, dtype=torch.uint8)
     valid = torch.ones(2, height, width, dtype=torch.bool)
-    return _apart(ours.run(pixels, valid)[1], file.run(pixels, valid)[1])
+    return _largest_difference(original.run(pixels, valid)[1], exported.run(pixels, valid)[1])
 
 
 def best_overlaps(reference: Instances, other: Instances) -> NDArray[np.float64]:
-    """(n,) for each instance of `reference` above `COMPARED`: the IoU with the best of its class in `other`."""
+    """The highest IoU (n,) of each instance of `reference` above `COMPARED` with one of its class in `other`."""
     kept = reference.above(COMPARED)
     if not len(kept) or not len(other):
         return np.zeros(len(kept))
@@ -220,9 +222,9 @@ def best_overlaps(reference: Instances, other: Instances) -> NDArray[np.float64]
 
 
 def check_export(
-    model: M2FModel, path: Path, dataset: str | None, images: int, limits: Limits, fixed_size: bool
+    model: M2FModel, path: Path, dataset: str | None, images: int, limits: ParityLimits, fixed_size: bool
 ) -> Parity:
-    """`compare` on the first `images` of a dataset's valid split; of the made-up sample set where none is given.
+    """`measure_parity` on the first `images` of a dataset's valid split, by default of the synthetic sample dataset.
 
     Raises:
         DataError: the dataset can't be read, or has no valid split.
@@ -231,10 +233,10 @@ def check_export(
         splits = load_dataset(dataset or str(write_sample(folder, images=(1, images, 0))))
         check_split(splits, "valid")
         rows = splits["valid"].select(range(min(images, len(splits["valid"]))))
-        return compare(model, path, rows, limits, fixed_size)
+        return measure_parity(model, path, rows, limits, fixed_size)
 
 
-def dataset_of(folder: Path) -> str | None:
-    """The dataset that a run's recipe names, where it is still there."""
+def recorded_dataset(folder: Path) -> str | None:
+    """The dataset folder that a run's recipe records; None if it does not exist."""
     name = read_json(folder / RECIPE).get("dataset_name")
     return str(name) if name and Path(name).is_dir() else None

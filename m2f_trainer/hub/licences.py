@@ -1,4 +1,4 @@
-"""The licence chain of a trained model: what its weights started from, and what that asks of those who pass it on."""
+"""The licence chain of a trained model: what its weights derive from, and the conditions for redistributing them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,21 +16,21 @@ PUBLISHED_HEADS = "facebook/mask2former"
 
 @dataclass(frozen=True)
 class Origin:
-    """One thing the weights started from."""
+    """A backbone, head or model that the weights derive from."""
 
     source: str  # Hub id or folder
-    licence: str  # "" where only its author can tell
-    duty: str  # what it asks of those who use or pass on the result
+    licence: str  # "" where it is not known
+    duty: str  # the conditions for using or redistributing derived weights
 
 
 def licence_chain(config: Mapping[str, Any]) -> list[Origin]:
-    """The origins of a model's weights, from its configuration and those of local models it was started from."""
+    """The origins of a model's weights, from its configuration and those of the local models it derives from."""
     found = [origin for one in with_ancestors(config) for origin in own_origins(one)]
     return list(dict.fromkeys(found))
 
 
 def with_ancestors(config: Mapping[str, Any], depth: int = 10) -> Iterator[Mapping[str, Any]]:
-    """A configuration, then those of the models it was started from, as far as their folders are here."""
+    """A configuration, then those of the models it was initialised from, as long as their folders exist."""
     yield config
     parent = Path(config.get("init_from") or "", "config.json")
     if config.get("init_from") and depth and parent.is_file():
@@ -38,7 +38,7 @@ def with_ancestors(config: Mapping[str, Any], depth: int = 10) -> Iterator[Mappi
 
 
 def own_origins(config: Mapping[str, Any]) -> Iterator[Origin]:
-    """Backbone, head and model that one configuration names."""
+    """The backbone, head and initial model that one configuration names."""
     if config.get("backbone_name"):
         yield backbone_origin(str(config["backbone_name"]), config)
     if config.get("head_checkpoint"):
@@ -48,13 +48,13 @@ def own_origins(config: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def backbone_origin(name: str, config: Mapping[str, Any]) -> Origin:
-    """The licence of a backbone, by the table or, for a folder, by its architecture."""
+    """The licence of a backbone, from the table or, for a folder, from its architecture."""
     architecture = str((config.get("backbone_config") or {}).get("model_type", ""))
-    own = Path(name).name if Path(name).is_absolute() else name  # the folders above it may be called anything
+    own = Path(name).name if Path(name).is_absolute() else name  # names of parent folders mean nothing
     if architecture.startswith("dinov3") or "dinov3" in own.lower():
         duty = (
-            f"Derivatives stay under the [DINOv3 License]({DINOV3_LINK}): pass a copy of the agreement on with them, "
-            'show "Built with DINOv3", and keep to its limits of use.'
+            f"Derivatives stay under the [DINOv3 License]({DINOV3_LINK}): distribute a copy of the agreement with "
+            'them, show "Built with DINOv3", and respect its limits of use.'
         )
         return Origin(hub_id(name), DINOV3, duty)
     if name in BACKBONES or name.startswith("facebook/dinov2"):
@@ -63,15 +63,15 @@ def backbone_origin(name: str, config: Mapping[str, Any]) -> Origin:
 
 
 def head_origin(name: str) -> Origin:
-    """The licence of a head checkpoint; the published COCO heads are not for commercial use."""
+    """The licence of a head checkpoint; the published COCO heads do not allow commercial use."""
     if name.startswith(PUBLISHED_HEADS):
-        return Origin(name, NON_COMMERCIAL, "Not for commercial use, and neither is what is trained from it.")
+        return Origin(name, NON_COMMERCIAL, "Not for commercial use, and neither are models trained from it.")
     duty = "The licence of this head carries over. If it came from a published Mask2Former, that is CC BY-NC 4.0."
     return Origin(name, "", duty)
 
 
 def licence_fields(chain: list[Origin]) -> dict[str, str]:
-    """The licence fields of a model card, after the strictest of the origins."""
+    """The licence fields of a model card, from the strictest licence among the origins."""
     licences = {origin.licence for origin in chain}
     if DINOV3 in licences:
         also = f"-and-{NON_COMMERCIAL}" if NON_COMMERCIAL in licences else ""

@@ -23,7 +23,7 @@ def test_the_exit_status_is_the_parity(
         FULL=1,
         HALF=2,
         check_export=lambda *_: parity,
-        dataset_of=lambda _: None,
+        recorded_dataset=lambda _: None,
     )
     stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
     assert main(["export", "runs/a"]) == status

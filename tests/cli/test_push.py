@@ -30,7 +30,7 @@ def test_a_dry_run_lists_the_files_with_their_sizes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [("model.safetensors", 12345), ("README.md", None)]
-    stand_in(monkeypatch, "m2f_trainer.hub.upload", listing=lambda *_: files, Target=target)
+    stand_in(monkeypatch, "m2f_trainer.hub.upload", planned_files=lambda *_: files, Target=target)
     assert main(["push", "m", "me/m", "--dry_run"]) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert [line[-1] for line in lines] == ["model.safetensors", "README.md"]

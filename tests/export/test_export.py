@@ -1,4 +1,4 @@
-"""A model as one file: what it computes, what is written beside it, and what the comparison finds."""
+"""Exported files: their logits, the constants written beside them, and the parity measurement."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import MissingPackageError
 from m2f_trainer.export import parity
 from m2f_trainer.export.export import export_model
-from m2f_trainer.export.parity import FULL, HALF, Limits, ModelRunner, Runner, check_export
+from m2f_trainer.export.parity import FULL, HALF, ModelRunner, ParityLimits, Runner, check_export
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, tiny_model
@@ -30,7 +30,7 @@ SMALL = {**VIT, "num_hidden_layers": 1}
 
 
 def model_of(backbone: dict[str, object], **fields: object) -> M2FModel:
-    """A model for the made-up dataset, its masks not all alike."""
+    """A model for the synthetic dataset, with masks that differ from each other."""
     return tiny_model(backbone, categories=SHAPES, **{"decoder_layers": 2, **fields}).eval()
 
 
@@ -73,7 +73,7 @@ class Faithful(Faulty):
 
 
 @pytest.mark.parametrize(("runner", "met"), [(Faithful, True), (Faulty, False)])
-def test_a_file_that_computes_something_else_fails_the_comparison(
+def test_a_file_with_other_logits_fails_the_comparison(
     runner: type[Runner], met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
@@ -86,7 +86,7 @@ def test_a_file_that_computes_something_else_fails_the_comparison(
 
 def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
     fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
-    same = parity.Parity(**{**fields, "other_size": None, "limits": Limits(0.001, 0.99)})  # type: ignore[arg-type]
+    same = parity.Parity(**{**fields, "other_size": None, "limits": ParityLimits(0.001, 0.99)})  # type: ignore[arg-type]
     assert same.met
     assert not parity.Parity(**{**vars(same), "file_ap": 0.998}).met
     assert not parity.Parity(**{**vars(same), "mask_iou": 0.98}).met
@@ -125,7 +125,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 
 def example() -> object:
-    """The module of the example, which knows nothing of this package."""
+    """The module of the example, which does not import this package."""
     spec = importlib.util.spec_from_file_location("onnx_predict", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -155,7 +155,7 @@ def test_an_onnx_file_equals_the_model_at_any_size(
 
 
 @pytest.mark.slow
-def test_the_example_finds_what_the_predictor_finds_and_a_half_precise_file_nearly_so(tmp_path: Path) -> None:
+def test_the_example_equals_the_predictor_and_a_float16_file_nearly_so(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     data = write_sample(tmp_path / "data", images=(1, 2, 0)) / "valid"
     model = model_of(VIT)

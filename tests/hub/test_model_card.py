@@ -104,7 +104,7 @@ def test_escaping_keeps_plain_words_and_one_line() -> None:
         (
             {"backbone_name": "/models/mine", "backbone_config": {"model_type": "dinov3_vit"}},
             ("other", "dinov3-license"),
-            "pass a copy of the agreement on",
+            "distribute a copy of the agreement with them",
         ),
         (
             {"head_checkpoint": "facebook/mask2former-swin-small-coco-instance"},

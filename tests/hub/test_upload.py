@@ -14,7 +14,6 @@ from transformers import TrainerControl, TrainerState
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.hub import upload
-from m2f_trainer.hub import upload as contents
 from m2f_trainer.hub.licences import AGREEMENT
 from m2f_trainer.hub.model_card import write_card
 from m2f_trainer.training.callbacks.uploads import upload_callbacks
@@ -79,7 +78,7 @@ def test_the_command_uploads_a_model_with_card_and_licences_and_nothing_else(tmp
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_the_offline_switch_is_told(tmp_path: Path) -> None:
+def test_offline_mode_is_reported(tmp_path: Path) -> None:
     with Hub() as hub:
         run = command(hub, str(write_model(tmp_path / "run")), "me/pets", HF_HUB_OFFLINE="1")
     assert run.returncode == 1
@@ -88,7 +87,7 @@ def test_the_offline_switch_is_told(tmp_path: Path) -> None:
     assert not hub.requests
 
 
-def test_weights_from_dinov3_go_with_the_agreement(tmp_path: Path) -> None:
+def test_weights_from_dinov3_are_uploaded_with_the_agreement(tmp_path: Path) -> None:
     with Hub() as hub:
         hub.agreement = b"the agreement"
         run = command(hub, str(write_model(tmp_path / "run", **DINOV3)), "me/pets")
@@ -98,7 +97,7 @@ def test_weights_from_dinov3_go_with_the_agreement(tmp_path: Path) -> None:
     assert b"Built with DINOv3" in hub.files["README.md"]
 
 
-def test_weights_from_dinov3_do_not_go_without_the_agreement(
+def test_weights_from_dinov3_are_not_uploaded_without_the_agreement(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> str:
@@ -110,7 +109,7 @@ def test_weights_from_dinov3_do_not_go_without_the_agreement(
     assert not hub.requests
 
 
-def test_local_folders_stay_at_home(hub: Hub, tmp_path: Path) -> None:
+def test_paths_of_local_folders_are_not_uploaded(hub: Hub, tmp_path: Path) -> None:
     backbone = {"model_type": "dinov2", "_name_or_path": "/home/someone/vit", "odd": [["/home/someone"]]}
     upload.push(write_model(tmp_path / "run", init_from=str(tmp_path / "older"), backbone_config=backbone), "me/pets")
     assert json.loads(hub.files["recipe.json"])["dataset_name"] == "pets"
@@ -127,7 +126,7 @@ def test_a_link_in_the_folder_is_not_followed(hub: Hub, tmp_path: Path) -> None:
     assert set(hub.files) == UPLOADED
 
 
-def test_an_adapter_goes_along(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_is_uploaded_too(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/someone/base"}')
@@ -137,7 +136,7 @@ def test_an_adapter_goes_along(hub: Hub, tmp_path: Path) -> None:
     assert b"/home/someone" not in hub.files["adapter/adapter_config.json"]
 
 
-def test_pictures_of_the_data_go_along_only_where_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_pictures_of_the_data_are_uploaded_only_on_request(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     (folder / "pictures").mkdir()
     for name in ("worst_1.jpg", "best_1.jpg", "private.jpg"):
@@ -147,12 +146,12 @@ def test_pictures_of_the_data_go_along_only_where_asked_for(hub: Hub, tmp_path: 
     assert not any(b"a patient" in body for body in hub.bodies)
     target = upload.Target("me/pets", pictures=True)
     expected = UPLOADED | {"pictures/worst_1.jpg", "pictures/best_1.jpg"}
-    assert {name for name, _ in upload.listing(folder, target)} == expected
+    assert {name for name, _ in upload.planned_files(folder, target)} == expected
     upload.push(folder, target)
     assert set(hub.files) == expected
 
 
-def test_pictures_that_can_not_be_drawn_are_refused_before_anything_is_sent(hub: Hub, tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_drawn_raise_an_error_before_any_upload(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     (folder / "evaluation.json").write_text('{"shown": {"worst": []}, "classes": []}')
     with pytest.raises(SharingError, match=r"has no pictures/.*Push without --pictures"):
@@ -160,7 +159,7 @@ def test_pictures_that_can_not_be_drawn_are_refused_before_anything_is_sent(hub:
     assert not hub.requests
 
 
-def test_a_card_of_ones_own_is_kept_and_ours_is_renewed(hub: Hub, tmp_path: Path) -> None:
+def test_an_edited_card_is_kept_and_an_unedited_one_is_rewritten(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     write_card(folder)
     upload.push(folder, "me/pets")
@@ -170,7 +169,7 @@ def test_a_card_of_ones_own_is_kept_and_ours_is_renewed(hub: Hub, tmp_path: Path
     assert hub.files["README.md"] == b"mine"
 
 
-def test_a_private_upload_asks_for_a_private_repository(hub: Hub, tmp_path: Path) -> None:
+def test_a_private_upload_creates_a_private_repository(hub: Hub, tmp_path: Path) -> None:
     hub.private = True
     upload.push(write_model(tmp_path / "run"), upload.Target("me/pets", private=True))
     assert hub.created[0]["visibility"] == "private"
@@ -184,7 +183,7 @@ def test_a_private_upload_into_a_public_repository_is_refused(hub: Hub, tmp_path
 
 @pytest.mark.parametrize("fault", [500, CUT, HALF_HEARD])
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/batch", "/upload/", "/commit/"])
-def test_trouble_that_passes_is_tried_again(
+def test_a_temporary_failure_is_retried(
     hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload.time, "sleep", lambda _: None)
@@ -195,7 +194,7 @@ def test_trouble_that_passes_is_tried_again(
 
 @pytest.mark.parametrize("fault", [500, CUT, HALF_HEARD])
 @pytest.mark.parametrize("path", ["/preupload/", "/objects/batch", "/upload/", "/commit/"])
-def test_trouble_that_stays_is_told_and_neither_side_is_left_with_half_a_model(
+def test_a_lasting_failure_is_reported_and_leaves_no_partial_model(
     hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a Hub has taken in part appears in no repository: the files come with one commit, or not at all."""
@@ -215,17 +214,17 @@ def test_trouble_that_stays_is_told_and_neither_side_is_left_with_half_a_model(
 
 
 @pytest.mark.parametrize(
-    ("status", "told"),
-    [(401, "make a new one"), (403, "may not write to me/pets"), (404, "check the name before the slash")],
+    ("status", "message"),
+    [(401, "create a new one"), (403, "may not write to me/pets"), (404, "check the name before the slash")],
 )
-def test_a_refusal_is_told_at_once_with_what_to_do(hub: Hub, tmp_path: Path, status: int, told: str) -> None:
+def test_a_refusal_is_reported_at_once_with_advice(hub: Hub, tmp_path: Path, status: int, message: str) -> None:
     hub.failures["/api/"] = [status] * 20
-    with pytest.raises(SharingError, match=told):
+    with pytest.raises(SharingError, match=message):
         upload.push(write_model(tmp_path / "run"), "me/pets")
     assert len([path for _, path in hub.requests if path == "/api/repos/create"]) == 1
 
 
-def test_a_name_that_cannot_be_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_an_invalid_repository_name_is_reported(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(SharingError, match=r"Uploading .* to me/a/b failed: "):
         upload.push(write_model(tmp_path / "run"), "me/a/b")
     assert not hub.files
@@ -239,9 +238,9 @@ def test_without_a_token_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_that_holds_the_token_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "run", backbone_name=TOKEN)
-    monkeypatch.setattr(contents, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(upload, "get_token", lambda: TOKEN)
     with pytest.raises(SharingError, match=r"config\.json holds your Hub token"):
-        upload.operations(folder)
+        upload.commit_operations(folder)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "."])
@@ -253,7 +252,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, missing: str) -> No
 
 
 @pytest.mark.parametrize("pace", [LATE, TRICKLE])
-def test_a_slow_hub_is_waited_for_and_asked_once(hub: Hub, tmp_path: Path, pace: int) -> None:
+def test_a_slow_hub_gets_each_request_once(hub: Hub, tmp_path: Path, pace: int) -> None:
     paths = ("/api/repos/create", "/preupload/", "/objects/batch", "/upload/", "/commit/")
     hub.failures = {path: [pace] for path in paths}
     upload.push(write_model(tmp_path / "run"), "me/pets")
@@ -266,12 +265,12 @@ def test_a_slow_hub_is_waited_for_and_asked_once(hub: Hub, tmp_path: Path, pace:
     ("path", "fault"),
     [("/api/repos/create", SILENT), ("/preupload/", STALLED), ("/upload/", SILENT), ("/commit/", STALLED)],
 )
-def test_a_hub_that_goes_silent_is_given_up_in_time(
+def test_a_hub_that_stops_answering_times_out(
     hub: Hub, tmp_path: Path, path: str, fault: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload.time, "sleep", lambda _: None)
-    monkeypatch.setattr(upload, "WAITS", ())
-    monkeypatch.setattr(upload, "PATIENCE", 0.4)
+    monkeypatch.setattr(upload, "RETRY_DELAYS", ())
+    monkeypatch.setattr(upload, "TIMEOUT", 0.4)
     hub.failures[path] = [fault] * 100
     with pytest.raises(SharingError, match=r"me/pets failed: .*timed out.* try again with m2f push "):
         upload.push(write_model(tmp_path / "run"), "me/pets")
@@ -279,7 +278,7 @@ def test_a_hub_that_goes_silent_is_given_up_in_time(
     assert set(hub.files) == (UPLOADED if path == "/commit/" else set()), "of a commit only the answer was lost"
 
 
-def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(
+def test_a_failed_connection_is_reported_with_the_command_to_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, waits = write_model(tmp_path / "run"), []
@@ -288,14 +287,14 @@ def test_a_connection_that_never_comes_is_given_up_with_the_command_to_repeat(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(upload, "get_token", lambda: TOKEN)
-    monkeypatch.setattr(upload, "send", fail)
+    monkeypatch.setattr(upload, "upload_files", fail)
     monkeypatch.setattr(upload.time, "sleep", waits.append)
     with pytest.raises(SharingError, match=r"no route to host\. The model is safe in .*: try again with m2f push "):
         upload.push(folder, "me/pets")
-    assert waits == list(upload.WAITS)
+    assert waits == list(upload.RETRY_DELAYS)
 
 
-def test_a_dry_run_lists_what_a_push_would_send_and_sends_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_lists_the_files_and_uploads_nothing(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run", **DINOV3)
     before = {path.name for path in folder.iterdir()}
     with Hub() as hub:
@@ -309,7 +308,7 @@ def test_a_dry_run_lists_what_a_push_would_send_and_sends_nothing(tmp_path: Path
     assert {path.name for path in folder.iterdir()} == before
 
 
-def test_a_revision_is_made_and_a_pull_request_only_proposes(hub: Hub, tmp_path: Path) -> None:
+def test_a_revision_is_created_and_a_pull_request_commits_nothing(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     upload.push(folder, upload.Target("me/pets", revision="second"))
     paths = [path for _, path in hub.requests]
@@ -321,7 +320,7 @@ def test_a_revision_is_made_and_a_pull_request_only_proposes(hub: Hub, tmp_path:
     assert not [path for _, path in hub.requests if "repos/create" in path or "branch" in path]
 
 
-def test_an_adapter_goes_alone_where_that_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_adapter_only_uploads_the_adapter_without_the_backbone(hub: Hub, tmp_path: Path) -> None:
     folder, target = write_model(tmp_path / "run"), upload.Target("me/pets", adapter_only=True)
     with pytest.raises(SharingError, match=r"holds no adapter: expected adapter/adapter_model\.safetensors"):
         upload.push(folder, target)
@@ -346,7 +345,7 @@ def test_the_agreement_comes_from_the_backbones_own_folder(hub: Hub, tmp_path: P
     assert hub.files[AGREEMENT] == b"as it came"
 
 
-def test_a_failed_upload_at_a_save_is_told_and_the_run_goes_on(
+def test_a_failed_upload_at_a_save_is_logged_and_training_continues(
     hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_model(tmp_path / "checkpoint-3")
