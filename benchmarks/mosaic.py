@@ -22,11 +22,10 @@ from pycocotools import mask as coco_mask
 from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.inference.tiles import predict_tiled
-from m2f_trainer.inference.windows import ArrayWindows
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, intersection
 
@@ -75,6 +74,7 @@ def peak_mb() -> int:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Both ways of prediction and their figures."""
     predictor = Predictor.from_pretrained(given.model)
+    predictor.tiling = None
     rows, height, width = of_one_size(load_dataset(given.dataset)[given.split])
     down, across = given.side // height, given.side // width
     rows = rows.select(range(min(len(rows), down * across)))
@@ -88,7 +88,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for number, (x0, y0, x1, y1) in enumerate(places):
         mosaic[y0:y1, x0:x1] = images[number % len(images)]
     before, start = peak_mb(), time.process_time()
-    found = predict_tiled(predictor, ArrayWindows(mosaic), max(height, width), given.overlap, threshold=THRESHOLD)
+    predictor.tiling = Tiling(max(height, width), given.overlap, predictor.padded_size)
+    (found,) = predictor(mosaic, threshold=THRESHOLD)
     seconds, after = time.process_time() - start, peak_mb()
     scorer = CocoMap(repeated(rows, len(places)), categories_of(rows))
     singly = scorer([replace(alone[number % len(alone)], image_id=number) for number in range(len(places))])

@@ -56,9 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    from m2f_trainer.inference.predict import Options, predict_folder
+    from m2f_trainer.inference.predict import PredictOptions, predict_folder
 
-    options = Options(
+    options = PredictOptions(
         threshold=arguments.threshold,
         recursive=arguments.recursive,
         batch_size=arguments.batch_size,

@@ -1,4 +1,4 @@
-"""A model and its preprocessing, from images of any kind to Instances at their original size."""
+"""Predict instances at the original size from images of any kind: preprocessing, model and postprocessing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from m2f_trainer.model.mask2former import M2FModel, load_model
 
 
 class Predictor:
-    """`Predictor(model)(images)`: what evaluation does, for images without annotations.
+    """Predict as evaluation does, for images without annotations: `Predictor(model)(images)`.
 
-    A model that was trained on tiles sees images in tiles; `tiling` can be set to others, or to None for whole images.
+    A model that was trained on tiles predicts in tiles; set `tiling` to change them, or to None for whole images.
 
     Args:
         model: a model of this package; put into evaluation mode and moved to `device` where one is given.
-        device: "cuda", "cuda:1", "cpu", ...; the model stays where it is unless given.
+        device: "cuda", "cuda:1", "cpu", ...; by default the model stays on its device.
 
     >>> from m2f_trainer import Predictor, build_model
     >>> vit = {"model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -55,10 +55,10 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, device: str | torch.device | None = None) -> Predictor:
-        """Load a model folder or a Hub id; on a GPU where there is one, unless `device` says otherwise.
+        """Load a model folder or a Hub id; on `device`, by default a GPU if there is one.
 
         Raises:
-            ModelError: the folder or id doesn't hold a model of this package.
+            ModelError: the folder or id doesn't contain a model of this package.
         """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(load_model(folder_or_hub_id), chosen)
@@ -82,9 +82,9 @@ class Predictor:
     def stream(
         self, images: Iterable[ImageSource], *, batch_size: int = 1, threshold: float = 0.5, top_k: int = 100
     ) -> Iterator[Instances]:
-        """The same for any number of images, `batch_size` of them in memory at a time; in tiles, so many of these.
+        """The same as an iterator over any number of images; `batch_size` images, or tiles, are in memory at a time.
 
-        `top_k` limits the instances of an image, or of each of its tiles.
+        `top_k` limits the instances per image, or per tile.
         """
         frames, merger = self._frames(images), Merger(self.tiling) if self.tiling else None
         while batch := list(islice(frames, batch_size)):
@@ -94,7 +94,7 @@ class Predictor:
                     yield whole.above(threshold)
 
     def _frames(self, images: Iterable[ImageSource]) -> Iterator[Frame]:
-        """What the model is shown of each image: all of it, or tile after tile."""
+        """The model's input for each image: the whole image, or its tiles in order."""
         for position, image in enumerate(images):
             if self.tiling is None:
                 values, valid, frames = self._transform.prepare(image, _name(position, image))
@@ -106,7 +106,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, batch: Sequence[Frame], threshold: float, top_k: int) -> list[Instances]:
-        """The instances of some frames, as many as `top_k` a frame, at the size that they have in their image."""
+        """The instances of each frame, at most `top_k`, at the frame's original size."""
         pixel_values = torch.stack([frame.pixel_values for frame in batch])  # uint8 (B, 3, H, W)
         pixel_mask = torch.stack([frame.pixel_mask for frame in batch])  # bool (B, H, W)
         device = self.model.device
@@ -126,9 +126,9 @@ class Predictor:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image, or one tile of it, as the model is shown it: pixel_values uint8 (3, H, W), pixel_mask bool (H, W).
+    """The model's input for one image or tile: pixel_values uint8 (3, H, W), pixel_mask bool (H, W).
 
-    `position` and `size` (height, width) are the image's, `tile` is the tile's number in it.
+    `position` and `size` (height, width) are the image's; `tile` is the tile's index in the image.
     """
 
     position: int
@@ -140,5 +140,5 @@ class Frame:
 
 
 def _name(position: int, image: ImageSource) -> str:
-    """An image's name in messages."""
+    """The name of an image in error messages."""
     return str(image) if isinstance(image, (str, Path)) else f"image {position}"

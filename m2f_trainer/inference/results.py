@@ -1,6 +1,6 @@
-"""What was found in each image, on disk: one small file an image, and at the end the files that people ask for.
+"""Prediction files: a JSON part per input while `m2f predict` runs, then COCO results, a CSV table and a COCO dataset.
 
-A file is written whole or not at all, and after its picture, so that a run that was killed goes on where it was.
+Files are written atomically, and a part after its picture, so that an interrupted prediction can continue.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ("file_name", "image_id", "category_id", "category", "score", "x", "y"
 
 @dataclass(frozen=True)
 class Record:
-    """One image or video frame: `instances` are COCO results without image ids, each with `bbox` and `area`."""
+    """The predictions of one image or video frame: COCO results without image ids, each with `bbox` and `area`."""
 
     file_name: str
     height: int
@@ -36,7 +36,7 @@ class Record:
 
 
 def record_of(file_name: str, instances: Instances) -> Record:
-    """What is kept of an image."""
+    """The record of an image's instances."""
     height, width = instances.size
     entries = []
     for entry, box in zip(instances.to_coco(), instances.boxes.tolist(), strict=True):
@@ -46,13 +46,13 @@ def record_of(file_name: str, instances: Instances) -> Record:
     return Record(file_name, height, width, entries)
 
 
-def keep(path: Path, key: Sequence[object], records: Sequence[Record]) -> None:
-    """Remember the records of one input, and `key`: what they were made from."""
+def save_records(path: Path, key: Sequence[object], records: Sequence[Record]) -> None:
+    """Write the records of one input, and `key`, which identifies the model, input and options they were made with."""
     write_atomically(path, json.dumps({"key": list(key), "records": [asdict(record) for record in records]}))
 
 
-def kept(path: Path, key: Sequence[object]) -> list[Record] | None:
-    """The inverse of `keep`; None where nothing was kept, or with another key."""
+def load_records(path: Path, key: Sequence[object]) -> list[Record] | None:
+    """The inverse of `save_records`; None if the file doesn't exist or has another key."""
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def kept(path: Path, key: Sequence[object]) -> list[Record] | None:
 
 
 def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:
-    """predictions.json, in COCO results form and each naming its file, and predictions.csv."""
+    """Write predictions.json, COCO results with a `file_name` each, and predictions.csv."""
     numbered = [(image_id, record, entry) for image_id, record in enumerate(records) for entry in record.instances]
     results = [
         {
@@ -83,18 +83,18 @@ def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, s
 
 
 def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:
-    """The predictions as a COCO dataset with polygons, for annotation tools such as CVAT and Label Studio.
+    """Write the predictions as a COCO dataset with polygons, for annotation tools such as CVAT and Label Studio.
 
-    Polygons have no holes, so holes are filled; `score` is kept beside each annotation.
+    Polygons have no holes, so holes are filled. Each annotation has its `score`.
     """
     annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records):
         for entry in record.instances:
             polygons = _polygons(entry["segmentation"])
-            kept = {key: entry[key] for key in ("category_id", "bbox", "area", "score")}
+            fields = {key: entry[key] for key in ("category_id", "bbox", "area", "score")}
             if polygons:
                 identity = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
-                annotations.append({**identity, **kept, "segmentation": polygons})
+                annotations.append({**identity, **fields, "segmentation": polygons})
     images = [
         {"id": image_id, "file_name": name, "height": record.height, "width": record.width}
         for image_id, (record, name) in enumerate(zip(records, _names_below(records), strict=True))
@@ -105,7 +105,7 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
 
 
 def _names_below(records: Sequence[Record]) -> list[str]:
-    """Each file's path from the deepest folder that all of them share, so that equal names stay apart."""
+    """Each file's path relative to the deepest folder that contains all of them, so that paths stay unique."""
     paths = [Path(record.file_name).absolute() for record in records]
     levels = zip(*(path.parent.parts for path in paths), strict=False)
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))

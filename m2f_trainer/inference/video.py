@@ -1,4 +1,4 @@
-"""Video in and out, through PyAV (FFmpeg's libraries)."""
+"""Read and write videos with PyAV (the libraries of FFmpeg)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The container of a video.
+def open_video(path: Path) -> Iterator[Any]:
+    """The PyAV container of a video.
 
     Raises:
         ImageError: no video can be read from the file.
@@ -30,27 +30,27 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ImageError(f"{path}: there is no video in this file.")
+                raise ImageError(f"{path}: the file contains no video stream.")
             yield container
     except (av.error.FFmpegError, OSError) as error:
         raise ImageError(f"{path}: the video can't be read ({error}). Convert it to MP4 first.") from error
 
 
 def frames(path: Path) -> Iterator[Image.Image]:
-    """The frames of a video as RGB and as players turn them, one in memory at a time. Errors as `opened`."""
-    with opened(path) as container:
+    """The frames of a video in RGB, rotated as players do, one in memory at a time. Raises as `open_video`."""
+    with open_video(path) as container:
         for frame in container.decode(video=0):
             yield frame.to_image().rotate(frame.rotation, expand=True)
 
 
 def frame_rate(path: Path) -> Fraction:
-    """Frames a second; 25 where the file doesn't say. Errors as `opened`."""
-    with opened(path) as container:
+    """Frames per second; 25 if the file doesn't record it. Raises as `open_video`."""
+    with open_video(path) as container:
         return Fraction(container.streams.video[0].average_rate or 25)
 
 
 def write_video(pictures: Iterable[Image.Image], path: Path, rate: Fraction) -> None:
-    """An MP4 (H.264) of the pictures, all of one size; an odd last row or column is left out, as the format asks."""
+    """Write pictures of equal size as an MP4 (H.264). The format needs even sides: an odd last row or column is cut."""
     import av
 
     unfinished = path.with_name(f".{path.name}")

@@ -17,7 +17,7 @@ def test_the_options_are_passed_on_and_next_steps_are_printed(
         seen.append(values)
         return "predictions"
 
-    stand_in(monkeypatch, "m2f_trainer.inference.predict", predict_folder=predict_folder, Options=dict)
+    stand_in(monkeypatch, "m2f_trainer.inference.predict", predict_folder=predict_folder, PredictOptions=dict)
     model = str(tmp_path)
     assert main(["predict", model, "a.png", "b", "--recursive", "--threshold", "0.3", "--tile", "512"]) == 0
     options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": None, "dataset": False}

@@ -18,7 +18,7 @@ from m2f_trainer.data.images import image_size
 from m2f_trainer.errors import DataError
 from m2f_trainer.inference import predict as folder
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.predict import Options, predict_folder
+from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Frame, Predictor
 from tests.inference.test_predictor import BrightnessModel, picture
 
@@ -55,7 +55,7 @@ def photos(tmp_path: Path) -> Path:
 def test_a_folder_gives_pictures_results_and_a_table_that_agree(
     predictor: type[Counting], photos: Path, tmp_path: Path
 ) -> None:
-    out = predict_folder("m", [photos], tmp_path / "out", Options(batch_size=3))
+    out = predict_folder("m", [photos], tmp_path / "out", PredictOptions(batch_size=3))
     results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
     assert [(one["image_id"], Path(one["file_name"]).name) for one in results] == [(k, f"{k}.png") for k in range(4)]
     assert set(results[0]) == {"image_id", "category_id", "segmentation", "score", "file_name"}
@@ -72,21 +72,21 @@ def test_a_run_that_was_cut_off_goes_on_with_the_images_that_are_left(
 ) -> None:
     predictor.dies_at = 3
     with pytest.raises(KeyboardInterrupt):
-        predict_folder("m", [photos], tmp_path / "out", Options(batch_size=1))
+        predict_folder("m", [photos], tmp_path / "out", PredictOptions(batch_size=1))
     assert not (tmp_path / "out" / "predictions.json").exists()
     predictor.seen, predictor.dies_at = 0, -1
-    out = predict_folder("m", [photos], tmp_path / "out", Options(batch_size=1))
+    out = predict_folder("m", [photos], tmp_path / "out", PredictOptions(batch_size=1))
     assert predictor.seen == 2
-    straight = predict_folder("m", [photos], tmp_path / "straight", Options(batch_size=1))
+    straight = predict_folder("m", [photos], tmp_path / "straight", PredictOptions(batch_size=1))
     for name in ("predictions.json", "predictions.csv"):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
     predictor.seen = 0
-    predict_folder("m", [photos], out, Options(batch_size=1))
+    predict_folder("m", [photos], out, PredictOptions(batch_size=1))
     assert predictor.seen == 0
-    predict_folder("m", [photos], out, Options(batch_size=1, threshold=0.1))
+    predict_folder("m", [photos], out, PredictOptions(batch_size=1, threshold=0.1))
     assert predictor.seen == 4, "another threshold is another result"
     picture(90, 90).save(photos / "1.png")
-    predict_folder("m", [photos], out, Options(batch_size=1, threshold=0.1))
+    predict_folder("m", [photos], out, PredictOptions(batch_size=1, threshold=0.1))
     assert predictor.seen == 5, "a changed image is predicted again"
 
 
@@ -102,7 +102,7 @@ def test_a_pattern_takes_what_matches_and_one_that_matches_nothing_is_an_error(
 def test_the_images_own_folder_can_take_the_pictures_time_and_again(predictor: type[Counting], photos: Path) -> None:
     before = {path.name: path.read_bytes() for path in photos.glob("*.png")}
     predict_folder("m", [photos], photos)
-    predict_folder("m", [photos], photos, Options(threshold=0.1))
+    predict_folder("m", [photos], photos, PredictOptions(threshold=0.1))
     assert {name: (photos / name).read_bytes() for name in before} == before
     assert len(list(photos.glob("*.png"))) == 8
 
@@ -110,7 +110,7 @@ def test_the_images_own_folder_can_take_the_pictures_time_and_again(predictor: t
 def test_where_nothing_is_found_a_lower_threshold_is_advised(
     predictor: type[Counting], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    predict_folder("m", [photos], tmp_path / "out", Options(threshold=0.99999))
+    predict_folder("m", [photos], tmp_path / "out", PredictOptions(threshold=0.99999))
     assert "Nothing scored above 0.99999: try a lower --threshold." in caplog.text
 
 
@@ -121,7 +121,7 @@ def test_tiles_find_in_a_mosaic_what_single_images_show(
     for left in (30, 130, 230):
         pixels[20:40, left : left + 24] = 255
     Image.fromarray(pixels).save(tmp_path / "mosaic.png")
-    out = predict_folder("m", [tmp_path / "mosaic.png"], tmp_path / "out", Options(tile=96, overlap=0.2))
+    out = predict_folder("m", [tmp_path / "mosaic.png"], tmp_path / "out", PredictOptions(tile=96, overlap=0.2))
     (found,) = [json.loads((out / "predictions.json").read_text(encoding="utf-8"))]
     assert len(found) == 3
     assert all(one["segmentation"]["size"] == [64, 300] for one in found)
@@ -133,7 +133,7 @@ def test_predictions_become_a_dataset_that_our_own_reader_takes(
 ) -> None:
     from m2f_trainer.data.dataset import load_coco
 
-    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True))
+    out = predict_folder("m", [photos], tmp_path / "out", PredictOptions(dataset=True))
     (photos / "train").mkdir()
     for path in photos.glob("*.png"):
         path.rename(photos / "train" / path.name)
@@ -149,7 +149,7 @@ def test_images_of_one_name_in_two_folders_stay_apart_in_the_dataset(
 ) -> None:
     (photos / "more").mkdir()
     picture(50, 40).save(photos / "more" / "0.png")
-    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True, recursive=True))
+    out = predict_folder("m", [photos], tmp_path / "out", PredictOptions(dataset=True, recursive=True))
     images = json.loads((out / "_annotations.coco.json").read_text(encoding="utf-8"))["images"]
     assert [one["file_name"] for one in images] == ["0.png", "1.png", "2.png", "3.png", "more/0.png"]
     sizes = [image_size(photos / one["file_name"], one["file_name"]) for one in images]
@@ -164,7 +164,7 @@ def test_a_file_whose_name_is_no_utf_8_has_its_row_and_picture(
         (photos / "0.png").rename(photos / odd)
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    out = predict_folder("m", [photos], tmp_path / "out", Options(dataset=True))
+    out = predict_folder("m", [photos], tmp_path / "out", PredictOptions(dataset=True))
     results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
     assert Path(results[-1]["file_name"]) == photos / odd
     with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
@@ -183,7 +183,7 @@ def test_hidden_files_and_folders_called_like_images_are_no_inputs(
 ) -> None:
     (photos / "._0.png").write_bytes(b"\x00\x05\x16\x07 what macOS leaves")
     (photos / "scans.png").mkdir()
-    predict_folder("m", [photos, photos / "*.png"], tmp_path / "out", Options(recursive=True))
+    predict_folder("m", [photos, photos / "*.png"], tmp_path / "out", PredictOptions(recursive=True))
     assert predictor.seen == 8
 
 

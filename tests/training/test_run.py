@@ -20,7 +20,7 @@ from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
-from m2f_trainer.inference.predict import Options, predict_folder
+from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
@@ -126,7 +126,7 @@ def test_written_predictions_score_what_pycocotools_says(folder: Path, tmp_path:
 
 
 def test_predict_draws_every_image_and_writes_results_with_the_files_category_ids(folder: Path, tmp_path: Path) -> None:
-    out = predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "out", Options(0.0, recursive=True))
+    out = predict_folder(str(folder / "run"), [folder / "data"], tmp_path / "out", PredictOptions(0.0, recursive=True))
     results = json.loads((out / "predictions.json").read_text())
     used = {row["category_id"] for row in results}
     assert used <= {category["id"] for category in load_model(str(folder / "run")).config.categories or []}
@@ -205,7 +205,9 @@ def test_a_tiled_models_figures_are_pycocotools_own_at_the_images_size(tiled: Pa
 
 def test_a_tiled_model_predicts_in_tiles_unless_it_is_told_otherwise(tiled: Path, tmp_path: Path) -> None:
     def found(name: str, **options: Any) -> Any:
-        out = predict_folder(str(tiled / "run"), [tiled / "data" / "valid"], tmp_path / name, Options(0.02, **options))
+        out = predict_folder(
+            str(tiled / "run"), [tiled / "data" / "valid"], tmp_path / name, PredictOptions(0.02, **options)
+        )
         return json.loads((out / "predictions.json").read_text())
 
     own = found("own", batch_size=1)
