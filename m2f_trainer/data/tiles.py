@@ -1,9 +1,9 @@
-"""Images in square tiles of `tile_size` original pixels, each brought to the model's frame: small objects become large.
+"""Square tiles of `tile_size` original pixels, each resized to the model's frame, which enlarges small objects.
 
-Training: a grid of just touching tiles lies over each image, and an epoch shows each of its tiles once. The grid is
-shifted by a random part of a tile, a function of (seed, epoch, image) alone, so that objects are cut elsewhere each
-time. Tiles without objects are a set share of an epoch, and take turns. Evaluation and prediction: tiles that overlap,
-at the same scale (`lay_tiles`); `inference.tiles` merges what is found in them.
+Training: a grid of adjacent tiles covers each image, and each tile is sampled once per epoch. The grid is shifted by a
+random fraction of a tile, a function of (seed, epoch, image) only, so that objects are cut at other places each time.
+Tiles without objects are a fixed fraction of an epoch, and are cycled through over the epochs. Evaluation and
+prediction: overlapping tiles at the same scale (`lay_tiles`), whose instances `inference.tiles` merges.
 """
 
 import math
@@ -33,7 +33,7 @@ LEAST_VISIBLE = 0.1
 
 @dataclass(frozen=True)
 class Tile:
-    """Where a tile lies in the image (x0, y0, x1, y1), and its own part: own parts cover the image without overlap."""
+    """A tile's box in the image (x0, y0, x1, y1), and its core `own`: the cores partition the image."""
 
     box: Box
     own: Box
@@ -60,7 +60,7 @@ def lay_tiles(size: Size, side: int, overlap: float) -> list[Tile]:
 
 
 def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Start and end of each tile along one axis, and of its own part."""
+    """Start and end of each tile along one axis, and of its core."""
     side = min(tile, length)
     shared = min(side - 1, math.ceil(tile * overlap)) if side > 1 else 0
     count = max(1, math.ceil((length - shared) / (side - shared)))
@@ -74,7 +74,7 @@ def _lay_line(length: int, tile: int, overlap: float) -> list[tuple[tuple[int, i
 
 @dataclass(frozen=True)
 class Cell:
-    """One tile of the grid of `rows` x `columns` over image number `image`; `filled` where an object is in it."""
+    """One tile of the grid of `rows` x `columns` over image number `image`; `filled` if it contains an object."""
 
     image: int
     rows: int
@@ -85,15 +85,15 @@ class Cell:
 
 
 class Grid:
-    """The tiles that an epoch shows: of each image those that hold objects, and a share of all images' empty ones.
+    """The tiles of an epoch: of each image those that contain objects, and a fraction of all images' empty ones.
 
-    Where there are more than may be shown they take turns, in a fixed random order: each epoch goes on where the one
-    before stopped.
+    If there are more than the limit they are cycled through in a fixed random order: each epoch continues where the
+    one before stopped.
     """
 
     def __init__(self, rows: datasets.Dataset, side: int, empty: float, limit: int | None = None) -> None:
-        """`rows` as `load_coco` has them; `empty`, below 1, is the share of tiles without objects, at most; `limit` is
-        how many with objects an epoch shows of one image.
+        """`rows` as `load_coco` has them; `empty`, below 1, is the maximum fraction of tiles without objects;
+        `limit` is the maximum number of tiles with objects per image and epoch.
         """
         order = np.random.default_rng(0)
         cells: list[NDArray[np.int64]] = []  # (n, 5) of each image: its number, rows, columns, row, column
@@ -128,7 +128,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class _Turns:
-    """Numbers of tiles, `shown` of which are shown in an epoch."""
+    """Tile numbers that are cycled through, `shown` of them per epoch."""
 
     places: NDArray[np.int64]
     shown: int
@@ -138,20 +138,20 @@ class _Turns:
 
 
 def _by_image(places: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The places of each image, in the order that they have."""
+    """The places of each image, in their order."""
     order = np.argsort(images, kind="stable")
     return np.split(places[order], np.flatnonzero(np.diff(images[order])) + 1)
 
 
 def sizes_and_boxes(rows: datasets.Dataset) -> Iterator[tuple[Size, NDArray[np.float64]]]:
-    """Of each row its (height, width), and its objects' boxes (N, 4) x0, y0, x1, y1 as the masks have them."""
+    """Each row's (height, width), and its objects' boxes (N, 4), x0, y0, x1, y1, computed from the masks."""
     columns = rows.select_columns(["height", "width", "objects"]).with_format(None)
     for row in columns:
         yield (row["height"], row["width"]), target_boxes(row)
 
 
 def count_inside(boxes: NDArray[np.float64], size: Size, side: int, grid: Size) -> NDArray[np.int64]:
-    """The number of boxes (N, 4) that meet each tile of an unshifted grid, (rows, columns)."""
+    """The number of boxes (N, 4) that intersect each tile of an unshifted grid, (rows, columns)."""
     meets = []
     for axis, (length, count) in enumerate(zip(size, grid, strict=True)):
         starts = _starts((np.arange(count) + 0.5) / count * length, side, length)  # (count,)
@@ -162,14 +162,14 @@ def count_inside(boxes: NDArray[np.float64], size: Size, side: int, grid: Size) 
 
 
 def _starts(centres: Any, side: float, length: float) -> Any:
-    """Where windows begin along an axis: around their centres, but inside the image."""
+    """Start of each window along an axis: centred, then clipped to the image."""
     return np.clip(centres - side / 2, 0, max(0.0, length - side))
 
 
 class TileTransform(TrainTransform):
-    """`TrainTransform` for tiles: the frame shows `side` original pixels, times the jitter of lsj_min_ and _max_scale.
+    """`TrainTransform` for tiles: the frame covers `side` original pixels, times the jitter of lsj_min_ and _max_scale.
 
-    A row's `cell` says which tile; a row without one is shown at a random place. The frame must be a square.
+    A row's `cell` is its tile; a row without one is cropped at a random position. The frame must be square.
     """
 
     def __init__(self, image_height: int, image_width: int, side: int, **settings: Any) -> None:
@@ -177,7 +177,7 @@ class TileTransform(TrainTransform):
         self.side = side
 
     def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
-        """The cell, its grid shifted as this epoch's is for this image; unshifted where it would lose its objects."""
+        """The cell with the grid shift of this epoch and image; unshifted if the crop would contain no object."""
         quarter_turns = int(rng.integers(4)) if self.rotate90 else 0
         scale = self.size[0] / self.side * rng.uniform(*self.scales)
         flip = bool(rng.random() < 0.5) and self.flip
@@ -189,7 +189,7 @@ class TileTransform(TrainTransform):
         return Crop(crop.original, crop.resized, crop.window, flip, quarter_turns, LEAST_VISIBLE)
 
     def _window(self, row: Row, cell: Cell | None, shift: Sequence[float], scale: float) -> Crop:
-        """The window around a cell's centre, moved by a share of the cell's height and width."""
+        """The window around a cell's centre, shifted by a fraction of the cell's height and width."""
         original = (row["height"], row["width"])
         resized = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))
         place = ((cell.row, cell.rows), (cell.column, cell.columns)) if cell else ((0, 1), (0, 1))
@@ -201,7 +201,7 @@ class TileTransform(TrainTransform):
 
 
 class TrainTiles(InstanceDataset):
-    """The tiles of a training split as `Grid` deals them; `transform` is a `TileTransform`."""
+    """The tiles of a training split in the order of `Grid`; `transform` is a `TileTransform`."""
 
     def __init__(
         self,
@@ -218,12 +218,12 @@ class TrainTiles(InstanceDataset):
         return len(self.grid)
 
     def row(self, index: int, epoch: int) -> Row:
-        """The image's row, with the cell."""
+        """The image's row with its cell."""
         cell = self.grid.cell(index, epoch)
         return {**self.rows[cell.image], "cell": cell}
 
     def objects(self) -> NDArray[np.int64]:
-        """As `InstanceDataset`, of each tile."""
+        """The number of objects in each tile, as in `InstanceDataset`."""
         return self.grid.objects()
 
 
@@ -232,7 +232,7 @@ class TrainTiles(InstanceDataset):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a model sees images: tiles of `side` original pixels, overlapping by a share, brought to its frame."""
+    """Overlapping tiles of `side` original pixels that are resized to the model's `frame` (H, W)."""
 
     side: int
     overlap: float
@@ -243,7 +243,7 @@ class Tiling:
         return lay_tiles(size, self.side, self.overlap)
 
     def prepare(self, pixels: Pixels) -> tuple[torch.Tensor, torch.Tensor, Frames]:
-        """A tile's RGB (h, w, 3) -> pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and where it lies."""
+        """A tile's RGB (h, w, 3) -> pixel_values uint8 (3, H, W), pixel_mask bool (H, W), and the sizes."""
         size, scale = (pixels.shape[0], pixels.shape[1]), min(self.frame) / self.side
         height, width = (max(1, round(length * scale)) for length in size)
         crop = Crop(size, (height, width), (0, 0, width, height))
@@ -251,17 +251,17 @@ class Tiling:
 
 
 def tiling_of(data: DataArguments | M2FConfig) -> Tiling | None:
-    """The tiles of a recipe, or those that a model was trained on; None for whole images."""
+    """The tiling of a recipe or of a trained model; None for whole images."""
     frame = (data.image_height, data.image_width)
     return Tiling(data.tile_size, data.tile_overlap, frame) if data.tile_size else None
 
 
 class EvalTiles(InstanceDataset):
-    """The tiles of a split's images, image after image: the share of one rank, which gets images whole.
+    """One rank's tiles of a split's images, in order; all tiles of an image are on the same rank.
 
-    A sample is as an `InstanceDataset`'s, without objects; its `original_size` is the tile's, and `tile` int64 (3,) is
-    the tile's number in its image, -1 for a blank one that makes the ranks' batches equally many, and the image's
-    height and width.
+    A sample is as an `InstanceDataset`'s, without objects. Its `original_size` is the tile's. `tile` int64 (3,) is the
+    tile's index in its image, or -1 for a blank tile that makes the number of batches equal on all ranks, and the
+    image's height and width.
     """
 
     def __init__(self, rows: datasets.Dataset, tiling: Tiling, categories: Sequence[Category]) -> None:
@@ -273,7 +273,7 @@ class EvalTiles(InstanceDataset):
         self.deal(0, 1, 1)
 
     def deal(self, rank: int, world: int, batch_size: int) -> None:
-        """Choose this rank's images: those of most tiles first, each to the rank with the fewest tiles so far."""
+        """Assign images to ranks: those with most tiles first, each to the rank with the fewest tiles so far."""
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
         for image in sorted(range(len(self._tiles)), key=lambda image: -len(self._tiles[image])):
@@ -288,7 +288,7 @@ class EvalTiles(InstanceDataset):
         return len(self._places)
 
     def row(self, index: int, epoch: int) -> Row:
-        """The image's row without its objects, its number in the split, and the tile's in the image."""
+        """The image's row without objects, its index in the split, and the tile's index in the image."""
         image, tile = self._places[index]
         return {**self._images[image], "number": image, "tile": tile}
 
@@ -310,7 +310,7 @@ class EvalTiles(InstanceDataset):
         )
 
     def _pixels(self, row: Row) -> Pixels:
-        """The image (H, W, 3), held until another one's tile is asked for: each data worker reads an image once."""
+        """The image (H, W, 3), cached until another image is requested: a data worker reads each image once."""
         if self._held is None or self._held[0] != row["number"]:
             self._held = (row["number"], np.asarray(read_image(row)))
         return self._held[1]

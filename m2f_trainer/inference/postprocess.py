@@ -1,11 +1,11 @@
-"""Mask logits -> COCO run lengths at the original size, without ever holding the masks.
+"""Convert mask logits to COCO run lengths at the original size, without storing full-size masks.
 
-Resizing to the padded frame, cropping the padding and resizing to the original frame are linear and separable, so that
-they compose into one operator an axis: every output row is a weighted sum of at most four logit rows. The weights are
-convex, so a mask's pixels lie within the reach of its positive logits, and that block alone is computed. Blocks are
-laid out column by column, as COCO's run lengths are; the positions at which they change are what crosses to the host.
+Resizing to the padded frame, cropping the padding and resizing to the original frame are linear and separable, so they
+compose into one operator per axis: every output row is a weighted sum of at most four logit rows. The weights are
+convex, so a mask's pixels can only depend on its positive logits, and only the block that these reach is computed.
+Blocks are column-major, as COCO's run lengths are; only the positions of value changes are copied to the host.
 
-Weighted sums go through `embedding_bag`: exact float32 on every device, untouched by autocast and TF32.
+Weighted sums go through `embedding_bag`: exact float32 on every device, not affected by autocast and TF32.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def to_instances(
 ) -> list[Instances]:
     """The `top_k` best (query, class) pairs of each image as Instances, as in the original Mask2Former.
 
-    The work is done where the logits are; class choices, mask boundaries and scores alone cross to the host. A pair
-    whose mask has no pixel scores 0 and keeps its empty mask. A score that is not a number counts as 0.
+    Computed on the device of the logits; only classes, mask boundaries and scores are copied to the host. A pair whose
+    mask is empty scores 0 and keeps its empty mask. A NaN score counts as 0.
 
     Args:
         class_logits: (B, Q, K+1), the last one being "no object".
         mask_logits: (B, Q, h, w) in the logits frame, which covers the padded frame.
         image_ids: B ids.
-        original_sizes: B sizes (H, W) of the images as they came.
+        original_sizes: B sizes (H, W) of the original images.
         resized_sizes: B sizes (H, W) of the images within the padded frame, at its top left.
         padded_size: (H, W) of the network's input.
         category_ids: K ids: class k of the model is the dataset's category `category_ids[k]`.
-        threshold: pairs that can't score above it are left out before their masks are made; 0 leaves out none.
+        threshold: pairs that can't score above it are dropped before their masks are computed; 0 drops none.
     """
     ids, originals, resized = (_to_list(value) for value in (image_ids, original_sizes, resized_sizes))
     pairs = _best_pairs(class_logits, top_k, threshold)
@@ -112,7 +112,7 @@ def _image_instances(
 
 
 PIXELS_AT_ONCE = {"cpu": 2**20, "accelerator": 2**23}
-"""Pixels rendered at once, some 10 bytes each: what a CPU's caches hold, what keeps an accelerator busy."""
+"""Pixels rendered at once, about 10 bytes each: enough to fit a CPU's cache, or to fill an accelerator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +123,13 @@ class Axis:
     weight: NDArray[np.float64]
 
     def reach(self, low: int, high: int) -> tuple[int, int]:
-        """The outputs start:stop that see any of the inputs low:high."""
+        """The outputs start:stop that depend on any of the inputs low:high."""
         start = int(np.searchsorted(self.index[:, -1], low, "left"))
         stop = int(np.searchsorted(self.index[:, 0], high - 1, "right"))
         return start, max(start, stop)
 
     def part(self, start: int, stop: int, like: Tensor) -> tuple[int, int, Tensor, Tensor]:
-        """The inputs low:high that outputs start:stop see, and index (from low) and weight, (stop - start, taps)."""
+        """The inputs low:high that outputs start:stop need, with index (from low) and weight, (stop - start, taps)."""
         index = self.index[start:stop]
         low, high = int(index[0, 0]), int(index[-1, -1]) + 1
         weight = torch.from_numpy(self.weight[start:stop]).to(like.device, like.dtype)
@@ -165,7 +165,7 @@ def mask_runs(
 
     Args:
         mask_logits: (Q, h, w) of one image, float32 or float64.
-        queries: (n,) the queries wanted.
+        queries: (n,) indices of the queries.
     """
     frame = original[0] * original[1]
     height, width = mask_logits.shape[-2:]
@@ -193,7 +193,7 @@ def mask_runs(
 def _output_boxes(mask_logits: Tensor, queries: NDArray[np.int64], rows: Axis, columns: Axis) -> list[Box | None]:
     """The block of the original frame that the positive logits of each query can reach; None where there is none."""
     highest = torch.cat([mask_logits.amax(2), mask_logits.amax(1)], 1)  # (Q, h + w)
-    host = ~(highest <= 0).cpu().numpy()[queries]  # what is not a number may touch anything
+    host = ~(highest <= 0).cpu().numpy()[queries]  # NaN counts as positive
     height = mask_logits.shape[1]
     boxes: list[Box | None] = []
     for row in host:
@@ -208,7 +208,7 @@ def _output_boxes(mask_logits: Tensor, queries: NDArray[np.int64], rows: Axis, c
 
 
 def _groups(boxes: Sequence[Box | None], size: int) -> Iterator[list[int]]:
-    """The queries that have a box, `size` at a time: one on a CPU, where small blocks win."""
+    """The queries that have a box, `size` at a time: 1 on a CPU, where small blocks are faster."""
     present = [member for member, box in enumerate(boxes) if box is not None]
     for start in range(0, len(present), size):
         yield present[start : start + size]
@@ -253,10 +253,10 @@ def _weighted_rows(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def _changes(block: Tensor, x0: int, y0: int, height: int) -> tuple[list[NDArray[np.int64]], Tensor]:
-    """Where each mask of a (g, X, Y) block turns on or off in the column-major original frame, and the summed
+    """Positions at which each mask of a (g, X, Y) block changes in the column-major original frame, and the summed
     probability inside each, (g,). Overwrites the block.
 
-    Every column is followed by one cell of background, which ends a run at its bottom; `runs_of_changes` joins runs
+    Every column is followed by one background cell, which ends a run at its bottom; `runs_of_changes` joins runs
     that continue at the top of the next column.
     """
     group, width, rows = block.shape
@@ -270,7 +270,7 @@ def _changes(block: Tensor, x0: int, y0: int, height: int) -> tuple[list[NDArray
 
 
 def _edges(flat: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column of each cell of a (g, n) bool matrix whose right neighbour differs; by numpy, faster, on a CPU."""
+    """Row and column of each cell of a (g, n) bool matrix whose right neighbour differs. numpy is faster on a CPU."""
     if flat.device.type != "cpu":
         row, column = (flat[:, 1:] != flat[:, :-1]).nonzero().cpu().numpy().T
         return row, column

@@ -1,13 +1,13 @@
-"""What was found in an image's overlapping tiles, merged: every object once, whole.
+"""Merge the instances of an image's overlapping tiles, so that every object is found once and whole.
 
-A piece is *cut* where it touches an edge of its tile inside the image, *complete* otherwise. Complete pieces are
-objects; of two that overlap, the one with the higher score stays (non-maximum suppression). A cut piece that lies in
-such an object is a part of it, and dropped. The cut pieces of neighbouring tiles that are left and agree inside the
-tiles' overlap are one object that no tile saw whole: it is put together, each tile giving what it saw in its own part.
-A cut piece without a partner stays where most of it lies in its tile's own part, at a lower score: elsewhere a
-neighbour saw the place better and found nothing.
+An instance of a tile is a piece. It is *cut* if it touches an edge of its tile inside the image, *complete* otherwise.
+Complete pieces are objects; of two that overlap, the one with the higher score is kept (non-maximum suppression). A cut
+piece that lies in such an object is part of it and is dropped. The remaining cut pieces of neighbouring tiles that
+agree inside the overlap of the tiles form one object, which no tile contains whole: it is stitched from each tile's
+mask inside the tile's core. A cut piece without a partner is kept, at a lower score, if most of it lies in its tile's
+core; elsewhere a neighbour contains more of the place and found nothing.
 
-Pieces are bitmaps of a bit a pixel, cropped to their boxes: memory follows the objects, never N x H x W.
+Pieces are packed bitmaps of one bit per pixel, cropped to their boxes: memory grows with the objects, not N x H x W.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, Size, box_area, encode_runs, intersection, union
 
 SAME_OBJECT = 0.5
-"""The IoU above which two pieces are one object; of cut ones, their IoU inside the overlap of their tiles."""
+"""IoU above which two pieces are the same object; for cut pieces, the IoU inside the overlap of their tiles."""
 
 COVERED = 0.5
-"""The share of a cut piece above which it is part of the object that covers it."""
+"""Fraction of a cut piece above which it is part of the object that covers it."""
 
 CUT_SCORE = 0.3
-"""What the score of a cut piece without a partner is multiplied by."""
+"""Factor on the score of a cut piece without a partner."""
 
 CANDIDATES = 0.02
-"""The score that an instance of a tile must exceed to be merged where images are scored; COCO keeps 100 an image."""
+"""In evaluation, only instances of tiles that score above this are merged; COCO keeps 100 per image."""
 
 _ENCODED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Piece:
-    """An instance as one tile saw it, inside its box of the image."""
+    """An instance of one tile, in the image's frame and cropped to its box."""
 
     tile: int
     category_id: int
@@ -52,27 +52,27 @@ class Piece:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """The bitmap (y1 - y0, x1 - x0), made afresh."""
+        """The bitmap (y1 - y0, x1 - x0), unpacked at each call."""
         x0, y0, x1, y1 = self.box
         return np.unpackbits(self.packed, count=box_area(self.box)).view(np.bool_).reshape(y1 - y0, x1 - x0)
 
     def within(self, box: Box) -> NDArray[np.bool_]:
-        """The mask inside a box of the image, which needs to meet the piece's."""
+        """The mask inside a box of the image that intersects the piece's."""
         x0, y0, x1, y1 = intersection(self.box, box)
         left, top = self.box[:2]
         return self.mask[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
 class Merger:
-    """Collects what was found in the tiles of images, and gives each image's instances when its last tile has come."""
+    """Collect the instances of tiles, and return an image's merged instances when its last tile is added."""
 
     def __init__(self, tiling: Tiling, limit: int | None = None) -> None:
-        """`limit` is how many instances an image has at most; by default all."""
+        """`limit` is the maximum number of instances per image; by default there is none."""
         self.tiling, self.limit = tiling, limit
         self._open: dict[int, tuple[list[Tile], set[int], list[Piece]]] = {}  # tiles, those to come, pieces
 
     def add(self, found: Instances, number: int, size: Size) -> Instances | None:
-        """`found` is of tile `number` of image `found.image_id`, which has `size`, its masks in the tile's frame."""
+        """Add those of tile `number` of image `found.image_id`; `size` is the image's, the masks the tile's."""
         if found.image_id not in self._open:
             laid = self.tiling.lay(size)
             self._open[found.image_id] = laid, set(range(len(laid))), []
@@ -85,10 +85,10 @@ class Merger:
         return merge(found.image_id, tiles, pieces, size, self.limit)
 
     def add_batch(self, found: Sequence[Instances], tiles: Sequence[Sequence[int]]) -> list[Instances]:
-        """Add several; `tiles` holds a tile's number, -1 for a blank one, and its image's height and width for each.
+        """Add several; `tiles` has for each the tile's index, -1 for a blank one, and the image's height and width.
 
         Returns:
-            the images that are complete
+            the merged instances of the images that are complete
         """
         places = zip(found, tiles, strict=True)
         added = (self.add(one, number, (height, width)) for one, (number, height, width) in places if number >= 0)
@@ -98,7 +98,7 @@ class Merger:
 def merge(
     image_id: int, tiles: Sequence[Tile], pieces: Iterable[Piece], size: Size, limit: int | None = None
 ) -> Instances:
-    """The instances of an image of (height, width) `size` from what its tiles show: the `limit` best."""
+    """Merge the pieces of an image of (height, width) `size`; return the `limit` best instances."""
     cell = max(tiles[0].box[2:])
     of_tile = [Objects(cell) for _ in tiles]
     for piece in by_score(pieces):
@@ -124,12 +124,12 @@ def merge(
 
 
 def by_score(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces, best first."""
+    """The pieces in descending order of score."""
     return sorted(pieces, key=lambda piece: -piece.score)
 
 
 class Objects:
-    """Pieces that are objects of their own, found again by the square cells of `cell` pixels that their boxes meet."""
+    """Pieces that are separate objects, indexed by the square cells of `cell` pixels that their boxes intersect."""
 
     def __init__(self, cell: int) -> None:
         self.cell = cell
@@ -137,7 +137,7 @@ class Objects:
         self._near: dict[tuple[int, int, int], list[int]] = {}
 
     def add(self, piece: Piece) -> None:
-        """Add a piece, unless it is an object that is there already."""
+        """Add a piece, unless it duplicates an object that is already present."""
         if all(common <= SAME_OBJECT * (piece.area + other.area - common) for other, common in self._meeting(piece)):
             for cell in self._cells(piece):
                 self._near.setdefault(cell, []).append(len(self.pieces))
@@ -156,7 +156,7 @@ class Objects:
         return ((piece.category_id, row, column) for row, column in product(rows, columns))
 
     def _meeting(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
-        """The objects of a piece's class whose boxes meet its own, with the number of pixels that they share."""
+        """The objects of the piece's class whose boxes intersect its own, with the number of shared pixels."""
         for place in {place for cell in self._cells(piece) for place in self._near.get(cell, ())}:
             other = self.pieces[place]
             shared = intersection(piece.box, other.box)
@@ -184,9 +184,9 @@ def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
 
 
 def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The pieces of all tiles, those of one object together; a group has at most one piece a tile.
+    """Group the pieces of one object; a group has at most one piece per tile.
 
-    Pairs are joined from the best agreement down, so that a piece goes to the neighbour's that fits it best.
+    Pairs are joined in descending order of agreement, so that a piece is joined to its best match.
     """
     of_tile: list[list[Piece]] = [[] for _ in tiles]
     for piece in pieces:
@@ -201,7 +201,7 @@ def group_pieces(tiles: Sequence[Tile], pieces: Sequence[Piece]) -> list[list[Pi
 
 
 def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator[tuple[float, Piece, Piece]]:
-    """Pieces of neighbouring tiles that agree, with their agreement. A tile's later neighbours are near in the list."""
+    """Pairs of pieces of neighbouring tiles that agree, with their agreement, for tiles listed row by row."""
     across = sum(tile.box[1] == tiles[0].box[1] for tile in tiles)
     for number, tile in enumerate(tiles):
         later = {number + 1, *(number + across + step for step in (-1, 0, 1))}
@@ -217,7 +217,7 @@ def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator
 
 
 def agreement(first: Piece, second: Piece, shared: Box) -> float:
-    """The IoU of two pieces inside the part of the image that both their tiles see."""
+    """The IoU of two pieces inside the overlap of their tiles."""
     both = intersection(intersection(first.box, second.box), shared)
     if not box_area(both):
         return 0.0
@@ -227,9 +227,9 @@ def agreement(first: Piece, second: Piece, shared: Box) -> float:
 
 
 def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
-    """In each tile's own part what that tile saw; the score is the mean, weighted by what each piece contributes.
+    """Stitch each tile's mask inside its core; the score is the mean, weighted by the area that each piece contributes.
 
-    None where no tile saw anything in its own part.
+    None if no piece has a pixel in its tile's core.
     """
     boxes = [intersection(piece.box, tiles[piece.tile].own) for piece in group]
     areas = [int(piece.within(box).sum()) if box_area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
@@ -245,7 +245,7 @@ def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
 
 
 def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:
-    """COCO's compressed run lengths of each object, some at a time: encoding takes many times their size."""
+    """COCO's compressed RLE of each object, in chunks: encoding takes many times their memory."""
     for start in range(0, len(objects), _ENCODED_AT_ONCE):
         yield from encode_runs([to_runs(piece, size) for piece in objects[start : start + _ENCODED_AT_ONCE]])
 
@@ -253,7 +253,7 @@ def _encode(objects: Sequence[Piece], size: Size) -> Iterator[bytes]:
 def to_runs(piece: Piece, size: Size) -> NDArray[np.int64]:
     """Run lengths of a piece's mask in the whole image, column-major, background first."""
     x0, y0, x1, y1 = piece.box
-    stride = y1 - y0 + 1  # a cell of background ends each column
+    stride = y1 - y0 + 1  # each column ends with a background cell
     flat = np.zeros((x1 - x0) * stride + 1, np.bool_)
     flat[1:].reshape(x1 - x0, stride)[:, :-1] = piece.mask.T
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), stride)

@@ -1,7 +1,7 @@
-"""Parts of an image, read without the rest where the file allows it: a TIFF by its tiles or strips, through tifffile.
+"""Read windows of an image: of a TIFF only the tiles or strips needed, through tifffile; other files are decoded whole.
 
-Pillow decodes a JPEG or PNG whole, so those must fit in memory and in Pillow's own limit; then parts are cut from it.
-So is a TIFF whose colours tifffile leaves as they are stored (palettes, CMYK) or that takes a codec it lacks.
+Pillow decodes a JPEG or PNG whole, so those must fit in memory and in Pillow's own limit. The same applies to a TIFF
+whose colours tifffile does not convert (palettes, CMYK) or whose codec is not installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class Windows(Protocol):
-    """An image that gives any part of itself as RGB, uint8 (h, w, 3)."""
+    """An image whose windows can be read as RGB, uint8 (h, w, 3)."""
 
     size: Size
 
@@ -49,10 +49,10 @@ class ArrayWindows:
 
 
 class TiffWindows:
-    """A TIFF of 8-bit grey or colour; a part costs the tiles or strips that it touches.
+    """A TIFF of 8-bit grey or colour; reading a window decodes the tiles or strips it intersects.
 
     Raises:
-        ImageError: its first page is damaged, has other samples, or is compressed in a way that can't be read here.
+        ImageError: its first page is damaged, has other sample types, or its compression isn't supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,17 +63,17 @@ class TiffWindows:
             with tifffile.TiffFile(path) as file:
                 self.page: Any = file.pages[0]
                 self.decode = self.page.decode
-        except Exception as error:  # what a damaged header makes of tifffile, of many kinds
+        except Exception as error:  # tifffile raises many types for a damaged header
             raise ImageError(f"{path}: the TIFF's header is damaged ({error}). Replace the file.") from error
         self.size: Size = self._checked_size()
-        self._decode(0)  # so that a missing codec shows before any prediction
+        self._decode(0)  # raises for a missing codec before any prediction
 
     def _checked_size(self) -> Size:
         page, shape = self.page, self.page.shape
         colours = page.photometric in (GREY, RGB) or (page.photometric == YCBCR and page.compression == JPEG)
         if page.dtype != np.uint8 or page.planarconfig != 1 or not colours or shape[2:] not in ((), (1,), (3,), (4,)):
             raise ImageError(
-                f"{self.path}: reading by windows takes 8-bit grey, RGB or RGBA with the colours side by side, got "
+                f"{self.path}: reading by windows takes 8-bit grey, RGB or RGBA with interleaved channels, got "
                 f"{shape} of {page.dtype}, colours {page.photometric!r}. Convert it, for instance with "
                 "`vips tiffsave --tile`."
             )
@@ -108,10 +108,10 @@ class TiffWindows:
             data = file.read(self.page.databytecounts[index]) or None
         try:
             decoded, _, shape = self.decode(data, index, jpegtables=self.page.jpegtables)
-        except Exception as error:  # each codec has errors of its own
-            codec = " pip install imagecodecs brings it." if "imagecodecs" in str(error) else " Replace the file."
+        except Exception as error:  # each codec has its own exceptions
+            codec = " pip install imagecodecs adds it." if "imagecodecs" in str(error) else " Replace the file."
             raise ImageError(f"{self.path}: part {index} of the TIFF can't be decoded ({error}).{codec}") from error
-        if decoded is None:  # a tile that was never written
+        if decoded is None:  # a sparse TIFF: the tile is empty
             return np.zeros((*shape[1:3], 1), np.uint8)
         pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
         return pixels
@@ -148,9 +148,9 @@ def open_windows(path: Path) -> Windows:
 
 
 def _is_tiff(path: Path) -> bool:
-    """By its first bytes: the name tells nothing of a slide called .svs, or of a JPEG called .tif."""
+    """Whether the first bytes are a TIFF's; suffixes mislead: slides are named .svs, and some JPEGs .tif."""
     try:
-        if not path.is_file():  # a pipe would never end
+        if not path.is_file():  # reading a pipe could block
             return False
         with path.open("rb") as file:
             return file.read(4) in TIFF_STARTS

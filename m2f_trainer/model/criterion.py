@@ -18,9 +18,9 @@ from .quality import quality_losses
 
 @dataclass(frozen=True)
 class Points:
-    """The random points of one loss, all in [0, 1]: given by tests, drawn otherwise.
+    """The random points of one loss, all in [0, 1]; tests pass fixed ones.
 
-    matching (B, P, 2); candidates (M, 3 P, 2) to take the uncertain ones from; random (M, P - uncertain, 2).
+    matching (B, P, 2); candidates (M, 3 P, 2), from which the uncertain ones are chosen; random (M, P - uncertain, 2).
     """
 
     matching: Tensor
@@ -28,7 +28,7 @@ class Points:
     random: Tensor | None = None
 
     def of(self, some: slice) -> "Points":
-        """Those of some of the pairs."""
+        """The points of a slice of the pairs."""
         candidates, random = self.candidates, self.random
         return Points(
             self.matching,
@@ -73,7 +73,7 @@ class Criterion(nn.Module):
     """Classification, binary cross entropy and dice of every decoder output, computed in float32.
 
     Equal to transformers' `Mask2FormerLoss` given the same points, except for the divisor: transformers divides by the
-    world size twice and knows nothing of accumulated batches (see `normalizer`).
+    world size twice and ignores accumulated batches (see `normalizer`).
     """
 
     def __init__(self, num_labels: int, settings: LossSettings) -> None:
@@ -93,10 +93,10 @@ class Criterion(nn.Module):
         points: Points | None = None,
         quality_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms, each a vector of the L outputs: loss_cross_entropy, loss_mask, loss_dice.
+        """Return the weighted terms: loss_cross_entropy, loss_mask and loss_dice, each (L,) for the L outputs.
 
-        With a discrimination_weight there is a loss_discrimination of one number too, of the features themselves.
-        With quality_logits (B, Q) of the last output there is a loss_quality of one number too.
+        With a discrimination_weight there is also loss_discrimination (1,), which depends on the features only.
+        With quality_logits (B, Q) of the last output there is also loss_quality (1,).
 
         embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), divisors as `normalizer` gives
         them (default: of this batch), T masks and class_labels [(N_b,)] in the batch's order.
@@ -114,7 +114,7 @@ class Criterion(nn.Module):
             )
             classes = self._class_loss(class_logits, class_labels, matches) / divisors[1]
             mask, dice = self._mask_losses(embeddings, features, masks, matches, points)
-            untouched = 0 * (embeddings.sum() + features.sum())  # a rank without objects gives gradients too
+            untouched = 0 * (embeddings.sum() + features.sum())  # gradients of 0 on a rank without objects
             count = divisors[0].clamp(min=1)
             terms = {
                 "loss_cross_entropy": self.settings.class_weight * classes,
@@ -158,11 +158,11 @@ class Criterion(nn.Module):
 
 
 class PointLosses(torch.autograd.Function):
-    """Binary cross entropy and dice of the matched pairs at their points, some pairs at a time.
+    """Binary cross entropy and dice of the matched pairs at their points, computed in chunks of pairs.
 
-    A pair's mask, its product of embedding and features, lives only while its points are sought. What is kept for
-    backward are the points and the probabilities there; the truth is read again, and the mask's gradient is again made
-    some pairs at a time.
+    A pair's mask, the product of its embedding and the features, exists only while its points are chosen. Only the
+    points and the probabilities there are saved for backward, which samples the targets again and computes the gradient
+    of the masks in chunks too.
     """
 
     @staticmethod
@@ -260,7 +260,7 @@ def uncertain_points(logits: Tensor, settings: LossSettings, points: Points) -> 
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """Where the `count` smallest of each row are, in any order: int64 (m, count). numpy is 5 times faster on a CPU."""
+    """Indices of each row's `count` smallest values, in any order: int64 (m, count). On a CPU numpy is 5x faster."""
     if values.device.type != "cpu" or not count:
         return values.topk(count, dim=1, largest=False, sorted=False).indices
     return torch.from_numpy(np.argpartition(values.numpy(), count - 1, axis=1)[:, :count])

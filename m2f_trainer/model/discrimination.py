@@ -1,8 +1,8 @@
-"""A training loss that tells objects apart by the mask features of their pixels.
+"""Instance discrimination loss: a contrastive loss that separates objects by the mask features of their pixels.
 
 The instance discrimination of MaX-DeepLab (Wang et al. 2021, https://arxiv.org/abs/2012.00759, section 3.4), with the
-background as one more object of each image. Mask2Former's own losses reach the mask features only through queries,
-which know no object at first; this one reaches them from the first step on. It has no weights of its own.
+background as an additional object of each image. Mask2Former's own losses train the mask features only through the
+queries, which do not represent objects at first; this loss trains them directly from the first step. It has no weights.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ TEMPERATURE = 0.2
 
 
 def discrimination(features: Tensor, masks: CompactMasks, counts: Sequence[int], points: Tensor) -> Tensor:
-    """Cross entropy between each point's object and the nearest of the objects' mean features: a sum over objects.
+    """Cross entropy of assigning each point to its object by the objects' mean features, summed over objects.
 
-    features (B, C, h, w); `counts`, how many of the T masks each image has; points (B, P, 2), x and y in [0, 1]. Near
-    is a high cosine, divided by `TEMPERATURE`. An object's loss is the mean over its points; an object without a point
-    has none, and an image without objects neither.
+    features (B, C, h, w); `counts`: number of masks of each image, T in all; points (B, P, 2), x and y in [0, 1]. The
+    logits are cosine similarities divided by `TEMPERATURE`. An object's loss is the mean over its points. Objects
+    without a point and images without objects contribute 0.
     """
     sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, C, P)
     total, start = features.new_zeros(()), 0
@@ -36,7 +36,7 @@ def discrimination(features: Tensor, masks: CompactMasks, counts: Sequence[int],
 
 
 def _of_image(features: Tensor, truth: Tensor) -> Tensor:
-    """Features (C, P) and whose each point is, (N + 1, P) -> the sum over objects."""
+    """Features (C, P) and each point's object as one-hot rows (N + 1, P) -> the loss summed over objects."""
     area = truth.sum(1, keepdim=True)
     unit = F.normalize(features, dim=0)
     means = F.normalize((truth.to(unit) @ unit.T) / area.clamp(min=1), dim=1)

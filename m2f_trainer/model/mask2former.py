@@ -44,17 +44,17 @@ class M2FConfig(Mask2FormerConfig):
 
     categories      class k is the k-th entry, {"id": the dataset's own id, "name": ...}
     image_height, image_width
-                    the padded frame that images are fitted into, multiples of the backbone's stride
+                    the padded frame that images are resized to fit into, multiples of the backbone's stride
     discrimination_weight
-                    weight of a loss that only training has (see `discrimination`); 0 is off
+                    weight of the instance discrimination loss (see `discrimination`); 0: off
     tile_size, tile_overlap
-                    images are seen in square tiles of this side, in their own pixels, that overlap by this fraction of
-                    it and are resized to the frame; None for whole images
-    quality_weight  loss weight of the head that predicts each mask's IoU to rank by (see `quality`); 0: no such head
-    matrix_nms      whether duplicates lose score in the class logits (see `ranking`)
-    backbone_name   what the backbone was made from: a table name, Hub id or folder; "" for a random start
+                    side of the square tiles in original pixels, and the fraction of it that neighbours share; tiles
+                    are resized to the frame. None for whole images
+    quality_weight  loss weight of the mask quality head, whose IoUs rescore queries (see `quality`); 0: no such head
+    matrix_nms      whether Matrix NMS lowers the class logits of duplicates (see `ranking`)
+    backbone_name   source of the backbone: a table name, Hub id or folder; "" for random initialisation
     head_checkpoint, init_from
-                    what the weights started from, kept for the licence chain
+                    sources of the initial weights, recorded for the licence chain
     """
 
     model_type = "mask2former_dino"

@@ -1,7 +1,7 @@
-"""How good each predicted mask is: a small head that predicts a mask's IoU with its object, to rank predictions by.
+"""Mask quality head: a small MLP that predicts each mask's IoU with its object, used to rank predictions.
 
-The idea of Mask Scoring R-CNN (Huang et al. 2019, https://arxiv.org/abs/1903.00241): the class head tells whether there
-is an object, and nothing in its loss tells how well the mask fits.
+As in Mask Scoring R-CNN (Huang et al. 2019, https://arxiv.org/abs/1903.00241): the class head is trained to predict
+whether there is an object, and its loss does not depend on how well the mask fits.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from .compact_masks import CompactMasks, chunks
 from .initialization import init_class_head
 
 MEASURES, WIDTH = 5, 32
-LITTLE = 1e-3
+EPSILON = 1e-3
 GRID = 48
-"""Points a side of the grid in which an IoU is measured."""
+"""Points per side of the grid on which an IoU is measured."""
 
 
 class QualityHead(nn.Module):
-    """Logits of each mask's IoU, by a small MLP on five measures of the mask (see `measures`).
+    """Predict the logit of each mask's IoU with an MLP on five features of the mask (see `measures`).
 
-    Measures generalise where embeddings remember the training images. Nothing flows back from here: trunk, class head
-    and masks train as they would without this head.
+    A head on query embeddings overfits the training images; these features generalise. They are computed without
+    gradient, so that the head does not affect the training of backbone, class head and masks.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class QualityHead(nn.Module):
         self.score = nn.Linear(WIDTH, 1)
 
     def start(self) -> None:
-        """torch's default, and a score of 0: a head that is new in a trained model leaves the order as it was."""
+        """Initialise as torch does, and the last layer with 0: a new head in a trained model keeps the ranking."""
         for layer in self.layers:
             init_class_head(cast(nn.Linear, layer))
         init.zeros_(self.score.weight)
@@ -51,27 +51,28 @@ class QualityHead(nn.Module):
 
 @torch.no_grad()
 def measures(mask_logits: Tensor, features: Tensor) -> Tensor:
-    """What tells how well a mask fits: mask logits (B, Q, h, w), mask features (B, C, h, w) -> float32 (B, Q, 5).
+    """Features that predict a mask's IoU: mask logits (B, Q, h, w), mask features (B, C, h, w) -> float32 (B, Q, 5).
 
-    The area; the mean probability inside; how little the mask changes with the threshold (Segment Anything's stability
-    score, Kirillov et al. 2023, https://arxiv.org/abs/2304.02643); the length of the mean unit feature inside; and the
-    mean cosine to it in a ring of one cell around the mask, which is high where the mask ends within its object.
+    The area; the mean probability inside; the stability of the mask under a change of threshold (the stability score of
+    Segment Anything, Kirillov et al. 2023, https://arxiv.org/abs/2304.02643); the length of the mean unit feature
+    inside; and the mean cosine to it in a ring of one cell around the mask, which is high where the mask ends
+    within its object.
     """
     with torch.autocast(features.device.type, enabled=False):
         logits = mask_logits.float()
         inside = logits.sigmoid()
         hard = (logits > 0).float().flatten(2)  # (B, Q, h x w)
         ring = (F.max_pool2d(inside, 3, stride=1, padding=1) - inside).flatten(2)
-        stable = (logits > 1).float().flatten(2).sum(-1) / (logits > -1).float().flatten(2).sum(-1).clamp(min=1)
+        stability = (logits > 1).float().flatten(2).sum(-1) / (logits > -1).float().flatten(2).sum(-1).clamp(min=1)
         inside = inside.flatten(2)
         area = inside.sum(-1)
         unit = F.normalize(features.float().flatten(2), dim=1).transpose(1, 2)  # (B, h x w, C)
-        mean = inside @ unit / (area + LITTLE).unsqueeze(-1)  # (B, Q, C)
-        around = ring @ unit / (ring.sum(-1) + LITTLE).unsqueeze(-1)
-        alike = mean.norm(dim=-1)
-        beyond = (mean * around).sum(-1) / (alike + LITTLE)
-        firm = (inside * hard).sum(-1) / hard.sum(-1).clamp(min=1)
-        return torch.stack([(area + LITTLE).log() / 4, firm, stable, alike, beyond], -1)
+        mean = inside @ unit / (area + EPSILON).unsqueeze(-1)  # (B, Q, C)
+        around = ring @ unit / (ring.sum(-1) + EPSILON).unsqueeze(-1)
+        coherence = mean.norm(dim=-1)
+        ring_similarity = (mean * around).sum(-1) / (coherence + EPSILON)
+        confidence = (inside * hard).sum(-1) / hard.sum(-1).clamp(min=1)
+        return torch.stack([(area + EPSILON).log() / 4, confidence, stability, coherence, ring_similarity], -1)
 
 
 def quality_losses(
@@ -82,20 +83,20 @@ def quality_losses(
     counts: Sequence[int],
     points: Tensor,
 ) -> Tensor:
-    """Binary cross entropy of every query's predicted IoU to the IoU of its mask with the object it fits best: (B, Q).
+    """Binary cross entropy between each query's predicted IoU and its mask's IoU with the best matching object: (B, Q).
 
-    quality_logits (B, Q), embeddings (B, Q, D), features (B, D, h, w), `counts` of the batch's masks an image, points
-    (B, P, 2) in [0, 1] at which the object is chosen. Without objects the IoU is 0.
+    quality_logits (B, Q), embeddings (B, Q, D), features (B, D, h, w), `counts`: number of masks of each
+    image, points (B, P, 2) in [0, 1] at which the best matching object is determined. Without objects the IoU is 0.
     """
     sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, D, P)
     truth, start = torch.zeros_like(quality_logits, dtype=torch.float32), 0
     for image, count in enumerate(counts):
         if count:
             objects = torch.arange(start, start + count, device=points.device)
-            theirs = (masks.sample(objects, points[image].expand(count, -1, -1)) >= 0.5).to(sampled)  # (N, P)
-            ours = (embeddings[image] @ sampled[image] > 0).to(sampled)  # (Q, P)
-            common = ours @ theirs.T
-            best = objects[(common / (ours.sum(1, True) + theirs.sum(1) - common).clamp(min=1)).argmax(1)]
+            target = (masks.sample(objects, points[image].expand(count, -1, -1)) >= 0.5).to(sampled)  # (N, P)
+            predicted = (embeddings[image] @ sampled[image] > 0).to(sampled)  # (Q, P)
+            common = predicted @ target.T
+            best = objects[(common / (predicted.sum(1, True) + target.sum(1) - common).clamp(min=1)).argmax(1)]
             truth[image] = overlaps(embeddings[image], features[image], masks, best)
         start += count
     return F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
@@ -103,25 +104,25 @@ def quality_losses(
 
 @torch.no_grad()
 def overlaps(embeddings: Tensor, features: Tensor, masks: CompactMasks, targets: Tensor) -> Tensor:
-    """IoU of one image's predicted masks with objects, (M,): pair m is embeddings[m] of (M, D) and mask targets[m].
+    """IoU of M pairs of predicted and target masks of one image: (M,). Pair m is embeddings[m] and mask targets[m].
 
-    features (D, h, w). Both masks are read at a grid of points in the smallest box around the two, so that a small
-    object is measured as exactly as a large one.
+    embeddings (M, D), features (D, h, w). Both masks are sampled on a grid in the smallest box around the two, so that
+    the relative precision does not depend on the object's size.
     """
     found = embeddings.new_empty(len(embeddings))
     for some in chunks(len(embeddings), max(features[0].numel(), GRID**2), features.device):
         logits = (embeddings[some] @ features.flatten(1)).view(-1, *features.shape[1:])
         points = grid(around(logits > 0, masks.boxes[targets[some]], masks.size)).to(features)
-        ours = F.grid_sample(logits.unsqueeze(1), 2 * points.unsqueeze(2) - 1, align_corners=False)[:, 0, :, 0] > 0
-        theirs = masks.sample(targets[some], points) >= 0.5
-        found[some] = (ours & theirs).sum(1) / (ours | theirs).sum(1).clamp(min=1)
+        predicted = F.grid_sample(logits.unsqueeze(1), 2 * points.unsqueeze(2) - 1, align_corners=False)[:, 0, :, 0] > 0
+        target = masks.sample(targets[some], points) >= 0.5
+        found[some] = (predicted & target).sum(1) / (predicted | target).sum(1).clamp(min=1)
     return found
 
 
 def around(inside: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """The smallest box (m, 4) around each mask (m, h, w) and box (m, 4) in pixels of `size`: x0, y0, x1, y1 in [0, 1].
 
-    A cell of a mask reaches to the centres of its neighbours, as far as bilinear values of it do.
+    A cell of a mask extends to the centres of its neighbours, as far as bilinear interpolation of its value does.
     """
     ends = []
     for axis, side in ((1, size[1]), (2, size[0])):

@@ -1,22 +1,22 @@
-"""Ranking of the queries of an image, within the class logits: everything that reads them ranks so, exports too.
+"""Rescore queries within the class logits, so that every user of the logits, exports included, ranks alike.
 
-What is known of a query beside its classes multiplies their probabilities, and "no object" takes the rest: the
-predicted IoU of its mask (see `quality`), and the decay of Matrix NMS where a better query covers it (SOLOv2, Wang et
-al. 2020, https://arxiv.org/abs/2003.10152, section 3.3). Nothing is dropped: two touching objects both survive.
+Two factors multiply the class probabilities of a query; the rest of the probability goes to "no object". They are the
+predicted IoU of its mask (see `quality`), and the decay of Matrix NMS where a mask with a higher score overlaps it
+(SOLOv2, Wang et al. 2020, https://arxiv.org/abs/2003.10152, section 3.3). No query is removed.
 """
 
 import torch
 from torch import Tensor
 
 LEAST = 1e-6
-"""Of what divides, and of a decay: logits stay finite."""
+"""Lower bound of divisors and factors, so that logits stay finite."""
 
 
 def rank(class_logits: Tensor, mask_logits: Tensor, quality_logits: Tensor | None, nms: bool) -> Tensor:
-    """Class logits (B, Q, K + 1) that rank; as given where there are no quality_logits (B, Q) and there is no `nms`.
+    """Rescored class logits (B, Q, K + 1); unchanged without quality_logits (B, Q) and `nms`.
 
-    With `nms` the probability that there is an object counts by its square root: it is low where another query was
-    matched instead, which the decays say too (measured on nuclei: 1 AP more). Computed in float32.
+    With `nms`, the probability of any object is replaced by its square root. It is low for duplicates, which were
+    unmatched in training, and the decay already penalises those (measured on nuclei: +1 AP). Computed in float32.
     """
     if quality_logits is None and not nms:
         return class_logits
@@ -31,15 +31,15 @@ def rank(class_logits: Tensor, mask_logits: Tensor, quality_logits: Tensor | Non
 
 
 def objectness(class_logits: Tensor) -> Tensor:
-    """The probability (...) of any class at all, above 0: of logits (..., K + 1), "no object" last."""
+    """The probability (...) of any class, at least `LEAST`, of logits (..., K + 1) with "no object" last."""
     return class_logits.softmax(-1)[..., :-1].sum(-1).clamp(min=LEAST)
 
 
 def rescaled(class_logits: Tensor, factor: Tensor) -> Tensor:
-    """Logits (..., K + 1) whose softmax has each class's probability times a query's `factor`, and no object the rest.
+    """Logits (..., K + 1) whose softmax is each class's probability times a query's `factor`; "no object" is the rest.
 
-    class_logits (..., K + 1), "no object" last; factor (...), above 0, with which the probabilities add up to at most
-    1. The logits are log probabilities.
+    class_logits (..., K + 1), "no object" last; factor (...), above 0 and such that the class probabilities sum to at
+    most 1. The logits are log probabilities.
     """
     logs = class_logits.log_softmax(-1)
     objects = logs[..., :-1] + factor.log().unsqueeze(-1)
@@ -51,8 +51,8 @@ def matrix_nms(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     """The decay (B, Q), above 0 and at most 1, of class_logits (B, Q, K + 1) with mask_logits (B, Q, h, w).
 
     Queries are compared within their likeliest class and ordered by its probability x mean mask probability, as
-    predictions are. Query j decays by the least, over the better queries i, of (1 - IoU(i, j)) / (1 - c(i)), where c(i)
-    is the largest IoU of i with a query that is better than i; IoUs are of the masks at the logits' size.
+    predictions are. The decay of query j is the minimum, over the better queries i, of (1 - IoU(i, j)) / (1 - c(i)),
+    where c(i) is the largest IoU of i with a query that is better than i; IoUs are of the masks at the logits' size.
     """
     best, label = class_logits.softmax(-1)[..., :-1].max(-1)  # (B, Q)
     logits = mask_logits.flatten(2)
