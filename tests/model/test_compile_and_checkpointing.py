@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.model.pixel_decoder import encoder_layer, reference_points
 from tests.model.tiny import images, labels, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code, transformers of a rename
@@ -55,23 +54,6 @@ def test_gradient_checkpointing_keeps_less_in_every_part(part: str) -> None:
     kept = kept_numbers(model, part)
     model.gradient_checkpointing_enable()
     assert kept_numbers(model, part) < 0.6 * kept
-
-
-def test_a_layer_of_the_pixel_decoder_keeps_no_sum_of_features_and_positions() -> None:
-    """Six arrays of the features' size: what it was given, values, what was attended, and about the two norms."""
-    layer = tiny_model().train().model.pixel_level_module.decoder.encoder.layers[0]
-    shapes = ((2, 2), (4, 4), (8, 8))
-    hidden, positions = torch.randn(2, 84, 32, requires_grad=True), torch.randn(1, 84, 32, requires_grad=True)
-    references = reference_points(shapes, hidden.device)
-    kept: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        encoder_layer(layer, hidden, positions, references, shapes)
-    assert sum(tensor.numel() == hidden.numel() for tensor in kept.values()) == 6
 
 
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients() -> None:

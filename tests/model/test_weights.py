@@ -62,14 +62,6 @@ def test_a_new_run_from_a_model_of_ours_carries_class_scores_over_by_name(tmp_pa
     assert all(torch.equal(new.state_dict()[name], old.state_dict()[name]) for name in shared)
 
 
-def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(tmp_path: Path) -> None:
-    old = tiny_model(taps=(2,))
-    old.save_pretrained(tmp_path)
-    new = tiny_model(init_from=str(tmp_path))
-    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
-    assert len(tiny_model(init_from=str(tmp_path), taps=(1, 2)).config.backbone_config.out_features) == 2
-
-
 @pytest.mark.parametrize("backbone", [DINOV2, {**VIT, "num_hidden_layers": 3}, {**VIT, "hidden_size": 16}])
 def test_a_new_run_on_another_backbone_than_its_start_is_refused(backbone: Any, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
@@ -93,12 +85,3 @@ def test_more_queries_than_the_source_has_keep_its_own_and_say_how_many_are_new(
     fewer = tiny_model(init_from=str(tmp_path), num_queries=5)
     name = "model.transformer_module.queries_embedder.weight"
     assert torch.equal(fewer.state_dict()[name], more.state_dict()[name][:5])
-
-
-def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model card would name `runs/first` as a Hub id, and its licences would be lost from elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model().save_pretrained("runs/first")
-    assert tiny_model(init_from="runs/first").config.init_from == str(tmp_path / "runs" / "first")

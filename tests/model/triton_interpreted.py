@@ -1,27 +1,17 @@
-"""Run by test_deformable.py with TRITON_INTERPRET=1: the kernels against transformers' own, forward and backward."""
+"""Run by test_deformable_triton.py with TRITON_INTERPRET=1: the kernels against transformers' deformable attention."""
 
-import torch
-from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+from torch import Tensor
 
 from m2f_trainer.model.deformable_triton import TritonSampling
-from tests.model.test_deformable_attention import SHAPES, inputs, places
+from tests.model.attention_reference import SHAPES, assert_equal_to_transformers, assert_nan_reads_nothing
 
 
-def main() -> None:
-    value, locations, weights = inputs()
-    expected = multi_scale_deformable_attention(value, SHAPES, locations, weights)
-    found = TritonSampling.apply(value, places(locations), weights, SHAPES)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn_like(expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, (value, locations, weights), gradient),
-        torch.autograd.grad(expected, (value, locations, weights), gradient),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
-    nowhere = TritonSampling.apply(value, torch.full_like(places(locations), torch.nan), weights, SHAPES)
-    assert nowhere.eq(0).all()
+def attention(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Our kernels' output."""
+    output: Tensor = TritonSampling.apply(value, places, weights, SHAPES)
+    return output
 
 
 if __name__ == "__main__":
-    main()
+    assert_equal_to_transformers(attention)
+    assert_nan_reads_nothing(attention)

@@ -1,0 +1,56 @@
+"""Building a model to train: what it starts from, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from m2f_trainer.model.backbones import ModelError
+from tests.model.tiny import DINOV2, tiny_model
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"image_size": (64, 60)}, ["image_width 60", "multiple of 8", "56 and 64"]),
+    ({"neck": "fpn"}, ["neck must be", "'fpn'"]),
+    ({"taps": (1, 5)}, ["[5]", "2 layers"]),
+    ({"dropout": 0.1}, ["dropout"]),
+    ({"decoder_layer": 3}, ["'decoder_layer'", "'decoder_layers'"]),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_with_the_way_out(fields, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ModelError) as caught:
+        tiny_model(**fields)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_gated_or_unknown_backbone_names_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="accept the licence") as caught:
+        tiny_model("dinov3-vits16")
+    assert "dinov2-small" in str(caught.value)
+
+
+def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(tmp_path: Path) -> None:
+    old = tiny_model(taps=(2,))
+    old.save_pretrained(tmp_path)
+    new = tiny_model(init_from=str(tmp_path))
+    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
+    assert len(tiny_model(init_from=str(tmp_path), taps=(1, 2)).config.backbone_config.out_features) == 2
+
+
+def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model card would name `runs/first` as a Hub id, and its licences would be lost from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("runs/first")
+    assert tiny_model(init_from="runs/first").config.init_from == str(tmp_path / "runs" / "first")
+
+
+def test_a_pretrained_backbone_starts_with_its_published_weights(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    published = AutoModel.from_config(AutoConfig.for_model(**DINOV2))
+    published.save_pretrained(tmp_path)
+    started = tiny_model(str(tmp_path), image_size=(56, 56)).encoder.backbone.state_dict()
+    assert started.keys() == published.state_dict().keys()
+    assert all(torch.equal(started[name], tensor) for name, tensor in published.state_dict().items())

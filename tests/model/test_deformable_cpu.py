@@ -1,0 +1,29 @@
+"""Deformable attention on CPUs against transformers' own."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from m2f_trainer.model import deformable_cpu
+from m2f_trainer.model.deformable_attention import deformable_attention
+from m2f_trainer.model.deformable_cpu import with_border, without_border
+from tests.model.attention_reference import LENGTH, SHAPES, assert_equal_to_transformers, assert_nan_reads_nothing
+
+
+@pytest.mark.parametrize("queries_at_once", [16, 512])
+def test_row_sampling_and_its_gradients_are_transformers(queries_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable_cpu, "QUERIES_AT_ONCE", queries_at_once)
+    with patch("m2f_trainer.model.deformable_attention.DeformableSampling.apply", side_effect=AssertionError):
+        assert_equal_to_transformers(
+            lambda value, places, weights: deformable_attention(value, SHAPES, places, weights)
+        )
+
+
+def test_places_that_are_not_numbers_read_nothing() -> None:
+    assert_nan_reads_nothing(lambda value, places, weights: deformable_attention(value, SHAPES, places, weights))
+
+
+def test_removing_the_border_undoes_adding_it() -> None:
+    value = torch.randn(LENGTH, 2, 4)
+    assert torch.equal(without_border(with_border(value, SHAPES), SHAPES), value)
