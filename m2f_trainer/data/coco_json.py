@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
+from m2f_trainer.data.files import file_parts
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import Report, listed, raise_problem
 from m2f_trainer.errors import DataError, MaskError
@@ -229,7 +230,7 @@ def _parse(path: Path) -> Mapping[str, Any]:
     collecting = gc.isenabled()
     gc.disable()  # of millions of new objects none is garbage; looking for some would take a fifth of the time
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=pack_polygons)
+        content = json.loads(b"".join(file_parts(path)).decode("utf-8-sig"), object_hook=pack_polygons)
     except OSError as error:
         raise DataError(f"{path}: the annotation file can't be read ({error}). Check path and permissions.") from error
     except UnicodeDecodeError as error:

@@ -8,22 +8,25 @@ The used categories are part of the features: the names of a `ClassLabel` column
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import TypeVar
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 
-from m2f_trainer.data.coco_json import SplitAnnotations, read_annotations
-from m2f_trainer.data.layouts import SplitFiles, find_layout, given_layout
+from m2f_trainer.data.coco_json import SplitAnnotations
+from m2f_trainer.data.formats import Layout, contents, find_splits, read_split
+from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import Report, raise_problem
-from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -113,56 +116,55 @@ def load_coco(
     cache_dir: str | Path | None = None,
     annotations: Mapping[str, str | Path] | None = None,
     images: Mapping[str, str | Path] | None = None,
+    hold_out: bool | None = None,
 ) -> datasets.DatasetDict:
-    """The splits of a COCO or YOLO folder, under the names train, valid and test.
+    """The splits of a dataset on this machine, under the names train, valid and test.
 
-    Without a valid split, a fifth of the training images is held out as one.
+    Logs once which files and folders the splits are read from.
 
     Args:
-        root: the dataset folder, in one of the layouts of `find_layout`, or a YOLO folder with a data.yaml
+        root: a folder in one of the formats of `m2f_trainer.data.formats`, an annotation file or a data.yaml
         cache_dir: where the rows are cached; datasets' own cache by default
-        annotations, images: annotation file and image folder by split, relative to `root`, for any other layout;
-            nothing is held out then
+        annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
+        hold_out: whether a fifth of the training images becomes the valid split where there is none; default: unless
+            `annotations` are given
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
     """
-    layout, hold_out = find_splits(root, annotations, images), not annotations
+    layout = find_splits(root, annotations, images)
+    hold_out = not annotations if hold_out is None else hold_out
     builder = CocoBuilder(
         cache_dir=None if cache_dir is None else str(cache_dir),
         dataset_name="coco",
         config_id=_cache_name(root),
-        hash=_fingerprint(layout, hold_out),
-        layout=layout,
+        hash=_fingerprint(layout.splits, hold_out),
+        layout=layout.splits,
         hold_out=hold_out,
     )
     with unwrap_data_errors():
         builder.download_and_prepare()
     splits = builder.as_dataset()
-    if len(splits) > len(layout):
+    log_once(describe_files(layout, splits))
+    if len(splits) > len(layout.splits):
         warn_held_out(root, splits)
     return splits
 
 
-def find_splits(
-    root: str | Path,
-    annotations: Mapping[str, str | Path] | None = None,
-    images: Mapping[str, str | Path] | None = None,
-) -> tuple[SplitFiles, ...]:
-    """The splits of a COCO folder, in the given or a known layout, or else of a YOLO folder.
+def describe_files(layout: Layout, splits: Mapping[str, datasets.Dataset]) -> str:
+    """Which files and folders the splits were read from, and which were left aside."""
+    folders = {}
+    for name, rows in splits.items():
+        paths = {os.path.dirname(path) for path in pc.struct_field(rows.data["image"], "path").to_pylist()}  # noqa: PTH120
+        folders[name] = Path(os.path.commonpath(paths))
+    return layout.describe(folders)
 
-    Raises:
-        DataError: neither is found
-    """
-    if annotations:
-        return given_layout(root, annotations, images)
-    try:
-        return find_layout(root)
-    except DataError:
-        found = tuple(find_yolo(Path(root)))
-        if not found:
-            raise
-        return found
+
+@cache
+def log_once(text: str) -> None:
+    """Log a text the first time that it occurs in this process, on the main rank."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", text)
 
 
 def _cache_name(root: str | Path) -> str:
@@ -182,21 +184,11 @@ def _fingerprint(layout: tuple[SplitFiles, ...], hold_out: bool) -> str:
         ]
         digest.update(repr(paths).encode())
         try:
-            for part in yolo_contents(files) if _is_yolo(files) else _file_contents(files.annotations):
+            for part in contents(files):
                 digest.update(part)
         except OSError as error:
             raise DataError(f"{files.annotations}: can't be read ({error}). Check path and permissions.") from error
     return digest.hexdigest()[:32]
-
-
-def _file_contents(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            yield part
-
-
-def _is_yolo(files: SplitFiles) -> bool:
-    return files.annotations.suffix in (".yaml", ".yml")
 
 
 @contextmanager
@@ -240,15 +232,6 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
             if not batch:
                 return
             yield number, pa.Table.from_pylist(batch, schema=self.info.features.arrow_schema)
-
-
-def read_split(files: SplitFiles, report: Report = raise_problem) -> SplitAnnotations:
-    """Read and check one split.
-
-    Raises:
-        DataError: it can't be used; the message names file, ids and remedy
-    """
-    return read_yolo(files, report) if _is_yolo(files) else read_annotations(files, report)
 
 
 def used_categories(splits: Mapping[str, SplitAnnotations], report: Report = raise_problem) -> list[Category]:

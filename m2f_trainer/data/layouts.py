@@ -1,18 +1,21 @@
-"""Find the annotation files and image folders of a COCO dataset, in a known layout or in one that is given.
+"""Find the annotation files and image folders of a COCO dataset, or take those that are given.
 
-Known layouts, in this order:
+Layouts, in this order; names of folders in any case:
 
-    {train,valid,val,test}/_annotations.coco.json      images beside it (Roboflow)
-    annotations/instances_{train2017,val2017}.json     images in [images/]train2017, images or . (COCO, CVAT)
-    {train,val,test}.json                              images in train, images/train, images or .
-    {_annotations.coco,annotations,result,labels}.json one split, images in ., images, data or a folder of any name
-    *.json, if there is only one                       the same (Label Studio, VGG's annotator, others)
+    {train,valid,val,test}/[annotations/]X.json        images beside it, in images, data or another folder of the split
+    {annotations,labels}/[instances_]{train,val}.json  images in [images/]train2017, data/train, images, data or .
+    {train,val,test}.json                              the same
+    X.json                                             one split, images in ., images, data or a folder of any name
+
+X.json is one of the names that tools give (`_annotations.coco.json`, `labels.json`, ...) or has the keys of COCO. Each
+may be gzipped. Two files for one split, or one beside them whose split isn't known, are refused.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2f_trainer.data.files import NO_ANNOTATIONS, json_files, kind_of_json, stem, subfolders, visible
 from m2f_trainer.errors import DataError
 
 SPLITS = {
@@ -24,43 +27,60 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-_BESIDE = ("_annotations.coco.json", "_annotations.coco-segmentation.json", "_annotations.json")
-_SINGLE = ("_annotations.coco.json", "annotations.json", "result.json", "labels.json", "instances_default.json")
+_ORDER = tuple(dict.fromkeys(SPLITS.values()))
+_KNOWN_NAMES = (
+    "_annotations.coco",
+    "_annotations.coco-segmentation",
+    "_annotations",
+    "annotations",
+    "result",
+    "labels",
+    "instances_default",
+)
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "label", "ann")
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "data", "jpegimages")
+_OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")  # beside COCO's instances_*
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """One split: its annotation file, and the folders that its images may be in, the most likely first."""
+    """One split: its annotation file or folder, the folders that its images may be in, the most likely first, and the
+    format, a name in `m2f_trainer.data.formats.FORMATS`.
+    """
 
     split: str
     annotations: Path
     image_folders: tuple[Path, ...]
+    format: str = "COCO"
 
 
-def find_layout(root: str | Path) -> tuple[SplitFiles, ...]:
-    """The splits of a dataset folder, in the order train, valid, test.
+def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
+    """The splits of a COCO folder, in the order train, valid, test; none if there is no COCO file.
+
+    Args:
+        named: whether a file counts by its name alone, so that its reader can say what is wrong with it
 
     Raises:
-        DataError: no folder, no annotation file of a known layout, or two for one split
+        DataError: two files for one split, or one whose split isn't known beside others
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: expected a dataset folder, found {_kind(folder)}. Check `dataset_name`.")
-    for layout in (_split_folders, _annotations_folder, _split_files, _single_file):
-        found = tuple(layout(folder))
+    for layout in (_split_folders, _annotation_folders, _split_files, _single_file):
+        found = tuple(layout(folder, named))
         if found:
-            return _in_order(found)
-    raise DataError(
-        f"{folder}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
-        f" annotations/instances_train*.json with image folders, train.json and val.json, or a single JSON file;"
-        f" the folder holds {_listing(folder)}. For another layout, give `annotations` and `images` for each split."
-    )
+            return in_order(found)
+    return ()
+
+
+def coco_file(file: Path) -> SplitFiles:
+    """One annotation file as a training split, with the folders near it that may hold its images."""
+    base = file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
+    folders = (file.parent, *_image_folders(base, stem(file), split_of(stem(file)) or "train"), *subfolders(base))
+    return SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 
 
 def given_layout(
     root: str | Path, annotations: Mapping[str, str | Path], images: Mapping[str, str | Path] | None = None
 ) -> tuple[SplitFiles, ...]:
-    """The layout as given for each split, paths relative to `root`; images default to the annotation file's folder.
+    """The layout as given for each split, paths relative to `root`; images default to the folders near the file.
 
     Raises:
         DataError: an unknown split, or a file or folder that doesn't exist
@@ -74,83 +94,144 @@ def given_layout(
         file = folder / path
         if not file.is_file():
             raise DataError(
-                f"{file}: expected the annotation file of split {name!r}, found {_kind(file)}. Correct its path."
+                f"{file}: expected the annotation file of split {name!r}, found {kind_of_path(file)}. Correct its path."
             )
-        beside = folder / images[name] if name in images else file.parent
-        if not beside.is_dir():
-            raise DataError(
-                f"{beside}: expected the image folder of split {name!r}, found {_kind(beside)}. Correct its path."
-            )
-        found.append(SplitFiles(SPLITS[name], file, (beside,)))
-    return _in_order(tuple(found))
+        near = coco_file(file)
+        folders = (image_folder(folder, name, images[name]),) if name in images else near.image_folders
+        found.append(SplitFiles(SPLITS[name], file, folders))
+    return in_order(tuple(found))
 
 
-def _split_folders(root: Path) -> Iterator[SplitFiles]:
-    for name, split in SPLITS.items():
-        for beside in _BESIDE:
-            file = root / name / beside
-            if file.is_file():
-                yield SplitFiles(split, file, (file.parent, file.parent / "images"))
-                break
+def image_folder(root: Path, split: str, path: str | Path) -> Path:
+    """The folder that was given for the images of a split.
+
+    Raises:
+        DataError: there is none
+    """
+    folder = root / path
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: expected the image folder of split {split!r}, found {kind_of_path(folder)}. Correct its path."
+        )
+    return folder
 
 
-def _annotations_folder(root: Path) -> Iterator[SplitFiles]:
-    files = sorted((root / "annotations").glob("instances_*.json")) or sorted((root / "annotations").glob("*.json"))
-    for file in files:
-        stem = file.stem.removeprefix("instances_")
-        split = _split_of(stem) or ("train" if len(files) == 1 else None)
-        if split is not None:
-            yield _split_file(root, file, stem, split)
+def _split_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
+    for folder in subfolders(root):
+        split = split_of(folder.name)
+        if split is None:
+            continue
+        inside = [one for one in subfolders(folder) if one.name.lower() in _ANNOTATION_FOLDERS]
+        files = next((found for where in (folder, *inside) if (found := _coco_files(where, named))), [])
+        for file in files:
+            candidates = (folder, *_named(folder, _IMAGE_FOLDERS), *subfolders(folder))
+            yield SplitFiles(split, file, tuple(dict.fromkeys(candidates)))
 
 
-def _split_files(root: Path) -> Iterator[SplitFiles]:
+def _annotation_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
+    folders = [folder for folder in subfolders(root) if folder.name.lower() in _ANNOTATION_FOLDERS]
+    files = next((found for folder in folders if (found := _coco_files(folder, named, every=True))), [])
+    yield from _files_of_splits(root, files, lone="train")
+
+
+def _split_files(root: Path, named: bool) -> Iterator[SplitFiles]:
     """Files in the dataset folder itself, named after their splits; train must be one of them."""
-    files = [(file, file.stem.removeprefix("instances_")) for file in sorted(root.glob("*.json"))]
-    found = [(file, stem, split) for file, stem in files if (split := _split_of(stem))]
-    if any(split == "train" for _, _, split in found):
-        yield from (_split_file(root, *one) for one in found)
+    files = _coco_files(root, named, every=True)
+    if "train" in map(split_of, map(stem, files)):
+        yield from _files_of_splits(root, files, lone=None)
 
 
-def _split_file(root: Path, file: Path, stem: str, split: str) -> SplitFiles:
-    folders = [root / "images" / stem, root / stem, root / "images" / split, root / split, root / "images", root]
-    return SplitFiles(split, file, tuple(dict.fromkeys(folders)))
+def _single_file(root: Path, named: bool) -> Iterator[SplitFiles]:
+    for file in _coco_files(root, named):
+        folders = (root, *_named(root, _IMAGE_FOLDERS), *subfolders(root))
+        yield SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 
 
-def _single_file(root: Path) -> Iterator[SplitFiles]:
-    files = [root / name for name in _SINGLE if (root / name).is_file()]
-    if not files and not any(root.glob("*.y*ml")):  # beside YOLO's data.yaml, a JSON file may be anything
-        files = sorted(root.glob("*.json"))
-    if files and (len(files) == 1 or files[0].name in _SINGLE):
-        folders = (root, root / "images", root / "data", *sorted(path for path in root.iterdir() if path.is_dir()))
-        yield SplitFiles("train", files[0], tuple(dict.fromkeys(folders)))
+def _coco_files(folder: Path, named: bool, every: bool = False) -> list[Path]:
+    """The COCO files in a folder, by their keys or, if `named`, by a name that tools give; `every` adds the names of
+    splits. A file that has the keys of another format isn't one.
+    """
+    files = json_files(folder)
+    if any(file.name.startswith("instances_") for file in files):
+        files = [file for file in files if not file.name.startswith(_OTHER_TASKS)]
+    found = []
+    for file in files:
+        kind, name = kind_of_json(file), stem(file).lower()
+        by_name = name in _KNOWN_NAMES and kind in ("", NO_ANNOTATIONS)
+        by_split = every and split_of(name) is not None and kind == ""
+        if kind == "COCO" or (named and (by_name or by_split)):
+            found.append(file)
+    return found
 
 
-def _split_of(stem: str) -> str | None:
+def _files_of_splits(root: Path, files: Sequence[Path], lone: str | None) -> Iterator[SplitFiles]:
+    """The files with the splits that they are named after; a single file may be `lone`.
+
+    Raises:
+        DataError: a file is named after no split
+    """
+    for file in files:
+        split = split_of(stem(file)) or (lone if len(files) == 1 else None)
+        if split is None:
+            raise _ambiguous(files, f"{file} is named after no split")
+        yield SplitFiles(split, file, _image_folders(root, stem(file), split))
+
+
+def _image_folders(root: Path, name: str, split: str) -> tuple[Path, ...]:
+    """The folders that may hold the images of an annotation file, the most likely first: [images/]train2017 for
+    instances_train2017, then folders that are named after the split, then those that hold all images.
+    """
+    containers = _named(root, _IMAGE_FOLDERS)
+    inside = [folder for container in (*containers, root) for folder in subfolders(container)]
+    name = name.lower().removeprefix("instances_")
+    same_name = [folder for folder in inside if folder.name.lower() == name]
+    same_split = [folder for folder in inside if split_of(folder.name) == split]
+    return tuple(dict.fromkeys([*same_name, *same_split, *containers, root]))
+
+
+def _named(root: Path, names: Sequence[str]) -> list[Path]:
+    """The folders in `root` with one of these names, in any case, in the order of `names`."""
+    found = [folder for folder in subfolders(root) if folder.name.lower() in names]
+    return sorted(found, key=lambda folder: names.index(folder.name.lower()))
+
+
+def split_of(name: str) -> str | None:
     """The split of names such as train2017, val-v2, test, coco_train."""
-    words = [part.rstrip("0123456789") for part in stem.lower().replace("-", "_").split("_") if part]
+    words = [part.rstrip("0123456789") for part in name.lower().replace("-", "_").split("_") if part]
     return next((SPLITS[word] for word in (words[:1] + words[-1:]) if word in SPLITS), None)
 
 
-def _in_order(found: tuple[SplitFiles, ...]) -> tuple[SplitFiles, ...]:
-    order = list(dict.fromkeys(SPLITS.values()))
+def in_order(found: Sequence[SplitFiles]) -> tuple[SplitFiles, ...]:
+    """The splits in the order train, valid, test.
+
+    Raises:
+        DataError: two are the same split
+    """
     by_split: dict[str, SplitFiles] = {}
     for files in found:
         if files.split in by_split:
-            first = by_split[files.split].annotations
-            raise DataError(
-                f"two annotation files for split {files.split!r}: {first} and {files.annotations}."
-                " Remove one, or name one as `annotations`."
-            )
+            same = [one.annotations for one in found if one.split == files.split]
+            raise _ambiguous(same, f"two annotation files for split {files.split!r}")
         by_split[files.split] = files
-    return tuple(by_split[split] for split in order if split in by_split)
+    return tuple(by_split[split] for split in _ORDER if split in by_split)
 
 
-def _kind(path: Path) -> str:
+def _ambiguous(files: Sequence[Path], problem: str) -> DataError:
+    names = ", ".join(map(str, files[:8])) + (", ..." if len(files) > 8 else "")
+    return DataError(
+        f"{problem}: {names}. Keep one for each split, or say which is meant: --annotations SPLIT=FILE, such as"
+        f" --annotations train={files[0].name}."
+    )
+
+
+def kind_of_path(path: Path) -> str:
+    """What is at a path, for messages."""
     if path.is_dir():
         return "a folder"
     return "a file" if path.exists() else "nothing"
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
+def listing(folder: Path) -> str:
+    """The first entries of a folder, for messages."""
+    names = [entry.name for entry in visible(folder)]
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"

@@ -13,29 +13,33 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
+from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
 
+_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 _MARGIN = 1.0  # a fraction may lie this far outside 0..1; further out it is a mistake
 
 
-def find_yolo(root: Path) -> Iterator[SplitFiles]:
-    """The splits that the data.yaml in `root` names.
+def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
+    """The splits that a data.yaml names: `path`, or the one in `root`; none if there is no such file.
 
     Raises:
         DataError: an image folder doesn't exist, or isn't inside `root`
     """
-    path = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
+    path = path or next((root / name for name in _NAMES if (root / name).is_file()), None)
     if path is None:
-        return
+        return ()
     content = read_yaml(path)
+    found = []
     for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
         if value is not None:
-            yield SplitFiles(split, path, (_folder(root, path, split, value),))
+            found.append(SplitFiles(split, path, (_folder(root, path, split, value),), "YOLO"))
+    return tuple(found)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -111,8 +115,14 @@ def _class_names(path: Path) -> dict[int, str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, in the order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """The image files below a folder, in the order of their paths, without hidden ones."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in found if not is_hidden(path) and not any(map(is_hidden, _inner(path, folder))))
+
+
+def _inner(path: Path, folder: Path) -> list[Path]:
+    """The folders between a folder and a path in it."""
+    return list(path.relative_to(folder).parents)[:-1]
 
 
 def label_folder(images: Path) -> Path:

@@ -8,12 +8,11 @@ from typing import TypeAlias
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
     Category,
-    find_splits,
     normalized_name,
-    read_split,
     used_categories,
     with_validation,
 )
+from m2f_trainer.data.formats import find_splits, read_split
 from m2f_trainer.data.hub_dataset import is_hub_dataset, read_hub
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.doctor.duplicates import find_duplicates
@@ -86,12 +85,12 @@ def _read_splits(name: str, report: Report) -> Mapping[str, SplitAnnotations]:
     except DataError as error:
         report("unusable", name, [], str(error))
         return {}
-    for files in layout:
+    for files in layout.splits:
         try:
             splits[files.split] = read_split(files, report)
         except DataError as error:
             report("unusable", files.annotations, [], str(error))
-    return _hold_out(splits, report) if len(splits) == len(layout) else splits
+    return _hold_out(splits, report) if len(splits) == len(layout.splits) else splits
 
 
 def _hold_out(splits: Mapping[str, SplitAnnotations], report: Report) -> dict[str, SplitAnnotations]:

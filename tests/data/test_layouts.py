@@ -1,11 +1,13 @@
 """Annotation files and image folders are found in the layouts that tools write, or where they are said to be."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.formats import find_splits
 from m2f_trainer.errors import DataError
 from tests.data.folders import content
 
@@ -13,7 +15,8 @@ from tests.data.folders import content
 def place(root: Path, annotations: str, image: str) -> None:
     for path in (root / annotations, root / image):
         path.parent.mkdir(parents=True, exist_ok=True)
-    (root / annotations).write_text(json.dumps(content()))
+    data = json.dumps(content()).encode()
+    (root / annotations).write_bytes(gzip.compress(data) if annotations.endswith(".gz") else data)
     (root / image).write_bytes(b"")
 
 
@@ -32,6 +35,19 @@ def place(root: Path, annotations: str, image: str) -> None:
         ("annotations/train.json", "a.png", "train"),
         ("result.json", "images/a.png", "train"),
         ("_annotations.coco.json", "a.png", "train"),
+        ("train/labels.json", "train/data/a.png", "train"),  # FiftyOne
+        ("labels/train.json", "data/train/a.png", "train"),  # FiftyOne
+        ("val/any name.json", "val/images/a.png", "valid"),
+        ("test/annotations/x.json", "test/img/a.png", "test"),
+        ("Train/Labels.JSON", "Train/Images/a.png", "train"),
+        ("Annotations/instances_Train.json", "Images/a.png", "train"),
+        ("Annotations/instances_val.json", "JPEGImages/VAL/a.png", "valid"),
+        ("my set/annotations/instances_train2017.json", "my set/train2017/a.png", "train"),
+        ("export/my set/train/_annotations.coco.json", "export/my set/train/a.png", "train"),
+        ("ds0/annotations/instances.json", "ds0/images/a.png", "train"),  # Supervisely
+        ("annotations/lvis_v1_train.json", "train2017/a.png", "train"),  # LVIS
+        ("annotations/instances_train.json", "images/train/a.png", "train"),  # Datumaro
+        ("annotations/instances_train.json.gz", "images/train/a.png", "train"),
     ],
 )
 def test_layouts_are_found_by_themselves(annotations, image, split, tmp_path):
@@ -65,3 +81,37 @@ def test_folders_that_are_no_dataset_are_refused_with_what_they_hold(tmp_path):
     place(tmp_path, "annotations/instances_valid.json", "a.png")
     with pytest.raises(DataError, match="two annotation files for split 'valid'"):
         load_coco(tmp_path)
+
+
+def test_hidden_files_and_those_of_other_systems_are_passed_over(tmp_path):
+    place(tmp_path / "set", "train/x.json", "train/a.png")
+    place(tmp_path / "set", "train/.x.json", "train/.a.png")
+    place(tmp_path / "set", "__MACOSX/train/x.json", "__MACOSX/train/a.png")
+    place(tmp_path / "set", ".cache/x.json", ".cache/a.png")
+    (tmp_path / "set/train/._x.json").write_bytes(b"\0\5\x16\7")
+    splits = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert splits["train"][0]["image"]["path"] == str((tmp_path / "set/train/a.png").resolve())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("annotations/instances_Train.json", "annotations/instances_default.json"), "default.json is named after no"),
+        (("annotations.json", "annotations_batch2.json"), "two annotation files for split 'train'"),
+        (("train/a.json", "train/b.json"), "two annotation files for split 'train'"),
+        (("ds0/labels.json", "ds1/labels.json"), "found 2 datasets in it: .*ds0, .*ds1"),
+    ],
+)
+def test_annotation_files_of_which_one_would_be_dropped_are_refused(files, message, tmp_path):
+    for file in files:
+        place(tmp_path / "set", file, "a.png")
+    with pytest.raises(DataError, match=f"{message}.*--annotations"):
+        load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+
+
+def test_the_other_tasks_of_coco_are_left_aside(tmp_path):
+    for name in ("instances_train2017", "captions_train2017", "person_keypoints_train2017"):
+        place(tmp_path / "set", f"annotations/{name}.json", "train2017/a.png")
+    layout = find_splits(tmp_path / "set")
+    assert [files.annotations.name for files in layout.splits] == ["instances_train2017.json"]
+    assert [path.name for path in layout.aside] == ["captions_train2017.json", "person_keypoints_train2017.json"]

@@ -1,0 +1,260 @@
+"""The formats of dataset folders: how the splits of each are found and read, and what other formats are converted with.
+
+`find_splits` is the one place that decides which files a dataset consists of; `Layout.describe` says what it decided.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from m2f_trainer.data.coco_json import FolderSplit, read_annotations
+from m2f_trainer.data.files import file_parts, json_files, kind_of_json, subfolders, visible
+from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.layouts import (
+    SPLITS,
+    SplitFiles,
+    coco_file,
+    find_coco,
+    given_layout,
+    image_folder,
+    kind_of_path,
+    listing,
+)
+from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
+from m2f_trainer.errors import DataError
+
+
+class Format(NamedTuple):
+    """How one format is found in a folder and read.
+
+    Attributes:
+        find: the splits of a folder, in the order train, valid, test; none if it isn't of this format
+        read: read and check one split
+        contents: everything that the rows of a split depend on, as bytes, images apart
+    """
+
+    find: Callable[[Path], tuple[SplitFiles, ...]]
+    read: Callable[[SplitFiles, Report], FolderSplit]
+    contents: Callable[[SplitFiles], Iterator[bytes]]
+
+
+FORMATS: Mapping[str, Format] = {
+    "COCO": Format(find_coco, read_annotations, lambda files: file_parts(files.annotations)),
+    "YOLO": Format(find_yolo, read_yolo, yolo_contents),
+}
+"""Formats that are read, by name; the first one that is found in a folder is taken."""
+
+_SAM = "Let a promptable model such as SAM turn boxes into masks (CVAT, Label Studio and FiftyOne have it built in)"
+_DATUM = "pip install datumaro && datum convert -if {} -i FOLDER -f coco_instances -o converted -- --save-media"
+OTHER_FORMATS: Mapping[str, str] = {
+    "COCO panoptic": (
+        "Convert it: pip install git+https://github.com/cocodataset/panopticapi && python -m"
+        " panopticapi.converters.panoptic2detection_coco_format --things_only"
+    ),
+    "VGG Image Annotator project": "Export it from the annotator: Annotation, Export Annotations (COCO format)",
+    "Supervisely": "Export it with Supervisely's app 'Export to COCO'",
+    "Datumaro": f"Convert it: {_DATUM.format('datumaro')}",
+    "SA-1B": "Join its files into one COCO file: `images` from each `image`, `annotations`, and one category",
+    "Label Studio JSON": "Export it from Label Studio as 'COCO with images'",
+    "Labelbox": "Export it as COCO with Labelbox's Python package (`labelbox.data.serialization.COCOConverter`)",
+    "FiftyOne's own format": "Export it with FiftyOne: dataset_type=fiftyone.types.COCODetectionDataset",
+    "COCO captions": "It has no masks: add the instances_*.json of the same images",
+    "COCO images without annotations": "It has no masks: add the annotations of the same images",
+    "Pascal VOC": f"Convert it: {_DATUM.format('voc')}",
+    "DOTA": f"Its oriented boxes aren't masks. {_SAM}",
+    "an archive": "Unpack it and name its folder",
+}
+"""Formats that are recognised but not read -> what converts them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files that a dataset consists of, and what lies beside them and is not used.
+
+    Attributes:
+        root: the dataset as it was named: a folder, an annotation file or a data.yaml
+        splits: in the order train, valid, test
+        aside: annotation files and folders beside them that belong to no split
+    """
+
+    root: Path
+    splits: tuple[SplitFiles, ...]
+    aside: tuple[Path, ...] = ()
+
+    def describe(self, folders: Mapping[str, Path]) -> str:
+        """Which files and folders each split is read from, and what is left aside; `folders` has the image folders."""
+        base = self.root if self.root.is_dir() else self.root.parent
+        formats = ", ".join(dict.fromkeys(files.format for files in self.splits))
+        lines = [f"dataset {self.root} ({formats}):"]
+        for files in self.splits:
+            images = relative(folders.get(files.split, files.image_folders[0]), base)
+            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {images}")
+        if self.aside:
+            more = f" and {len(self.aside) - 8} more" if len(self.aside) > 8 else ""
+            lines.append(f"  not used: {', '.join(relative(path, base) for path in self.aside[:8])}{more}")
+        return "\n".join(lines)
+
+
+def relative(path: Path, base: Path) -> str:
+    """A path below the dataset folder without that folder, for messages."""
+    path, base = path.resolve(), base.resolve()
+    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
+
+
+def find_splits(
+    root: str | Path,
+    annotations: Mapping[str, str | Path] | None = None,
+    images: Mapping[str, str | Path] | None = None,
+) -> Layout:
+    """The splits of a dataset: a folder, one annotation file or a data.yaml.
+
+    Args:
+        root: the folder or file; a folder is also searched two levels deeper, as unpacked archives have it
+        annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
+
+    Raises:
+        DataError: nothing is found, or more than one file for a split; the message names what is there
+    """
+    path = Path(root)
+    if annotations:
+        base = path if path.is_dir() else path.parent
+        splits = given_layout(base, annotations, images)
+    else:
+        splits = _with_images(path, _find(path), images or {})
+    return Layout(path, splits, _aside(path, splits))
+
+
+def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+    """Read and check one split.
+
+    Raises:
+        DataError: it can't be used; the message names file, ids and remedy
+    """
+    return FORMATS[files.format].read(files, report)
+
+
+def contents(files: SplitFiles) -> Iterator[bytes]:
+    """Everything that the rows of a split depend on, as bytes, images apart. Raises OSError, DataError."""
+    return FORMATS[files.format].contents(files)
+
+
+def _find(path: Path) -> tuple[SplitFiles, ...]:
+    if path.is_file():
+        return _find_file(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: expected a dataset folder, found {kind_of_path(path)}. Check `dataset_name`.")
+    found = _search(path, 2)
+    if found:
+        return found
+    lone = json_files(path)
+    if len(lone) == 1 and kind_of_json(lone[0]) in ("", "VGG Image Annotator project"):
+        return (coco_file(lone[0]),)  # its reader says what is wrong with it
+    other = other_format(path)
+    if other:
+        raise DataError(f"{path}: this is {other}, which is not read. {OTHER_FORMATS[other]}.")
+    raise DataError(
+        f"{path}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
+        f" annotations/instances_train*.json with image folders, train.json and val.json, or a single JSON file;"
+        f" the folder holds {listing(path)}. For another layout, give --annotations SPLIT=FILE and"
+        " --images SPLIT=FOLDER for each split."
+    )
+
+
+def _find_file(path: Path) -> tuple[SplitFiles, ...]:
+    """The splits of a file: a COCO file is one split, a data.yaml names its splits."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return find_yolo(path.parent, path)
+    if path.name.lower().endswith((".json", ".json.gz")):
+        kind = kind_of_json(path)
+        if kind in OTHER_FORMATS:
+            raise DataError(f"{path}: this is {kind}, which is not read. {OTHER_FORMATS[kind]}.")
+        return (coco_file(path),)
+    if _is_archive(path):
+        raise DataError(f"{path}: this is an archive, which is not read. {OTHER_FORMATS['an archive']}.")
+    raise DataError(f"{path}: expected a dataset folder, a COCO file or a data.yaml, found a file. Name one of them.")
+
+
+def _search(folder: Path, deeper: int) -> tuple[SplitFiles, ...]:
+    """The splits in a folder in the first format that is found, or else those in the one subfolder that has some.
+
+    A format with a training split goes before one without.
+    """
+    found: tuple[SplitFiles, ...] = ()
+    for form in FORMATS.values():
+        splits = form.find(folder)
+        if splits and splits[0].split == "train":
+            return splits
+        found = found or splits  # without a training split, unless another format has one
+    if found:
+        return found
+    inside = subfolders(folder) if deeper else []
+    nested = {one: splits for one in inside[:100] if (splits := _search(one, deeper - 1))}
+    if len(nested) > 1:
+        names = ", ".join(str(one) for one in list(nested)[:8])
+        raise DataError(
+            f"{folder}: found {len(nested)} datasets in it: {names}. Name one of them, or give --annotations"
+            " SPLIT=FILE and --images SPLIT=FOLDER for each split."
+        )
+    return next(iter(nested.values()), ())
+
+
+def _with_images(
+    root: Path, splits: tuple[SplitFiles, ...], images: Mapping[str, str | Path]
+) -> tuple[SplitFiles, ...]:
+    """The splits with the image folders that were given."""
+    folders = {}
+    for name, path in images.items():
+        if SPLITS.get(name) not in {files.split for files in splits}:
+            found = ", ".join(files.split for files in splits)
+            raise DataError(f"--images {name}={path}: expected one of the splits {found}. Correct its name.")
+        folders[SPLITS[name]] = image_folder(root if root.is_dir() else root.parent, name, path)
+    return tuple(
+        replace(files, image_folders=(folders[files.split],)) if files.split in folders else files for files in splits
+    )
+
+
+def _aside(root: Path, splits: tuple[SplitFiles, ...]) -> tuple[Path, ...]:
+    """Folders of the dataset that no split uses, and annotation files beside those that are used."""
+    if not root.is_dir():
+        return ()
+    used = {path.resolve() for files in splits for path in (files.annotations, *files.image_folders)}
+    around = {path for one in used for path in one.parents} | used
+    places = [root, *sorted({files.annotations.parent for files in splits if files.annotations.is_file()} - {root})]
+    found = [path for place in places for path in visible(place) if path.resolve() not in around]
+    return tuple(path for path in found if _is_annotation_file(path) or (path.parent == root and path.is_dir()))
+
+
+def _is_annotation_file(path: Path) -> bool:
+    return path.name.lower().endswith((".json", ".json.gz", ".jsonl", ".xml", ".csv")) or _is_archive(path)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")) and path.is_file()
+
+
+def other_format(folder: Path) -> str:
+    """The format of a folder that is recognised but not read, "" for none; files are looked for three levels deep."""
+    inside = [folder, *subfolders(folder)[:50]]
+    places = [*inside, *(deeper for one in inside[1:] for deeper in subfolders(one)[:50])]
+    for place in places:
+        for path in visible(place):
+            name = path.name.lower()
+            if name.endswith((".json", ".json.gz")) and (kind := kind_of_json(path)) in OTHER_FORMATS:
+                return kind
+            if name.endswith(".xml") and _starts_with(path, b"<annotation"):
+                return "Pascal VOC"
+            if place.name.lower() == "labeltxt":
+                return "DOTA"
+    images = [path for place in places for path in visible(place) if path.suffix.lower() in SUFFIXES]
+    return "an archive" if not images and any(map(_is_archive, visible(folder))) else ""
+
+
+def _starts_with(path: Path, text: bytes) -> bool:
+    """Whether a text occurs at the start of a file."""
+    try:
+        with path.open("rb") as file:
+            return text in file.read(200)
+    except OSError:
+        return False

@@ -1,0 +1,105 @@
+"""Datasets are found as a folder or file, described once, and refused by name where another tool converts them."""
+
+import json
+import logging
+
+import pytest
+
+from m2f_trainer.data.dataset import load_coco, log_once
+from m2f_trainer.data.formats import OTHER_FORMATS, find_splits
+from m2f_trainer.errors import DataError
+from tests.data.exports import label_studio, roboflow, train_and_val_files_in_the_folder, vgg
+from tests.data.folders import content
+from tests.data.test_layouts import place
+from tests.data.test_yolo import yolo
+
+
+def test_the_path_of_a_json_or_yaml_itself_is_a_dataset(tmp_path):
+    root = label_studio(tmp_path / "a")
+    splits = load_coco(root / "result.json", cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 5, "valid": 1}
+    place(tmp_path / "b", "annotations/instances_val.json", "images/val/a.png")
+    (row,) = load_coco(tmp_path / "b/annotations/instances_val.json", cache_dir=tmp_path / "cache")["train"]
+    assert row["image"]["path"].endswith("images/val/a.png")
+    splits = load_coco(yolo(tmp_path / "c") / "data.yaml", cache_dir=tmp_path / "cache")
+    assert list(splits) == list(load_coco(tmp_path / "c", cache_dir=tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"expected a dataset folder, a COCO file or a data\.yaml"):
+        load_coco(root / "images" / "00000000-photo_0.png")
+
+
+def test_the_files_and_folders_taken_and_left_aside_are_logged_once(tmp_path, caplog):
+    root = roboflow(tmp_path / "set")
+    (root / "old.json").write_text(json.dumps(content()))
+    (root / "test/_annotations.coco.json").rename(root / "test/notes.txt")
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        load_coco(root, cache_dir=tmp_path / "cache")
+        load_coco(root, cache_dir=tmp_path / "cache")
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert text.count(f"dataset {root} (COCO):") == 1
+    assert "train train/_annotations.coco.json, images in train" in text
+    assert "valid valid/_annotations.coco.json, images in valid" in text
+    assert "not used: old.json, test" in text
+
+
+def test_the_image_folder_that_was_used_is_named(tmp_path, caplog):
+    root = label_studio(
+        tmp_path / "set",
+    )
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert "train result.json, images in images" in caplog.text
+
+
+def test_image_folders_can_be_given_without_annotations(tmp_path):
+    root = train_and_val_files_in_the_folder(tmp_path / "set")
+    (root / "images").rename(root / "elsewhere")
+    layout = find_splits(root, images={"train": "elsewhere", "val": "elsewhere"})
+    assert {files.image_folders for files in layout.splits} == {(root / "elsewhere",)}
+    with pytest.raises(DataError, match="expected one of the splits train, valid"):
+        find_splits(root, images={"test": "elsewhere"})
+    with pytest.raises(DataError, match="expected the image folder of split 'train', found nothing"):
+        find_splits(root, images={"train": "nowhere"})
+
+
+OTHERS = {
+    "COCO panoptic": ("annotations/panoptic_val2017.json", {**content(), "segments_info": []}),
+    "VGG Image Annotator project": ("a/via.json", {"a.png1": {"regions": [{"shape_attributes": {}}]}}),
+    "Supervisely": ("ds/ann/a.png.json", {"objects": [{"classTitle": "cell"}]}),
+    "Datumaro": ("annotations/default.json", {"items": [], "categories": {}, "infos": {}}),
+    "SA-1B": ("sa_1.json", {"image": {}, "annotations": [{"segmentation": {}}]}),
+    "Label Studio JSON": ("export.json", [{"annotations": [{"result": [{"from_name": "label"}]}]}]),
+    "Labelbox": ("export.json", [{"data_row": {}, "projects": {}}]),
+    "FiftyOne's own format": ("samples.json", {"samples": [{"_cls": "Detection"}]}),
+    "COCO captions": ("captions.json", {"images": [], "annotations": [{"caption": "a"}]}),
+    "COCO images without annotations": ("annotations/image_info_x.json", {"images": [], "categories": []}),
+    "Pascal VOC": ("Annotations/a.xml", "<annotation><object/></annotation>"),
+    "DOTA": ("train/labelTxt/a.txt", "imagesource:GoogleEarth"),
+    "an archive": ("export.zip", "PK"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_are_refused_by_name_with_what_converts_them(name, tmp_path):
+    file, value = OTHERS[name]
+    path = tmp_path / "set" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    with pytest.raises(DataError, match=rf"this is {name}, which is not read\. \w+.*") as error:
+        find_splits(tmp_path / "set")
+    assert OTHER_FORMATS[name] in str(error.value)
+    assert str(tmp_path / "set") in str(error.value)
+
+
+def test_an_archive_is_refused_with_the_advice_to_unpack_it(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(DataError, match=r"an archive, which is not read\. Unpack it"):
+        find_splits(tmp_path / "a.zip")
+
+
+def test_vgg_coco_is_read_beside_any_other_file(tmp_path):
+    root = vgg(tmp_path / "set")
+    (root / "attributes.json").write_text("{}")
+    (files,) = find_splits(root).splits
+    assert files.annotations.name == "via_project_22Nov2026_12h0m_coco.json"
