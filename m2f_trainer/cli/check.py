@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2f_trainer.cli.console import positive_int, say, suggest
+from m2f_trainer.cli.console import add_dataset_options, dataset_options, positive_int, say, suggest
 
 if TYPE_CHECKING:
     from m2f_trainer.doctor.examine import Examination
@@ -25,7 +25,7 @@ EXAMPLES = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", help="folder of a COCO or YOLO dataset, or user/name on the Hub")
+    add_dataset_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
     output.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and images")
@@ -55,13 +55,15 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import to_json, to_text
 
-    result = examine(arguments.dataset, Settings(arguments.image_height, arguments.image_width, arguments.num_queries))
-    say(to_json(result) if arguments.json else to_text(result))
+    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
+    result = examine(arguments.dataset, settings, arguments.annotations, arguments.images)
+    say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, to_text(result)))))
     messages = write_outputs(arguments, result)
     if not arguments.json:
         say("\n".join(messages))
         fixed = arguments.fix if result.status != UNUSABLE else None
-        dataset = shlex.quote(str(fixed or arguments.dataset))
+        files = "" if fixed else dataset_options(arguments.annotations, arguments.images)
+        dataset = shlex.quote(str(fixed or arguments.dataset)) + files
         if fixed or not result.status:
             recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""
             suggest(f"m2f train{recipe} --dataset_name {dataset}")

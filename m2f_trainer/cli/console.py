@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 
 
 def say(text: str, stream: str = "output") -> None:
@@ -17,6 +19,31 @@ def say(text: str, stream: str = "output") -> None:
 def suggest(*commands: str) -> None:
     """Print the commands to run next."""
     say("\n".join(["", "Next:", *(f"  {command}" for command in commands)]))
+
+
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """The dataset of a command, and where its annotations and images are if that can't be found."""
+    parser.add_argument(
+        "dataset", help="folder of a dataset, its annotation file or data.yaml, or user/name on the Hub"
+    )
+    parser.add_argument(
+        "--annotations",
+        nargs="+",
+        metavar="SPLIT=FILE",
+        help="annotation file of each split, relative to the dataset folder [those found]",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="SPLIT=FOLDER",
+        help="image folder of splits, relative to the dataset folder [those found]",
+    )
+
+
+def dataset_options(annotations: Sequence[str] | None, images: Sequence[str] | None) -> str:
+    """The options of `add_dataset_options` as part of a command, "" for none."""
+    given = (("annotations", annotations), ("images", images))
+    return "".join(f" --{name} {shlex.join(values)}" for name, values in given if values)
 
 
 def natural_int(text: str) -> int:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f_trainer.cli.console import positive_int, say, suggest
+from m2f_trainer.cli.console import add_dataset_options, positive_int, say, suggest
 
 SUMMARY = "COCO mask and box AP of a model on a dataset"
 DESCRIPTION = "Evaluate a model against a dataset's unmodified annotations, with the numbers of pycocotools."
@@ -17,7 +17,7 @@ EXAMPLES = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a model")
-    parser.add_argument("dataset", help="folder of a COCO dataset")
+    add_dataset_options(parser)
     parser.add_argument(
         "--split", default="valid", choices=["train", "valid", "test"], help="split to evaluate on [%(default)s]"
     )
@@ -30,7 +30,13 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.training.evaluate import evaluate_folder
 
     metrics = evaluate_folder(
-        arguments.model, arguments.dataset, arguments.split, arguments.output_dir, arguments.batch_size
+        arguments.model,
+        arguments.dataset,
+        arguments.split,
+        arguments.output_dir,
+        arguments.batch_size,
+        arguments.annotations,
+        arguments.images,
     )
     say(metrics_table(metrics, "eval_"))
     suggest(f"m2f predict {shlex.quote(arguments.model)} IMAGES")

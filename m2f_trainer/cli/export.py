@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.model.mask2former import load_model
 
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
-    dataset = arguments.validation or recorded_dataset(Path(arguments.model))
+    dataset = [arguments.validation] if arguments.validation else recorded_dataset(Path(arguments.model))
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )

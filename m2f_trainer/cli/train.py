@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m2f_trainer.cli.console import say, suggest
+from m2f_trainer.cli.console import dataset_options, say, suggest
 
 SUMMARY = "train from a recipe (JSON) and options"
 DESCRIPTION = (
@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
 
     train(recipe)
     folder, dataset = shlex.quote(str(recipe.train.output_dir)), shlex.quote(str(recipe.data.dataset_name))
-    suggest(f"m2f evaluate {folder} {dataset}", f"m2f predict {folder} IMAGES")
+    files = dataset_options(recipe.data.annotations, recipe.data.images)
+    suggest(f"m2f evaluate {folder} {dataset}{files}", f"m2f predict {folder} IMAGES")
 
 
 def choose(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     from m2f_trainer.data.validate import check_split
     from m2f_trainer.doctor.recommend import as_recipe, choices_text, facts_of, images_of_rows, recommend, this_machine
 
-    splits = load_dataset(str(given["dataset_name"]))
+    splits = load_dataset(str(given["dataset_name"]), given.get("annotations"), given.get("images"))
     check_split(splits, "train")
     choices = recommend(facts_of(images_of_rows(splits["train"])), this_machine(), given)
     say(f"No recipe is named. Chosen for this dataset and machine:\n{choices_text(choices)}")

@@ -211,7 +211,20 @@ class DataArguments:
     """
 
     dataset_name: str | None = option(
-        None, "Folder of a COCO or YOLO dataset, or a dataset on the Hub: user/name.", "data"
+        None,
+        "Folder of a dataset (COCO, YOLO and others), its annotation file or data.yaml, or a dataset on the Hub: "
+        "user/name.",
+        "data",
+    )
+    annotations: list[str] | None = option(
+        None,
+        "Annotation file of each split as SPLIT=FILE, with paths relative to the dataset folder. Default: those found.",
+        "data",
+    )
+    images: list[str] | None = option(
+        None,
+        "Image folder of splits as SPLIT=FOLDER, with paths relative to the dataset folder. Default: those found.",
+        "data",
     )
     image_height: int = option(
         1024,

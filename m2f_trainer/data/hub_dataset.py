@@ -5,7 +5,7 @@ Rows of ours are used as they are, after a check. Other rows are converted to ou
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from m2f_trainer.data.dataset import (
     warn_held_out,
 )
 from m2f_trainer.data.images import image_size
-from m2f_trainer.data.layouts import SPLITS
+from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief
@@ -34,13 +34,33 @@ _MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 _IDS_PER_ROW = 100_000  # annotation ids that are reserved for the objects of one row
 
 
-def load_dataset(name: str | Path) -> datasets.DatasetDict:
-    """The rows of a COCO or YOLO folder, or of a dataset on the Hub (`user/name`) or its downloaded folder.
+def load_dataset(
+    name: str | Path, annotations: Sequence[str] | None = None, images: Sequence[str] | None = None
+) -> datasets.DatasetDict:
+    """The rows of a dataset on this machine, or of one on the Hub (`user/name`) or its downloaded folder.
+
+    Without a valid split, a fifth of the training images is held out as one.
+
+    Args:
+        name: a folder or file as of `load_coco`, or `user/name`
+        annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
 
     Raises:
         DataError: there is none, or it can't be used; the message names what is wrong and the remedy
     """
-    return load_hub(str(name)) if is_hub_dataset(name) else load_coco(name)
+    files, folders = split_paths(annotations, "annotations"), split_paths(images, "images")
+    if not is_hub_dataset(name):
+        return load_coco(name, annotations=files, images=folders, hold_out=True)
+    check_no_files(name, files, folders)
+    return load_hub(str(name))
+
+
+def check_no_files(name: str | Path, *given: Mapping[str, str]) -> None:
+    """Raise DataError where annotation files or image folders are given for a dataset on the Hub."""
+    if any(given):
+        raise DataError(
+            f"{name}: --annotations and --images are for folders, and this is a Hub dataset. Leave them out."
+        )
 
 
 def is_hub_dataset(name: str | Path) -> bool:

@@ -80,7 +80,9 @@ def coco_file(file: Path) -> SplitFiles:
 def given_layout(
     root: str | Path, annotations: Mapping[str, str | Path], images: Mapping[str, str | Path] | None = None
 ) -> tuple[SplitFiles, ...]:
-    """The layout as given for each split, paths relative to `root`; images default to the folders near the file.
+    """The layout as given for each split; images default to the folders near the annotation file.
+
+    Paths are relative to `root` or, where nothing is there, to the working directory.
 
     Raises:
         DataError: an unknown split, or a file or folder that doesn't exist
@@ -91,7 +93,7 @@ def given_layout(
             raise DataError(f"split {name!r}: expected annotations for one of {', '.join(SPLITS)}. Correct its name.")
     found = []
     for name, path in annotations.items():
-        file = folder / path
+        file = _here(folder, path)
         if not file.is_file():
             raise DataError(
                 f"{file}: expected the annotation file of split {name!r}, found {kind_of_path(file)}. Correct its path."
@@ -102,18 +104,44 @@ def given_layout(
     return in_order(tuple(found))
 
 
+def split_paths(values: Sequence[str] | None, option: str) -> dict[str, str]:
+    """The values of --annotations or --images, each SPLIT=PATH, as path by split.
+
+    Raises:
+        DataError: a value of another form, an unknown split, or one split twice
+    """
+    found: dict[str, str] = {}
+    for value in values or ():
+        split, _, path = value.partition("=")
+        if split not in SPLITS or not path:
+            raise DataError(
+                f"--{option} {value}: expected SPLIT=PATH with one of the splits {', '.join(SPLITS)}, such as"
+                f" --{option} train=PATH. Correct it."
+            )
+        if SPLITS[split] in map(SPLITS.__getitem__, found):
+            raise DataError(f"--{option} {value}: split {split!r} is given twice. Keep one of them.")
+        found[split] = path
+    return found
+
+
 def image_folder(root: Path, split: str, path: str | Path) -> Path:
     """The folder that was given for the images of a split.
 
     Raises:
         DataError: there is none
     """
-    folder = root / path
+    folder = _here(root, path)
     if not folder.is_dir():
         raise DataError(
             f"{folder}: expected the image folder of split {split!r}, found {kind_of_path(folder)}. Correct its path."
         )
     return folder
+
+
+def _here(root: Path, path: str | Path) -> Path:
+    """The path relative to the dataset folder or, if nothing is there, to the working directory."""
+    inside = root / path
+    return Path(path) if not inside.exists() and Path(path).exists() else inside
 
 
 def _split_folders(root: Path, named: bool) -> Iterator[SplitFiles]:

@@ -1,6 +1,6 @@
 """`m2f check`: read all of a dataset and collect every problem, continuing after each where that is possible."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -13,7 +13,8 @@ from m2f_trainer.data.dataset import (
     with_validation,
 )
 from m2f_trainer.data.formats import find_splits, read_split
-from m2f_trainer.data.hub_dataset import is_hub_dataset, read_hub
+from m2f_trainer.data.hub_dataset import check_no_files, is_hub_dataset, read_hub
+from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.doctor.duplicates import find_duplicates
 from m2f_trainer.doctor.scan import Scan, Settings, scan_split
@@ -37,6 +38,7 @@ class Examination:
         categories: the classes of a model trained on it
         findings: all problems, errors first
         duplicates: groups of images that look the same
+        files: which files and folders the splits were read from, "" for a dataset on the Hub
     """
 
     dataset: str
@@ -46,6 +48,7 @@ class Examination:
     categories: tuple[Category, ...]
     findings: tuple[Finding, ...]
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
+    files: str = ""
 
     @property
     def status(self) -> int:
@@ -57,13 +60,18 @@ class Examination:
         return ERRORS if any(finding.severity == "error" for finding in self.findings) else CLEAN
 
 
-def examine(dataset: str | Path, settings: Settings | None = None) -> Examination:
-    """Read every annotation and every image of a dataset, a folder or `user/name` on the Hub.
+def examine(
+    dataset: str | Path,
+    settings: Settings | None = None,
+    annotations: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
+) -> Examination:
+    """Read every annotation and every image of a dataset, as `load_dataset` finds it.
 
     All problems become findings; none is raised.
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
-    splits = _read_splits(name, report)
+    splits, files = _read_splits(name, annotations, images, report)
     scans = {split: scan_split(annotations, settings, report) for split, annotations in splits.items()}
     categories = used_categories(splits, report) if splits else []
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
@@ -72,25 +80,35 @@ def examine(dataset: str | Path, settings: Settings | None = None) -> Examinatio
         _check_class_names(splits, categories, report)
         _check_class_use(splits, scans, categories, report)
         duplicates = _check_duplicates(splits, scans, report)
-    return Examination(name, settings, splits, scans, tuple(categories), tuple(report.sorted()), duplicates)
+    findings = tuple(report.sorted())
+    return Examination(name, settings, splits, scans, tuple(categories), findings, duplicates, files)
 
 
-def _read_splits(name: str, report: Report) -> Mapping[str, SplitAnnotations]:
-    """The splits that can be read, with a validation split held out where training would hold one out."""
+def _read_splits(
+    name: str, annotations: Sequence[str] | None, images: Sequence[str] | None, report: Report
+) -> tuple[Mapping[str, SplitAnnotations], str]:
+    """The splits that can be read, with a validation split held out where training would hold one out, and which files
+    they were read from.
+    """
     splits: dict[str, SplitAnnotations] = {}
+    folders: dict[str, Path] = {}
     try:
+        given = split_paths(annotations, "annotations"), split_paths(images, "images")
         if is_hub_dataset(name):
-            return _hold_out(read_hub(name, report), report)
-        layout = find_splits(name)
+            check_no_files(name, *given)
+            return _hold_out(read_hub(name, report), report), ""
+        layout = find_splits(name, *given)
     except DataError as error:
         report("unusable", name, [], str(error))
-        return {}
+        return {}, ""
     for files in layout.splits:
         try:
-            splits[files.split] = read_split(files, report)
+            found = read_split(files, report)
+            splits[files.split], folders[files.split] = found, found.folder
         except DataError as error:
             report("unusable", files.annotations, [], str(error))
-    return _hold_out(splits, report) if len(splits) == len(layout.splits) else splits
+    read_from = layout.describe(folders)
+    return _hold_out(splits, report) if len(splits) == len(layout.splits) else splits, read_from
 
 
 def _hold_out(splits: Mapping[str, SplitAnnotations], report: Report) -> dict[str, SplitAnnotations]:

@@ -26,7 +26,7 @@ def rows_of_run(run: Run) -> Dataset | None:
     if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
         return None
     try:
-        return load_dataset(str(name)).get("valid")
+        return load_dataset(str(name), run.recipe.get("annotations"), run.recipe.get("images")).get("valid")
     except (DataError, OSError):
         return None
 

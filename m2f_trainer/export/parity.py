@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -222,21 +224,29 @@ def best_overlaps(reference: Instances, other: Instances) -> NDArray[np.float64]
 
 
 def check_export(
-    model: M2FModel, path: Path, dataset: str | None, images: int, limits: ParityLimits, fixed_size: bool
+    model: M2FModel,
+    path: Path,
+    dataset: Sequence[Any] | None,
+    images: int,
+    limits: ParityLimits,
+    fixed_size: bool,
 ) -> Parity:
     """`measure_parity` on the first `images` of a dataset's valid split, by default of the synthetic sample dataset.
+
+    `dataset` holds the arguments of `load_dataset`.
 
     Raises:
         DataError: the dataset can't be read, or has no valid split.
     """
     with tempfile.TemporaryDirectory() as folder:
-        splits = load_dataset(dataset or str(write_sample(folder, images=(1, images, 0))))
+        splits = load_dataset(*(dataset or [str(write_sample(folder, images=(1, images, 0)))]))
         check_split(splits, "valid")
         rows = splits["valid"].select(range(min(images, len(splits["valid"]))))
         return measure_parity(model, path, rows, limits, fixed_size)
 
 
-def recorded_dataset(folder: Path) -> str | None:
-    """The dataset folder that a run's recipe records; None if it does not exist."""
-    name = read_json(folder / RECIPE).get("dataset_name")
-    return str(name) if name and Path(name).is_dir() else None
+def recorded_dataset(folder: Path) -> list[Any] | None:
+    """The arguments of `load_dataset` that a run's recipe records; None if there is no such folder or file."""
+    recipe = read_json(folder / RECIPE)
+    name = recipe.get("dataset_name")
+    return [str(name), recipe.get("annotations"), recipe.get("images")] if name and Path(name).exists() else None

@@ -30,12 +30,18 @@ WORTH_WORKERS = 64  # images; for fewer, starting and ending worker processes ta
 
 
 def evaluate_folder(
-    model: str, dataset: str, split: str = "valid", output_dir: Path | None = None, batch_size: int = 4
+    model: str,
+    dataset: str,
+    split: str = "valid",
+    output_dir: Path | None = None,
+    batch_size: int = 4,
+    annotations: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form).
+    predictions.json (COCO results form). `annotations` and `images` are as of `load_dataset`.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -44,7 +50,7 @@ def evaluate_folder(
     if output_dir is not None and Path(output_dir, RECIPE).is_file():
         raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
     loaded = load_model(model)
-    splits = load_dataset(dataset)
+    splits = load_dataset(dataset, annotations, images)
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
     check_categories(categories, splits[split])

@@ -45,7 +45,7 @@ def load_data(data: DataArguments) -> Data:
 
     Raises DataError before any model is built.
     """
-    splits = load_dataset(str(data.dataset_name))
+    splits = load_dataset(str(data.dataset_name), data.annotations, data.images)
     scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
     check_dataset(splits, train="train", evaluation=scored)
     train = first(splits["train"], data.max_train_samples)

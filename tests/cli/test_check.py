@@ -22,12 +22,27 @@ from m2f_trainer.doctor import examine, summary
 def test_the_next_step_depends_on_what_was_found(
     status: int, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examine, "examine", lambda *_: SimpleNamespace(status=status))
+    monkeypatch.setattr(examine, "examine", lambda *_: SimpleNamespace(status=status, files=""))
     monkeypatch.setattr(summary, "to_text", lambda result: f"status {result.status}")
     assert main(["check", "my coco"]) == status
     out = capsys.readouterr().out
     assert out.startswith(f"status {status}\n")
     assert out.endswith(f"Next:\n  {step}\n")
+
+
+def test_the_files_are_printed_and_given_ones_stay_in_the_next_step(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write_sample(tmp_path / "set", images=(4, 2, 0))
+    (data / "train/_annotations.coco.json").rename(data / "mine.json")
+    (data / "valid").rename(data / "second")
+    files = ["train=mine.json", "val=second/_annotations.coco.json"]
+    assert main(["check", str(data), "--annotations", *files, "--images", "train=train"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"dataset {data} (COCO):\n  train mine.json, images in train\n  valid second/_annotations")
+    assert out.endswith(f"m2f train --dataset_name {data} --annotations {' '.join(files)} --images train=train\n")
+    assert main(["check", str(data), "--annotations", "dev=mine.json"]) == 2
+    assert "--annotations dev=mine.json: expected SPLIT=PATH with one of the splits" in capsys.readouterr().out
 
 
 def test_a_recipe_for_the_dataset_is_written_with_reasons(

@@ -16,8 +16,13 @@ def test_the_metrics_and_the_next_step_are_printed(
         return {"eval_map": 0.5, "eval_map_class/cat": 0.25}
 
     stand_in(monkeypatch, "m2f_trainer.training.evaluate", evaluate_folder=evaluate_folder)
-    assert main(["evaluate", "runs/a", "coco", "--split", "test"]) == 0
-    assert seen == [("runs/a", "coco", "test", None, 4)]
+    assert (
+        main(
+            ["evaluate", "runs/a", "coco", "--split", "test", "--annotations", "test=a.json", "--images", "test=photos"]
+        )
+        == 0
+    )
+    assert seen == [("runs/a", "coco", "test", None, 4, ["test=a.json"], ["test=photos"])]
     out = capsys.readouterr().out
     assert "masks       50.0" in out
     assert "cat        25.0" in out

@@ -29,6 +29,18 @@ def test_the_recipe_is_passed_on_and_next_steps_are_printed(capsys: Captured, mo
     assert capsys.readouterr().out.endswith("Next:\n  m2f evaluate runs/a 'my coco'\n  m2f predict runs/a IMAGES\n")
 
 
+def test_given_annotation_files_are_recipe_fields_and_stay_in_the_next_step(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    stand_in(monkeypatch, "m2f_trainer.training.run", train=seen.append)
+    files = ["--annotations", "train=a.json", "val=b.json", "--images", "val=my photos"]
+    assert main(["train", "quickstart", "--dataset_name", "coco", "--output_dir", "runs/a", *files]) == 0
+    assert seen[0].data.annotations == ["train=a.json", "val=b.json"]
+    step = "m2f evaluate runs/a coco --annotations train=a.json val=b.json --images 'val=my photos'\n"
+    assert step in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_plan_and_trains_nothing(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "m2f_trainer.training.run", dry_run=lambda recipe: f"plan of {recipe.data.dataset_name}")
     assert main(["train", "quickstart", "--dataset_name", "coco", "--dry_run"]) == 0

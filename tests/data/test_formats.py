@@ -7,11 +7,18 @@ import pytest
 
 from m2f_trainer.data.dataset import load_coco, log_once
 from m2f_trainer.data.formats import OTHER_FORMATS, find_splits
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.errors import DataError
 from tests.data.exports import label_studio, roboflow, train_and_val_files_in_the_folder, vgg
 from tests.data.folders import content
 from tests.data.test_layouts import place
 from tests.data.test_yolo import yolo
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing is left in the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 def test_the_path_of_a_json_or_yaml_itself_is_a_dataset(tmp_path):
@@ -103,3 +110,11 @@ def test_vgg_coco_is_read_beside_any_other_file(tmp_path):
     (root / "attributes.json").write_text("{}")
     (files,) = find_splits(root).splits
     assert files.annotations.name == "via_project_22Nov2026_12h0m_coco.json"
+
+
+def test_given_annotations_hold_out_validation_images_like_found_ones(tmp_path):
+    root = label_studio(tmp_path / "set")
+    splits = load_dataset(root, ["train=result.json"], ["train=."])
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 5, "valid": 1}
+    with pytest.raises(DataError, match="this is a Hub dataset"):
+        load_dataset("user/name", ["train=result.json"])

@@ -8,6 +8,7 @@ import pytest
 
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.formats import find_splits
+from m2f_trainer.data.layouts import given_layout, split_paths
 from m2f_trainer.errors import DataError
 from tests.data.folders import content
 
@@ -115,3 +116,22 @@ def test_the_other_tasks_of_coco_are_left_aside(tmp_path):
     layout = find_splits(tmp_path / "set")
     assert [files.annotations.name for files in layout.splits] == ["instances_train2017.json"]
     assert [path.name for path in layout.aside] == ["captions_train2017.json", "person_keypoints_train2017.json"]
+
+
+def test_given_paths_are_also_looked_for_in_the_working_directory(tmp_path, monkeypatch):
+    place(tmp_path / "set", "labels/mine.json", "pictures/a.png")
+    place(tmp_path, "other.json", "photos/a.png")
+    monkeypatch.chdir(tmp_path)
+    (files,) = given_layout("set", {"train": "other.json"}, {"train": "photos"})
+    assert (files.annotations, files.image_folders) == (Path("other.json"), (Path("photos"),))
+    (files,) = given_layout("set", {"train": "labels/mine.json"})
+    assert files.annotations == Path("set/labels/mine.json")
+
+
+@pytest.mark.parametrize("value", ["a.json", "train=", "=a.json", "dev=a.json"])
+def test_a_path_without_its_split_is_refused(value):
+    with pytest.raises(DataError, match="expected SPLIT=PATH with one of the splits train"):
+        split_paths([value], "annotations")
+    with pytest.raises(DataError, match="split 'val' is given twice"):
+        split_paths(["valid=a", "val=b"], "images")
+    assert split_paths(["train=a=b.json", "val=c"], "images") == {"train": "a=b.json", "val": "c"}
