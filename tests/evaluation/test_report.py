@@ -7,7 +7,6 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +15,6 @@ from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.evaluation.evaluator import Evaluator
-from m2f_trainer.evaluation.gallery import GAP, ground_truth, side_by_side
 from m2f_trainer.evaluation.report import write_report
 from m2f_trainer.run_folder import curves_of, read_runs, write_details, write_metrics
 from tests.evaluation.truth import perfect
@@ -190,13 +188,3 @@ def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path
     (changed / "valid/_annotations.coco.json").write_text(json.dumps(coco))
     text = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
     assert "and now has 50x40: the dataset has changed since" in text
-
-
-def test_the_ground_truth_is_on_the_left_and_has_no_scores(data: Path) -> None:
-    row = load_coco(data)["valid"][0]
-    image = side_by_side(row, None, {}, 1000)
-    assert image.size == (2 * row["width"] + GAP, row["height"])
-    truth = ground_truth(row)
-    assert len(truth) == sum(not item["iscrowd"] for item in row["objects"])
-    left, right = np.asarray(image)[:, : row["width"]], np.asarray(image)[:, row["width"] + GAP :]
-    assert (left != right).any(axis=2).mean() > 0.01, "nothing is drawn on the right"
