@@ -108,17 +108,20 @@ def read_details(folder: str | Path) -> dict[str, Any]:
 
 
 def write_classes(details: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Write the table of classes as CSV; None if there is none. A name like a formula gets a leading apostrophe."""
+    """Write the table of classes as CSV; return None if there is none."""
     rows = details.get("classes")
     if not rows:
         return None
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        name = row["name"]
-        writer.writerow({**row, "name": f"'{name}" if name[:1] in FORMULA_STARTS else name})
+    writer.writerows({**row, "name": csv_text(row["name"])} for row in rows)
     return write_atomically(path, text.getvalue())
+
+
+def csv_text(text: str) -> str:
+    """Text for a cell of a CSV file, with an apostrophe before what a spreadsheet would run as a formula."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.polygons import mask_to_polygons
-from m2f_trainer.run_folder import write_atomically
+from m2f_trainer.run_folder import csv_text, write_atomically
 
 RESULTS, TABLE, DATASET = "predictions.json", "predictions.csv", "_annotations.coco.json"
 COLUMNS = ("file_name", "image_id", "category_id", "category", "score", "x", "y", "width", "height", "area")
@@ -75,10 +75,9 @@ def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, s
     table = csv.writer(text)
     table.writerow(COLUMNS)
     for image_id, record, entry in numbered:
-        category, score = entry["category_id"], f"{entry['score']:.6f}"
-        table.writerow(
-            [record.file_name, image_id, category, names.get(category, ""), score, *entry["bbox"], entry["area"]]
-        )
+        file_name, name = csv_text(record.file_name), csv_text(names.get(entry["category_id"], ""))
+        score = f"{entry['score']:.6f}"
+        table.writerow([file_name, image_id, entry["category_id"], name, score, *entry["bbox"], entry["area"]])
     write_atomically(folder / TABLE, text.getvalue())
 
 

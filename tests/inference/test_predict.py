@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,27 +199,3 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     drawn = list(frames(out / "clip.instances.mp4"))
     assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
-
-
-def test_a_video_that_a_telephone_took_upright_is_read_upright(tmp_path: Path) -> None:
-    """Telephones store it lying, with a matrix in the track's header that says how to turn it."""
-    pytest.importorskip("av", reason="the extra `video` is not installed")
-    from fractions import Fraction
-
-    from m2f_trainer.inference.video import frames, write_video
-
-    pixels = np.zeros((48, 64, 3), np.uint8)
-    pixels[:16, :16] = 255
-    path = tmp_path / "clip.mp4"
-    write_video((Image.fromarray(pixels) for _ in range(2)), path, Fraction(10))
-    content = path.read_bytes()
-    matrix = content.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2; 16.16 and 2.30 fixed point
-    quarter = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
-    path.write_bytes(content[:matrix] + quarter + content[matrix + len(quarter) :])
-    frame = next(frames(path))
-    assert frame.size == (48, 64)
-    corners = {
-        place: np.asarray(frame.crop(box)).mean() > 128
-        for place, box in {"top left": (0, 0, 8, 8), "top right": (40, 0, 48, 8), "bottom left": (0, 56, 8, 64)}.items()
-    }
-    assert corners == {"top left": False, "top right": True, "bottom left": False}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tracemalloc
 from collections.abc import Iterator
@@ -13,16 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.data.images import open_image
 from m2f_trainer.data.tiles import Tiling, lay_tiles
-from m2f_trainer.errors import ImageError, MissingPackageError, RecipeError
+from m2f_trainer.errors import RecipeError
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.inference.results import record_of, write_dataset
 from m2f_trainer.inference.tiles import Merger
-from m2f_trainer.inference.windows import ArrayWindows, TiffWindows, Windows, open_windows
+from m2f_trainer.inference.windows import ArrayWindows, Windows
 
 Labels = NDArray[np.int64]
 
@@ -192,109 +189,6 @@ def test_own_parts_cover_an_image_without_gap_or_overlap_and_tiles_share_what_wa
         assert (covered == 1).all()
     with pytest.raises(RecipeError, match=r"overlap from 0 to below 0\.5"):
         lay_tiles((10, 10), 5, 0.5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"tile": (32, 48)}, {"rowsperstrip": 17}, {"tile": (32, 48), "compression": "zlib"}]
-)
-def test_a_tiff_is_read_by_windows_to_the_pixel(options: dict[str, object], tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    pixels = np.random.default_rng(0).integers(0, 255, (101, 143, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
-    windows = open_windows(tmp_path / "a.tif")
-    assert isinstance(windows, TiffWindows)
-    assert windows.size == (101, 143)
-    for x0, y0, x1, y1 in ((0, 0, 143, 101), (40, 30, 100, 70), (142, 100, 143, 101)):
-        assert np.array_equal(windows.read((x0, y0, x1, y1)), pixels[y0:y1, x0:x1])
-
-
-def test_other_files_are_decoded_whole_and_a_deep_tiff_is_refused(tmp_path: Path) -> None:
-    Image.fromarray(scene()).save(tmp_path / "a.png")
-    windows: Windows = open_windows(tmp_path / "a.png")
-    assert np.array_equal(windows.read((7, 5, 30, 9)), scene()[5:9, 7:30])
-    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 9), np.float32))
-    with pytest.raises(ImageError, match="8-bit grey, RGB or RGBA"):
-        open_windows(tmp_path / "b.tif")
-
-
-def tiffs(folder: Path) -> list[Path]:
-    """TIFFs whose stored samples aren't the colours that they show, or that tifffile alone can't decompress."""
-    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
-    picture.quantize(16).save(folder / "palette.tif")
-    picture.convert("CMYK").save(folder / "cmyk.tif")
-    picture.convert("1").save(folder / "bilevel.tif")
-    picture.save(folder / "lzw.tif", compression="tiff_lzw")
-    picture.save(folder / "jpeg.tif", compression="jpeg")
-    picture.save(folder / "a_jpeg_by_another_name.tif", format="JPEG")
-    grey = np.asarray(picture.convert("L"))
-    tifffile.imwrite(folder / "white_is_zero.tif", grey, photometric="miniswhite")
-    tifffile.imwrite(folder / "deep.tif", grey.astype(np.uint16) * 257)
-    return sorted(folder.iterdir())
-
-
-def test_a_tiff_shows_the_same_by_windows_as_whole_whatever_its_colours_and_compression(tmp_path: Path) -> None:
-    for path in tiffs(tmp_path):
-        windows = open_windows(path)
-        height, width = windows.size
-        assert np.array_equal(windows.read((0, 0, width, height)), np.asarray(open_image(path, path.name))), path.name
-
-
-def test_a_tile_that_was_never_written_is_black_and_a_damaged_one_is_told(tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    path, pixels = tmp_path / "a.tif", np.random.default_rng(0).integers(1, 255, (64, 64, 3), np.uint8)
-    tifffile.imwrite(path, pixels, tile=(32, 32), compression="zlib", photometric="rgb")
-    with tifffile.TiffFile(path, mode="r+") as file:
-        offsets, counts = (file.pages[0].tags[name] for name in ("TileOffsets", "TileByteCounts"))
-        third = offsets.value[2]
-        offsets.overwrite([offsets.value[0], 0, *offsets.value[2:]])
-        counts.overwrite([counts.value[0], 0, *counts.value[2:]])
-    windows = open_windows(path)
-    assert not windows.read((32, 0, 64, 32)).any()
-    assert np.array_equal(windows.read((32, 32, 64, 64)), pixels[32:, 32:])
-    with path.open("r+b") as file:
-        file.seek(third)
-        file.write(b"damaged")
-    with pytest.raises(ImageError, match=r"part 2 of the TIFF can't be decoded .* Replace the file"):
-        windows.read((0, 32, 32, 64))
-
-
-def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    if importlib.util.find_spec("imagecodecs") is not None:
-        pytest.skip("imagecodecs is installed")
-    Image.fromarray(scene()).save(tmp_path / "a.tif", compression="tiff_lzw")
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
-    with pytest.raises(ImageError, match=r"LZW.*pip install imagecodecs"):
-        open_windows(tmp_path / "a.tif")
-
-
-def test_an_image_too_large_to_be_decoded_is_sent_to_the_format_that_is_read_by_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
-    Image.fromarray(scene()).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match=r"at most 100 pixels, got 210x150\. .*--tile` does so .* a TIFF"):
-        open_windows(tmp_path / "a.png")
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_tiff_that_ends_after_its_start_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    (tmp_path / "a.tif").write_bytes(b"II*\0nothing but a start")
-    with pytest.raises(ImageError, match=r"a\.tif: the TIFF's header is damaged"):
-        open_windows(tmp_path / "a.tif")
-
-
-def test_a_large_tiff_without_tifffile_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.fromarray(scene()).save(tmp_path / "a.tif")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
-    with pytest.raises(MissingPackageError, match=r"m2f-trainer\[tiff\]"):
-        open_windows(tmp_path / "a.tif")
 
 
 class Stars:
