@@ -78,11 +78,11 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
     from m2f_trainer.doctor.fix import repair
     from m2f_trainer.doctor.page import render
     from m2f_trainer.doctor.pictures import preview
-    from m2f_trainer.viz.html import write_page
+    from m2f_trainer.run_folder import write_atomically
 
     messages = []
     if arguments.html:
-        messages.append(f"page: {write_page(arguments.html, render(result))}")
+        messages.append(f"page: {write_atomically(arguments.html, render(result))}")
     if arguments.recipe and result.status == CLEAN:
         messages.append(write_recipe(arguments.recipe, result))
     elif arguments.recipe:

@@ -13,9 +13,9 @@ from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
-from m2f_trainer.run_folder import Run, read_runs
+from m2f_trainer.run_folder import Run, read_runs, write_atomically
 from m2f_trainer.viz.charts import line_chart
-from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page, write_page
+from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 
 SUMMARY = {
     "eval_map": "AP", "eval_map_50": "AP50", "eval_map_75": "AP75", "eval_map_small": "small",
@@ -50,7 +50,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         ],
         galleries=[_gallery(run, 6 if len(runs) == 1 else 3) for run in runs],
     )
-    return write_page(output, text)
+    return write_atomically(output, text)
 
 
 def _summary(runs: Sequence[Run]) -> Table:

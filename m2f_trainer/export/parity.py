@@ -85,7 +85,7 @@ class Parity:
             lines.append(f"  another size   mask logits differ by {self.other_size:.2e} at most")
         if not self.instances:
             lines.append(
-                "  no instance scored above {COMPARED}: only logits were compared; train longer, or try other images"
+                f"  no instance scored above {COMPARED}: only logits were compared; train longer, or try other images"
             )
         return "\n".join([*lines, f"  parity is {'met' if self.met else 'NOT MET'}"])
 

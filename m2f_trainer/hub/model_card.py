@@ -24,7 +24,7 @@ from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
-from m2f_trainer.run_folder import read_details, read_json
+from m2f_trainer.run_folder import read_details, read_json, write_atomically
 
 CARD = "README.md"
 SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
@@ -81,9 +81,7 @@ class CardOptions:
 
 def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
     """Write README.md into a model's folder from the files beside it. Raises SharingError where there is no model."""
-    path = Path(folder, CARD)
-    path.write_text(render_card(Path(folder), options), encoding="utf-8")
-    return path
+    return write_atomically(Path(folder, CARD), render_card(Path(folder), options))
 
 
 def render_card(folder: Path, options: CardOptions | None = None) -> str:

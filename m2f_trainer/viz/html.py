@@ -11,7 +11,6 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -99,10 +98,3 @@ def render_page(template: str, *, sortable: bool = False, **values: Any) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(template).render(policy=policy, script=Markup(script), **values)
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Write a page, making its folder where there is none; return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from m2f_trainer.data.dataset import load_coco
-from m2f_trainer.data.geometry import Crop, resize_to_fit
+from m2f_trainer.data.geometry import Crop
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform, make_sample, random_colors
 from m2f_trainer.errors import ImageError
 from m2f_trainer.masks import segmentation as masks
@@ -42,21 +42,6 @@ def whole(sample: dict[str, Any], i: int) -> np.ndarray:
     x0, y0, x1, y1 = sample["boxes"][i].tolist()
     full[y0:y1, x0:x1] = sample["masks"][i]
     return full
-
-
-@pytest.mark.parametrize(
-    ("original", "padded", "resized"),
-    [
-        ((480, 640), (1024, 1024), (768, 1024)),
-        ((640, 480), (1024, 1024), (1024, 768)),
-        ((480, 640), (480, 640), (480, 640)),
-        ((1, 5000), (64, 64), (1, 64)),
-        ((7, 3), (64, 32), (64, 27)),
-        ((1, 1), (16, 48), (16, 16)),
-    ],
-)
-def test_an_image_is_fitted_with_its_aspect_and_at_least_a_pixel(original, padded, resized):
-    assert resize_to_fit(original, padded).resized == resized
 
 
 def test_evaluation_resizes_pads_right_and_bottom_and_says_where_the_image_is():
@@ -115,22 +100,6 @@ def test_masks_follow_the_pixels_through_scale_crop_and_flip():
         assert (np.abs(pixels[differs] - 127) <= 2).all()  # rounding at the half level
         assert differs.sum() < 20
     assert shown > 40
-
-
-def test_a_cropped_mask_equals_the_crop_of_the_whole_resized_mask():
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        bitmap = disc(90, 70, *rng.uniform(0, 70, size=2), rng.uniform(2, 30))
-        resized = tuple(int(side) for side in rng.integers(20, 200, size=2))
-        x0, y0 = (int(rng.integers(0, side - 10)) for side in resized[::-1])
-        crop = Crop((90, 70), resized, (x0, y0, min(resized[1], x0 + 64), min(resized[0], y0 + 64)))
-        sample = make_sample(Image.new("RGB", (70, 90)), row_of([bitmap]), crop, (64, 64))
-        full = np.asarray(Image.fromarray(bitmap * 255).resize(resized[::-1], Image.Resampling.BILINEAR)) > 127
-        expected = np.zeros((64, 64), dtype=np.uint8)
-        part = full[y0 : crop.window[3], x0 : crop.window[2]]
-        expected[: part.shape[0], : part.shape[1]] = part
-        found = whole(sample, 0) if sample["masks"] else np.zeros_like(expected)
-        assert (found != expected).sum() <= 1
 
 
 def test_boxes_are_tight_and_bitmaps_cropped_to_them():

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from m2f_trainer.cli import main as cli
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import MissingPackageError
-from m2f_trainer.export import parity
 from m2f_trainer.export.export import export_model
-from m2f_trainer.export.parity import FULL, HALF, ModelRunner, ParityLimits, Runner, check_export
+from m2f_trainer.export.parity import FULL, HALF, check_export
 from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.model.mask2former import M2FConfig, M2FModel
-from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, tiny_model
+from m2f_trainer.model.mask2former import M2FModel
+from tests.export.models import SHAPES, SMALL, model_of
+from tests.model.tiny import CONVNEXT, DINOV2, VIT, images
 
 EXAMPLE = Path(__file__).parents[2] / "recipes" / "onnx_predict.py"
-SHAPES = [{"id": k, "name": name} for k, name in enumerate(("circle", "square", "triangle"), 1)]
-SMALL = {**VIT, "num_hidden_layers": 1}
-
-
-def model_of(backbone: dict[str, object], **fields: object) -> M2FModel:
-    """A model for the synthetic dataset, with masks that differ from each other."""
-    return tiny_model(backbone, categories=SHAPES, **{"decoder_layers": 2, **fields}).eval()
 
 
 def logits(model: M2FModel, pixels: Tensor) -> list[Tensor]:
@@ -54,66 +45,6 @@ def test_a_torch_program_gives_the_models_logits_for_any_number_of_images(tmp_pa
     assert constants["postprocessing"]["categories"] == SHAPES
     assert constants["preprocessing"]["image_height"] == 64
     assert constants["inputs"]["sides"] == "64 x 64 only"
-
-
-class Faulty(ModelRunner):
-    """A file whose masks are inverted."""
-
-    def __init__(self, path: Path, config: M2FConfig) -> None:
-        super().__init__(model_of(SMALL))
-
-    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        classes, masks = super().run(pixel_values, pixel_mask)
-        return classes, -masks
-
-
-class Faithful(Faulty):
-    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return ModelRunner.run(self, pixel_values, pixel_mask)
-
-
-@pytest.mark.parametrize(("runner", "met"), [(Faithful, True), (Faulty, False)])
-def test_a_file_with_other_logits_fails_the_comparison(
-    runner: type[Runner], met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
-    found = check_export(model_of(SMALL), tmp_path / "model.pt2", None, 2, FULL, fixed_size=True)
-    assert found.met is met
-    assert ("NOT MET" in found.to_text()) is not met
-    assert json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["met"] is met
-    assert (found.mask_logits == 0) is met
-
-
-def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
-    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
-    same = parity.Parity(**{**fields, "other_size": None, "limits": ParityLimits(0.001, 0.99)})  # type: ignore[arg-type]
-    assert same.met
-    assert not parity.Parity(**{**vars(same), "file_ap": 0.998}).met
-    assert not parity.Parity(**{**vars(same), "mask_iou": 0.98}).met
-    assert not parity.Parity(**{**vars(same), "other_size": 0.06}).met
-
-
-def test_a_comparison_without_any_instance_says_so() -> None:
-    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
-    some = parity.Parity(**{**fields, "instances": 3, "other_size": None, "limits": FULL})  # type: ignore[arg-type]
-    assert "of 3 instances scored above 0.05" in some.to_text()
-    assert "only logits were compared" not in some.to_text()
-    assert "only logits were compared" in replace(some, instances=0).to_text()
-
-
-def test_the_command_exits_with_1_where_parity_is_not_met(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model_of(SMALL).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("m2f_trainer.export.export.trace", lambda *_: None)
-    monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"program"))
-    for runner, status in ((Faulty, 1), (Faithful, 0)):
-        monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
-        argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
-        assert cli.main([*argv, "--images", "2", "--fixed_size"]) == status
-    out = capsys.readouterr().out
-    assert "parity is NOT MET" in out
-    assert "synthetic images, where AP is meaningless" in out
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(

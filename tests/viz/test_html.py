@@ -7,14 +7,13 @@ import hashlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
 from m2f_trainer.viz.charts import line_chart
-from m2f_trainer.viz.html import Table, chart, photo, render_page, template_environment, write_page
+from m2f_trainer.viz.html import Table, chart, photo, render_page, template_environment
 
 EVIL = '"><script>alert(1)</script>{{ 7 * 7 }}'
 
@@ -70,10 +69,6 @@ def test_every_template_can_be_read() -> None:
     assert {"page.html", "parts.html", "report.html", "check.html", "page.css", "sort.js"} <= set(names)
     for name in names:
         environment.get_template(name)
-
-
-def test_a_page_is_written_into_a_new_folder(tmp_path: Path) -> None:
-    assert write_page(tmp_path / "new" / "page.html", "é").read_text(encoding="utf-8") == "é"
 
 
 def test_importing_is_quiet_about_jinja2_and_matplotlib() -> None:

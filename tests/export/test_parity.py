@@ -1,0 +1,92 @@
+"""An exported file is compared with the model it was made from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from m2f_trainer.cli import main as cli
+from m2f_trainer.export import parity
+from m2f_trainer.export.parity import FULL, ModelRunner, ParityLimits, Runner, best_overlaps, check_export
+from m2f_trainer.inference.instances import Instances, tight_boxes
+from m2f_trainer.model.mask2former import M2FConfig
+from tests.export.models import SMALL, model_of
+
+
+class Faulty(ModelRunner):
+    """A file whose masks are inverted."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        super().__init__(model_of(SMALL))
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        classes, masks = super().run(pixel_values, pixel_mask)
+        return classes, -masks
+
+
+class Faithful(Faulty):
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return ModelRunner.run(self, pixel_values, pixel_mask)
+
+
+@pytest.mark.parametrize(("runner", "met"), [(Faithful, True), (Faulty, False)])
+def test_a_file_with_other_logits_fails_the_comparison(
+    runner: type[Runner], met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+    found = check_export(model_of(SMALL), tmp_path / "model.pt2", None, 2, FULL, fixed_size=True)
+    assert found.met is met
+    assert ("NOT MET" in found.to_text()) is not met
+    assert json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["met"] is met
+    assert (found.mask_logits == 0) is met
+
+
+def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
+    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
+    same = parity.Parity(**{**fields, "other_size": None, "limits": ParityLimits(0.001, 0.99)})  # type: ignore[arg-type]
+    assert same.met
+    assert not parity.Parity(**{**vars(same), "file_ap": 0.998}).met
+    assert not parity.Parity(**{**vars(same), "mask_iou": 0.98}).met
+    assert not parity.Parity(**{**vars(same), "other_size": 0.06}).met
+
+
+def test_a_comparison_without_any_instance_says_so() -> None:
+    fields = dict.fromkeys(parity.Parity.__dataclass_fields__, 1.0)
+    some = parity.Parity(**{**fields, "instances": 3, "other_size": None, "limits": FULL})  # type: ignore[arg-type]
+    assert "of 3 instances scored above 0.05" in some.to_text()
+    assert "only logits were compared" not in some.to_text()
+    assert "no instance scored above 0.05: only logits were compared" in replace(some, instances=0).to_text()
+
+
+def test_the_command_exits_with_1_where_parity_is_not_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_of(SMALL).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("m2f_trainer.export.export.trace", lambda *_: None)
+    monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"program"))
+    for runner, status in ((Faulty, 1), (Faithful, 0)):
+        monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+        argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
+        assert cli.main([*argv, "--images", "2", "--fixed_size"]) == status
+    out = capsys.readouterr().out
+    assert "parity is NOT MET" in out
+    assert "synthetic images, where AP is meaningless" in out
+
+
+def test_each_instance_is_compared_with_the_best_of_its_class() -> None:
+    masks = np.zeros((3, 20, 20), np.uint8)
+    masks[0, :10, :10] = masks[1, :10, :8] = masks[2, :10, :10] = 1
+    rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+
+    def instances(categories: list[int], kept: list[int], scores: list[float]) -> Instances:
+        chosen = [rles[index] for index in kept]
+        return Instances(0, np.array(categories), np.array(scores), chosen, tight_boxes(chosen), (20, 20))
+
+    reference = instances([1, 1], [0, 1], [0.9, 0.04])  # the second scores too low to be compared
+    assert best_overlaps(reference, instances([1, 2], [1, 2], [0.9, 0.8])).tolist() == [0.8]
+    assert best_overlaps(reference, instances([2], [2], [0.9])).tolist() == [0.0]
+    assert best_overlaps(reference, instances([], [], [])).tolist() == [0.0]
