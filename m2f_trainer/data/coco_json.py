@@ -59,7 +59,7 @@ class SplitAnnotations(ABC):
         """The ids of the categories with at least one annotation."""
         return {entry["category_id"] for group in self.annotations.values() for entry in group}
 
-    def rows(self) -> Iterator[Entry]:
+    def rows(self, report: Report = raise_problem) -> Iterator[Entry]:
         """The dataset rows, one per image, in the order of `images`.
 
         Raises:
@@ -71,7 +71,7 @@ class SplitAnnotations(ABC):
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
-                "objects": self.objects(image),
+                "objects": self.objects(image, report),
             }
 
     def objects(self, image: Entry, report: Report = raise_problem) -> list[Entry]:
@@ -219,7 +219,7 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
     if not images:
         raise DataError(f"{name}: `images` is empty. Add images, or remove the split.")
     images = check_images(images, name, report)
-    names = _check_categories(categories, name, report)
+    names = _check_categories(categories, {rle.brief(one.get("category_id")) for one in entries}, name, report)
     groups: dict[int, list[Entry]] = {image["id"]: [] for image in images}
     for entry in _check_annotations(entries, name, report, images=groups, categories=names):
         groups[entry["image_id"]].append(entry)
@@ -299,15 +299,26 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     return valid
 
 
-def _check_categories(categories: list[Entry], name: str, report: Report) -> dict[int, str]:
-    """Names by category id."""
-    names = {}
-    for category in _unique(_with_ids(categories, ("id",), "category", name, report), "category", name, report):
-        if is_text(category.get("name")):
-            names[category["id"]] = category["name"]
-        else:
-            problem = f"{name}: category {category['id']}: expected a `name`, got {rle.brief(category.get('name'))}."
-            report("bad-category-entry", name, [category["id"]], f"{problem} Correct it.")
+def _check_categories(categories: list[Entry], used: set[str], name: str, report: Report) -> dict[int, str]:
+    """Names by category id; an id that no annotation uses may have several. `used` has the ids in brief."""
+    names: dict[int, str] = {}
+    repeated = []
+    for category in _with_ids(categories, ("id",), "category", name, report):
+        key, text = category["id"], category.get("name")
+        is_used = rle.brief(key) in used
+        if not isinstance(text, str) or not is_text(text):
+            problem = f"{name}: category {key}: expected a `name`, got {rle.brief(text)}."
+            report("bad-category-entry", name, [key], f"{problem} Correct it.")
+        elif key not in names:
+            names[key] = text
+        elif is_used and names[key].strip() != text.strip():
+            problem = f"{name}: category {key} is named both {names[key]!r} and {text!r}. Give each class its own id."
+            report("two-category-names", name, [key], problem)
+        elif is_used:
+            repeated.append(key)
+    if repeated:
+        message = f"{name}: category ids must be unique, found more than once: {listed(repeated)}. Renumber them."
+        report("duplicate-category-id", name, repeated, message)
     return names
 
 

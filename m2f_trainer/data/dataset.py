@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import TypeVar
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -23,15 +22,14 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 
+from m2f_trainer.data.categories import Annotations, match_categories
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.formats import Layout, contents, find_splits, read_split
 from m2f_trainer.data.layouts import SplitFiles
-from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.problems import KINDS, Report, TrainingReport, raise_problem
 from m2f_trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-Annotations = TypeVar("Annotations", bound=SplitAnnotations)
 
 FEATURES = datasets.Features(
     {
@@ -52,7 +50,7 @@ FEATURES = datasets.Features(
     }
 )
 _ROWS_PER_TABLE = 1000
-_ROW_FORMAT = "3"  # raise it when rows change, so that caches of older versions are not used
+_ROW_FORMAT = "4"  # raise it when rows change, so that caches of older versions are not used
 _HELD_OUT = 5  # one image of this many is held out for validation
 
 
@@ -102,11 +100,6 @@ def categories_of(rows: datasets.Dataset) -> tuple[Category, ...]:
     return categories
 
 
-def normalized_name(name: str) -> str:
-    """A class name without differences in case and spaces."""
-    return " ".join(name.split()).casefold()
-
-
 # building the rows of a folder
 
 
@@ -144,6 +137,7 @@ def load_coco(
     )
     with unwrap_data_errors():
         builder.download_and_prepare()
+    _log_findings(builder.report)
     splits = builder.as_dataset()
     log_once(describe_files(layout, splits))
     if len(splits) > len(layout.splits):
@@ -158,6 +152,13 @@ def describe_files(layout: Layout, splits: Mapping[str, datasets.Dataset]) -> st
         paths = {os.path.dirname(path) for path in pc.struct_field(rows.data["image"], "path").to_pylist()}  # noqa: PTH120
         folders[name] = Path(os.path.commonpath(paths))
     return layout.describe(folders)
+
+
+def _log_findings(report: TrainingReport) -> None:
+    """One line for each kind of warning and note; rows from the cache have none."""
+    for finding in report.sorted():
+        title = KINDS[finding.kind].title
+        logger.warning("%s: %s (%d), the first: %s", finding.file, title, finding.count, finding.message)
 
 
 @cache
@@ -215,18 +216,21 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 
     BUILDER_CONFIG_CLASS = CocoConfig
     VERSION = datasets.Version("1.0.0")
+    report = TrainingReport()
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=FEATURES)
 
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
-        splits = {files.split: read_split(files) for files in self.config.layout}
+        self.report = TrainingReport()
+        splits = {files.split: read_split(files, self.report) for files in self.config.layout}
+        splits, categories = used_categories(splits, self.report)
         splits = with_validation(splits) if self.config.hold_out else splits
-        self.info.features = row_features(used_categories(splits))
+        self.info.features = row_features(categories)
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": split}) for name, split in splits.items()]
 
     def _generate_tables(self, split: SplitAnnotations) -> Iterator[tuple[int, pa.Table]]:
-        rows = split.rows()
+        rows = split.rows(self.report)
         for number in count():
             batch = list(islice(rows, _ROWS_PER_TABLE))
             if not batch:
@@ -234,29 +238,21 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
             yield number, pa.Table.from_pylist(batch, schema=self.info.features.arrow_schema)
 
 
-def used_categories(splits: Mapping[str, SplitAnnotations], report: Report = raise_problem) -> list[Category]:
-    """The categories with an annotation in any split, by id; Roboflow's super-category has none and is left out.
+def used_categories(
+    splits: Mapping[str, Annotations], report: Report = raise_problem
+) -> tuple[dict[str, Annotations], list[Category]]:
+    """The splits with one id for each class name, and the categories with an annotation in any of them, by id;
+    Roboflow's super-category has none and is left out.
 
-    Reports an id with two names, and a dataset without annotations.
+    Reports what `match_categories` does, and a dataset without annotations.
     """
-    names: dict[int, tuple[str, str]] = {}
-    used: set[int] = set()
-    for split in splits.values():
-        used |= split.used_categories()
-        for key, name in split.categories.items():
-            first, where = names.setdefault(key, (name, split.name))
-            if first != name:
-                message = (
-                    f"category {key} is {first!r} in {where} but {name!r} in {split.name}."
-                    " Give it one name in all splits, or two ids."
-                )
-                report("renamed-category", split.name, [key], message)
-    if not used:
+    matched, names = match_categories(splits, report)
+    if not names:
         everywhere = ", ".join(split.name for split in splits.values())
         report(
             "no-objects", everywhere, [], f"expected annotated objects, found none in {everywhere}. Add annotations."
         )
-    return [Category(key, names[key][0]) for key in sorted(used)]
+    return matched, [Category(key, name) for key, name in names.items()]
 
 
 # holding out a validation split

@@ -1,7 +1,8 @@
 """The kinds of problems that a dataset can have: title, reason, remedy, and what `m2f check --fix` does about each.
 
-Readers of annotations pass every problem to a `Report` and then leave the faulty part out. For training, the report is
-`raise_problem`, which raises at the first problem; for `m2f check` it is `Findings`, which collects all of them.
+Readers of annotations pass every problem to a `Report` and then leave the faulty part out. What is certain in spite of
+an unusual spelling is used, and reported as a note. For training, the report is
+`TrainingReport`, which raises at the first error; for `m2f check` it is `Findings`, which collects all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError
 
 Key: TypeAlias = int | str
-Severity: TypeAlias = Literal["error", "warning"]
+Severity: TypeAlias = Literal["error", "warning", "note"]
+"""An error stops training, a warning deserves a look, a note names a certain value that was used instead."""
+
 LISTED = 10  # ids or images that a message names
 
 
@@ -36,6 +39,10 @@ def _error(title: str, why: str, remedy: str, fix: str = "", raises: type[DataEr
 
 def _warning(title: str, why: str, remedy: str, fix: str = "") -> Kind:
     return Kind("warning", title, why, remedy, fix)
+
+
+def _note(title: str, why: str, fix: str) -> Kind:
+    return Kind("note", title, why, "Nothing.", fix)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -82,10 +89,15 @@ KINDS: Mapping[str, Kind] = {
         "renumbered",
     ),
     "duplicate-category-id": _error(
-        "category id used twice",
-        "Two classes would be merged into one.",
-        "Give each category its own id.",
+        "category listed twice",
+        "Two classes may have been meant.",
+        "List each category once.",
         "the first is kept",
+    ),
+    "two-category-names": _error(
+        "two names for one category id",
+        "Two classes would be merged into one.",
+        "Give each class its own id, in `categories` and in its annotations.",
     ),
     "orphan-annotation": _error(
         "annotation of an image that doesn't exist", "The object would be lost.", "Add the image.", "removed"
@@ -147,8 +159,14 @@ KINDS: Mapping[str, Kind] = {
     ),
     "renamed-category": _error(
         "category id with two names",
-        "The splits disagree on the name of a class.",
+        "The splits disagree on the name of a class, or use its id for another class.",
         "Use one name in all splits, or two ids.",
+    ),
+    "repeated-category-name": _error(
+        "one name for two category ids",
+        "Objects of one class would be trained as two different classes.",
+        "Merge or rename them.",
+        "merged",
     ),
     "duplicate-image": _warning(
         "duplicate image within a split",
@@ -227,15 +245,26 @@ KINDS: Mapping[str, Kind] = {
         "removed",
     ),
     "duplicate-category-name": _warning(
-        "two categories with the same name",
+        "two categories whose names differ only in case",
         "They are trained as two different classes.",
         "Merge or rename them.",
         "merged",
+    ),
+    "category-case": _warning(
+        "category name that differs only in case between splits",
+        "It is taken as the same class.",
+        "Use one spelling; if there are two classes, give them different names.",
+        "written in the spelling of the first split",
     ),
     "many-instances": _warning(
         "more instances than queries",
         "The model predicts at most one instance per query, so the others can't be found.",
         "Raise `num_queries`.",
+    ),
+    "renumbered-category": _note(
+        "category id that differs between splits",
+        "Classes are matched by name.",
+        "written with the id of the first split",
     ),
 }
 
@@ -247,8 +276,9 @@ class Report(Protocol):
 
 
 def raise_problem(kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
-    """The `Report` that raises the error of the problem's kind."""
-    raise KINDS[kind].raises(message)
+    """The `Report` that raises the error of the problem's kind; warnings and notes are passed over."""
+    if KINDS[kind].severity == "error":
+        raise KINDS[kind].raises(message)
 
 
 @dataclass
@@ -301,6 +331,14 @@ class Findings:
         """In the order of `KINDS`: errors first."""
         order = list(KINDS)
         return sorted(self._found.values(), key=lambda finding: (order.index(finding.kind), finding.file))
+
+
+class TrainingReport(Findings):
+    """The `Report` of training: errors are raised, warnings and notes collected."""
+
+    def __call__(self, kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
+        raise_problem(kind, file, ids, message)
+        super().__call__(kind, file, ids, message, image)
 
 
 def kind_of(error: ImageError) -> str:

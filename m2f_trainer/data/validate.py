@@ -15,7 +15,8 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from m2f_trainer.data.dataset import Category, categories_of, normalized_name
+from m2f_trainer.data.categories import normalized_name
+from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.transforms import image_name

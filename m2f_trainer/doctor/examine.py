@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
     Category,
-    normalized_name,
     used_categories,
     with_validation,
 )
@@ -72,8 +72,8 @@ def examine(
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
     splits, files = _read_splits(name, annotations, images, report)
+    splits, categories = used_categories(splits, report) if splits else ({}, [])
     scans = {split: scan_split(annotations, settings, report) for split, annotations in splits.items()}
-    categories = used_categories(splits, report) if splits else []
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
     if splits:
         _check_splits(name, splits, scans, report)
@@ -136,14 +136,15 @@ def _check_splits(
 
 
 def _check_class_names(splits: Mapping[str, SplitAnnotations], categories: list[Category], report: Report) -> None:
-    """No two categories have the same name."""
+    """No two categories have names that differ only in case and spaces."""
     declared_in = _declared_categories(splits)
-    by_name: dict[str, list[int]] = {}
+    by_name: dict[str, list[Category]] = {}
     for category in categories:
-        by_name.setdefault(normalized_name(category.name), []).append(category.id)
-    for name, ids in by_name.items():
-        if len(ids) > 1:
-            message = f"categories {listed(ids)} are all named {name!r}."
+        by_name.setdefault(normalized_name(category.name), []).append(category)
+    for same in by_name.values():
+        if len({one.name.strip() for one in same}) > 1:
+            ids = [one.id for one in same]
+            message = f"categories {listed(ids)} are named {listed([repr(one.name) for one in same])}."
             report("duplicate-category-name", declared_in[ids[0]][1], ids, message)
 
 

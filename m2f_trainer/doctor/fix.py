@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import Entry
-from m2f_trainer.data.dataset import normalized_name
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import KINDS
 from m2f_trainer.doctor.duplicates import same_in_detail

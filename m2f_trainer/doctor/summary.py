@@ -128,6 +128,9 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
 def _finding_lines(finding: Finding, examination: Examination) -> list[str]:
     kind = KINDS[finding.kind]
     ids = f", ids {listed(finding.ids)}" if finding.ids else ""
+    if kind.severity == "note":
+        where = relative_file(finding, examination)
+        return [f"note: {kind.title}: {finding.count} in {where}: {printable(finding.message)}", ""]
     return [
         f"{finding.severity}: {kind.title}: {finding.count} in {relative_file(finding, examination)}{printable(ids)}",
         f"    {printable(finding.message)}",

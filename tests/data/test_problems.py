@@ -15,9 +15,9 @@ def test_every_kind_has_a_reason_and_a_remedy_in_sentences(name):
     assert not kind.fix.endswith(".")
 
 
-def test_errors_come_before_warnings():
+def test_errors_come_before_warnings_and_notes_are_last():
     severities = [kind.severity for kind in KINDS.values()]
-    assert severities == sorted(severities)
+    assert severities == sorted(severities, key=["error", "warning", "note"].index)
     report = Findings()
     for name in reversed(KINDS):
         report(name, "file", [1], "message")

@@ -74,7 +74,7 @@ def duplicate_annotation_id(coco, folder):
 
 @plant
 def duplicate_category_id(coco, folder):
-    coco["categories"].append(dict(coco["categories"][-1]))
+    coco["categories"].append(next(one for one in coco["categories"] if one["id"] == common(coco)[0]["category_id"]))
 
 
 @plant

@@ -1,0 +1,127 @@
+"""Match the classes of a dataset's splits by name; the same class may have another id in each split."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from m2f_trainer.data.coco_json import SplitAnnotations
+from m2f_trainer.data.problems import Report, listed, raise_problem
+
+Annotations = TypeVar("Annotations", bound=SplitAnnotations)
+
+
+def normalized_name(name: str) -> str:
+    """A class name without differences in case and spaces."""
+    return " ".join(name.split()).casefold()
+
+
+def match_categories(
+    splits: Mapping[str, Annotations], report: Report = raise_problem
+) -> tuple[dict[str, Annotations], dict[int, str]]:
+    """The splits with one id for each class name, that of the first split, and the names of the used classes by id.
+
+    Names are equal without the spaces around them; a name that differs only in case is equal too, which is reported,
+    where the split has no other category of that name. A class that the first split lacks keeps its id if that is free.
+    Categories that no annotation has are never a problem.
+
+    Reports one name with two used ids in a split, and an id of the first split under a name that the first split lacks
+    while the split lacks the first one's: a renamed class, or another one.
+    """
+    matcher = _Matcher(splits, report)
+    matched = {key: matcher.renumbered(split) for key, split in splits.items()}
+    used = {key for split in matched.values() for key in split.used_categories()}
+    return matched, {key: matcher.names[key] for key in sorted(used)}
+
+
+class _Matcher:
+    """The classes found so far: their names by id, and the split that each comes from."""
+
+    def __init__(self, splits: Mapping[str, SplitAnnotations], report: Report) -> None:
+        self.names: dict[int, str] = {}
+        self._first: dict[int, SplitAnnotations] = {}
+        self._used: set[int] = set()
+        self._report = report
+        declared = [key for split in splits.values() for key in split.categories]
+        self._free = max(declared, default=0) + 1
+
+    def renumbered(self, split: Annotations) -> Annotations:
+        """The split with the ids of the classes found so far; its own classes are added to them."""
+        used = split.used_categories()
+        self._report_repeated_names(split, used)
+        ids: dict[int, int] = {}
+        exact = {name.strip() for key, name in split.categories.items() if key in used}
+        for key in sorted(split.categories, key=lambda key: (key not in used, key)):
+            name = split.categories[key]
+            found = self._find(name, set(ids.values()), exact if key in used else set())
+            if found is None:
+                renamed = key in used and self._is_renamed(split, key)
+                found = key if renamed else self._add(split, key)
+            ids[key] = found
+            known = self.names[found]
+            if key in used and known.strip() != name.strip() and normalized_name(known) == normalized_name(name):
+                message = f"category {key}: {name!r} is taken as {known!r} of {self._first[found].name}."
+                self._report("category-case", split.name, [key], message)
+        self._used |= {ids[key] for key in used}
+        changed = {key: new for key, new in ids.items() if key != new and key in used}
+        for key, new in changed.items():
+            message = (
+                f"category {key} ({split.categories[key]}) has the id {new} of {self._first[new].name}:"
+                " classes are matched by name."
+            )
+            self._report("renumbered-category", split.name, [key], message)
+        categories = {new: self.names[new] for new in ids.values()}
+        if not changed:
+            return replace(split, categories=categories)
+        annotations = {
+            image: [{**entry, "category_id": ids[entry["category_id"]]} for entry in group]
+            for image, group in split.annotations.items()
+        }
+        return replace(split, annotations=annotations, categories=categories)
+
+    def _find(self, name: str, taken: set[int], others: set[str]) -> int | None:
+        """The class of this name, exact first, then without regard to case, among those not `taken` by the split.
+
+        `others` are names of the split's own classes, which an inexact match must not take away from them.
+        """
+        exact = [key for key, known in self.names.items() if known.strip() == name.strip() and key not in taken]
+        if exact:
+            return min(exact, key=lambda key: (key not in self._used, key))
+        alike = [
+            key
+            for key, known in self.names.items()
+            if normalized_name(known) == normalized_name(name) and key not in taken and known.strip() not in others
+        ]
+        return alike[0] if len(alike) == 1 else None
+
+    def _add(self, split: SplitAnnotations, key: int) -> int:
+        new = key if key not in self.names else self._free
+        self._free += new == self._free
+        self.names[new], self._first[new] = split.categories[key], split
+        return new
+
+    def _report_repeated_names(self, split: SplitAnnotations, used: set[int]) -> None:
+        by_name: dict[str, list[int]] = {}
+        for key in sorted(used):
+            by_name.setdefault(split.categories[key].strip(), []).append(key)
+        for name, ids in by_name.items():
+            if len(ids) > 1:
+                message = (
+                    f"{split.name}: categories {listed(ids)} are all named {name!r}. Give each its own name, or use"
+                    " one id."
+                )
+                self._report("repeated-category-name", split.name, ids, message)
+
+    def _is_renamed(self, split: SplitAnnotations, key: int) -> bool:
+        """Whether the id may be a class found before, under a new name; that is reported."""
+        first = self.names.get(key)
+        if first is None or key not in self._used:
+            return False
+        if normalized_name(first) in {normalized_name(name) for name in split.categories.values()}:
+            return False
+        name, where = split.categories[key], self._first[key].name
+        message = (
+            f"category {key} is {first!r} in {where} but {name!r} in {split.name}."
+            " Use one name if it is one class, or two ids if there are two."
+        )
+        self._report("renamed-category", split.name, [key], message)
+        return True
