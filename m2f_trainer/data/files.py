@@ -49,6 +49,16 @@ def subfolders(folder: Path) -> list[Path]:
     return [path for path in visible(folder) if path.is_dir()]
 
 
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The visible files below a folder with one of these suffixes (in lower case), in the order of their paths."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not any(map(is_hidden, (path, *_folders_between(folder, path)))))
+
+
+def _folders_between(folder: Path, path: Path) -> list[Path]:
+    return list(path.relative_to(folder).parents)[:-1]
+
+
 def json_files(folder: Path) -> list[Path]:
     """The visible JSON files in a folder, by name, also gzipped ones."""
     return [path for path in visible(folder) if path.name.lower().endswith((".json", ".json.gz")) and path.is_file()]

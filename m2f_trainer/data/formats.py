@@ -3,7 +3,8 @@
 `find_splits` is the one place that decides which files a dataset consists of; `Layout.describe` says what it decided.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from m2f_trainer.data.coco_json import FolderSplit, read_annotations
 from m2f_trainer.data.files import file_parts, json_files, kind_of_json, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.labelme import find_labelme, read_labelme
 from m2f_trainer.data.layouts import (
     SPLITS,
     SplitFiles,
@@ -43,6 +45,7 @@ class Format(NamedTuple):
 FORMATS: Mapping[str, Format] = {
     "COCO": Format(find_coco, read_annotations, lambda files: file_parts(files.annotations)),
     "YOLO": Format(find_yolo, read_yolo, yolo_contents),
+    "labelme": Format(find_labelme, read_labelme, lambda files: parts_of(files.files)),
 }
 """Formats that are read, by name; the first one that is found in a folder is taken."""
 
@@ -67,6 +70,13 @@ OTHER_FORMATS: Mapping[str, str] = {
     "an archive": "Unpack it and name its folder",
 }
 """Formats that are recognised but not read -> what converts them."""
+
+
+def parts_of(files: Sequence[Path]) -> Iterator[bytes]:
+    """Names and contents of files."""
+    for file in files:
+        yield os.fsencode(file)
+        yield from file_parts(file)
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
         return _find_file(path)
     if not path.is_dir():
         raise DataError(f"{path}: expected a dataset folder, found {kind_of_path(path)}. Check `dataset_name`.")
-    found = _search(path, 2)
+    found = _search(path)
     if found:
         return found
     lone = json_files(path)
@@ -176,21 +186,27 @@ def _find_file(path: Path) -> tuple[SplitFiles, ...]:
     raise DataError(f"{path}: expected a dataset folder, a COCO file or a data.yaml, found a file. Name one of them.")
 
 
-def _search(folder: Path, deeper: int) -> tuple[SplitFiles, ...]:
-    """The splits in a folder in the first format that is found, or else those in the one subfolder that has some.
-
-    A format with a training split goes before one without.
-    """
-    found: tuple[SplitFiles, ...] = ()
+def _search(path: Path) -> tuple[SplitFiles, ...]:
+    """The splits of a folder in the first format that is found; one with a training split goes before one without."""
+    first: tuple[SplitFiles, ...] = ()
     for form in FORMATS.values():
-        splits = form.find(folder)
+        splits = _search_deeper(path, form, 2)
         if splits and splits[0].split == "train":
             return splits
-        found = found or splits  # without a training split, unless another format has one
-    if found:
-        return found
-    inside = subfolders(folder) if deeper else []
-    nested = {one: splits for one in inside[:100] if (splits := _search(one, deeper - 1))}
+        first = first or splits
+    return first
+
+
+def _search_deeper(folder: Path, form: Format, levels: int) -> tuple[SplitFiles, ...]:
+    """The splits of one format in a folder, or else in the one subfolder that has some.
+
+    Raises:
+        DataError: several subfolders have some
+    """
+    splits = form.find(folder)
+    if splits or not levels:
+        return splits
+    nested = {one: found for one in subfolders(folder)[:100] if (found := _search_deeper(one, form, levels - 1))}
     if len(nested) > 1:
         names = ", ".join(str(one) for one in list(nested)[:8])
         raise DataError(

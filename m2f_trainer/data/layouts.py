@@ -11,6 +11,7 @@ X.json is one of the names that tools give (`_annotations.coco.json`, `labels.js
 may be gzipped. Two files for one split, or one beside them whose split isn't known, are refused.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +45,23 @@ _OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """One split: its annotation file or folder, the folders that its images may be in, the most likely first, and the
-    format, a name in `m2f_trainer.data.formats.FORMATS`.
+    """One split of a dataset.
+
+    Attributes:
+        split: train, valid or test
+        annotations: its annotation file, or the folder of its annotation files
+        image_folders: folders that its images may be in, the most likely first
+        format: a name in `m2f_trainer.data.formats.FORMATS`
+        files: its annotation files where it has several
+        classes: class names in the order of their ids from 1, of all splits, where the files don't number them
     """
 
     split: str
     annotations: Path
     image_folders: tuple[Path, ...]
     format: str = "COCO"
+    files: tuple[Path, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
@@ -227,6 +237,29 @@ def split_of(name: str) -> str | None:
     """The split of names such as train2017, val-v2, test, coco_train."""
     words = [part.rstrip("0123456789") for part in name.lower().replace("-", "_").split("_") if part]
     return next((SPLITS[word] for word in (words[:1] + words[-1:]) if word in SPLITS), None)
+
+
+def by_split(root: Path, files: Sequence[Path], format: str, classes: tuple[str, ...] = ()) -> tuple[SplitFiles, ...]:
+    """The splits of a format with several annotation files: by the folders below `root` that each file is in.
+
+    Raises:
+        DataError: some files are in folders of splits and some are not
+    """
+    groups: dict[str | None, list[Path]] = {}
+    for file in files:
+        folders = file.relative_to(root).parts[:-1]
+        groups.setdefault(next(filter(None, map(split_of, folders)), None), []).append(file)
+    if None in groups and len(groups) > 1:
+        rest = ", ".join(map(str, groups[None][:8]))
+        raise DataError(
+            f"{root}: {len(groups[None])} of {len(files)} {format} files are in no folder of a split: {rest}. Move them"
+            " into train, valid or test."
+        )
+    found = []
+    for split, some in groups.items():
+        folder = Path(os.path.commonpath([file.parent for file in some]))
+        found.append(SplitFiles(split or "train", folder, (root,), format, tuple(some), classes))
+    return in_order(found)
 
 
 def in_order(found: Sequence[SplitFiles]) -> tuple[SplitFiles, ...]:

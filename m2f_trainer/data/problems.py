@@ -204,6 +204,12 @@ KINDS: Mapping[str, Kind] = {
         "At the input size it is less than 4 pixels wide or high, which is one cell of the mask logits.",
         "Use a larger input size or tiles.",
     ),
+    "no-area": _warning(
+        "point or line",
+        "It has no area to train on.",
+        "Draw the outline of the object, or remove it.",
+        "removed",
+    ),
     "self-intersection": _warning(
         "self-intersecting polygon",
         "Regions that the polygon covers twice become holes.",

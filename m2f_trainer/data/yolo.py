@@ -13,7 +13,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
-from m2f_trainer.data.files import is_hidden
+from m2f_trainer.data.files import files_below
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import Report, raise_problem
@@ -116,13 +116,7 @@ def _class_names(path: Path) -> dict[int, str]:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, in the order of their paths, without hidden ones."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in found if not is_hidden(path) and not any(map(is_hidden, _inner(path, folder))))
-
-
-def _inner(path: Path, folder: Path) -> list[Path]:
-    """The folders between a folder and a path in it."""
-    return list(path.relative_to(folder).parents)[:-1]
+    return files_below(folder, SUFFIXES)
 
 
 def label_folder(images: Path) -> Path:

@@ -1,0 +1,227 @@
+"""Read labelme folders: one JSON file an image with `shapes`, `imagePath`, `imageHeight` and `imageWidth`.
+
+Shapes become objects as in labelme's own converter (labelme/examples/instance_segmentation/labelme2coco.py): polygons,
+rectangles, circles and masks are areas, shapes with the same label and `group_id` are one object.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
+from m2f_trainer.data.files import files_below, kind_of_json
+from m2f_trainer.data.images import SUFFIXES, image_size
+from m2f_trainer.data.layouts import SplitFiles, by_split
+from m2f_trainer.data.problems import Report, listed, raise_problem
+from m2f_trainer.errors import DataError, ImageError, MaskError
+from m2f_trainer.masks import segmentation as masks
+from m2f_trainer.masks.rle import MAX_PIXELS, brief
+
+_LABEL = re.compile(rb'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
+_CORNERS_OF_CIRCLE = 12  # at least; labelme's own number is used for large ones
+
+
+def find_labelme(root: Path) -> tuple[SplitFiles, ...]:
+    """The splits of a folder with labelme files: by the folders that they are in, such as `train`, or one split.
+
+    Raises:
+        DataError: some files are in folders of splits and some are not
+    """
+    files = [path for path in files_below(root, (".json",)) if kind_of_json(path) == "labelme"]
+    classes = tuple(sorted({name for path in files for name in _labels(path)}))
+    return by_split(root, files, "labelme", classes)
+
+
+def _labels(path: Path) -> Iterator[str]:
+    """The labels in a file, as they are written in it."""
+    for text in _LABEL.findall(path.read_bytes()):
+        try:
+            yield json.loads(text)
+        except ValueError:  # reported when the file is read
+            continue
+
+
+def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+    """Read and check one split; image and annotation ids count from 1 in the order of the file names.
+
+    Raises:
+        DataError: no usable file, or an invalid one; the message names file, shape and remedy
+    """
+    folder, name = files.image_folders[0], str(files.annotations)
+    names = dict(enumerate(files.classes, start=1))
+    ids = {label: number for number, label in names.items()}
+    find = ImageFinder(folder)
+    images: list[Entry] = []
+    groups: dict[int, list[Entry]] = {}
+    number = 0
+    for path in files.files:
+        content = _read(path, name, report)
+        image = None if content is None else _image(content, path, find, len(images) + 1, partial(report, file=name))
+        if content is None or image is None:
+            continue
+        images.append(image)
+        groups[image["id"]] = []
+        for label, segmentation in _objects(content["shapes"], image, path, partial(report, file=name)):
+            number += 1
+            entry = {"id": number, "image_id": image["id"], "category_id": ids[label], "segmentation": segmentation}
+            groups[image["id"]].append(entry)
+    if not images:
+        raise DataError(f"{name}: found no usable labelme file. Correct the files, or remove the split.")
+    return FolderSplit(name, tuple(images), groups, names, folder)
+
+
+def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        report("bad-image-entry", name, [path.name], f"{path}: can't be read ({error}). Replace the file.")
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        message = f"{path}: expected a labelme file with a list under 'shapes'. Save it again with labelme."
+        report("bad-image-entry", name, [path.name], message)
+        return None
+    return content
+
+
+class ImageFinder:
+    """Finds images below a folder by the paths that annotation files give them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_name: dict[str, list[Path]] = {}
+        for path in files_below(folder, SUFFIXES):
+            self._by_name.setdefault(path.name, []).append(path)
+
+    def __call__(self, written: str, beside: Path) -> str:
+        """The name, relative to the folder, of the image `written` relative to the file `beside`; else of the only
+        image with that base name. Where there is none, the name as it would be beside the file.
+        """
+        inside = os.path.normpath(beside.parent / written.replace("\\", "/"))
+        named = self._by_name.get(PureWindowsPath(written).name, [])
+        path = inside if Path(inside) in named or len(named) != 1 else named[0]
+        return os.path.relpath(path, self.folder)
+
+
+def _image(content: dict[str, Any], path: Path, find: ImageFinder, image_id: int, report: Any) -> Entry | None:
+    written = content.get("imagePath")
+    sides: list[Any] = [content.get("imageHeight"), content.get("imageWidth")]
+    if not written or not is_text(written) or "\0" in written:
+        message = f"{path}: expected the name of the image as `imagePath`, got {brief(written)}. Correct it."
+        report("bad-image-entry", ids=[path.name], message=message)
+        return None
+    name = find(written, path)
+    if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+        try:
+            sides = list(image_size(find.folder / name, f"image {image_id} ({name})"))
+        except ImageError as error:
+            report("bad-image", ids=[name], message=str(error))
+            return None
+    return {"id": image_id, "file_name": name, "height": sides[0], "width": sides[1]}
+
+
+def _objects(shapes: Sequence[Any], image: Entry, path: Path, report: Any) -> Iterator[tuple[str, Any]]:
+    """(label, segmentation) of each object of a file."""
+    groups: dict[tuple[str, object], list[Any]] = {}
+    left_out = []
+    for number, shape in enumerate(shapes):
+        where = f"{path}, shape {number}"
+        if not isinstance(shape, dict) or not is_text(shape.get("label")) or not _are_points(shape.get("points")):
+            message = f"{where}: expected a `label` and `points` as pairs of numbers. Correct or remove it."
+            report("bad-annotation-entry", ids=[f"{path.name}:{number}"], message=message, image=image["id"])
+        elif shape.get("shape_type") in _WITHOUT_AREA:
+            left_out.append(number)
+        else:
+            group = shape.get("group_id")
+            key = ("alone", number) if group is None else ("group", str(group))
+            try:
+                groups.setdefault((shape["label"], key), []).append(_segmentation(shape, image, where))
+            except MaskError as error:
+                report("bad-mask", ids=[f"{path.name}:{number}"], message=str(error), image=image["id"])
+    if left_out:
+        message = f"{path}: shapes {listed(left_out)} are points or lines, which have no area, and are left out."
+        report("no-area", ids=[f"{path.name}:{number}" for number in left_out], message=message, image=image["id"])
+    for (label, _), parts in groups.items():
+        yield label, _joined(parts, image, str(path))
+
+
+def _are_points(points: object) -> bool:
+    return isinstance(points, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
+        for point in points
+    )
+
+
+def _segmentation(shape: dict[str, Any], image: Entry, where: str) -> list[float] | Entry:
+    """The polygon of a shape, or the RLE of a mask. Raises MaskError."""
+    kind, points = shape.get("shape_type") or "polygon", shape["points"]
+    if kind == "polygon":
+        return [float(value) for point in points for value in point]
+    if kind in ("rectangle", "circle", "mask") and len(points) != 2:
+        raise MaskError(f"{where}: expected two points of a {kind}, got {len(points)}. Correct or remove it.")
+    if kind == "rectangle":
+        (x0, y0), (x1, y1) = points
+        return [float(value) for value in (x0, y0, x1, y0, x1, y1, x0, y1)]
+    if kind == "circle":
+        return _circle(*points)
+    if kind == "mask":
+        return _mask(shape, image, where)
+    raise MaskError(
+        f"{where}: expected a polygon, rectangle, circle or mask, got the shape_type {brief(kind)}. Draw a polygon."
+    )
+
+
+def _circle(center: Sequence[float], edge: Sequence[float]) -> list[float]:
+    """A polygon that stays within a pixel of the circle."""
+    radius = math.dist(center, edge)
+    corners = max(_CORNERS_OF_CIRCLE, int(math.pi / math.acos(max(1 - 1 / radius, -1.0)))) if radius else 3
+    angles = [2 * math.pi * k / corners for k in range(corners)]
+    return [
+        value
+        for angle in angles
+        for value in (center[0] + radius * math.cos(angle), center[1] + radius * math.sin(angle))
+    ]
+
+
+def _mask(shape: dict[str, Any], image: Entry, where: str) -> Entry:
+    """The RLE of a mask, which is stored as a PNG of its box."""
+    (x0, y0), (x1, y1) = ([round(value) for value in point] for point in shape["points"])
+    height, width = image["height"], image["width"]
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True)), formats=("PNG",)) as png:
+            size = png.size
+            inside = min(x0, y0) >= 0 and x0 + size[0] <= width and y0 + size[1] <= height
+            if size != (x1 - x0 + 1, y1 - y0 + 1) or not inside:
+                raise MaskError(
+                    f"{where}: expected a mask of the size of its box inside the image of {width}x{height} pixels, got"
+                    f" {size[0]}x{size[1]} at ({x0}, {y0}) to ({x1}, {y1}). Draw it again."
+                )
+            part = np.asarray(png.convert("L"))
+    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MaskError(f"{where}: expected the mask as a PNG in base64 ({error}). Draw it again.") from error
+    bitmap = np.zeros((height, width), np.uint8)
+    bitmap[y0 : y0 + size[1], x0 : x0 + size[0]] = part != 0
+    return {"size": [height, width], "counts": masks.encode(bitmap)}
+
+
+def _joined(parts: Sequence[list[float] | Entry], image: Entry, where: str) -> Any:
+    """One segmentation of all parts of an object: polygons, or one RLE."""
+    if all(isinstance(part, list) for part in parts):
+        return list(parts)
+    height, width = image["height"], image["width"]
+    bitmap = np.zeros((height, width), bool)
+    for part in parts:
+        counts = masks.to_counts([part] if isinstance(part, list) else part, height, width, where)
+        bitmap |= masks.decode(counts, height, width) != 0
+    return {"size": [height, width], "counts": masks.encode(bitmap)}

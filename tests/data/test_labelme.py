@@ -1,0 +1,136 @@
+"""labelme folders are read as they are: shapes become the objects that labelme's own converter makes of them."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.formats import find_splits
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.errors import DataError
+from m2f_trainer.masks import segmentation as masks
+from tests.data.exports import dump, pictures
+
+POLYGON = [[2, 3], [12, 3], [12, 11], [2, 11]]
+
+
+def shape(label="cell", points=POLYGON, kind="polygon", **more):
+    return {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}, **more}
+
+
+def labelme(root, names, *shapes, image_path="{}.png", folder=""):
+    """Images of 20 x 16 pixels, each with a file of these shapes."""
+    pictures(root, [f"{name}.png" for name in names])
+    for name in names:
+        content = {"version": "5.5.0", "flags": {}, "shapes": list(shapes or [shape()]), "imageData": None}
+        content |= {"imagePath": image_path.format(name), "imageHeight": 16, "imageWidth": 20}
+        dump(root / folder / f"{name}.json", content, indent=2)
+    return root
+
+
+def objects_of(root, tmp_path):
+    (row,) = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    return [masks.decode(one["counts"], 16, 20) for one in row["objects"]]
+
+
+def test_each_file_is_an_image_and_classes_are_numbered_over_all_splits(tmp_path):
+    labelme(tmp_path / "set/train", "ab", shape("cell"), shape("spot"))
+    labelme(tmp_path / "set/val", "c", shape("spot"))
+    splits = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "valid": 1}
+    assert [(one.id, one.name) for one in categories_of(splits["train"])] == [(1, "cell"), (2, "spot")]
+    assert [one["category_id"] for one in splits["valid"][0]["objects"]] == [2]
+    assert splits["train"][0]["objects"][0]["area"] == 80
+    assert examine(tmp_path / "set").status == 0
+
+
+def test_rectangles_circles_and_masks_are_areas(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [255, 255]], np.uint8)).save(buffer, "PNG")
+    mask = base64.b64encode(buffer.getvalue()).decode()
+    shapes = [
+        shape(points=[[2, 3], [12, 11]], kind="rectangle"),
+        shape(points=[[10, 8], [14, 8]], kind="circle"),
+        shape(points=[[5, 6], [6, 7]], kind="mask", mask=mask),
+    ]
+    square, disc, drawn = objects_of(labelme(tmp_path / "set", "a", *shapes), tmp_path)
+    assert square.sum() == 80
+    assert square[3:11, 2:12].all()
+    y, x = np.mgrid[:16, :20] + 0.5
+    true = (x - 10) ** 2 + (y - 8) ** 2 <= 16
+    assert (disc != true).sum() <= 4
+    assert drawn.sum() == 3
+    assert not drawn[6, 5]
+    assert drawn[6, 6]
+
+
+def test_shapes_of_one_label_and_group_are_one_object(tmp_path):
+    parts = [shape(points=[[x, 1], [x + 3, 1], [x + 3, 4], [x, 4]], group_id=7) for x in (1, 10)]
+    alone, joined, other = objects_of(
+        labelme(tmp_path / "set", "a", shape(), *parts, shape("spot", group_id=7)), tmp_path
+    )
+    assert (alone.sum(), joined.sum(), other.sum()) == (80, 18, 80)
+
+
+@pytest.mark.parametrize("written", ["../images/{}.png", "..\\images\\{}.png", "D:\\photos\\{}.png", "{}.png"])
+def test_images_are_found_in_another_folder_or_by_their_name(written, tmp_path):
+    root = labelme(tmp_path / "set/images", "ab", image_path=written, folder="../labels").parent
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [row["image"]["path"] for row in rows] == [str((root / f"images/{name}.png").resolve()) for name in "ab"]
+
+
+@pytest.mark.parametrize("written", ["../../secret.png", "/etc/hostname", "../link.png"])
+def test_an_image_outside_the_folder_is_refused(written, tmp_path):
+    root = labelme(tmp_path / "set/a", "a", image_path=written).parent
+    Image.new("RGB", (20, 16)).save(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match=r"file_name"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
+def test_points_and_lines_are_reported_and_left_out(tmp_path):
+    root = labelme(tmp_path / "set", "abcdef", shape(), shape(points=[[1, 2]], kind="point"))
+    examination = examine(root)
+    (finding,) = [one for one in examination.findings if one.kind == "no-area"]
+    assert finding.ids[0] == "a.json:1"
+    assert [len(scan.objects) for scan in examination.scans["train"]] == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (shape(points=[[1, 2], [3, 4]]), "at least three points|polygon 0"),
+        (shape(points=[[1, 2], [3]]), "expected a `label` and `points` as pairs"),
+        (shape(label=None), "expected a `label`"),
+        (shape(kind="ellipse"), "expected a polygon, rectangle, circle or mask"),
+        (shape(points=[[5, 6], [6, 7]], kind="mask", mask="AAAA"), "expected the mask as a PNG in base64"),
+        (shape(points=[[1, 2]], kind="rectangle"), "expected two points of a rectangle, got 1"),
+        ("text", "expected a `label`"),
+    ],
+)
+def test_a_faulty_shape_is_refused_with_its_file(bad, message, tmp_path):
+    root = labelme(tmp_path / "set", "a", shape(), bad)
+    with pytest.raises(DataError, match=message) as error:
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert str(root) in str(error.value)
+
+
+def test_files_in_no_folder_of_a_split_are_refused_beside_others(tmp_path):
+    labelme(tmp_path / "set/train", "a")
+    labelme(tmp_path / "set/batch2", "b")
+    with pytest.raises(DataError, match=r"1 of 2 labelme files are in no folder of a split: .*batch2/b\.json"):
+        find_splits(tmp_path / "set")
+
+
+def test_the_cache_follows_the_files(tmp_path):
+    root = labelme(tmp_path / "set", "a")
+    assert len(objects_of(root, tmp_path)) == 1
+    labelme(root, "a", shape(), shape("spot"))
+    assert len(objects_of(root, tmp_path)) == 2
+    (root / "a.json").write_text(json.dumps({"shapes": 3, "imagePath": "a.png"}))
+    with pytest.raises(DataError, match="expected a labelme file with a list under 'shapes'"):
+        load_coco(root, cache_dir=tmp_path / "cache")
