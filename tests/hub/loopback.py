@@ -6,9 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
+TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
 CUT, SILENT, STALLED, HALF_HEARD, LATE, TRICKLE = 0, -1, -2, -3, -4, -5
 
 
@@ -51,6 +56,16 @@ class Hub(ThreadingHTTPServer):
         self.released.set()
         self.shutdown()
         self.server_close()
+
+
+@contextmanager
+def hub_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that huggingface_hub in this process talks to, with `TOKEN`."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        yield server
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -8,20 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from transformers import TrainerControl, TrainerState
 
-from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.errors import RecipeError, SharingError
+from m2f_trainer.errors import SharingError
 from m2f_trainer.hub import upload
 from m2f_trainer.hub.licences import AGREEMENT
 from m2f_trainer.hub.model_card import write_card
-from m2f_trainer.training.callbacks.uploads import upload_callbacks
 from tests.hub.folder import write_model
-from tests.hub.loopback import CUT, HALF_HEARD, LATE, SILENT, STALLED, TRICKLE, Hub
+from tests.hub.loopback import CUT, HALF_HEARD, LATE, SILENT, STALLED, TOKEN, TRICKLE, Hub, hub_of_this_process
 from tests.model.tiny import tiny_model
 
-TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
 DINOV3 = {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}}
 UPLOADED = {
     "DINOV3_LICENSE.md",
@@ -40,10 +35,7 @@ UPLOADED = {
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that uploads of this process go to."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    with hub_of_this_process(monkeypatch) as server:
         yield server
 
 
@@ -343,26 +335,6 @@ def test_the_agreement_comes_from_the_backbones_own_folder(hub: Hub, tmp_path: P
     (backbone / "LICENSE.md").write_text("as it came")
     upload.push(write_model(tmp_path / "run", **changes), "me/pets")
     assert hub.files[AGREEMENT] == b"as it came"
-
-
-def test_a_failed_upload_at_a_save_is_logged_and_training_continues(
-    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_model(tmp_path / "checkpoint-3")
-    args = TrainArguments(
-        output_dir=str(tmp_path), push_to_hub=True, hub_model_id="me/pets", hub_strategy="every_save", report_to="none",
-        use_cpu=True,
-    )  # fmt: skip
-    (callback,) = upload_callbacks(args)
-    state, control = TrainerState(global_step=3), TrainerControl()
-    callback.on_save(args, state, control)
-    assert set(hub.files) == UPLOADED
-    hub.failures["/api/"] = [403] * 5
-    callback.on_save(args, state, control)
-    assert "step 3: Uploading" in caplog.text
-    assert upload_callbacks(TrainArguments(push_to_hub=True, report_to="none", use_cpu=True)) == []
-    with pytest.raises(RecipeError, match="expected end or every_save, got checkpoint"):
-        TrainArguments(hub_strategy="checkpoint", report_to="none", use_cpu=True)
 
 
 LOAD = """

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from torch.utils.data import TensorDataset
 from transformers import Trainer
 
@@ -15,7 +14,7 @@ from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training.trainer import M2FTrainer
-from tests.hub.loopback import Hub
+from tests.hub.loopback import hub_of_this_process
 from tests.model.tiny import tiny_model
 
 
@@ -39,11 +38,8 @@ def test_a_model_saved_by_hand_has_no_pickle_beside_it(tmp_path: Path) -> None:
 def test_the_trainers_own_upload_of_the_whole_folder_is_refused_with_the_way_that_sends_the_model_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_canaryCanaryCanaryCanaryCanary")
     (tmp_path / "logs.txt").write_text("stays here")
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    with hub_of_this_process(monkeypatch) as hub:
         for strategy in ("end", "every_save"):
             with pytest.raises(RecipeError, match=r"would upload all of .* run m2f push .* NAME/MODEL"):
                 trainer_of(tmp_path, push_to_hub=True, hub_model_id="me/pets", hub_strategy=strategy)

@@ -1,0 +1,116 @@
+"""A saved model scored again: the figures of training, which are pycocotools' own, by any number of ranks."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.run_folder import read_details, read_metrics
+from m2f_trainer.training.evaluate import evaluate_folder
+from tests.training.runs import m2f
+
+
+@pytest.mark.parametrize("where", ["checkpoint-2", "checkpoint-4"])
+def test_evaluating_a_checkpoint_again_gives_the_figures_it_holds(
+    finished_run: Path, tmp_path: Path, where: str
+) -> None:
+    checkpoint = finished_run / "run" / where
+    again = evaluate_folder(str(checkpoint), str(finished_run / "data"), output_dir=tmp_path, batch_size=1)
+    held = {key: value for key, value in read_metrics(checkpoint / "metrics.json").items() if "map" in key}
+    assert held
+    for key, value in held.items():
+        assert again[key] == pytest.approx(value, abs=1e-9), key
+    assert read_metrics(tmp_path / "metrics.json")["eval_map"] == again["eval_map"]
+    assert read_details(tmp_path)["errors"] == read_details(checkpoint)["errors"]
+    assert (tmp_path / "classes.csv").read_text().startswith("id,name,ap,")
+
+
+def test_test_figures_are_of_the_test_split(finished_run: Path) -> None:
+    again = evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), "test", batch_size=1)
+    held = read_metrics(finished_run / "run" / "metrics.json")
+    assert held["test_mar_100"] == pytest.approx(again["eval_mar_100"], abs=1e-9)
+    assert held["test_box_mar_100"] == pytest.approx(again["eval_box_mar_100"], abs=1e-9)
+
+
+def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(finished_run: Path) -> None:
+    held = (finished_run / "run" / "metrics.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run"):
+        evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), "test", output_dir=finished_run / "run")
+    assert (finished_run / "run" / "metrics.json").read_bytes() == held
+
+
+def test_written_predictions_score_what_pycocotools_says(finished_run: Path, tmp_path: Path) -> None:
+    figures = evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), output_dir=tmp_path, batch_size=1)
+    truth = COCO(str(finished_run / "data" / "valid" / "_annotations.coco.json"))
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results
+    scorer = COCOeval(truth, truth.loadRes(results), "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
+    assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_ranks_score_what_one_process_scores(finished_run: Path, tmp_path: Path, launcher: str) -> None:
+    done = m2f("evaluate", finished_run / "run", finished_run / "data", "--output_dir", tmp_path, "--batch_size", 1,
+               ranks=2, launcher=launcher)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), batch_size=1)
+    two = read_metrics(tmp_path / "metrics.json")
+    for key in (key for key in one if "map" in key or "mar" in key):
+        assert two[key] == pytest.approx(one[key], abs=1e-12), key
+
+
+def test_a_tiled_model_evaluated_again_gives_the_figures_that_training_printed(tiled_run: Path, tmp_path: Path) -> None:
+    checkpoint = tiled_run / "run" / "checkpoint-4"
+    config = load_model(str(checkpoint)).config
+    assert (config.tile_size, config.tile_overlap, config.image_height) == (48, 0.25, 64)
+    again = evaluate_folder(str(checkpoint), str(tiled_run / "data"), output_dir=tmp_path, batch_size=1)
+    held = {key: value for key, value in read_metrics(checkpoint / "metrics.json").items() if "ma" in key}
+    assert held
+    for key, value in held.items():
+        assert again[key] == pytest.approx(value, abs=1e-9), key
+    assert json.loads((tmp_path / "predictions.json").read_text())
+    for part in ("errors", "calibration", "images"):
+        assert read_details(tmp_path)[part] == read_details(checkpoint)[part]
+
+
+def test_a_tiled_models_figures_are_pycocotools_own_at_the_images_size(tiled_run: Path, tmp_path: Path) -> None:
+    figures = evaluate_folder(str(tiled_run / "run"), str(tiled_run / "data"), output_dir=tmp_path, batch_size=5)
+    truth = COCO(str(tiled_run / "data" / "valid" / "_annotations.coco.json"))
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    scorer = COCOeval(truth, truth.loadRes(results), "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
+    assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+    assert max(Counter(result["image_id"] for result in results).values()) <= 100
+
+
+def test_two_ranks_score_a_tiled_model_as_one_does(tiled_run: Path, tmp_path: Path) -> None:
+    done = m2f("evaluate", tiled_run / "run", tiled_run / "data", "--output_dir", tmp_path, "--batch_size", 1, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = evaluate_folder(str(tiled_run / "run"), str(tiled_run / "data"), batch_size=1)
+    two = read_metrics(tmp_path / "metrics.json")
+    for key in (key for key in one if "map" in key or "mar" in key):
+        assert two[key] == pytest.approx(one[key], abs=1e-12), key
+
+
+def test_a_model_is_not_scored_on_classes_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_sample(tmp_path / "set", images=(2, 2, 0))
+    named = next(iter(categories_of(load_coco(root)["valid"])))
+    config = SimpleNamespace(categories=[{"id": named.id, "name": "another"}])
+    monkeypatch.setattr("m2f_trainer.training.evaluate.load_model", lambda _: SimpleNamespace(config=config))
+    with pytest.raises(DataError, match=f"category {named.id} is 'another' in the model and '{named.name}'"):
+        evaluate_folder("a model", str(root))
