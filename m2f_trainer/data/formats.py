@@ -4,13 +4,13 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from m2f_trainer.data.coco_json import FolderSplit, read_annotations
-from m2f_trainer.data.files import file_parts, json_files, kind_of_json, subfolders, visible
+from m2f_trainer.data.files import file_parts, files_below, json_files, kind_of_json, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.labelme import find_labelme, read_labelme
 from m2f_trainer.data.layouts import (
@@ -23,6 +23,7 @@ from m2f_trainer.data.layouts import (
     kind_of_path,
     listing,
 )
+from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError
@@ -42,10 +43,21 @@ class Format(NamedTuple):
     contents: Callable[[SplitFiles], Iterator[bytes]]
 
 
+def contents_of_many(files: SplitFiles) -> Iterator[bytes]:
+    """The contents of annotation files, and the names and sizes of all images, which are found by their names."""
+    for file in files.files:
+        yield os.fsencode(file)
+        yield from file_parts(file)
+    for folder in files.image_folders:
+        for image in files_below(folder, SUFFIXES):
+            yield os.fsencode(f"{image} {image.stat().st_size}")
+
+
 FORMATS: Mapping[str, Format] = {
     "COCO": Format(find_coco, read_annotations, lambda files: file_parts(files.annotations)),
     "YOLO": Format(find_yolo, read_yolo, yolo_contents),
-    "labelme": Format(find_labelme, read_labelme, lambda files: parts_of(files.files)),
+    "labelme": Format(find_labelme, read_labelme, contents_of_many),
+    "masks": Format(find_mask_images, read_mask_images, contents_of_many),
 }
 """Formats that are read, by name; the first one that is found in a folder is taken."""
 
@@ -70,13 +82,6 @@ OTHER_FORMATS: Mapping[str, str] = {
     "an archive": "Unpack it and name its folder",
 }
 """Formats that are recognised but not read -> what converts them."""
-
-
-def parts_of(files: Sequence[Path]) -> Iterator[bytes]:
-    """Names and contents of files."""
-    for file in files:
-        yield os.fsencode(file)
-        yield from file_parts(file)
 
 
 @dataclass(frozen=True)

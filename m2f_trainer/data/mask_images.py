@@ -1,0 +1,300 @@
+"""Read masks that are stored as images: one image of object ids for each photo, or one image for each object.
+
+    images/a.png        masks/a.png                     ids as values, 0 where there is no object; also instances/,
+                                                        labels/, gt/, or a_masks.png beside a.png (Cellpose)
+    leftImg8bit/x/a_leftImg8bit.png  gtFine/x/a_gtFine_instanceIds.png      Cityscapes: class * 1000 + number
+    a/images/a.png      a/masks/{1,2,3}.png             one mask for each object (Data Science Bowl 2018)
+    images/a.png        masks/a/{1,2,3}.png             the same
+
+An image of ids has no classes; its objects are of one class, "object". Values that may as well be classes of pixels
+(semantic segmentation) are refused, unless a folder or file name says that they are instances.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+
+from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
+from m2f_trainer.data.files import files_below
+from m2f_trainer.data.images import SUFFIXES, image_size, open_stored
+from m2f_trainer.data.layouts import SplitFiles, by_split, split_of
+from m2f_trainer.data.problems import Report, listed, raise_problem
+from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.masks.rle import MAX_PIXELS, brief, write_counts
+
+_MASK_WORDS = {"mask", "masks", "instance", "instances", "inst", "label", "labels", "gt", "gtfine", "gtcoarse",
+               "annotations", "groundtruth"}  # fmt: skip
+_IMAGE_WORDS = {"image", "images", "img", "imgs", "leftimg8bit", "photo", "photos", "rgb", "raw", "data"}
+_MASK_ENDING = re.compile(r"[_-](masks?|instances?|instance_?ids|inst|labels?|gt|seg|cp_masks)$", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(r"[_-](leftimg8bit|image|img|raw)$", re.IGNORECASE)
+_CITYSCAPES = re.compile(r"_gt(fine|coarse)_instanceids$", re.IGNORECASE)
+_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of masks: formats that keep values
+_EXAMINED = 50  # masks that decide whether values are objects
+_MANY = 20  # classes of pixels that a dataset hardly has more of
+_CLASS = 1  # the id of the only class where masks have none
+
+CITYSCAPES = {
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 29: "caravan", 30: "trailer", 31: "train",
+    32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+"""The classes with instances by their id (cityscapesscripts/helpers/labels.py)."""
+
+
+def find_mask_images(root: Path) -> tuple[SplitFiles, ...]:
+    """The splits of a folder with images and masks: by the folders that the masks are in, such as `train`.
+
+    Raises:
+        DataError: some masks are in folders of splits and some are not
+    """
+    masks, images = _masks_and_images(root)
+    splits = {_split(path, root) for path in masks}
+    return by_split(root, masks, "masks") if masks and splits <= {_split(path, root) for path in images} else ()
+
+
+def _split(path: Path, root: Path) -> str | None:
+    return next(filter(None, map(split_of, path.relative_to(root).parts[:-1])), None)
+
+
+def _masks_and_images(root: Path) -> tuple[list[Path], list[Path]]:
+    """The masks below a folder, by the names of their folders or their own, and the other images."""
+    found = files_below(root, SUFFIXES)
+    cityscapes = [path for path in found if _CITYSCAPES.search(path.stem)]
+    if cityscapes:
+        return cityscapes, [path for path in found if path.stem.lower().endswith("_leftimg8bit")]
+    stems = {path.stem for path in found}
+    masks: list[Path] = []
+    images: list[Path] = []
+    for path in found:
+        in_folder = any(_words(part) & _MASK_WORDS for part in path.relative_to(root).parts[:-1])
+        beside = _MASK_ENDING.search(path.stem) and _MASK_ENDING.sub("", path.stem) in stems
+        (masks if (in_folder or beside) and path.suffix.lower() in _SUFFIXES else images).append(path)
+    return masks, images
+
+
+def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+    """Read and check one split; image ids count from 1 in the order of the file names.
+
+    Raises:
+        DataError: no image has a mask, masks don't match images, or their values may be classes instead of objects
+    """
+    root, name = files.image_folders[0], str(files.annotations)
+    split = _split(files.files[0], root)
+    candidates = [path for path in _masks_and_images(root)[1] if _split(path, root) == split]
+    cityscapes = _CITYSCAPES.search(files.files[0].stem) is not None
+    masks_of = _pair(files.files, candidates, root, name, report)
+    if not cityscapes:
+        _check_instances([some[0] for some, one_each in masks_of.values() if not one_each], root, name)
+    images: list[Entry] = []
+    groups: dict[int, list[Entry]] = {}
+    number = 0
+    for path, (masks, one_each) in masks_of.items():
+        image = _image(path, root, len(images) + 1, name, report)
+        if image is None:
+            continue
+        images.append(image)
+        groups[image["id"]] = []
+        for mask in masks:
+            for value, segmentation in _objects_of(mask, one_each, root, image, name, report):
+                found = _category(value) if cityscapes else (_CLASS, 0)
+                if found is not None:
+                    number += 1
+                    entry = {"id": number, "image_id": image["id"], "category_id": found[0], "iscrowd": found[1]}
+                    groups[image["id"]].append({**entry, "segmentation": segmentation})
+    if not images:
+        raise DataError(f"{name}: found no image with a mask. Name masks as their images, or remove the split.")
+    return FolderSplit(name, tuple(images), groups, CITYSCAPES if cityscapes else {_CLASS: "object"}, root)
+
+
+def _category(value: int) -> tuple[int, int] | None:
+    """(category id, iscrowd) of a value of Cityscapes, None for classes without instances; a class without a number is
+    a group of objects.
+    """
+    category = value // 1000 if value >= 1000 else value
+    return (category, int(value < 1000)) if category in CITYSCAPES else None
+
+
+def _pair(
+    masks: Sequence[Path], images: Sequence[Path], root: Path, name: str, report: Report
+) -> dict[Path, tuple[list[Path], bool]]:
+    """The masks of each image, and whether each of them is one object; what has no partner is reported.
+
+    Raises:
+        DataError: two masks have the name of one image
+    """
+    by_name: dict[tuple[str, ...], list[Path]] = {}
+    by_folder: dict[tuple[str, ...], list[Path]] = {}
+    for mask in masks:
+        by_name.setdefault((*_place(mask.parent, root), _mask_stem(mask)), []).append(mask)
+        by_folder.setdefault(_place(mask.parent, root), []).append(mask)
+    beside = Counter(image.parent for image in images)
+    found: dict[Path, tuple[list[Path], bool]] = {}
+    for image in images:
+        place, stem = _place(image.parent, root), _IMAGE_ENDING.sub("", image.stem)
+        same_name = by_name.get((*place, stem), [])
+        if len(same_name) > 1:
+            names = ", ".join(map(str, same_name[:3]))
+            raise DataError(f"{image}: found {len(same_name)} masks of its name: {names}. Keep one of them.")
+        own_folder = by_folder.get((*place, image.stem)) or by_folder.get((*place, stem), [])
+        if not own_folder and beside[image.parent] == 1 and _words(image.parent.name) & _IMAGE_WORDS:
+            own_folder = by_folder.get(place, [])
+        if same_name or own_folder:
+            found[image] = (same_name, False) if same_name else (own_folder, True)
+        else:
+            message = (
+                f"{image}: found no mask of this image. Add one, all 0 where it has no object, or remove the image."
+            )
+            report("bad-image-entry", name, [image.relative_to(root).as_posix()], message)
+    lost = sorted(set(masks).difference(*(some for some, _ in found.values())))
+    if lost:
+        shown = [mask.relative_to(root).as_posix() for mask in lost]
+        message = f"{name}: {len(lost)} masks have no image of their name: {listed(shown)}. Add the images."
+        report("orphan-annotation", name, shown, message)
+    return found
+
+
+def _words(name: str) -> set[str]:
+    """The words of a folder's name."""
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _place(folder: Path, root: Path) -> tuple[str, ...]:
+    """A folder below the root without the words by which masks and images are kept apart."""
+    rest = (
+        "_".join(word for word in re.split(r"[^a-z0-9]+", part.lower()) if word not in _MASK_WORDS | _IMAGE_WORDS)
+        if _words(part) & (_MASK_WORDS | _IMAGE_WORDS)
+        else part
+        for part in folder.relative_to(root).parts
+    )
+    return tuple(filter(None, rest))
+
+
+def _mask_stem(mask: Path) -> str:
+    """The name of a mask without what distinguishes it from that of its image."""
+    stem = _CITYSCAPES.sub("", mask.stem)
+    return _MASK_ENDING.sub("", stem) if stem == mask.stem else stem
+
+
+def _image(path: Path, root: Path, image_id: int, name: str, report: Report) -> Entry | None:
+    file_name = path.relative_to(root).as_posix()
+    if not is_text(file_name):
+        report("bad-image", name, [brief(file_name)], f"{path!r}: the name isn't UTF-8. Rename the file.")
+        return None
+    try:
+        height, width = image_size(path, f"image {image_id} ({path})")
+    except ImageError as error:
+        report("bad-image", name, [file_name], str(error))
+        return None
+    return {"id": image_id, "file_name": file_name, "height": height, "width": width}
+
+
+def _objects_of(
+    mask: Path, one_each: bool, root: Path, image: Entry, name: str, report: Report
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(value, segmentation) of each object of a mask."""
+    shown = mask.relative_to(root).as_posix()
+    try:
+        values = read_mask(mask, root)
+        if one_each:
+            values = (values != 0).any(axis=2) if values.ndim == 3 else values != 0
+        elif values.ndim == 3:
+            raise ImageError(
+                f"{mask}: expected one channel with the ids of objects as values, got {values.shape[2]} channels."
+                " Save it as an 8- or 16-bit grey PNG."
+            )
+    except ImageError as error:
+        report("bad-mask", name, [shown], str(error), image["id"])
+        return
+    if values.shape != (image["height"], image["width"]):
+        message = (
+            f"{mask}: expected {image['width']}x{image['height']} pixels as its image, got"
+            f" {values.shape[1]}x{values.shape[0]}. Save it in the size of its image."
+        )
+        report("bad-mask", name, [shown], message, image["id"])
+        return
+    for value, counts in counts_of_values(values):
+        yield value, {"size": list(values.shape), "counts": counts}
+
+
+def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
+    """The values of a mask, (H, W) or (H, W, C); of a palette its indices.
+
+    Raises:
+        ImageError: it can't be read, or a link leads out of the dataset folder
+    """
+    if not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
+        raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder.")
+    image = open_stored(path, str(path))
+    if frames(image) > 1:
+        raise ImageError(f"{path}: expected one mask, got a file of several. Save each as a file of its own.")
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got {image.width}x{image.height}. Cut it.")
+    try:
+        values = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path}: the image data is damaged ({error}). Replace the file.") from error
+    if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
+        raise ImageError(f"{path}: expected whole numbers as values, got {values.dtype}. Save it as PNG.")
+    alpha = image.mode in ("RGBA", "LA")
+    return values[..., :-1] if alpha else values
+
+
+def frames(image: Image.Image) -> int:
+    """1 for a single image, 2 for a file of several."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return 1
+    return 2
+
+
+def counts_of_values(values: npt.NDArray[Any]) -> Iterator[tuple[int, str]]:
+    """(value, compressed RLE of its pixels) of each value but 0 of an array (H, W)."""
+    height, width = values.shape
+    flat = values.astype(np.int64).T.ravel()  # column-major, as COCO's run lengths are
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.concatenate([starts[1:], [flat.size]])
+    order = np.argsort(flat[starts], kind="stable")
+    ids, first = np.unique(flat[starts][order], return_index=True)
+    for value, some in zip(ids.tolist(), np.split(order, first[1:]), strict=True):
+        if value != 0:
+            edges = np.stack([starts[some], ends[some]], axis=1).ravel()
+            runs = np.diff(np.concatenate([[0], edges, [flat.size]] if edges[-1] < flat.size else [[0], edges]))
+            yield value, write_counts(runs, height, width)
+
+
+def _check_instances(masks: Sequence[Path], root: Path, name: str) -> None:
+    """Raise DataError where the values of masks may be classes of pixels instead of objects."""
+    if any(
+        _words(part) & {"instance", "instances", "inst"} for mask in masks[:1] for part in mask.relative_to(root).parts
+    ):
+        return
+    whole, total, counts, contiguous, largest = 0, 0, set[int](), True, 0
+    for mask in masks[:_EXAMINED]:
+        try:
+            values = read_mask(mask, root)
+        except ImageError:  # reported when its objects are read
+            continue
+        ids = [value for value in np.unique(values).tolist() if value] if values.ndim == 2 else []
+        if not ids:
+            continue
+        boxes = ndimage.find_objects(values.astype(np.int32))
+        pieces = [ndimage.label(values[boxes[value - 1]] == value, np.ones((3, 3)))[1] for value in ids]
+        whole, total = whole + pieces.count(1), total + len(pieces)
+        counts.add(len(ids))
+        contiguous, largest = contiguous and ids == list(range(1, len(ids) + 1)), max(largest, *ids)
+    numbered = largest > _MANY or (contiguous and len(counts) > 1)
+    if total and not (whole >= 0.8 * total and max(counts) >= 3 and numbered):
+        raise DataError(
+            f"{name}: the values of these masks may be classes of pixels instead of objects: a mask has at most"
+            f" {max(counts)} values, and {whole} of {total} are in one piece. If each value is an object, name the"
+            " folder of the masks `instances`. If not, number the objects first, as scipy.ndimage.label(mask == value)"
+            " does for those that don't touch."
+        )

@@ -1,0 +1,176 @@
+"""Masks stored as images are read as objects, and refused where their values may be classes of pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.mask_images import CITYSCAPES, counts_of_values
+from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.errors import DataError
+from m2f_trainer.masks import segmentation as masks
+from tests.data.exports import pictures
+
+
+def ids(count: int, dtype: type = np.uint8) -> np.ndarray:
+    """A mask of 16 x 20 pixels with objects 1 to `count`, each 3 x 3 pixels; the first two touch."""
+    values = np.zeros((16, 20), dtype)
+    for k in range(count):
+        values[k // 5 * 4 : k // 5 * 4 + 3, k % 5 * 4 - (k == 1) : k % 5 * 4 + 3 - (k == 1)] = k + 1
+    return values
+
+
+def save(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def masked(root, counts, image="images/{}.png", mask="masks/{}.png", dtype=np.uint8):
+    """Images a, b, c, ... with so many objects each."""
+    for name, count in zip("abcdefgh", counts, strict=False):
+        pictures(root, [image.format(name)])
+        save(root / mask.format(name), ids(count, dtype))
+    return root
+
+
+def objects(rows):
+    return [[masks.decode(one["counts"], 16, 20) for one in row["objects"]] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "dtype"),
+    [
+        ("images/{}.png", "masks/{}.png", np.uint8),
+        ("Images/{}.png", "Labels/{}.png", np.uint16),
+        ("{}.png", "{}_masks.png", np.uint16),  # Cellpose
+        ("img/{}_image.png", "gt/{}_label.tif", np.int32),
+        ("photos/{}.png", "instances/{}.png", np.uint8),
+    ],
+)
+def test_each_value_of_a_mask_is_an_object(image, mask, dtype, tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 0), image, mask, dtype)
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [one.name for one in categories_of(rows)] == ["object"]
+    for row, found, count in zip(rows, objects(rows), (3, 5, 0), strict=True):
+        assert row["image"]["path"].endswith("." + image.rpartition(".")[2])
+        for value, bitmap in enumerate(found, start=1):
+            assert np.array_equal(bitmap, ids(count) == value)
+        assert len(found) == count
+        assert all(one["area"] == 9 for one in row["objects"])
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("train/images/{}.png", "train/masks/{}.png"),
+        ("images/train/{}.png", "masks/train/{}.png"),
+        ("train_images/{}.png", "train_masks/{}.png"),
+    ],
+)
+def test_splits_are_the_folders_of_the_masks(image, mask, tmp_path):
+    root = masked(tmp_path / "set", (3, 4), image, mask)
+    masked(root, (4, 3), image.replace("train", "val"), mask.replace("train", "val"))
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "valid": 2}
+    check_dataset(splits)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_one_mask_an_object_is_read(nested, tmp_path):
+    """As in the Data Science Bowl 2018, and in one folder of masks an image."""
+    root = tmp_path / "set"
+    image, mask = ("stage1_train/{}/images/{}.png", "stage1_train/{}/masks/{}.png")
+    image, mask = (image, mask) if nested else ("images/{1}.png", "masks/{0}/{1}.png")
+    for name in ("a1", "b2"):
+        pictures(root, [image.format(name, name)])
+        for value in (1, 2, 3):
+            save(root / mask.format(name, f"m{value}"), np.where(ids(3) == value, 255, 0).astype(np.uint8))
+    pictures(root, ["stage1_test/c3/images/c3.png"] if nested else [])
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert list(splits) == ["train"]
+    for found in objects(splits["train"]):
+        assert np.array_equal(found, [ids(3) == value for value in (1, 2, 3)])
+
+
+def test_cityscapes_has_classes_groups_and_numbered_objects(tmp_path):
+    root = tmp_path / "set"
+    for split in ("train", "val"):
+        name = f"{split}/aachen/aachen_000000_000019"
+        pictures(root / "leftImg8bit", [f"{name}_leftImg8bit.png"])
+        values = np.array([0, 7, 24000, 24001, 26, 33002], np.uint16)[ids(5)]
+        save(root / f"gtFine/{name}_gtFine_instanceIds.png", values)
+        save(root / f"gtFine/{name}_gtFine_labelIds.png", ids(5))
+        save(root / f"gtFine/{name}_gtFine_color.png", np.stack([ids(5)] * 3, axis=2))
+        (root / f"gtFine/{name}_gtFine_polygons.json").write_text('{"objects": []}')
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert list(splits) == ["train", "valid"]
+    assert [one.name for one in categories_of(splits["train"])] == ["person", "car", "bicycle"]
+    (row,) = splits["train"]
+    found = [(CITYSCAPES[one["category_id"]], one["iscrowd"], one["area"]) for one in row["objects"]]
+    assert found == [("car", True, 9), ("person", False, 9), ("person", False, 9), ("bicycle", False, 9)]
+
+
+def semantic(kind):
+    """Masks whose values may be classes."""
+    yield from {
+        "binary": ((ids(5) > 0).astype(np.uint8) * 255, (ids(3) > 0).astype(np.uint8) * 255),
+        "scattered": (ids(9) % 4, ids(7) % 4),
+        "few values": (ids(2), ids(1)),
+        "same values everywhere": (ids(3), ids(3)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["binary", "scattered", "few values", "same values everywhere"])
+def test_values_that_may_be_classes_are_refused_unless_they_are_said_to_be_instances(kind, tmp_path):
+    for folder in ("masks", "instances"):
+        for name, values in zip("ab", semantic(kind), strict=True):
+            pictures(tmp_path / folder / "set", [f"images/{name}.png"])
+            save(tmp_path / folder / "set" / folder / f"{name}.png", values)
+    with pytest.raises(DataError, match=r"may be classes of pixels.*name the folder of the masks `instances`"):
+        load_coco(tmp_path / "masks/set", cache_dir=tmp_path / "cache")
+    assert load_coco(tmp_path / "instances/set", cache_dir=tmp_path / "cache")["train"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "masks/b.png").unlink(), "b.png: found no mask of this image"),
+        (lambda root: (root / "images/b.png").unlink(), "1 masks have no image of their name: masks/b.png"),
+        (lambda root: save(root / "masks/b.png", ids(4)[:, :10]), "expected 20x16 pixels as its image, got 10x16"),
+        (lambda root: save(root / "masks/b.png", np.stack([ids(4)] * 3, axis=2)), "expected one channel"),
+        (lambda root: (root / "masks/b.png").write_bytes(b"no image"), "not an image of a known format"),
+        (lambda root: save(root / "instances/b.png", ids(4)), "found 2 masks of its name"),
+    ],
+)
+def test_masks_that_fit_no_image_are_refused(spoil, message, tmp_path):
+    root = masked(tmp_path / "set", (3, 4, 5))
+    spoil(root)
+    with pytest.raises(DataError, match=message):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert examine(root).status
+
+
+def test_a_file_of_several_masks_is_refused(tmp_path):
+    root = masked(tmp_path / "set", (3, 4, 5), mask="masks/{}.tif")
+    first = Image.fromarray(ids(3))
+    first.save(root / "masks/b.tif", save_all=True, append_images=[Image.fromarray(ids(4))])
+    with pytest.raises(DataError, match="expected one mask, got a file of several"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
+def test_a_mask_that_leads_out_of_the_folder_is_not_read(tmp_path):
+    root = masked(tmp_path / "set", (3, 4, 5))
+    (root / "masks/b.png").rename(tmp_path / "secret.png")
+    (root / "masks/b.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="leads out of"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
+def test_run_lengths_of_values_equal_those_of_each_bitmap(tmp_path):
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        values = generator.integers(0, 5, size=generator.integers(1, 9, 2)).astype(np.uint16)
+        found = dict(counts_of_values(values))
+        assert set(found) == set(np.unique(values)) - {0}
+        assert all(counts == masks.encode(values == value) for value, counts in found.items())
