@@ -24,6 +24,7 @@ from m2f_trainer.data.layouts import (
     listing,
 )
 from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
+from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError
@@ -56,12 +57,13 @@ def contents_of_many(files: SplitFiles) -> Iterator[bytes]:
 FORMATS: Mapping[str, Format] = {
     "COCO": Format(find_coco, read_annotations, lambda files: file_parts(files.annotations)),
     "YOLO": Format(find_yolo, read_yolo, yolo_contents),
+    "imagefolder": Format(find_metadata, read_metadata, contents_of_many),
     "labelme": Format(find_labelme, read_labelme, contents_of_many),
     "masks": Format(find_mask_images, read_mask_images, contents_of_many),
 }
 """Formats that are read, by name; the first one that is found in a folder is taken."""
 
-_SAM = "Let a promptable model such as SAM turn boxes into masks (CVAT, Label Studio and FiftyOne have it built in)"
+_SAM = "Add outlines: a promptable model such as SAM turns boxes into masks (in CVAT, Label Studio or FiftyOne)"
 _DATUM = "pip install datumaro && datum convert -if {} -i FOLDER -f coco_instances -o converted -- --save-media"
 OTHER_FORMATS: Mapping[str, str] = {
     "COCO panoptic": (
@@ -147,7 +149,15 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
     Raises:
         DataError: it can't be used; the message names file, ids and remedy
     """
-    return FORMATS[files.format].read(files, report)
+    split = FORMATS[files.format].read(files, report)
+    entries = [(image, entry) for image in split.images for entry in split.annotations[image["id"]]]
+    if entries and not any(entry.get("segmentation") for _, entry in entries):
+        image, entry = entries[0]
+        raise DataError(
+            f"{split.full_name(entry, image)}: segmentation is empty, as in all {len(entries)} annotations: these are"
+            f" boxes only. {_SAM}."
+        )
+    return split
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:

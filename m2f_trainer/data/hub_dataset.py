@@ -25,12 +25,11 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.images import image_size
 from m2f_trainer.data.layouts import SPLITS, split_paths
+from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief
 
-CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "class")
-_MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 _IDS_PER_ROW = 100_000  # annotation ids that are reserved for the objects of one row
 
 
@@ -315,7 +314,7 @@ class RowReader:
             message = f"{self.name}, row {number}, object {index}: {problem}"
             report(kind, self.name, [own_id], message, image["id"])
             return None
-        mask = next((one[key] for key in _MASK_KEYS if one.get(key) is not None), None)
+        mask = next((one[key] for key in MASK_KEYS if one.get(key) is not None), None)
         if isinstance(mask, str):
             mask = {"size": [image["height"], image["width"]], "counts": mask}
         return {
@@ -349,28 +348,3 @@ class RowReader:
         if one.get("iscrowd") not in (None, 0, 1):
             return "bad-crowd", f"expected an `iscrowd` of 0 or 1, got {brief(one['iscrowd'])}. Correct it."
         return "", ""
-
-
-def category_of(one: Mapping[str, Any]) -> int | None:
-    """The category id of an object, None where it has no integer as category."""
-    return next((int(one[key]) for key in CATEGORY_KEYS if type(one.get(key)) is int), None)
-
-
-def split_objects(objects: Any, where: str) -> list[Any]:
-    """The objects of a row one by one, from a list of objects or an object of lists.
-
-    Raises:
-        DataError: it is neither
-    """
-    if isinstance(objects, list):
-        return objects
-    if not isinstance(objects, Mapping):
-        raise DataError(
-            f"{where}: expected a list as objects, got a {type_name(objects)}. Write an empty list for no objects."
-        )
-    lists = {key: value for key, value in objects.items() if isinstance(value, list)}
-    lengths = {key: len(value) for key, value in lists.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{count} {key}" for key, count in lengths.items())
-        raise DataError(f"{where}: expected one value of each field per object, got {found}. Add the missing values.")
-    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

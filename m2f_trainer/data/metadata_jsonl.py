@@ -1,0 +1,141 @@
+"""Read imagefolder datasets: a metadata.jsonl beside the images, a line `{"file_name": ..., "objects": ...}` an image.
+
+`objects` is a list of objects or an object of lists, as Hugging Face datasets have them: a category (a number or a
+name), and a segmentation as of COCO.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text, pack_polygons, type_name
+from m2f_trainer.data.files import files_below
+from m2f_trainer.data.images import image_size
+from m2f_trainer.data.layouts import SplitFiles, by_split
+from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
+from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.masks.rle import brief
+
+_NAME = "metadata.jsonl"
+
+
+def find_metadata(root: Path) -> tuple[SplitFiles, ...]:
+    """The splits of a folder with metadata.jsonl files: by the folders that they are in, such as `train`.
+
+    Raises:
+        DataError: some files are in folders of splits and some are not, or two are in one split
+    """
+    files = [path for path in files_below(root, (".jsonl",)) if path.name.lower() == _NAME and _has_objects(path)]
+    classes = sorted({name for path in files for name in _class_names(path)}) if files else []
+    return by_split(root, files, "imagefolder", tuple(classes))
+
+
+def _has_objects(path: Path) -> bool:
+    return next((isinstance(row, Mapping) and "objects" in row for _, row in _rows(path)), False)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line, None for a line that isn't JSON. Raises OSError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError):
+                    yield number, None
+
+
+def _class_names(path: Path) -> Iterator[str]:
+    """The categories that are names."""
+    for _, row in _rows(path):
+        try:
+            objects = split_objects(row["objects"], "") if isinstance(row, Mapping) and "objects" in row else []
+        except DataError:  # reported when the rows are read
+            continue
+        yield from (name for one in objects if (name := _category_name(one)) is not None)
+
+
+def _category_name(one: object) -> str | None:
+    keys = CATEGORY_KEYS if isinstance(one, Mapping) else ()
+    return next((one[key] for key in keys if is_text(one.get(key))), None)  # type: ignore[index, attr-defined]
+
+
+def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+    """Read and check one split; image and annotation ids count from 1 in the order of the lines.
+
+    Raises:
+        DataError: no usable line, or an invalid one; the message names file, line and remedy
+    """
+    root, name = files.image_folders[0], str(files.annotations)
+    names = dict(enumerate(files.classes, start=1))
+    ids = {label: number for number, label in names.items()}
+    images: list[Entry] = []
+    groups: dict[int, list[Entry]] = {}
+    number = 0
+    for path in files.files:
+        for line, row in _rows(path):
+            where = f"{path}, line {line}"
+            image = _image(row, path, root, len(images) + 1, where, name, report)
+            if image is None:
+                continue
+            images.append(image)
+            groups[image["id"]] = []
+            for category, one in _objects(row, image, ids, where, name, report):
+                number += 1
+                if category not in names:
+                    names[category] = str(category)
+                entry = {"id": number, "image_id": image["id"], "category_id": category, **one}
+                groups[image["id"]].append(pack_polygons(entry))
+    if not images:
+        raise DataError(f"{name}: found no usable line in {_NAME}. Correct it, or remove the split.")
+    return FolderSplit(name, tuple(images), groups, names, root)
+
+
+def _image(row: Any, path: Path, root: Path, image_id: int, where: str, name: str, report: Report) -> Entry | None:
+    written = row.get("file_name") if isinstance(row, Mapping) else None
+    if not isinstance(row, Mapping) or not written or not is_text(written):
+        message = f"{where}: expected an object with a `file_name`, got {brief(row)}. Correct the line."
+        report("bad-image-entry", name, [f"{path.name}:{image_id}"], message)
+        return None
+    folder = path.parent.relative_to(root).as_posix()
+    file_name = written if folder == "." else f"{folder}/{written}"
+    image = {"id": image_id, "file_name": file_name}
+    try:
+        source = FolderSplit(name, (), {}, {}, root).source(image)
+        image["height"], image["width"] = image_size(source, f"{where} ({written})")
+    except ImageError as error:
+        report("bad-image", name, [file_name], str(error))
+        return None
+    except DataError as error:
+        report("unsafe-path", name, [file_name], str(error))
+        return None
+    return image
+
+
+def _objects(
+    row: Mapping[str, Any], image: Entry, ids: Mapping[str, int], where: str, name: str, report: Report
+) -> Iterator[tuple[int, Entry]]:
+    """(category id, fields) of each object of a line."""
+    try:
+        objects = split_objects(row.get("objects") or [], where)
+    except DataError as error:
+        report("bad-annotation-entry", name, [image["id"]], str(error), image["id"])
+        return
+    for index, one in enumerate(objects):
+        label = _category_name(one)
+        category = ids.get(label) if label is not None else category_of(one) if isinstance(one, Mapping) else None
+        if category is None:
+            found = f"a {type_name(one)}" if not isinstance(one, Mapping) else f"fields {', '.join(map(str, one))}"
+            message = f"{where}, object {index}: expected a category, got {found}. Add one."
+            report("bad-annotation-entry", name, [f"{image['id']}:{index}"], message, image["id"])
+        elif one.get("iscrowd") not in (None, 0, 1):
+            message = f"{where}, object {index}: expected an `iscrowd` of 0 or 1, got {brief(one['iscrowd'])}."
+            report("bad-crowd", name, [f"{image['id']}:{index}"], f"{message} Correct it.", image["id"])
+        else:
+            mask = next((one[key] for key in MASK_KEYS if one.get(key) is not None), None)
+            if isinstance(mask, str):
+                mask = {"size": [image["height"], image["width"]], "counts": mask}
+            box, area = one.get("bbox"), one.get("area")
+            yield category, {"segmentation": mask, "bbox": box, "area": area, "iscrowd": int(one.get("iscrowd") or 0)}

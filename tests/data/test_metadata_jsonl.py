@@ -1,0 +1,97 @@
+"""imagefolder datasets: metadata.jsonl with objects is read, in both spellings, with numbered or named categories."""
+
+import json
+
+import pytest
+
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.errors import DataError
+from m2f_trainer.masks.segmentation import to_counts
+from tests.data.exports import SQUARE, pictures
+
+LISTS = {"bbox": [[2, 3, 10, 8]], "category": [3], "segmentation": [[SQUARE]], "area": [80]}
+
+
+def imagefolder(root, *rows, names="abcdefgh"):
+    pictures(root, [f"{name}.png" for name in names[: len(rows)]])
+    lines = [json.dumps({"file_name": f"{name}.png", "objects": row}) for name, row in zip(names, rows, strict=False)]
+    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("objects", "name"),
+    [
+        (LISTS, "3"),
+        ({**LISTS, "category": ["cell"]}, "cell"),
+        ([{"label": "cell", "polygons": [SQUARE]}], "cell"),
+        ([{"category_id": 3, "counts": to_counts([SQUARE], 16, 20, "")}], "3"),
+    ],
+)
+def test_objects_are_read_in_every_spelling(objects, name, tmp_path):
+    root = imagefolder(tmp_path / "set", objects, {} if isinstance(objects, dict) else [])
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [[one["area"] for one in row["objects"]] for row in rows] == [[80], []]
+    assert [one.name for one in categories_of(rows)] == [name]
+
+
+def test_named_classes_are_numbered_over_all_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    imagefolder(tmp_path / "set/train", {**LISTS, "category": ["spot"]}, {**LISTS, "category": ["cell"]})
+    imagefolder(tmp_path / "set/validation", {**LISTS, "category": ["spot"]}, names="xyz")
+    splits = load_dataset(tmp_path / "set")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "valid": 1}
+    assert [(one.id, one.name) for one in categories_of(splits["valid"])] == [(1, "cell"), (2, "spot")]
+    assert splits["valid"][0]["objects"][0]["category_id"] == 2
+    assert splits["valid"][0]["image"]["path"].endswith("validation/x.png")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png", "x\\a.png"])
+def test_images_outside_the_folder_are_refused(name, tmp_path):
+    root = imagefolder(tmp_path / "set", LISTS)
+    pictures(tmp_path, ["secret.png"])
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": name, "objects": LISTS}))
+    with pytest.raises(DataError, match="file_name"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: expected an object with a `file_name`, got None"),
+        ("[]", "line 2: expected an object with a `file_name`"),
+        ('{"objects": []}', "line 2: expected an object with a `file_name`"),
+        ('{"file_name": "gone.png", "objects": []}', "gone.png can't be read"),
+        ('{"file_name": "a.png", "objects": {"category": [1, 2], "segmentation": []}}', "one value of each field"),
+        ('{"file_name": "a.png", "objects": [{"segmentation": []}]}', "object 0: expected a category, got fields seg"),
+        ('{"file_name": "a.png", "objects": [3]}', "object 0: expected a category, got a int"),
+        ('{"file_name": "a.png", "objects": [{"label": "x", "iscrowd": 2}]}', "expected an `iscrowd` of 0 or 1"),
+    ],
+)
+def test_a_faulty_line_is_refused_with_file_and_line(line, message, tmp_path):
+    root = imagefolder(tmp_path / "set", LISTS)
+    with (root / "metadata.jsonl").open("a") as file:
+        file.write(line)
+    (root / "metadata.jsonl").write_text((root / "metadata.jsonl").read_text().replace("\n\n", "\n"))
+    with pytest.raises(DataError, match=message):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert examine(root).status
+
+
+def test_boxes_without_masks_are_refused_as_such(tmp_path):
+    boxes = {"bbox": [[2, 3, 10, 8]], "category": [0]}
+    root = imagefolder(tmp_path / "set", boxes, boxes)
+    with pytest.raises(DataError, match=r"in all 2 annotations: these are boxes only. Add outlines: .*SAM"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    (finding, *_) = examine(root).findings
+    assert "boxes only" in finding.message
+
+
+def test_a_metadata_file_without_objects_is_no_dataset(tmp_path):
+    pictures(tmp_path, ["a.png"])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
+    with pytest.raises(DataError, match="found no COCO annotations"):
+        load_coco(tmp_path)
