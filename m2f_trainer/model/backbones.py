@@ -107,7 +107,9 @@ def read_config(
     if wrong:
         raise ModelError(f"pyramid_taps {wrong}: this backbone has {depth} layers, so a tap is between 1 and {depth}")
     quarters = (-(-depth * k // 4) for k in (1, 2, 3, 4))
-    config.out_features = [stages[tap] for tap in sorted(set(taps or quarters))]
+    used = sorted(set(taps or quarters))
+    config.num_hidden_layers, config.stage_names = used[-1], stages[: used[-1] + 1]
+    config.out_features = [stages[tap] for tap in used]
     return config
 
 
