@@ -51,6 +51,11 @@ class CompactMasks:
             self._sample(which[rows], points[rows], values[rows])
         return values
 
+    def sample_images(self, counts: Sequence[int], points: Tensor) -> list[Tensor]:
+        """Sample all masks of each image at that image's points: counts [N_b], points (B, P, 2) -> [(N_b, P)]."""
+        which = torch.arange(sum(counts), device=points.device).split(list(counts))
+        return [self.sample(own, at.expand(len(own), -1, -1)) for own, at in zip(which, points, strict=True)]
+
     def _sample(self, which: Tensor, points: Tensor, values: Tensor) -> None:
         """Sample masks `which` into `values`; positions are in pixels from the bitmap's corner."""
         boxes, start = self.boxes[which], self.offsets[which].unsqueeze(1)

@@ -13,7 +13,7 @@ from .compact_masks import CompactMasks, chunks
 from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
-from .quality import quality_losses
+from .quality import best_overlaps
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ class Criterion(nn.Module):
             if divisors is None:
                 divisors = normalizer(class_labels, class_logits.shape[2], self.settings.no_object_weight)
             divisors = divisors.to(features, non_blocking=True)
-            matches = match(
-                embeddings, features, class_logits, masks, class_labels, points.matching, self.settings.weights
-            )
+            counts = [len(labels) for labels in class_labels]
+            learnt = features if self.settings.discrimination_weight else features.detach()
+            sampled = sample_features(learnt, points.matching)
+            targets = masks.sample_images(counts, points.matching)
+            matches = match(embeddings, sampled, class_logits, targets, class_labels, self.settings.weights)
             classes = self._class_loss(class_logits, class_labels, matches) / divisors[1]
             mask, dice = self._mask_losses(embeddings, features, masks, matches, points)
             untouched = 0 * (embeddings.sum() + features.sum())  # gradients of 0 on a rank without objects
@@ -122,11 +124,11 @@ class Criterion(nn.Module):
                 "loss_dice": self.settings.dice_weight * dice / count,
             }
             if self.settings.discrimination_weight:
-                apart = discrimination(features, masks, [len(labels) for labels in class_labels], points.matching)
-                terms["loss_discrimination"] = self.settings.discrimination_weight * (apart / count).unsqueeze(0)
+                apart = discrimination(sampled, targets) / count
+                terms["loss_discrimination"] = self.settings.discrimination_weight * apart.unsqueeze(0)
             if quality_logits is not None:
-                counts = [len(labels) for labels in class_labels]
-                losses = quality_losses(quality_logits, embeddings[-1], features, masks, counts, points.matching)
+                truth = best_overlaps(embeddings[-1], features, masks, sampled, targets)
+                losses = F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
                 weights = torch.full(class_logits.shape[:3], self.settings.no_object_weight, device=losses.device)
                 weights[matches.level, matches.image, matches.query] = 1
                 quality = (losses * weights[-1]).sum() / divisors[1]
@@ -234,6 +236,11 @@ def _spread(slope: Tensor, points: Tensor, size: torch.Size) -> Tensor:
         slope[:, None, :, None], maps, grid, BILINEAR, ZEROS, ALIGN_CORNERS, [True, False]
     )[0]
     return spread.flatten(1)
+
+
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of each image's maps (B, C, h, w) at its points (B, P, 2) in [0, 1] -> (B, C, P)."""
+    return F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
 
 
 def sample_logits(logits: Tensor, points: Tensor) -> Tensor:

@@ -11,27 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compact_masks import CompactMasks
-
 TEMPERATURE = 0.2
 
 
-def discrimination(features: Tensor, masks: CompactMasks, counts: Sequence[int], points: Tensor) -> Tensor:
+def discrimination(features: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """Cross entropy of assigning each point to its object by the objects' mean features, summed over objects.
 
-    features (B, C, h, w); `counts`: number of masks of each image, T in all; points (B, P, 2), x and y in [0, 1]. The
-    logits are cosine similarities divided by `TEMPERATURE`. An object's loss is the mean over its points. Objects
-    without a point and images without objects contribute 0.
+    features (B, C, P) and the masks of each image [(N_b, P)], in [0, 1], at the same points. The logits are cosine
+    similarities divided by `TEMPERATURE`. An object's loss is the mean over its points. Objects without a point and
+    images without objects contribute 0.
     """
-    sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, C, P)
-    total, start = features.new_zeros(()), 0
-    for image, count in enumerate(counts):
-        if count:
-            which = torch.arange(start, start + count, device=features.device)
-            truth = masks.sample(which, points[image].expand(count, -1, -1)) >= 0.5
+    total = features.new_zeros(())
+    for image, target in enumerate(targets):
+        if len(target):
+            truth = target >= 0.5
             truth = torch.cat([truth, ~truth.any(0, keepdim=True)])  # (N + 1, P): the background comes last
-            total = total + _of_image(sampled[image], truth)
-        start += count
+            total = total + _of_image(features[image], truth)
     return total
 
 

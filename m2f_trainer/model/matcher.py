@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .compact_masks import CompactMasks, chunks
+from .compact_masks import chunks
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,22 @@ def match(
     embeddings: Tensor,
     features: Tensor,
     class_logits: Tensor,
-    masks: CompactMasks,
+    targets: Sequence[Tensor],
     class_labels: Sequence[Tensor],
-    points: Tensor,
     weights: Mapping[str, float],
 ) -> Matches:
     """Match every decoder output to the targets, with one copy to the host and one back.
 
-    embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), points (B, P, 2) in [0, 1]: queries
-    and targets of an image are compared at the same points, shared by all outputs. Costs are float32 also under
-    autocast. Non-finite costs are matched last, as transformers does.
+    embeddings (L, B, Q, C), class_logits (L, B, Q, K + 1). features (B, C, P) and targets [(N_b, P)] are sampled at the
+    same P points of an image, which all outputs share. Costs are float32 also under autocast. Non-finite costs are
+    matched last, as transformers does.
     """
-    sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, C, P)
     probabilities = class_logits.softmax(-1)
-    costs, start = [], 0
-    for image, classes in enumerate(class_labels):
-        count = len(classes)
-        if count:
-            which = torch.arange(start, start + count, device=points.device)
-            truth = masks.sample(which, points[image].expand(count, -1, -1))
-            logits = (embeddings[:, image].flatten(0, 1) @ sampled[image]).unflatten(0, (len(embeddings), -1))
-            costs.append(pair_costs(logits, probabilities[:, image], truth, classes, weights))
-        start += count
+    costs = []
+    for image, (target, classes) in enumerate(zip(targets, class_labels, strict=True)):
+        if len(classes):
+            logits = (embeddings[:, image].flatten(0, 1) @ features[image]).unflatten(0, (len(embeddings), -1))
+            costs.append(pair_costs(logits, probabilities[:, image], target, classes, weights))
     return _assign(costs, [len(classes) for classes in class_labels], class_logits)
 
 

@@ -17,7 +17,7 @@ from .initialization import init_class_head
 
 MEASURES, WIDTH = 5, 32
 EPSILON = 1e-3
-GRID = 48
+GRID = 32
 """Points per side of the grid on which an IoU is measured."""
 
 
@@ -75,31 +75,25 @@ def measures(mask_logits: Tensor, features: Tensor) -> Tensor:
         return torch.stack([(area + EPSILON).log() / 4, confidence, stability, coherence, ring_similarity], -1)
 
 
-def quality_losses(
-    quality_logits: Tensor,
-    embeddings: Tensor,
-    features: Tensor,
-    masks: CompactMasks,
-    counts: Sequence[int],
-    points: Tensor,
+@torch.no_grad()
+def best_overlaps(
+    embeddings: Tensor, features: Tensor, masks: CompactMasks, sampled: Tensor, targets: Sequence[Tensor]
 ) -> Tensor:
-    """Binary cross entropy between each query's predicted IoU and its mask's IoU with the best matching object: (B, Q).
+    """IoU of each query's mask with the best matching object of its image: (B, Q), 0 without objects.
 
-    quality_logits (B, Q), embeddings (B, Q, D), features (B, D, h, w), `counts`: number of masks of each
-    image, points (B, P, 2) in [0, 1] at which the best matching object is determined. Without objects the IoU is 0.
+    embeddings (B, Q, D), features (B, D, h, w). The best matching object is determined at points: sampled (B, D, P) are
+    the features and targets [(N_b, P)] the masks there.
     """
-    sampled = F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)  # (B, D, P)
-    truth, start = torch.zeros_like(quality_logits, dtype=torch.float32), 0
-    for image, count in enumerate(counts):
-        if count:
-            objects = torch.arange(start, start + count, device=points.device)
-            target = (masks.sample(objects, points[image].expand(count, -1, -1)) >= 0.5).to(sampled)  # (N, P)
+    found, start = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.float32), 0
+    for image, target in enumerate(targets):
+        if len(target):
+            true = (target >= 0.5).to(sampled)  # (N, P)
             predicted = (embeddings[image] @ sampled[image] > 0).to(sampled)  # (Q, P)
-            common = predicted @ target.T
-            best = objects[(common / (predicted.sum(1, True) + target.sum(1) - common).clamp(min=1)).argmax(1)]
-            truth[image] = overlaps(embeddings[image], features[image], masks, best)
-        start += count
-    return F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
+            common = predicted @ true.T
+            best = start + (common / (predicted.sum(1, True) + true.sum(1) - common).clamp(min=1)).argmax(1)
+            found[image] = overlaps(embeddings[image], features[image], masks, best)
+        start += len(target)
+    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import Criterion, LossSettings
+from m2f_trainer.model.criterion import Criterion, LossSettings, sample_features
 from m2f_trainer.model.discrimination import TEMPERATURE, discrimination
 
 SIDE = 8
@@ -17,6 +17,11 @@ def every_pixel(batch: int) -> torch.Tensor:
     centres = (torch.arange(SIDE) + 0.5) / SIDE
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([x, y], -1).view(1, -1, 2).expand(batch, -1, -1)
+
+
+def loss_at(features: torch.Tensor, masks: CompactMasks, counts: list[int], points: torch.Tensor) -> torch.Tensor:
+    """The loss of maps (B, C, h, w) and their masks at points (B, P, 2)."""
+    return discrimination(sample_features(features, points), masks.sample_images(counts, points))
 
 
 def boxes(*places: tuple[int, int, int, int]) -> torch.Tensor:
@@ -47,7 +52,7 @@ def test_the_loss_is_the_papers_formula_with_the_background_as_an_object() -> No
     features = torch.randn(2, 5, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     first, second = boxes((0, 0, 3, 3), (4, 4, 8, 7)), boxes((1, 1, 2, 6))
     masks = CompactMasks.from_dense([first, second])
-    found = discrimination(features, masks, [2, 1], every_pixel(2).double())
+    found = loss_at(features, masks, [2, 1], every_pixel(2).double())
     assert float(found) == pytest.approx(by_hand(features[0], first) + by_hand(features[1], second))
 
 
@@ -55,7 +60,7 @@ def test_an_image_that_one_object_fills_has_no_background_and_an_empty_one_no_lo
     features = torch.randn(2, 5, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     full = boxes((0, 0, SIDE, SIDE))
     masks = CompactMasks.from_dense([full, full[:0]])
-    assert float(discrimination(features, masks, [1, 0], every_pixel(2).double())) == pytest.approx(0)
+    assert float(loss_at(features, masks, [1, 0], every_pixel(2).double())) == pytest.approx(0)
 
 
 def test_it_pulls_an_objects_pixels_together_and_touching_objects_apart() -> None:
@@ -64,7 +69,7 @@ def test_it_pulls_an_objects_pixels_together_and_touching_objects_apart() -> Non
     masks, optimizer = CompactMasks.from_dense([two]), torch.optim.Adam([features], lr=0.1)
     for _ in range(100):
         optimizer.zero_grad()
-        discrimination(features, masks, [2], every_pixel(1)).backward()
+        loss_at(features, masks, [2], every_pixel(1)).backward()
         optimizer.step()
     unit = torch.nn.functional.normalize(features.detach()[0], dim=0)
     left, right = unit[:, :, :4].flatten(1), unit[:, :, 4:].flatten(1)
@@ -89,5 +94,5 @@ def test_the_criterion_adds_the_term_by_its_weight_and_the_number_of_masks() -> 
     assert "loss_discrimination" not in off
     assert all(torch.equal(off[name], on[name]) for name in off)
     torch.manual_seed(0)
-    alone = discrimination(features, masks, [2], torch.rand(1, 64, 2))
+    alone = loss_at(features, masks, [2], torch.rand(1, 64, 2))
     assert float(on["loss_discrimination"]) == pytest.approx(3 * float(alone) / 2)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from m2f_trainer.data.collate import pack_masks
 from m2f_trainer.model import compact_masks
 from m2f_trainer.model.compact_masks import CompactMasks, chunks
-from m2f_trainer.model.matcher import match
+from m2f_trainer.model.criterion import sample_features
+from m2f_trainer.model.matcher import Matches, match
 
 WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 BOXES = [(0, 0, 5, 4), (30, 20, 40, 32), (7, 9, 8, 10), (0, 3, 40, 32), (35, 0, 40, 2)]
@@ -60,6 +61,19 @@ def test_chunks_cover_every_row_once() -> None:
     assert chunks(0, 5, torch.device("cpu")) == []
 
 
+def match_at(
+    points: torch.Tensor,
+    embeddings: torch.Tensor,
+    features: torch.Tensor,
+    logits: torch.Tensor,
+    masks: CompactMasks,
+    labels: list[torch.Tensor],
+) -> Matches:
+    """Match by the values of features (B, C, h, w) and masks at points (B, P, 2)."""
+    targets = masks.sample_images([len(own) for own in labels], points)
+    return match(embeddings, sample_features(features, points), logits, targets, labels, WEIGHTS)
+
+
 def test_perfect_predictions_are_matched_to_their_targets() -> None:
     masks, dense = masks_of_random_boxes()
     order = torch.tensor([3, 0, 4, 2, 1])
@@ -67,7 +81,7 @@ def test_perfect_predictions_are_matched_to_their_targets() -> None:
     embeddings = torch.eye(5)[order].expand(2, 1, 5, 5)
     points = torch.rand(1, 4096, 2)
     logits = torch.zeros(2, 1, 5, 3)
-    matches = match(embeddings, features, logits, masks, [torch.zeros(5, dtype=torch.long)], points, WEIGHTS)
+    matches = match_at(points, embeddings, features, logits, masks, [torch.zeros(5, dtype=torch.long)])
     for level in range(2):
         some = matches.level == level
         big = [query for query in matches.query[some].tolist() if order[query] in (1, 3)]  # not lost by the stride
@@ -78,8 +92,8 @@ def test_perfect_predictions_are_matched_to_their_targets() -> None:
 def test_more_targets_than_queries_match_every_query_once() -> None:
     masks, _ = masks_of_random_boxes()
     features, embeddings = torch.randn(1, 4, 8, 10), torch.randn(3, 1, 2, 4)
-    matches = match(
-        embeddings, features, torch.randn(3, 1, 2, 4), masks, [torch.arange(5) % 3], torch.rand(1, 64, 2), WEIGHTS
+    matches = match_at(
+        torch.rand(1, 64, 2), embeddings, features, torch.randn(3, 1, 2, 4), masks, [torch.arange(5) % 3]
     )
     assert matches.per_image == [6]
     assert sorted(zip(matches.level.tolist(), matches.query.tolist(), strict=True)) == [
@@ -92,7 +106,7 @@ def test_costs_that_are_not_numbers_are_matched_all_the_same() -> None:
     embeddings = torch.randn(1, 1, 6, 4)
     embeddings[0, 0, 2] = torch.nan
     labels = [torch.zeros(5, dtype=torch.long)]
-    matches = match(
-        embeddings, torch.randn(1, 4, 8, 10), torch.randn(1, 1, 6, 2), masks, labels, torch.rand(1, 64, 2), WEIGHTS
+    matches = match_at(
+        torch.rand(1, 64, 2), embeddings, torch.randn(1, 4, 8, 10), torch.randn(1, 1, 6, 2), masks, labels
     )
     assert 2 not in matches.query.tolist()
