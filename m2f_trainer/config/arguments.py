@@ -60,8 +60,8 @@ class ModelArguments:
     )
     pyramid_taps: list[int] | None = option(
         None,
-        "Backbone layers that the neck reads, counted from 1. Default: four evenly spaced layers, or those of "
-        "init_from.",
+        "Backbone layers that the neck reads, counted from 1; later layers are left out. Default: four evenly spaced "
+        "layers, or those of init_from.",
         "model",
         defines_model=True,
     )

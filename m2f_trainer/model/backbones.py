@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.utils import logging
 
 
 class ModelError(ValueError):
@@ -70,7 +71,7 @@ def read_config(
 
     `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
     `taps` are 1-based depths of a ViT whose maps are used (default: the end of each quarter, as DINOv2's and DINOv3's
-    papers read them for dense tasks); a ConvNeXt gives its four stages.
+    papers read them for dense tasks); the layers after the last of them are left out. A ConvNeXt gives its four stages.
 
     `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
 
@@ -113,6 +114,11 @@ def read_config(
     return config
 
 
+def taps_of(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The 1-based depths of a ViT whose maps are used; nothing for a ConvNeXt."""
+    return () if is_pyramidal(config) else tuple(config.out_indices)
+
+
 def _set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | None) -> None:
     """Set stochastic depth and RoPE rescaling, the backbone's randomness in training.
 
@@ -151,7 +157,12 @@ def load_pretrained(backbone: str, config: PreTrainedConfig) -> nn.Module:
     folder. Raises ModelError when the weights can't be loaded or are incomplete.
     """
     loader = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    model, report = _from_pretrained(loader, backbone, config=config, output_loading_info=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the loading report would list every layer above the last tap
+    try:
+        model, report = _from_pretrained(loader, backbone, config=config, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("mask_token"))
     if missing:
         raise ModelError(f"{hub_id(backbone)!r} lacks {len(missing)} of the backbone's tensors, such as {missing[:3]}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .backbones import BACKBONES, ModelError, load_pretrained, read_config, stride_of
+from .backbones import BACKBONES, ModelError, is_pyramidal, load_pretrained, read_config, stride_of, taps_of
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 from .weights import head_fields, load_head, load_model_weights
 
@@ -43,8 +43,8 @@ def build_model(
     _check_fields(config_fields)
     source = load_model(init_from) if init_from else None
     backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
-    if source is not None and not taps and backbone_of(source.config).stage_names == backbone_config.stage_names:
-        backbone_config.out_features = backbone_of(source.config).out_features
+    if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
+        backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
     config = M2FConfig(
         backbone_config=backbone_config,
         backbone_name=_absolute_source(backbone) if isinstance(backbone, str) else "",
@@ -65,6 +65,14 @@ def build_model(
     if head_checkpoint:
         load_head(model, head_checkpoint)
     return model
+
+
+def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
+    """True for two ViTs of one architecture; `source` may lack the layers that `config` has after its last tap."""
+    if is_pyramidal(source) or is_pyramidal(config):
+        return False
+    alike = source.model_type == config.model_type and source.hidden_size == config.hidden_size
+    return bool(alike and source.num_hidden_layers <= config.num_hidden_layers)
 
 
 def _absolute_source(name: str) -> str:

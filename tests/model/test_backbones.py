@@ -1,9 +1,14 @@
 """What a backbone does at random while it trains: what was asked for, and nothing else."""
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from m2f_trainer.model.backbones import ModelError, read_config
-from tests.model.tiny import DINOV2, VIT
+import pytest
+import torch
+from transformers import AutoBackbone
+
+from m2f_trainer.model.backbones import ModelError, load_pretrained, read_config
+from tests.model.tiny import DINOV2, VIT, images
 
 
 @pytest.mark.parametrize(("layers", "read"), [(12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (5, [2, 3, 4, 5]), (1, [1])])
@@ -11,6 +16,23 @@ def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_unless_told_otherwise(l
     vit = {**VIT, "num_hidden_layers": layers}
     assert read_config(vit).out_features == [f"stage{layer}" for layer in read]
     assert read_config(vit, taps=(layers,)).out_features == [f"stage{layers}"]
+
+
+@pytest.mark.parametrize("fields", [{**VIT, "num_hidden_layers": 4}, {**DINOV2, "num_hidden_layers": 4}])
+@pytest.mark.parametrize("taps", [(1,), (1, 2, 3), (2, 4)])
+def test_layers_after_the_last_tap_are_left_out_and_the_maps_stay_the_same(
+    fields: dict[str, Any], taps: tuple[int, ...], tmp_path: Path
+) -> None:
+    whole = AutoBackbone.from_config(read_config(fields)).eval()
+    whole.save_pretrained(tmp_path)
+    cut = load_pretrained(str(tmp_path), read_config(str(tmp_path), taps=taps)).eval()
+    assert len(cut.state_dict()) < len(whole.state_dict()) or taps[-1] == 4
+    pictures = images(1, 56) / 255
+    with torch.no_grad():
+        every = whole(pictures, output_hidden_states=True).hidden_states
+        for tap, found in zip(taps, cut(pictures).feature_maps, strict=True):
+            tokens = whole.norm(every[tap]) if hasattr(whole, "norm") else whole.layernorm(every[tap])
+            torch.testing.assert_close(found.flatten(2).transpose(1, 2), tokens[:, -found[0, 0].numel() :])
 
 
 @pytest.mark.parametrize(

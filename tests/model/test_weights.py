@@ -62,7 +62,15 @@ def test_a_new_run_from_a_model_of_ours_carries_class_scores_over_by_name(tmp_pa
     assert all(torch.equal(new.state_dict()[name], old.state_dict()[name]) for name in shared)
 
 
-@pytest.mark.parametrize("backbone", [DINOV2, {**VIT, "num_hidden_layers": 3}, {**VIT, "hidden_size": 16}])
+def test_a_new_run_leaves_out_the_layers_that_its_start_left_out(tmp_path: Path) -> None:
+    whole = {**VIT, "num_hidden_layers": 3}
+    old = tiny_model(whole, taps=(2,))
+    old.save_pretrained(tmp_path)
+    new = tiny_model(whole, init_from=str(tmp_path))
+    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
+
+
+@pytest.mark.parametrize("backbone", [DINOV2, {**VIT, "hidden_size": 16}])
 def test_a_new_run_on_another_backbone_than_its_start_is_refused(backbone: Any, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
-from m2f_trainer.model.backbones import is_pyramidal
+from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
@@ -136,8 +136,8 @@ def with_checkpoint_taps(model: ModelArguments, checkpoint: Path | None) -> Mode
     """
     if checkpoint is None or model.pyramid_taps is not None:
         return model
-    backbone = backbone_of(M2FConfig.from_pretrained(checkpoint))
-    return model if is_pyramidal(backbone) else replace(model, pyramid_taps=list(backbone.out_indices))
+    taps = taps_of(backbone_of(M2FConfig.from_pretrained(checkpoint)))
+    return model if not taps else replace(model, pyramid_taps=list(taps))
 
 
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
