@@ -231,7 +231,7 @@ class TrainArguments(TrainingArguments):
 
     bf16: bool | None = option(  # type: ignore[assignment]
         None,
-        "Train in bfloat16 mixed precision. Default: where the GPU supports it.",
+        "Train in bfloat16 mixed precision. Default: where a GPU supports it.",
         "precision and memory",
         changes_results=True,
     )
@@ -326,7 +326,9 @@ class TrainArguments(TrainingArguments):
         self._align_checkpointing()
         self._resolve_schedule()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and computes_in_bf16()
+            self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and gpu_computes_in_bf16()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers accepts bf16 on a CPU only with it
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
         if self.backbone_lr_multiplier is None:
@@ -466,6 +468,11 @@ def require_schedule(name: str, settings: Any) -> None:
         raise RecipeError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {settings}: {error}.") from error
 
 
-def computes_in_bf16() -> bool:
+def gpu_computes_in_bf16() -> bool:
     """Whether the GPU has bfloat16 units; emulation would be slower than float32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has bfloat16 units (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -16,6 +16,7 @@ from huggingface_hub import get_token
 
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import backbone_stride
+from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks.rle import Size
 
@@ -65,10 +66,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Machine:
-    """accelerator: torch has a device other than the CPU. token: a Hub token is set, so gated weights can be loaded."""
+    """The properties of a machine on which the choices depend.
+
+    accelerator  torch has a device other than the CPU
+    token        a Hub token is set, so gated weights can be loaded
+    bf16         the CPU has bfloat16 units
+    """
 
     accelerator: bool
     token: bool
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Choice:
 
 def this_machine() -> Machine:
     """The machine of this process."""
-    return Machine(torch.accelerator.is_available(), get_token() is not None)
+    return Machine(torch.accelerator.is_available(), get_token() is not None, cpu_computes_in_bf16())
 
 
 def images_of_rows(rows: Dataset) -> Iterator[Image]:
@@ -145,6 +152,7 @@ EXCLUDES = {
     "head_checkpoint": ("head",),
     "head_config": ("head",),
     "augmentation": ("lsj_min_scale", "lsj_max_scale"),
+    "fp16": ("bf16",),
     "max_steps": ("max_minutes", "num_train_epochs"),
     "max_minutes": ("num_train_epochs",),
     "num_train_epochs": ("max_minutes",),
@@ -200,6 +208,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
     return [
         Choice("tune", "frozen", "no GPU: only neck and head are trained"),
         *_feature_cache(facts, chosen),
+        *([Choice("bf16", True, "this CPU computes in bfloat16")] if machine.bf16 else []),
         Choice("head", "light", "no GPU: a tenth of the original head's cost"),
         Choice("lsj_min_scale", 1.0, "runs of minutes learn faster without scale jitter"),
         Choice("lsj_max_scale", 1.0, "runs of minutes learn faster without scale jitter"),

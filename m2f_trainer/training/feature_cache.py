@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
@@ -191,7 +192,7 @@ def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: Any)
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
     loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate)
     records = iter(todo.records)
-    half = bool(args.bf16) or (args.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_computes_in_bf16())
     for batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=half):

@@ -51,6 +51,13 @@ def test_a_laptop_gets_an_open_backbone_and_a_bounded_run_and_a_server_the_defau
     assert as_recipe(recommend(NUCLEI, Machine(accelerator=True, token=False)))["backbone"] == "dinov2-small"
 
 
+def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:
+    fast = Machine(accelerator=False, token=False, bf16=True)
+    assert as_recipe(recommend(NUCLEI, fast))["bf16"] is True
+    assert "bf16" not in as_recipe(recommend(NUCLEI, LAPTOP))
+    assert "bf16" not in as_recipe(recommend(NUCLEI, fast, {"fp16": True}))
+
+
 def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None:
     few = Facts(images=20, most=5, object_side=100, large_side=100, image_side=300, pixels=1_800_000)
     assert as_recipe(recommend(few, LAPTOP, {"max_minutes": 20}))["feature_cache"] == 2

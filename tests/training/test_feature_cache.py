@@ -18,6 +18,7 @@ from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.training import feature_cache
 from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, cached
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
@@ -51,7 +52,7 @@ def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
 def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(feature_cache, "cpu_computes_in_bf16", lambda: False)
     plain, kept, model = both(rows, tmp_path)
     encoder, compute = model.encoder, model.encoder.backbone_features
     for epoch in range(2):
@@ -70,7 +71,7 @@ def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
 def test_a_cpu_with_bfloat16_units_computes_the_maps_in_it(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(feature_cache, "cpu_computes_in_bf16", lambda: True)
     _, kept, model = both(rows, tmp_path)
     pixels, mask = (kept[0][name].unsqueeze(0) for name in ("pixel_values", "pixel_mask"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
