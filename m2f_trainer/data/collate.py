@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -53,8 +54,10 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def objects(self) -> npt.NDArray[np.int64]:
         """The number of objects of each sample, (len,), before augmentation."""
-        columns = self.rows.select_columns(["objects"]).with_format(None)
-        return np.array([sum(not one["iscrowd"] for one in row["objects"]) for row in columns], np.int64)
+        lists = self.rows.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
+        crowd = pc.struct_field(pc.list_flatten(lists), "iscrowd").to_numpy(zero_copy_only=False).astype(bool)
+        images = pc.list_parent_indices(lists).to_numpy()
+        return np.bincount(images[~crowd], minlength=len(lists)).astype(np.int64)
 
     def name(self, index: int) -> str:
         """A sample in messages."""

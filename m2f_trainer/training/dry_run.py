@@ -4,12 +4,14 @@ First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`)
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -21,6 +23,8 @@ from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates
 
 ADAM_MOMENTS = 2
 GIGA, MEGA = 1e9, 1e6
+PATIENCE = 5.0
+"""Seconds that the measurement of a step may take."""
 POINTS = (
     0.0,
     0.02,
@@ -97,16 +101,45 @@ def kept_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool)
     return total
 
 
-def example_inputs(size: Sequence[int], instances: int, device: torch.device) -> Mapping[str, object]:
-    """Model inputs for a grey image (1, 3, H, W) with objects of a quarter of its sides."""
+def example_inputs(size: Sequence[int], instances: int, device: torch.device, images: int = 1) -> Mapping[str, object]:
+    """Model inputs for grey images (B, 3, H, W) with objects of a quarter of its sides."""
     height, width = size
     masks = torch.zeros(instances, height, width, device=device)
     masks[:, : height // 4, : width // 4] = 1
     return {
-        "pixel_values": torch.full((1, 3, height, width), 127, dtype=torch.uint8, device=device),
-        "mask_labels": [masks],
-        "class_labels": [torch.zeros(instances, dtype=torch.long, device=device)],
+        "pixel_values": torch.full((images, 3, height, width), 127, dtype=torch.uint8, device=device),
+        "mask_labels": [masks] * images,
+        "class_labels": [torch.zeros(instances, dtype=torch.long, device=device)] * images,
     }
+
+
+def seconds_a_step(model: M2FModel, train: TrainArguments, instances: int) -> float:
+    """Time of an optimiser step on this machine, measured with grey images; without loading of data and the update.
+
+    One image is measured first. Where a batch would take longer than `PATIENCE`, its time is that of one image times
+    the number of images.
+    """
+    device, size = train.device, (model.config.image_height, model.config.image_width)
+    mode, home = model.training, model.device
+    cast(nn.Module, model).to(device).train()
+
+    def measure(images: int) -> float:
+        inputs = example_inputs(size, instances, device, images)
+        begun = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(train.bf16)):
+            loss = model(**inputs).loss
+        loss.backward()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        model.zero_grad()
+        return time.perf_counter() - begun
+
+    with torch.random.fork_rng():
+        measure(1)
+        batch, one = train.per_device_train_batch_size, measure(1)
+        took = measure(batch) if batch * one < PATIENCE else batch * one
+    cast(nn.Module, model).train(mode).to(home)
+    return took * train.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -121,6 +154,7 @@ class Plan:
     images: int
     steps_an_epoch: int
     steps: int
+    step_seconds: float
     train: TrainArguments
 
 
@@ -136,7 +170,8 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)
-    return Plan(groups, total, trained, memory, instances, images, an_epoch, max(steps, 1), train)
+    seconds = seconds_a_step(model, train, instances)
+    return Plan(groups, total, trained, memory, instances, images, an_epoch, max(steps, 1), seconds, train)
 
 
 def to_text(plan: Plan) -> str:
@@ -171,8 +206,18 @@ def steps_text(plan: Plan) -> str:
     return (
         f"{length}\n"
         f"{device * accumulated * devices} images a step: "
-        f"{device} a device x {accumulated} accumulated x {devices} devices"
+        f"{device} a device x {accumulated} accumulated x {devices} devices\n"
+        f"{time_text(plan)}"
     )
+
+
+def time_text(plan: Plan) -> str:
+    """The line on the time of the run."""
+    each = f"about {plan.step_seconds:.2g} s a step on this machine"
+    if plan.train.max_minutes is None:
+        return f"{each}, {tqdm.format_interval(plan.steps * plan.step_seconds)} in all, without data and evaluations"
+    steps = 60 * plan.train.max_minutes / plan.step_seconds
+    return f"{each}, so about {steps:,.0f} steps or {steps / plan.steps_an_epoch:.1f} epochs"
 
 
 def curve_text(plan: Plan) -> str:

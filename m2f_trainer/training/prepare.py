@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -28,6 +29,8 @@ from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.feature_cache import cached
 
 logger = logging.getLogger(__name__)
+NAMED = 5
+"""Samples that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,18 @@ def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Seq
     sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
     logger.warning("tiles: %s per epoch, from %s images; %s", f"{len(tiles):,}", f"{len(rows):,}", sizes)
     return tiles
+
+
+def report_overfull(samples: InstanceDataset, num_queries: int) -> None:
+    """Log the training samples with more objects than queries: a step learns at most `num_queries` objects of each."""
+    over = np.flatnonzero(samples.objects() > num_queries)
+    if len(over):
+        named = ", ".join(samples.name(int(index)) for index in over[:NAMED]) + (", ..." if len(over) > NAMED else "")
+        logger.warning(
+            "%s of %s training samples hold more objects than the %s queries, so that some of their objects are not "
+            "learnt: %s. Raise num_queries, or use tiles (tile_size).",
+            f"{len(over):,}", f"{len(samples):,}", num_queries, named,
+        )  # fmt: skip
 
 
 def eval_samples(rows: Dataset, data: DataArguments | M2FConfig, categories: Sequence[Category]) -> InstanceDataset:

@@ -56,6 +56,7 @@ from m2f_trainer.training.prepare import (
     build,
     eval_samples,
     load_data,
+    report_overfull,
     require_figure,
     train_samples,
     with_feature_cache,
@@ -79,6 +80,8 @@ def train(recipe: Recipe) -> dict[str, float]:
         require_figure(recipe.train.metric_for_best_model, data.valid)
         samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
         recipe = resolve_auto(recipe, samples, checkpoint)
+        if recipe.train.process_index == 0:
+            report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
         model = build(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)

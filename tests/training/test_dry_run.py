@@ -1,6 +1,7 @@
 """What a dry run tells, against what the run itself does."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing
     text = "\n".join(lines)
     assert "100 optimiser steps, 2 an epoch: 50.0 epochs of 4 images" in text
     assert "2 images a step: 2 a device x 1 accumulated x 1 devices" in text
+    (each, whole) = re.findall(r"about ([\d.e-]+) s a step on this machine, (\S+) in all", text)[0]
+    minutes, seconds = whole.split(":")[-2:]
+    assert 60 * int(minutes) + int(seconds) == pytest.approx(100 * float(each), rel=0.1, abs=1.5)
     groups = {
         line.rsplit(" ", 3)[0]: line.rsplit(" ", 3)[1:] for line in lines if line.endswith(("e-05 0.01", "e-06 0.01"))
     }

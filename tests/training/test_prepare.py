@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.training.prepare import augmentation_seed, eval_samples, load_data, train_samples
+from m2f_trainer.training.prepare import augmentation_seed, eval_samples, load_data, report_overfull, train_samples
 from tests.training.runs import write_tiny
 
 
@@ -28,3 +30,17 @@ def test_the_data_of_a_run_are_its_splits_cut_to_the_recipes_limits(tmp_path: Pa
 def test_a_dataset_without_a_test_split_has_no_test_rows(tmp_path: Path) -> None:
     recipe = load_recipe([str(write_tiny(tmp_path, images=(3, 2, 0)))])
     assert load_data(recipe.data).test is None
+
+
+def test_images_with_more_objects_than_queries_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe([str(write_tiny(tmp_path))])
+    data = load_data(recipe.data)
+    samples = train_samples(data.train, recipe.data, 0, data.categories)
+    counts = [sum(not one["iscrowd"] for one in row["objects"]) for row in data.train]
+    assert samples.objects().tolist() == counts
+    report_overfull(samples, max(counts))
+    assert not caplog.records
+    report_overfull(samples, max(counts) - 1)
+    (message,) = caplog.messages
+    assert message.startswith(f"{counts.count(max(counts))} of {len(counts)} training samples hold more objects than")
+    assert f"(sample {counts.index(max(counts))})" in message

@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.evaluation.coco import metrics_table
 from m2f_trainer.training.data_workers import Watched
 from m2f_trainer.version import __version__
+
+EARLY_STEP = 5
+"""The step after which the rate is first printed."""
 
 
 class SeedEveryStep(TrainerCallback):
@@ -127,14 +132,31 @@ class Bars(ProgressCallback):
 
 
 class Lines(TrainerCallback):
-    """Prints one line for each training log, on the main process."""
+    """Prints the size of the run, the rate of its first steps, and one line for each training log; on the main process.
+
+    The first step is slower than the others, so that it doesn't count in the rate of the first steps.
+    """
 
     def __init__(self) -> None:
-        self.begun, self.first = time.perf_counter(), 0
+        self.begun = self.warm = time.perf_counter()
+        self.first = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock by which the time left is estimated."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the size of the run, and start the clock by which the time left is estimated."""
+        if state.is_world_process_zero and kwargs.get("train_dataloader") is not None:
+            print_line(size_of_run(args, state, len(kwargs["train_dataloader"].dataset), kwargs["model"]))
         self.begun, self.first = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Print rate and time left after a few steps, unless a log does."""
+        done = state.global_step - self.first
+        if done == 1:
+            self.warm = time.perf_counter()
+        if done == EARLY_STEP and args.logging_steps > EARLY_STEP and state.is_world_process_zero:
+            each = (time.perf_counter() - self.warm) / (EARLY_STEP - 1)
+            print_line("  ".join([f"step {state.global_step:,}/{state.max_steps:,}", *rate_parts(state, each)]))
 
     def on_log(
         self,
@@ -181,11 +203,28 @@ def log_parts(logs: Mapping[str, float], state: TrainerState, each: float) -> It
     yield f"loss {logs['loss']:.4g}"
     if "learning_rate" in logs:
         yield f"rate {logs['learning_rate']:.2e}"
-    yield f"{each:.2f} s/step"
-    yield f"{tqdm.format_interval((state.max_steps - state.global_step) * each)} left"
+    yield from rate_parts(state, each)
     if "data_wait" in logs:
         yield f"waiting for data {100 * logs['data_wait']:.0f}%"
     yield f"peak memory {peak_memory() / 2**30:.1f} GiB"
+
+
+def rate_parts(state: TrainerState, each: float) -> list[str]:
+    """Mean time of a step in seconds, and the time left."""
+    return [f"{each:.2f} s/step", f"{tqdm.format_interval((state.max_steps - state.global_step) * each)} left"]
+
+
+def size_of_run(args: TrainingArguments, state: TrainerState, samples: int, model: nn.Module) -> str:
+    """Samples, batch, length and trained parameters of a run."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    minutes = args.max_minutes if isinstance(args, TrainArguments) else None
+    epochs = state.max_steps * batch / max(samples, 1)
+    length = f"{state.max_steps:,} steps, {epochs:.1f} epochs" if minutes is None else f"{minutes:g} minutes"
+    sizes = [(parameter.numel() / 1e6, parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    return (
+        f"{samples:,} training samples, {batch} a step, {length}; {trained:.1f} M of {total:.1f} M parameters trained"
+    )
 
 
 def print_line(text: str) -> None:

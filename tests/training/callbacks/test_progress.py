@@ -83,7 +83,13 @@ def test_a_line_tells_loss_rate_time_left_wait_and_memory(
     monkeypatch.setattr("m2f_trainer.training.callbacks.progress.time.perf_counter", lambda: now[0])
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=1000, max_steps=3000)
     lines = Lines()
-    lines.on_train_begin(NO, state, NO)  # resumed at step 1000
+    args: Any = SimpleNamespace(logging_steps=100)
+    lines.on_train_begin(args, state, NO)  # resumed at step 1000
+    now[0], state.global_step = 103.0, 1001  # the first step is slow
+    lines.on_step_end(args, state, NO)
+    now[0], state.global_step = 105.0, 1005
+    lines.on_step_end(args, state, NO)
+    assert capsys.readouterr().out == "step 1,005/3,000  0.50 s/step  16:37 left\n"
     now[0], state.global_step = 160.0, 1120
     lines.on_log(NO, state, NO, logs={"loss": 12.3456, "learning_rate": 1e-4, "data_wait": 0.034})
     out = capsys.readouterr().out
@@ -102,6 +108,7 @@ def test_a_file_gets_lines_and_no_bars(tmp_path: Path) -> None:
     for text in (run.stdout, run.stderr):
         assert not CONTROL.search(text)
         assert not BAR.search(text)
+    assert "4 training samples, 2 a step, 2 steps, 1.0 epochs; " in run.stdout
     assert "step 2/2  loss " in run.stdout
     assert "step 2 of 2, evaluated in " in run.stdout
     assert "{'" not in run.stdout
