@@ -31,7 +31,7 @@ from m2f_trainer.config.typed_json import (
     takes_object,
 )
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.backbones import BACKBONES, read_config, stride_of
+from m2f_trainer.model.backbones import BACKBONES, is_pyramidal, read_config, stride_of
 from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
@@ -236,6 +236,15 @@ def backbone_stride(model: ModelArguments) -> int:
     if model.backbone in BACKBONES:
         return BACKBONES[model.backbone].stride
     return stride_of(read_config(model.backbone)) if Path(model.backbone).is_dir() else 1
+
+
+def backbone_layers(model: ModelArguments) -> int:
+    """Layers of a ViT; 0 for other backbones, and where the number is unknown before the backbone is loaded."""
+    if isinstance(model.backbone_config, dict) or Path(model.backbone).is_dir():
+        config = read_config(model.backbone_config or model.backbone)
+        return 0 if is_pyramidal(config) else int(config.num_hidden_layers)
+    row = BACKBONES.get(model.backbone)
+    return row.depth if row and "convnext" not in model.backbone else 0
 
 
 def check_sides(data: DataArguments, multiple: int) -> None:

@@ -17,8 +17,8 @@ from itertools import count, islice
 from pathlib import Path
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 

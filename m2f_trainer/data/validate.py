@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.compute as pc
 
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.dataset import Category, categories_of

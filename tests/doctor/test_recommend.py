@@ -27,8 +27,10 @@ STREETS = Facts(images=407, most=122, object_side=33, large_side=406, image_side
 
 
 def test_small_objects_are_trained_on_tiles_and_large_ones_on_whole_images() -> None:
-    assert as_recipe(recommend(NUCLEI, LAPTOP))["tile_size"] == 112
-    assert "tile_size" not in as_recipe(recommend(STREETS, LAPTOP))
+    tiles, whole = as_recipe(recommend(NUCLEI, LAPTOP)), as_recipe(recommend(STREETS, LAPTOP))
+    assert (tiles["tile_size"], tiles["image_height"], tiles["pyramid_taps"]) == (80, 112, [2, 4, 6])
+    assert not whole.keys() & {"tile_size", "pyramid_taps"}
+    assert (tiles["per_device_train_batch_size"], whole["per_device_train_batch_size"]) == (8, 4)
 
 
 @pytest.mark.parametrize("facts", [NUCLEI, STREETS])
@@ -69,7 +71,9 @@ def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
     chosen = as_recipe(recommend(NUCLEI, LAPTOP, given))
     assert not chosen.keys() & {"tune", "feature_cache", "max_minutes", "backbone", "head"}
     assert chosen["image_height"] % 16 == 0
-    assert as_recipe(recommend(STREETS, LAPTOP, {"tile_size": 256}))["image_height"] == 252
+    assert as_recipe(recommend(STREETS, LAPTOP, {"tile_size": 256}))["image_height"] == 364
+    assert "pyramid_taps" not in as_recipe(recommend(NUCLEI, LAPTOP, {"backbone": "dinov3-convnext-tiny"}))
+    assert as_recipe(recommend(NUCLEI, LAPTOP, {"backbone": "dinov2-large"}))["pyramid_taps"] == [4, 8, 12]
 
 
 def test_objects_are_measured_in_pixels_of_the_original_image(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Our own command line, as a user would type it: `m2f train RECIPE --max_minutes ...`, then `m2f evaluate`.
+"""Our own command line, as a user would type it: `m2f train --dataset_name X --max_minutes M`, then `m2f evaluate`.
 
-The budget is our own option `max_minutes`, which plans the learning rate for the time and ends the run with it. Its
+There is no recipe: the command chooses the settings for the dataset and this machine. Only the backbone is given, as a
+folder, because no Hub can be reached where the benchmark was made. The budget is our own option `max_minutes`, which plans the learning rate for the time and ends the run with it. Its
 clock is put on CPU time.
 """
 
@@ -35,7 +36,7 @@ def train(task: Task) -> dict[str, Any]:
         "max_eval_samples": 1,
     }
     fixed = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    _m2f("train", task.settings["recipe"], *fixed, *task.settings["options"])
+    _m2f("train", *fixed, *task.settings["options"])
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     steps = state["global_step"]
