@@ -1,8 +1,8 @@
 """Our own command line, as a user would type it: `m2f train --dataset_name X --max_minutes M`, then `m2f evaluate`.
 
 There is no recipe: the command chooses the settings for the dataset and this machine. Only the backbone is given, as a
-folder, because no Hub can be reached where the benchmark was made. The budget is our own option `max_minutes`, which plans the learning rate for the time and ends the run with it. Its
-clock is put on CPU time.
+folder, because no Hub can be reached where the benchmark was made. The budget is our own option `max_minutes`, which
+plans the learning rate for the time and ends the run with it. Its clock is put on CPU time.
 """
 
 import importlib
