@@ -38,6 +38,7 @@ def test_images_with_more_objects_than_queries_are_named(tmp_path: Path, caplog:
     samples = train_samples(data.train, recipe.data, 0, data.categories)
     counts = [sum(not one["iscrowd"] for one in row["objects"]) for row in data.train]
     assert samples.objects().tolist() == counts
+    caplog.clear()
     report_overfull(samples, max(counts))
     assert not caplog.records
     report_overfull(samples, max(counts) - 1)
