@@ -145,7 +145,7 @@ class Run:
     curves: Curves
 
 
-def read_run(folder: Path, name: str | None = None) -> Run:
+def load_run(folder: Path, name: str | None = None) -> Run:
     """Read a run; of an unfinished one, its newest evaluated checkpoint.
 
     Raises:
@@ -163,7 +163,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     return Run(name, folder, read_json(source / METRICS), details, read_json(source / RECIPE), curves)
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read several runs; each is named by the last parts of its path, as many as make all names differ."""
     parts = [folder.resolve().parts for folder in folders]
     names = [path[-1] for path in parts]
@@ -171,7 +171,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         if len(set(names)) == len(names):
             break
         names = ["/".join(path[-length:]) for path in parts]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [load_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def newest_evaluated_checkpoint(folder: Path) -> Path | None:

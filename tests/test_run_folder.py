@@ -9,11 +9,11 @@ from m2f_trainer import run_folder
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.run_folder import (
     curves_of,
+    load_run,
+    load_runs,
     newest_evaluated_checkpoint,
     read_json,
     read_metrics,
-    read_run,
-    read_runs,
     write_atomically,
     write_json,
     write_metrics,
@@ -78,7 +78,7 @@ def test_an_unfinished_run_is_read_from_its_newest_evaluated_checkpoint(tmp_path
     (run / "checkpoint-11").mkdir()
     write_json(run / "checkpoint-10" / "metrics.json", {"eval_map": 0.5})
     write_json(run / "checkpoint-10" / "trainer_state.json", {"log_history": [{"step": 10, "loss": 1.0, "epoch": 2}]})
-    found = read_run(run)
+    found = load_run(run)
     assert newest_evaluated_checkpoint(run) == run / "checkpoint-10"
     assert (found.name, found.details, found.figures, found.recipe) == ("run", {"step": 10}, {"eval_map": 0.5}, {})
     assert found.curves == {"loss": [(10, 1.0)]}
@@ -86,15 +86,15 @@ def test_an_unfinished_run_is_read_from_its_newest_evaluated_checkpoint(tmp_path
 
 def test_a_folder_without_an_evaluation_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"expected evaluation\.json .* m2f evaluate MODEL DATASET"):
-        read_run(tmp_path)
+        load_run(tmp_path)
 
 
 def test_runs_are_named_by_as_much_of_their_paths_as_makes_them_differ(tmp_path: Path) -> None:
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for folder in folders:
         write_json(folder / "evaluation.json", {"x": 1})
-    assert [run.name for run in read_runs(folders)] == ["a/run", "b/run"]
-    assert [run.name for run in read_runs(folders[:1])] == ["run"]
+    assert [run.name for run in load_runs(folders)] == ["a/run", "b/run"]
+    assert [run.name for run in load_runs(folders[:1])] == ["run"]
 
 
 def test_of_a_step_that_was_logged_twice_the_last_value_counts() -> None:

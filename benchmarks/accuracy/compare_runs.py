@@ -15,7 +15,7 @@ from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.gallery import ground_truth
-from m2f_trainer.run_folder import read_run
+from m2f_trainer.run_folder import load_run
 from m2f_trainer.viz.charts import line_chart, save_png
 
 IMAGES, SIDE, GAP = 4, 220, 4
@@ -35,7 +35,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
     """Write both pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    curves = {name: [(0.0, 0.0), *read_run(Path(run)).curves["eval_map"]] for name, run in runs.items()}
+    curves = {name: [(0.0, 0.0), *load_run(Path(run)).curves["eval_map"]] for name, run in runs.items()}
     save_png(line_chart(curves, "step", "mask AP"), out / "curve.png")
     test = load_dataset(dataset)["test"]
     names = {category.id: category.name for category in categories_of(test)}

@@ -53,11 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.examine import UNUSABLE, examine
     from m2f_trainer.doctor.scan import Settings
-    from m2f_trainer.doctor.summary import to_json, to_text
+    from m2f_trainer.doctor.summary import summary_text, to_json
 
     settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
     result = examine(arguments.dataset, settings, arguments.annotations, arguments.images)
-    say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, to_text(result)))))
+    say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
     messages = write_outputs(arguments, result)
     if not arguments.json:
         say("\n".join(messages))

@@ -79,8 +79,8 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
     if path is not None:
-        return build({**checked(read_object(path), f"in {path}"), **given})
-    return build({**(choose(given) if choose else {}), **given})
+        return build_recipe({**checked(read_object(path), f"in {path}"), **given})
+    return build_recipe({**(choose(given) if choose else {}), **given})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -214,7 +214,7 @@ def accepted_values(key: str) -> str:
     return describe_type(hints()[key]) + (f' or "{AUTO}"' if accepts_auto(key) else "")
 
 
-def build(values: Mapping[str, Any]) -> Recipe:
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """Typed values -> the three dataclasses, checked against each other. Raises RecipeError."""
     try:
         model, data, train = OptionParser().parse_dict(dict(values))

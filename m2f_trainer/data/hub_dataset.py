@@ -153,7 +153,7 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
     first = next(iter(splits.values()))
     if all(is_ours(rows) for rows in splits.values()):
         return stored_categories(first)
-    names, used = _class_names(first), set()
+    names, used = _label_names(first), set()
     for rows in splits.values():
         for row in rows.select_columns("objects"):
             try:
@@ -165,7 +165,7 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
     return tuple(Category(key, names.get(key, str(key))) for key in sorted(used))
 
 
-def _class_names(rows: datasets.Dataset) -> dict[int, str]:
+def _label_names(rows: datasets.Dataset) -> dict[int, str]:
     """The names of a ClassLabel among the fields of objects, or of the categories stored with rows of ours."""
     fields = rows.features["objects"]
     inner = fields.feature if isinstance(fields, datasets.List) else fields
@@ -180,7 +180,7 @@ def _class_names(rows: datasets.Dataset) -> dict[int, str]:
 def _row_reader(name: str, split: str, rows: datasets.Dataset, categories: Iterable[Category]) -> "RowReader":
     """The reader of a split, whose objects may have any class that its features name, or else `categories`."""
     ours = is_ours(rows)
-    names = {} if ours else _class_names(rows)
+    names = {} if ours else _label_names(rows)
     return RowReader(f"{name}, split {split!r}", ours, names or {category.id: category.name for category in categories})
 
 

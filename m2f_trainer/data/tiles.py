@@ -84,7 +84,7 @@ class Cell:
     filled: bool
 
 
-class Grid:
+class TileGrid:
     """The tiles of an epoch: of each image those that contain objects, and a fraction of all images' empty ones.
 
     If there are more than the limit they are cycled through in a fixed random order: each epoch continues where the
@@ -201,7 +201,7 @@ class TileTransform(TrainTransform):
 
 
 class TrainTiles(InstanceDataset):
-    """The tiles of a training split in the order of `Grid`; `transform` is a `TileTransform`."""
+    """The tiles of a training split in the order of `TileGrid`; `transform` is a `TileTransform`."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class TrainTiles(InstanceDataset):
         limit: int | None = None,
     ) -> None:
         super().__init__(rows, transform, categories)
-        self.grid = Grid(rows, transform.side, empty, limit)
+        self.grid = TileGrid(rows, transform.side, empty, limit)
 
     def __len__(self) -> int:
         return len(self.grid)

@@ -77,7 +77,7 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     Raises:
         DataError: no class names, no images, or an invalid label; the message names file, line and remedy
     """
-    names, folder = _class_names(files.annotations), files.image_folders[0]
+    names, folder = _yaml_names(files.annotations), files.image_folders[0]
     labels = label_folder(folder)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
@@ -106,7 +106,7 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     return FolderSplit(str(labels), tuple(images), groups, names, folder)
 
 
-def _class_names(path: Path) -> dict[int, str]:
+def _yaml_names(path: Path) -> dict[int, str]:
     names = read_yaml(path).get("names")
     by_class = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(by_class, dict) or not by_class or not all(type(key) is int for key in by_class):

@@ -35,7 +35,7 @@ def render(examination: Examination) -> str:
         title=f"m2f check: {name}",
         heading=name,
         verdict=verdict(examination),
-        summary=_summary(examination),
+        summary=_split_table(examination),
         findings=[
             {
                 "kind": KINDS[finding.kind],
@@ -52,7 +52,7 @@ def render(examination: Examination) -> str:
     )
 
 
-def _summary(examination: Examination) -> Table:
+def _split_table(examination: Examination) -> Table:
     columns = ("images", "empty", "instances", "crowds")
     rows = [[split, *(row[key] for key in columns)] for split, row in figures(examination)["splits"].items()]
     return Table(("split", "images", "empty", "objects", "crowds"), rows)

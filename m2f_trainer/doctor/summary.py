@@ -76,7 +76,7 @@ def to_json(examination: Examination) -> str:
     return json.dumps({**result, "findings": findings}, indent=1)
 
 
-def to_text(examination: Examination) -> str:
+def summary_text(examination: Examination) -> str:
     """The whole result for a terminal."""
     parts = [*(_summary_lines(examination) if examination.status < 2 else []), ""]
     for finding in examination.findings:

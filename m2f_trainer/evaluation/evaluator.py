@@ -23,7 +23,7 @@ from m2f_trainer.evaluation.thresholds import (
     above_threshold,
     best_thresholds,
     calibration,
-    confusion,
+    confusion_counts,
     image_quality,
 )
 from m2f_trainer.evaluation.tide import ImageErrors, classify_predictions, collect_predictions, tide_errors
@@ -128,7 +128,7 @@ def confusion_table(
     """Non-zero cells of the confusion matrix, [object's class, predicted class, count]; -1 is the background."""
     total: Counter[tuple[int, int]] = Counter()
     for image, image_errors in zip(overlaps, errors, strict=True):
-        total.update(confusion(image, image_errors, above_threshold(image, thresholds)))
+        total.update(confusion_counts(image, image_errors, above_threshold(image, thresholds)))
     return [[*pair, count] for pair, count in sorted(total.items())]
 
 

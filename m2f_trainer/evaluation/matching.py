@@ -24,7 +24,7 @@ MAX_DETECTIONS = 100  # per class and image
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class PredictionMatches:
     """The matching results of n predictions, of one image or of several concatenated, for T IoU thresholds.
 
     Attributes:
@@ -42,7 +42,7 @@ class Matches:
     truths: NDArray[np.int64]
 
 
-def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "masks") -> Matches:
+def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "masks") -> PredictionMatches:
     """Match one image at every IoU threshold and area range, with at most `MAX_DETECTIONS` predictions per class."""
     values = image.overlaps if overlap == "masks" else image.boundaries
     kept = _first_of_each_class(image.predicted)
@@ -58,7 +58,7 @@ def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "mask
             for prediction, chosen in greedy_match(rows, threshold, out, image.crowd).items():
                 hit[prediction, index, number] = True
                 ignored[prediction, index, number] = out[chosen]
-    return Matches(image.predicted[kept], image.scores[kept], hit[kept], ignored[kept], truths)
+    return PredictionMatches(image.predicted[kept], image.scores[kept], hit[kept], ignored[kept], truths)
 
 
 def _first_of_each_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -112,11 +112,11 @@ def greedy_match(
     return matched
 
 
-def concatenate_matches(parts: Iterable[Matches], num_classes: int) -> Matches:
-    """The matches of many images as one `Matches`, in the order of the images."""
+def concatenate_matches(parts: Iterable[PredictionMatches], num_classes: int) -> PredictionMatches:
+    """The matches of many images as one `PredictionMatches`, in the order of the images."""
     given = list(parts)
     empty = np.zeros((0, len(AREAS), len(THRESHOLDS)), np.bool_)
-    return Matches(
+    return PredictionMatches(
         np.concatenate([np.zeros(0, np.int64), *(one.classes for one in given)]),
         np.concatenate([np.zeros(0), *(one.scores for one in given)]),
         np.concatenate([empty, *(one.hit for one in given)]),
@@ -145,7 +145,7 @@ def average_precision(scores: NDArray[np.float64], hit: NDArray[np.bool_], truth
     return table
 
 
-def precisions(matches: Matches) -> NDArray[np.float64]:
+def precisions(matches: PredictionMatches) -> NDArray[np.float64]:
     """(K, 4, T) AP of each class, area range and IoU threshold; -1 where there are no objects."""
     classes = len(matches.truths)
     table = np.full((classes, len(AREAS), len(THRESHOLDS)), -1.0)
@@ -156,7 +156,7 @@ def precisions(matches: Matches) -> NDArray[np.float64]:
     return table
 
 
-def _of_class(matches: Matches, mine: NDArray[np.int64], area: int, truths: int) -> list[float]:
+def _of_class(matches: PredictionMatches, mine: NDArray[np.int64], area: int, truths: int) -> list[float]:
     """AP at each IoU threshold. Computed one by one because the ignored predictions differ between thresholds."""
     values = []
     for number in range(len(THRESHOLDS)):
@@ -166,7 +166,7 @@ def _of_class(matches: Matches, mine: NDArray[np.int64], area: int, truths: int)
     return values
 
 
-def boundary_figures(matches: Matches, names: Sequence[str]) -> dict[str, float]:
+def boundary_figures(matches: PredictionMatches, names: Sequence[str]) -> dict[str, float]:
     """Boundary AP, named as mask AP: `boundary_map`, `_50`, `_75`, by size, and `boundary_map_class/<name>`."""
     table = precisions(matches)
     figures = {

@@ -60,7 +60,7 @@ def error_costs(details: Details) -> Figure:
     return bar_chart([(name, 100 * error["cost"]) for name, error in details["errors"].items()], "{:.1f}")
 
 
-def confusion(details: Details) -> Figure:
+def confusion_chart(details: Details) -> Figure:
     """Confusion matrix with the background as its last class; of many classes, the 20 largest confusions of two."""
     names = [row["name"] for row in details["classes"]]
     if len(names) > MATRIX_CLASSES:
@@ -83,7 +83,7 @@ def confusion(details: Details) -> Figure:
 
 
 def confusion_caption(details: Details) -> str:
-    """How to read the chart of `confusion`."""
+    """How to read the chart of `confusion_chart`."""
     if len(details["classes"]) > MATRIX_CLASSES:
         return "Ground truth > prediction, the most frequent confusions of two classes."
     return "A cell is darker where it holds a larger share of its row."
@@ -94,7 +94,7 @@ def write_plots(details: Details, folder: Path) -> Sequence[Path]:
     figures = {
         "precision_recall.png": precision_recall({"": details}),
         "classes_precision_recall.png": class_precision_recall(details),
-        "confusion.png": confusion(details),
+        "confusion.png": confusion_chart(details),
         "calibration.png": reliability({"this model": details}),
         "errors.png": error_costs(details),
     }

@@ -13,7 +13,7 @@ from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
-from m2f_trainer.run_folder import Run, read_runs, write_atomically
+from m2f_trainer.run_folder import Run, load_runs, write_atomically
 from m2f_trainer.viz.charts import line_chart
 from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 
@@ -30,7 +30,7 @@ LOGGED = {
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
     """Write the page about these runs; return its path. Raises ModelFolderError where a folder has no evaluation."""
-    runs = read_runs(folders)
+    runs = load_runs(folders)
     heading = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     details = {run.name: run.details for run in runs}
     text = render_page(
@@ -38,14 +38,14 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         sortable=True,
         title=f"m2f report: {heading}",
         heading=heading,
-        summary=_summary(runs),
+        summary=_runs_table(runs),
         settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in runs]),
         training=list(_training_charts(runs)),
         classes=_classes(runs[0].details) if len(runs) == 1 else _classes_compared(runs),
         score_charts=list(_score_charts(details)),
         errors=_errors(details),
         confusion=[
-            chart(f"Confusion, {name}", plots.confusion(one), plots.confusion_caption(one))
+            chart(f"Confusion, {name}", plots.confusion_chart(one), plots.confusion_caption(one))
             for name, one in details.items()
         ],
         galleries=[_gallery(run, 6 if len(runs) == 1 else 3) for run in runs],
@@ -53,7 +53,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     return write_atomically(output, text)
 
 
-def _summary(runs: Sequence[Run]) -> Table:
+def _runs_table(runs: Sequence[Run]) -> Table:
     rows = [
         [run.name, *(percent(run.figures.get(key)) for key in SUMMARY), run.figures.get("step", "-")] for run in runs
     ]

@@ -74,7 +74,7 @@ def calibration(predictions: ScoredPredictions) -> dict[str, Any]:
     return {"count": counts.tolist(), "score": mean.tolist(), "correct": share.tolist(), "error": error}
 
 
-def confusion(image: ImageOverlaps, errors: ImageErrors, kept: NDArray[np.bool_]) -> Counter[tuple[int, int]]:
+def confusion_counts(image: ImageOverlaps, errors: ImageErrors, kept: NDArray[np.bool_]) -> Counter[tuple[int, int]]:
     """(object's class, predicted class) -> count over the kept predictions; `BACKGROUND_CLASS` on either side.
 
     A correct prediction is counted with its object. Each other prediction, by falling score, is counted with the

@@ -51,13 +51,13 @@ def classify_predictions(image: ImageOverlaps) -> ImageErrors:
         if not image.crowd[number] and value > BACKGROUND_IOU:
             near.setdefault(prediction, []).append((value, number))
     for prediction, row in near.items():
-        kinds[prediction], objects[prediction] = _error(int(image.predicted[prediction]), row, image.truth)
+        kinds[prediction], objects[prediction] = _error_type(int(image.predicted[prediction]), row, image.truth)
     for prediction, number in matched.items():
         kinds[prediction], objects[prediction] = IGNORED if image.crowd[number] else HIT, number
     return ImageErrors(kinds, objects, found)
 
 
-def _error(mine: int, row: Sequence[tuple[float, int]], truth: NDArray[np.int64]) -> tuple[int, int]:
+def _error_type(mine: int, row: Sequence[tuple[float, int]], truth: NDArray[np.int64]) -> tuple[int, int]:
     """The error type of a prediction of class `mine` and its object, from the (IoU, object) pairs it overlaps."""
     own = max(((value, number) for value, number in row if truth[number] == mine), default=(0.0, -1))
     other = max(((value, number) for value, number in row if truth[number] != mine), default=(0.0, -1))

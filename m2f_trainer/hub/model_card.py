@@ -123,10 +123,10 @@ def render_card(folder: Path, options: CardOptions | None = None) -> str:
         rare_limit=FEW_OBJECTS,
         origins=[[source_name(one.source), verbatim(one.licence or "its own"), verbatim(one.duty)] for one in chain],
     )
-    return text + SIGNATURE.format(digest_of(text))
+    return text + SIGNATURE.format(card_digest(text))
 
 
-def digest_of(text: str) -> str:
+def card_digest(text: str) -> str:
     """The first 64 bits of a text's SHA-256: enough to notice an edit."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -134,7 +134,7 @@ def digest_of(text: str) -> str:
 def is_untouched(card: str) -> bool:
     """Whether a card is as it was written here."""
     text, _, _ = card.rpartition(SIGNATURE.partition("{}")[0])
-    return card == text + SIGNATURE.format(digest_of(text))
+    return card == text + SIGNATURE.format(card_digest(text))
 
 
 # head
@@ -189,24 +189,24 @@ def backbone_title(config: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Table:
+class MarkdownTable:
     """A Markdown table; its cells are escaped unless they are Markdown already."""
 
     head: list[str]
     rows: list[list[str]]
 
 
-def results_table(metrics: Mapping[str, Any]) -> Table | None:
+def results_table(metrics: Mapping[str, Any]) -> MarkdownTable | None:
     """The COCO metrics of each split, in percent; None where none was scored."""
     rows = [
         [split, *(figure(metrics.get(prefix + key)) for key in METRICS)]
         for prefix, split in SPLITS.items()
         if f"{prefix}map" in metrics
     ]
-    return Table(["split", *METRICS.values()], rows) if rows else None
+    return MarkdownTable(["split", *METRICS.values()], rows) if rows else None
 
 
-def classes_table(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> Table | None:
+def classes_table(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> MarkdownTable | None:
     """Mask AP of each class, best first, and from the details of the valid split its best threshold."""
     by_split = {
         split: {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
@@ -229,7 +229,7 @@ def classes_table(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> Tab
         ]
         for name in sorted(names, key=lambda name: -ranking.get(name, -1))
     ]
-    return Table(head, cells)
+    return MarkdownTable(head, cells)
 
 
 def class_details(row: Mapping[str, Any] | None) -> list[str]:

@@ -19,7 +19,7 @@ from m2f_trainer.evaluation.gallery import rows_of_run
 from m2f_trainer.hub.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
 from m2f_trainer.hub.model_card import CARD, PICTURES, CardOptions, draw_pictures, is_untouched, render_card, write_card
-from m2f_trainer.run_folder import read_details, read_json, read_run
+from m2f_trainer.run_folder import load_run, read_details, read_json
 
 RETRY_DELAYS = (1.0, 4.0)  # seconds
 TIMEOUT = 120.0  # seconds without a byte from the Hub; huggingface_hub itself has no timeout
@@ -169,7 +169,7 @@ def add_pictures(folder: Path) -> None:
     """Draw the card's pictures if the run has not. Raises SharingError if its dataset is not on this machine."""
     if (folder / PICTURES).is_dir():
         return
-    rows = rows_of_run(read_run(folder))
+    rows = rows_of_run(load_run(folder))
     if rows is None:
         raise SharingError(
             f"{folder} has no {PICTURES}/, and the dataset that its recipe.json names is not on this machine, so they "

@@ -77,12 +77,12 @@ class Merger:
             laid = self.tiling.lay(size)
             self._open[found.image_id] = laid, set(range(len(laid))), []
         tiles, missing, pieces = self._open[found.image_id]
-        pieces += _pieces(number, tiles[number], found)
+        pieces += _pieces_of_tile(number, tiles[number], found)
         missing.remove(number)
         if missing:
             return None
         del self._open[found.image_id]
-        return merge(found.image_id, tiles, pieces, size, self.limit)
+        return merge_pieces(found.image_id, tiles, pieces, size, self.limit)
 
     def add_batch(self, found: Sequence[Instances], tiles: Sequence[Sequence[int]]) -> list[Instances]:
         """Add several; `tiles` has for each the tile's index, -1 for a blank one, and the image's height and width.
@@ -95,7 +95,7 @@ class Merger:
         return [one for one in added if one is not None]
 
 
-def merge(
+def merge_pieces(
     image_id: int, tiles: Sequence[Tile], pieces: Iterable[Piece], size: Size, limit: int | None = None
 ) -> Instances:
     """Merge the pieces of an image of (height, width) `size`; return the `limit` best instances."""
@@ -171,7 +171,7 @@ def _is_cut(piece: Piece, tile: Box, size: Size) -> bool:
     return x0 <= left > 0 or y0 <= top > 0 or x1 >= right < width or y1 >= bottom < height
 
 
-def _pieces(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
+def _pieces_of_tile(number: int, tile: Tile, instances: Instances) -> Iterator[Piece]:
     """A tile's instances, moved to the image's frame."""
     left, top = tile.box[:2]
     for category_id, score, encoded in zip(instances.category_ids, instances.scores, instances.rles, strict=True):

@@ -1,6 +1,6 @@
 """The plan of a run, printed by `m2f train RECIPE --dry_run`: parameter groups, steps, learning rates, memory.
 
-First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`), then its text (`to_text`).
+First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`), then its text (`plan_text`).
 """
 
 import math
@@ -174,7 +174,7 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
     return Plan(groups, total, trained, memory, instances, images, an_epoch, max(steps, 1), seconds, train)
 
 
-def to_text(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """The plan as a page of text."""
     share = 100 * plan.trained / plan.parameters
     counts = f"{plan.parameters / MEGA:.1f} M parameters, {plan.trained / MEGA:.1f} M of them trained ({share:.1f} %)"

@@ -29,7 +29,7 @@ from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import FEATURE_CACHE, write_atomically
-from m2f_trainer.training.checkpointing.fingerprint import digest_of
+from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
 
 logger = logging.getLogger(__name__)
 MAPS, KEY = "maps.bf16", "maps.json"
@@ -157,7 +157,7 @@ def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
     for name, tensor in encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
-    total.update(json.dumps([settings, len(dataset), digest_of(dataset.rows)]).encode())
+    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows)]).encode())
     return total.hexdigest()
 
 

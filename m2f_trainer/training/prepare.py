@@ -113,7 +113,7 @@ def augmentation_seed(train: TrainArguments) -> int:
     return train.seed if train.data_seed is None else train.data_seed
 
 
-def build(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
+def build_recipe_model(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
     """The model of a recipe; its backbone is frozen, has LoRA layers or trains in full, as `tune` says."""
     built = build_model(
         model.backbone_config or model.backbone,
@@ -128,14 +128,14 @@ def build(model: ModelArguments, data: DataArguments, categories: Sequence[Categ
         tile_overlap=data.tile_overlap,
         drop_path=model.drop_path,
         rope_rescale=model.rope_rescale,
-        **head_fields(model),
+        **head_settings(model),
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
     set_tuning(built, model.tune, lora)
     return built
 
 
-def head_fields(model: ModelArguments) -> dict[str, Any]:
+def head_settings(model: ModelArguments) -> dict[str, Any]:
     """Fields of `M2FConfig`: the preset's, changed by head_config."""
     given = model.head_config if isinstance(model.head_config, dict) else {}
     weights = {"discrimination_weight": model.discrimination_weight, "quality_weight": model.quality_weight}

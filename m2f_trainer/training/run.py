@@ -48,12 +48,12 @@ from m2f_trainer.training.checkpointing.resume import (
     with_checkpoint_taps,
 )
 from m2f_trainer.training.data_workers import translate_errors
-from m2f_trainer.training.dry_run import plan, to_text
+from m2f_trainer.training.dry_run import plan, plan_text
 from m2f_trainer.training.prepare import (
     Data,
     SavedWithModel,
     augmentation_seed,
-    build,
+    build_recipe_model,
     eval_samples,
     load_data,
     report_overfull,
@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
-        model = build(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
+        model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout):
@@ -102,15 +102,15 @@ def dry_run(recipe: Recipe) -> str:
     data = load_data(recipe.data)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
     recipe = resolve_auto(recipe, samples, None)
-    model = build(recipe.model, recipe.data, data.categories)
-    return to_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
+    model = build_recipe_model(recipe.model, recipe.data, data.categories)
+    return plan_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
 
 
 def resolve_auto(recipe: Recipe, samples: InstanceDataset, checkpoint: Path | None) -> Recipe:
     """The recipe with a number for every "auto"; a resumed run keeps the numbers of its checkpoint."""
 
     def probe(model: ModelArguments, limit: int) -> int:
-        make_model = partial(build, model, recipe.data, samples.categories)
+        make_model = partial(build_recipe_model, model, recipe.data, samples.categories)
         found = images_a_device(make_model, samples, recipe.train, limit)
         set_seed(recipe.train.seed)
         return found

@@ -23,7 +23,7 @@ def test_the_next_step_depends_on_what_was_found(
     status: int, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examine, "examine", lambda *_: SimpleNamespace(status=status, files=""))
-    monkeypatch.setattr(summary, "to_text", lambda result: f"status {result.status}")
+    monkeypatch.setattr(summary, "summary_text", lambda result: f"status {result.status}")
     assert main(["check", "my coco"]) == status
     out = capsys.readouterr().out
     assert out.startswith(f"status {status}\n")

@@ -258,12 +258,12 @@ def try_dataset(root: str) -> None:
 def try_check(root: str) -> None:
     """`m2f check`: its text is the message."""
     from m2f_trainer.doctor.examine import examine
-    from m2f_trainer.doctor.summary import to_text
+    from m2f_trainer.doctor.summary import summary_text
     from m2f_trainer.errors import DataError
 
     examination = examine(root)
     if examination.status:
-        raise DataError(to_text(examination))
+        raise DataError(summary_text(examination))
 
 
 def try_recipe(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from m2f_trainer.data.collate import collate
 from m2f_trainer.data.dataset import Category
-from m2f_trainer.data.tiles import EvalTiles, Grid, TileTransform, Tiling, TrainTiles, lay_tiles
+from m2f_trainer.data.tiles import EvalTiles, TileGrid, TileTransform, Tiling, TrainTiles, lay_tiles
 from m2f_trainer.data.transforms import TrainTransform, target_boxes
 from m2f_trainer.errors import ImageError, RecipeError
 from m2f_trainer.masks.segmentation import encode
@@ -61,21 +61,21 @@ def rows(tmp_path: Path) -> Dataset:
 
 
 def test_an_epoch_shows_each_tile_with_objects_once_and_a_share_of_the_others(rows: Dataset) -> None:
-    grid = Grid(rows, 50, 0.5)
+    grid = TileGrid(rows, 50, 0.5)
     assert len(grid) == 4
     assert grid.objects().tolist() == [1, 1, 0, 0]
     filled = {(cell.image, cell.row, cell.column) for cell in (grid.cell(index, 7) for index in range(2))}
     assert filled == {(0, 0, 0), (0, 1, 2)}
-    assert len(Grid(rows, 50, 0.0)) == 2
-    assert len(Grid(rows, 50, 0.9)) == 12, "there are no more"
+    assert len(TileGrid(rows, 50, 0.0)) == 2
+    assert len(TileGrid(rows, 50, 0.9)) == 12, "there are no more"
 
 
 def test_tiles_that_do_not_fit_into_an_epoch_take_turns(rows: Dataset) -> None:
-    grid = Grid(rows, 50, 0.5)
+    grid = TileGrid(rows, 50, 0.5)
     seen = [grid.cell(index, epoch) for epoch in range(5) for index in (2, 3)]
     assert len({(cell.image, cell.row, cell.column) for cell in seen}) == 10, "all that are empty"
     assert not any(cell.filled for cell in seen)
-    limited = Grid(rows, 50, 0.0, limit=1)
+    limited = TileGrid(rows, 50, 0.0, limit=1)
     assert len(limited) == 1
     assert [limited.cell(0, epoch).filled for epoch in range(4)] == [True] * 4
     shown = [(limited.cell(0, epoch).row, limited.cell(0, epoch).column) for epoch in range(4)]
@@ -156,8 +156,8 @@ def test_a_cut_object_stays_unless_only_a_sliver_of_it_is_in_view(
     split = write_rows(tmp_path, [((50, 100), [box])])
     transform = plain(50, 50)
     transform_at_the_left = [
-        transform({**split[0], "cell": Grid(split, 50, 0.9).cell(index, 0)}, epoch)
-        for index in range(len(Grid(split, 50, 0.9)))
+        transform({**split[0], "cell": TileGrid(split, 50, 0.9).cell(index, 0)}, epoch)
+        for index in range(len(TileGrid(split, 50, 0.9)))
         for epoch in range(40)
     ]
     at_the_left = [sample for sample in transform_at_the_left if window_of(sample) == (0, 0)]

@@ -10,7 +10,7 @@ from m2f_trainer.cli import main as cli
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.page import render
-from m2f_trainer.doctor.summary import to_json, to_text
+from m2f_trainer.doctor.summary import summary_text, to_json
 from tests.data.folders import annotation, content, write
 
 EVIL = '<script>alert("1")</script>'
@@ -66,7 +66,7 @@ def test_control_characters_of_a_name_never_reach_the_terminal(tmp_path):
     names = [{"id": 5, "name": "cell\x1b[31m"}, {"id": 6, "name": "\x1b]0;title\x07"}]
     for split in ("train", "valid"):
         write(tmp_path, content(categories=names), split=split)
-    text = to_text(examine(tmp_path))
+    text = summary_text(examine(tmp_path))
     assert "\x1b" not in text
     assert "\x07" not in text
 

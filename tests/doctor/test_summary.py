@@ -6,7 +6,7 @@ import re
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.scan import Settings
-from m2f_trainer.doctor.summary import figures, to_text
+from m2f_trainer.doctor.summary import figures, summary_text
 from tests.data.folders import annotation, content, write
 
 
@@ -28,7 +28,7 @@ def test_counts_of_classes_stand_in_one_column_whatever_the_length_of_a_name(tmp
     name = "non-building-infrastructure"
     coco = content(annotation(), annotation(2, category_id=6))
     coco["categories"].append({"id": 6, "name": name})
-    lines = to_text(examine(write(tmp_path, coco))).splitlines()
+    lines = summary_text(examine(write(tmp_path, coco))).splitlines()
     rows = [line for line in lines if line.startswith(("  cell", f"  {name}"))]
     assert len(rows) == 2
     assert len({row.index("train 1") for row in rows}) == 1

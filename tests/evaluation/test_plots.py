@@ -47,7 +47,7 @@ def test_precision_over_recall_is_drawn_at_three_ious_for_one_run(details: dict[
 
 
 def test_the_confusion_matrix_has_the_background_last(details: dict[str, Any]) -> None:
-    (axes,) = plots.confusion(details).axes
+    (axes,) = plots.confusion_chart(details).axes
     names = [row["name"] for row in details["classes"]]
     assert [label.get_text() for label in axes.get_xticklabels()] == [*names, "background"]
     cells = {(text.get_position()[::-1]): int(text.get_text()) for text in axes.texts}
@@ -59,7 +59,7 @@ def test_the_confusion_matrix_has_the_background_last(details: dict[str, Any]) -
 def test_many_classes_show_their_largest_confusions_without_the_background() -> None:
     many = {"classes": [{"name": f"class {k}"} for k in range(30)]}
     many["confusion"] = [[1, 2, 5], [3, 3, 9], [4, 7, 8], [-1, 2, 50]]
-    text = to_svg(plots.confusion(many))
+    text = to_svg(plots.confusion_chart(many))
     assert text.index("class 4 &gt; class 7") < text.index("class 1 &gt; class 2")
     assert ">50<" not in text
     assert "most frequent" in plots.confusion_caption(many)

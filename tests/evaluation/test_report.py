@@ -16,7 +16,7 @@ from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.report import write_report
-from m2f_trainer.run_folder import curves_of, read_runs, write_details, write_metrics
+from m2f_trainer.run_folder import curves_of, load_runs, write_details, write_metrics
 from tests.evaluation.truth import perfect
 
 EVIL = '<script>alert("1")</script>'
@@ -141,12 +141,12 @@ def test_an_unfinished_run_is_reported_from_its_newest_checkpoint(data: Path, tm
         write_run(tmp_path / "run" / f"checkpoint-{step}", data)
     (tmp_path / "run" / "checkpoint-11").mkdir()
     write_metrics({"step": 10}, tmp_path / "run" / "checkpoint-10" / "metrics.json")
-    (run,) = read_runs([tmp_path / "run"])
+    (run,) = load_runs([tmp_path / "run"])
     assert (run.name, run.figures["step"]) == ("run", 10)
     with pytest.raises(
         ModelFolderError, match=r"expected evaluation\.json in it or in one of its checkpoints, found none"
     ):
-        read_runs([tmp_path])
+        load_runs([tmp_path])
 
 
 def test_curves_keep_the_last_logged_value_of_a_step() -> None:
@@ -160,7 +160,7 @@ def test_a_damaged_file_of_a_run_is_named(name: str, content: bytes, tmp_path: P
     (tmp_path / "evaluation.json").write_text('{"figures": {}}')
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelFolderError, match=rf"{name}: .*Copy the folder again"):
-        read_runs([tmp_path])
+        load_runs([tmp_path])
 
 
 def test_curves_leave_out_unscored_and_non_finite_values(data: Path, tmp_path: Path) -> None:

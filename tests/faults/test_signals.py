@@ -86,7 +86,7 @@ def twice() -> None:
 
 def early() -> None:
     """A signal while the model is built."""
-    patch("m2f_trainer.training.run.build", lambda *_: stop_self()).start()
+    patch("m2f_trainer.training.run.build_recipe_model", lambda *_: stop_self()).start()
 
 
 @pytest.mark.slow

@@ -47,16 +47,16 @@ class NoStockUpload(TrainerCallback):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises SharingError."""
-        raise SharingError(_advice(args))
+        raise SharingError(_upload_advice(args))
 
 
 def refuse_stock_upload(args: TrainingArguments) -> None:
     """Raise RecipeError where arguments ask the Trainer to upload: its constructor would create the repository."""
     if args.push_to_hub:
-        raise RecipeError(_advice(args))
+        raise RecipeError(_upload_advice(args))
 
 
-def _advice(args: TrainingArguments) -> str:
+def _upload_advice(args: TrainingArguments) -> str:
     folder = args.output_dir
     return (
         f"push_to_hub: transformers' Trainer would upload all of {folder}, logs included. Leave it out. After "

@@ -28,13 +28,13 @@ def fingerprint(
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
     values["train_images"] = samples
-    values["train_data"] = digest_of(train)
-    values["valid_data"] = digest_of(valid)
+    values["train_data"] = annotations_digest(train)
+    values["valid_data"] = annotations_digest(valid)
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
 
-def digest_of(rows: Dataset) -> str:
+def annotations_digest(rows: Dataset) -> str:
     """SHA-256 of a split's annotations; it does not depend on the path of its folder."""
     total = hashlib.sha256()
     columns = [name for name in rows.column_names if name != "image"]

@@ -50,12 +50,12 @@ def test_the_digest_follows_the_annotations_and_not_the_folder(tmp_path: Path) -
     root = write_sample(tmp_path / "a", images=(3, 1, 0))
     shutil.copytree(root, tmp_path / "b")
     other = write_sample(tmp_path / "c", images=(3, 1, 0), seed=1)
-    digests = [fingerprint.digest_of(load_coco(folder)["train"]) for folder in (root, tmp_path / "b", other)]
+    digests = [fingerprint.annotations_digest(load_coco(folder)["train"]) for folder in (root, tmp_path / "b", other)]
     assert digests[0] == digests[1] != digests[2]
     rows = load_coco(root)["train"]
-    assert fingerprint.digest_of(rows.select([0, 1])) != digests[0]
-    assert fingerprint.digest_of(rows.select([1, 0, 2])) != digests[0]
-    assert fingerprint.digest_of(rows.select([0, 1, 2])) == digests[0]
+    assert fingerprint.annotations_digest(rows.select([0, 1])) != digests[0]
+    assert fingerprint.annotations_digest(rows.select([1, 0, 2])) != digests[0]
+    assert fingerprint.annotations_digest(rows.select([0, 1, 2])) == digests[0]
 
 
 def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands_for(tmp_path: Path) -> None:
