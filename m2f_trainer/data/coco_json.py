@@ -10,23 +10,25 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
 from m2f_trainer.data.files import file_parts
+from m2f_trainer.data.image_names import ImageNames, image_paths, is_address, is_inside, outermost, usual_name
+from m2f_trainer.data.images import exif_orientation, open_stored
 from m2f_trainer.data.layouts import SplitFiles
-from m2f_trainer.data.problems import Report, listed, raise_problem
-from m2f_trainer.errors import DataError, MaskError
+from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, usual_segmentation, whole_number
+from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
+from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import rle
 from m2f_trainer.masks import segmentation as masks
 
 Entry: TypeAlias = dict[str, Any]
 """A JSON object of an annotation file, or a value of a dataset row."""
 
-_LARGEST_ID = 2**63 - 1
 _NUMBERS = {int, float}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left where a tool cut a name: it can't be written again
 
@@ -112,6 +114,17 @@ class SplitAnnotations(ABC):
             return masks.to_counts(segmentation, height, width, "")
         except MaskError:
             pass  # the annotation's name is only put together, which takes time, where it is needed
+        usual = usual_segmentation(segmentation, height, width, entry.get("bbox"))
+        if usual is not None:
+            try:
+                counts = masks.to_counts(usual[0], height, width, "")
+            except MaskError:
+                pass
+            else:
+                message = f"{self.full_name(entry, image)}: {rle.brief(segmentation)}."
+                report(usual[1], self.name, [entry["id"]], message, image["id"])
+                entry["segmentation"] = usual[0]
+                return counts
         try:
             return masks.to_counts(segmentation, height, width, self.full_name(entry, image))
         except MaskError as error:
@@ -129,13 +142,19 @@ class SplitAnnotations(ABC):
 
 @dataclass(frozen=True)
 class FolderSplit(SplitAnnotations):
-    """A split whose images are files in a folder, as in COCO and YOLO datasets."""
+    """A split whose images are files in a folder, as in COCO and YOLO datasets.
+
+    `elsewhere` has the paths, by image id, of images in other folders of the dataset.
+    """
 
     folder: Path
+    elsewhere: Mapping[int, Path] = field(default_factory=dict)
 
     def source(self, image: Entry) -> Entry:
         """The path of the image file; the file itself may be missing."""
         name = image["file_name"]
+        if image["id"] in self.elsewhere:
+            return {"path": os.path.realpath(self.elsewhere[image["id"]]), "bytes": None}
         path = f"{self._root}/{name}"
         if not {"/", "\\", "\0"}.isdisjoint(name) or name in (".", "..") or os.path.islink(path):  # noqa: PTH114
             path = self._path_inside(image)
@@ -218,12 +237,28 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
     images, entries, categories = (_list_of(content, key, name) for key in ("images", "annotations", "categories"))
     if not images:
         raise DataError(f"{name}: `images` is empty. Add images, or remove the split.")
-    images = check_images(images, name, report)
-    names = _check_categories(categories, {rle.brief(one.get("category_id")) for one in entries}, name, report)
+    image_ids, category_ids = (Ids(one.get("id") for one in group) for group in (images, categories))
+    images = _unique(_with_ids(images, image_ids, "image", name, report), "image", name, report)
+    images, paths, folder = _locate(images, files, report)
+    images, first_entry = _merged(check_images(_sized(images, paths, name, report), name, report), paths, name, report)
+    categories = _with_ids(categories, category_ids, "category", name, report)
+    used = {category_ids.number_of(one.get("category_id")) for one in entries}
+    names = _check_categories(categories, used, name, report)
     groups: dict[int, list[Entry]] = {image["id"]: [] for image in images}
-    for entry in _check_annotations(entries, name, report, images=groups, categories=names):
-        groups[entry["image_id"]].append(entry)
-    return FolderSplit(name, tuple(images), groups, names, _image_folder(files, images))
+    entries = _with_references(_with_annotation_ids(entries, name, report), image_ids, category_ids, name, report)
+    for entry in _check_annotations(entries, name, report, images=image_ids.numbers, categories=names):
+        image_id = first_entry.get(entry["image_id"], entry["image_id"])
+        if image_id in groups:  # else its image was reported and left out
+            groups[image_id].append(entry if image_id == entry["image_id"] else {**entry, "image_id": image_id})
+    outside = {key: path for key, path in paths.items() if key in groups and not path.is_relative_to(folder)}
+    return FolderSplit(name, tuple(images), groups, names, folder, outside)
+
+
+def coco_contents(files: SplitFiles) -> Iterator[bytes]:
+    """Everything that the rows of a split depend on: the annotation file, and the names of the images."""
+    yield from file_parts(files.annotations)
+    for path in sorted(path for folder in outermost(files.image_folders) for path in image_paths(folder)):
+        yield os.fsencode(path)
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
@@ -282,7 +317,7 @@ def _list_of(content: Mapping[str, Any], key: str, name: str) -> list[Entry]:
 def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     """The image entries with a unique id, a file name and a size."""
     valid = []
-    for image in _unique(_with_ids(images, ("id",), "image", name, report), "image", name, report):
+    for image in _unique(images, "image", name, report):
         file_name, where = image.get("file_name"), f"{name}: image {image['id']}"
         sides: list[Any] = [image.get("height"), image.get("width")]
         if not file_name or not is_text(file_name):
@@ -299,13 +334,123 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     return valid
 
 
-def _check_categories(categories: list[Entry], used: set[str], name: str, report: Report) -> dict[int, str]:
-    """Names by category id; an id that no annotation uses may have several. `used` has the ids in brief."""
+def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[list[Entry], dict[int, Path], Path]:
+    """The image entries under the names of their files, the path of each that has a safe name, and the image folder.
+
+    A name that no file has is looked for under other spellings. What may be two files, or one file for two names, is
+    reported and left out.
+    """
+    name, places = str(files.annotations), ImageNames(files.image_folders, files.annotations, files.split)
+    named = [text for image in images if (text := usual_name(image)) is not None]
+    folder = places.folder(named, report)
+    paths: dict[int, Path] = {}
+    found: dict[int, list[Path]] = {}
+    for image in images:
+        text = usual_name(image)
+        if text is None or not is_text(text) or (not is_inside(text) and not is_address(text)):
+            continue
+        path = folder / text
+        if not os.path.lexists(path):
+            found[image["id"]] = places.find(text)
+        paths[image["id"]] = path
+    exact = {os.path.normpath(path) for key, path in paths.items() if key not in found}
+    names_of: dict[Path, set[str]] = {}
+    for image in images:
+        for path in found.get(image["id"], []):
+            names_of.setdefault(path, set()).add(str(usual_name(image)))
+    located = []
+    for image in images:
+        choices, text = found.get(image["id"], []), usual_name(image)
+        problem = ""
+        if len(choices) > 1:
+            problem = f"may be {listed(choices)}. Correct the file name."
+        elif choices and (len(names_of[choices[0]]) > 1 or str(choices[0]) in exact):
+            others = sorted(names_of[choices[0]] - {text}) or ["another image"]
+            problem = f"may be {choices[0]}, which may also be {listed(others)}. Correct the file names."
+        if problem:
+            where = f"{name}: image {image['id']}: no file has the name {text!r}; it"
+            report("ambiguous-image", name, [image["id"]], f"{where} {problem}")
+            continue
+        if choices:
+            inside = choices[0].is_relative_to(folder)
+            new = choices[0].relative_to(folder).as_posix() if inside else places.relative(choices[0])
+            message = f"{name}: image {image['id']}: {text!r} is read from {choices[0]}."
+            report("found-image", name, [image["id"]], message)
+            paths[image["id"]] = choices[0]
+            image = {**image, "file_name": new}
+        elif text is not None and not image.get("file_name"):
+            image = {**image, "file_name": text}
+        located.append(image)
+    return located, paths, folder
+
+
+def _sized(images: list[Entry], paths: Mapping[int, Path], name: str, report: Report) -> list[Entry]:
+    """The image entries with whole numbers as height and width; those that aren't there are read from the files.
+
+    An image that viewers turn by its EXIF orientation has two sizes, so its own must be given.
+    """
+    if all(type(image.get(key)) is int and image[key] > 0 for image in images for key in ("height", "width")):
+        return images
+    sized = []
+    for image in images:
+        given = [image.get("height"), image.get("width")]
+        sides = [whole_number(side) for side in given]
+        if all(side is not None and side > 0 for side in sides):
+            if given != sides or not all(type(side) is int for side in given):
+                message = f"{name}: image {image['id']}: size {given[1]!r} x {given[0]!r}."
+                report("unusual-number", name, [image["id"]], message)
+        elif image["id"] in paths:
+            where = f"{name}: image {image['id']} ({paths[image['id']]})"
+            try:
+                stored = open_stored(paths[image["id"]], where)
+            except ImageError as error:
+                report(kind_of(error), name, [image["id"]], str(error))
+                continue
+            if exif_orientation(stored) > 4:
+                problem = "expected `height` and `width`: the file has an EXIF rotation, so it could be either frame."
+                report("bad-image-entry", name, [image["id"]], f"{where}: {problem} Add them.")
+                continue
+            sides = [
+                side if side is not None and side > 0 else own
+                for side, own in zip(sides, (stored.height, stored.width), strict=True)
+            ]
+            message = f"{where}: size {sides[1]}x{sides[0]}."
+            report("size-from-file", name, [image["id"]], message)
+        else:
+            sides = given
+        sized.append({**image, "height": sides[0], "width": sides[1]})
+    return sized
+
+
+def _merged(
+    images: list[Entry], paths: Mapping[int, Path], name: str, report: Report
+) -> tuple[list[Entry], dict[int, int]]:
+    """One entry for each file, the first, and the id of the first entry by that of each further one."""
+    first_of: dict[str, Entry] = {}
+    merged: dict[int, int] = {}
+    for image in images:
+        path = os.path.normpath(paths.get(image["id"], Path(image["file_name"])))
+        first = first_of.setdefault(path, image)
+        if first is image:
+            continue
+        if (first["height"], first["width"]) != (image["height"], image["width"]):
+            problem = f"is the same file as image {first['id']} but has another size. Correct it."
+            report("bad-image-entry", name, [image["id"]], f"{name}: image {image['id']} {problem}")
+            continue
+        merged[image["id"]] = first["id"]
+        message = f"{name}: image {image['id']} is the same file as image {first['id']}, {image['file_name']}."
+        report("merged-entries", name, [image["id"]], message)
+    kept = {image["id"] for image in first_of.values()}
+    return [image for image in images if image["id"] in kept], merged
+
+
+def _check_categories(categories: list[Entry], used: set[int | None], name: str, report: Report) -> dict[int, str]:
+    """Names by category id; an id that no annotation uses may have several."""
     names: dict[int, str] = {}
     repeated = []
-    for category in _with_ids(categories, ("id",), "category", name, report):
+    for category in categories:
         key, text = category["id"], category.get("name")
-        is_used = rle.brief(key) in used
+        is_used = key in used
         if not isinstance(text, str) or not is_text(text):
             problem = f"{name}: category {key}: expected a `name`, got {rle.brief(text)}."
             report("bad-category-entry", name, [key], f"{problem} Correct it.")
@@ -323,7 +468,7 @@ def _check_categories(categories: list[Entry], used: set[str], name: str, report
 
 
 def _check_annotations(
-    entries: list[Entry], name: str, report: Report, *, images: Mapping[int, object], categories: Mapping[int, str]
+    entries: list[Entry], name: str, report: Report, *, images: Set[int], categories: Mapping[int, str]
 ) -> list[Entry]:
     """The annotation entries with a unique id, an image, a category and a valid `iscrowd`."""
     tests: tuple[tuple[str, Callable[[Entry], bool], str], ...] = (
@@ -339,8 +484,7 @@ def _check_annotations(
             "refer to a category that isn't in `categories`",
         ),
     )
-    valid = _with_ids(entries, ("id", "image_id", "category_id"), "annotation", name, report)
-    valid = _unique(valid, "annotation", name, report)
+    valid = _unique(entries, "annotation", name, report)
     for kind, is_wrong, what in tests:
         ids = [entry["id"] for entry in valid if is_wrong(entry)]
         if ids:
@@ -350,20 +494,65 @@ def _check_annotations(
     return valid
 
 
-def _with_ids(entries: list[Entry], keys: tuple[str, ...], kind: str, name: str, report: Report) -> list[Entry]:
-    """The entries whose ids are integers of 64 bits."""
+def _with_ids(entries: list[Entry], ids: Ids, kind: str, name: str, report: Report) -> list[Entry]:
+    """The entries under their numbers in `ids`, without those that have no usable id."""
     valid = []
     for i, entry in enumerate(entries):
-        key = next((key for key in keys if type(entry.get(key)) is not int or abs(entry[key]) > _LARGEST_ID), None)
-        if key is None:
-            valid.append(entry)
+        number = ids.number_of(entry.get("id"))
+        if number is None:
+            _report_bad_id(entry, "id", f"{kind} at index {i}", kind, name, report)
             continue
-        hint = " (ids are numbers, not text)" if isinstance(entry.get(key), str) else ""
-        found = f"got {rle.brief(entry[key])}" if key in entry else "found none"
-        label = f"{kind} {rle.brief(entry['id'])}" if "id" in entry and key != "id" else f"{kind} at index {i}"
-        message = f"{name}: {label}: expected a whole number as `{key}`, {found}{hint}. Correct it."
-        report(f"bad-{kind}-entry", name, [rle.brief(entry.get("id"))], message)
+        if type(entry["id"]) is not int or entry["id"] != number:
+            message = f"{name}: {kind} {rle.brief(entry['id'])} has the number {number}."
+            report("unusual-id", name, [number], message)
+            entry = {**entry, "id": number}
+        valid.append(entry)
     return valid
+
+
+def _with_annotation_ids(entries: list[Entry], name: str, report: Report) -> list[Entry]:
+    """The annotation entries with integers as ids; those without an id are numbered."""
+    if all(type(entry.get("id")) is int and abs(entry["id"]) <= LARGEST_ID for entry in entries):
+        return entries
+    ids = Ids(entry.get("id") for entry in entries)
+    unused = max(ids.numbers, default=0) + 1
+    valid = []
+    for i, entry in enumerate(entries):
+        if entry.get("id") is None:
+            report("missing-id", name, [unused], f"{name}: annotation at index {i} has the number {unused}.")
+            valid.append({**entry, "id": unused})
+            unused += 1
+        else:
+            valid += _with_ids([entry], ids, "annotation", name, report)
+    return valid
+
+
+def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, name: str, report: Report) -> list[Entry]:
+    """The annotation entries with the numbers of their images and categories; what no entry has is left as it is."""
+    valid = []
+    for entry in entries:
+        changed: Entry = {}
+        for key, ids in (("image_id", image_ids), ("category_id", category_ids)):
+            value = entry.get(key)
+            if type(value) is int and value in ids.numbers and ids.is_plain:
+                continue
+            if not is_id(value):
+                _report_bad_id(entry, key, f"annotation {rle.brief(entry['id'])}", "annotation", name, report)
+                break
+            number = ids.number_of(value)
+            if number is not None and (type(value) is not int or number != value):
+                changed[key] = number
+                message = f"{name}: annotation {entry['id']}: {key} {rle.brief(value)} has the number {number}."
+                report("unusual-id", name, [entry["id"]], message)
+        else:
+            valid.append({**entry, **changed} if changed else entry)
+    return valid
+
+
+def _report_bad_id(entry: Entry, key: str, label: str, kind: str, name: str, report: Report) -> None:
+    found = f"got {rle.brief(entry[key])}" if key in entry else "found none"
+    message = f"{name}: {label}: expected a whole number or text as `{key}`, {found}. Correct it."
+    report(f"bad-{kind}-entry", name, [rle.brief(entry.get("id"))], message)
 
 
 def _unique(entries: list[Entry], kind: str, name: str, report: Report) -> list[Entry]:
@@ -383,22 +572,6 @@ def _unique(entries: list[Entry], kind: str, name: str, report: Report) -> list[
             kept[unused] = {**entry, "id": unused}
             unused += 1
     return list(kept.values())
-
-
-def _image_folder(files: SplitFiles, images: list[Entry]) -> Path:
-    """The candidate folder with the first image that is found; missing images are found by the check of images."""
-    folders = [folder for folder in files.image_folders if folder.is_dir()]
-    for image in images[:20]:
-        name = image["file_name"]
-        for folder in folders if "\0" not in name and len(name) < 4096 else ():
-            if os.path.lexists(folder / name):
-                return folder
-    if not folders:
-        tried = ", ".join(map(str, files.image_folders))
-        raise DataError(
-            f"{files.annotations}: found none of its image folders: {tried}. Put the images in one of them."
-        )
-    return folders[0]
 
 
 def is_text(value: object) -> bool:

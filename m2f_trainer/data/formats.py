@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from m2f_trainer.data.coco_json import FolderSplit, read_annotations
+from m2f_trainer.data.coco_json import FolderSplit, coco_contents, read_annotations
 from m2f_trainer.data.files import file_parts, files_below, json_files, kind_of_json, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.labelme import find_labelme, read_labelme
@@ -55,7 +55,7 @@ def contents_of_many(files: SplitFiles) -> Iterator[bytes]:
 
 
 FORMATS: Mapping[str, Format] = {
-    "COCO": Format(find_coco, read_annotations, lambda files: file_parts(files.annotations)),
+    "COCO": Format(find_coco, read_annotations, coco_contents),
     "YOLO": Format(find_yolo, read_yolo, yolo_contents),
     "imagefolder": Format(find_metadata, read_metadata, contents_of_many),
     "labelme": Format(find_labelme, read_labelme, contents_of_many),

@@ -23,6 +23,7 @@ ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDAr
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no external program for these
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 _CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
+_ORIENTATION = 0x0112  # the EXIF tag
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -69,6 +70,14 @@ def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
     with _identify(_file_of(source, where), where) as image:
         check_pixels(image.size, where)
         return image.height, image.width
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 where there is none; 5 to 8 show it with width and height swapped."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (ValueError, TypeError, OSError, SyntaxError, KeyError):
+        return 1  # viewers ignore damaged EXIF data
 
 
 def check_pixels(size: tuple[int, int], where: str) -> None:

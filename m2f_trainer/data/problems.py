@@ -143,6 +143,16 @@ KINDS: Mapping[str, Kind] = {
         "removed",
         MissingImageError,
     ),
+    "ambiguous-image": _error(
+        "file name that may be several files",
+        "Another image would be trained with these annotations.",
+        "Write the path of the image below the dataset folder.",
+    ),
+    "two-image-folders": _error(
+        "two folders with images of the same names",
+        "One of them may hold label pictures or other images.",
+        "Give --images SPLIT=FOLDER, or move the other folder away.",
+    ),
     "bad-image": _error(
         "image file unreadable",
         "Training would stop when it loads the image.",
@@ -262,10 +272,44 @@ KINDS: Mapping[str, Kind] = {
         "Use one spelling; if there are two classes, give them different names.",
         "written in the spelling of the first split",
     ),
+    "other-image-folder": _warning(
+        "another folder has files of the same names",
+        "It may hold label pictures, or the images that were meant.",
+        "If it is the right one, give --images SPLIT=FOLDER.",
+    ),
     "many-instances": _warning(
         "more instances than queries",
         "The model predicts at most one instance per query, so the others can't be found.",
         "Raise `num_queries`.",
+    ),
+    "size-from-file": _note("image size read from the file", "The annotation file has none that is valid.", "written"),
+    "unusual-number": _note(
+        "number written as text or as a fraction", "It is the same number.", "written as a whole number"
+    ),
+    "unusual-id": _note(
+        "id that isn't an integer of 64 bits", "It is used as it is, under a number.", "replaced by a number"
+    ),
+    "missing-id": _note("annotation without an id", "Nothing refers to it.", "numbered"),
+    "found-image": _note(
+        "image found under another spelling of its name",
+        "No other image file has this name in any spelling.",
+        "written under the name of the file",
+    ),
+    "merged-entries": _note(
+        "image listed more than once",
+        "The entries name one file: their annotations belong to one image.",
+        "merged into the first entry",
+    ),
+    "unusual-outline": _note(
+        "polygon as flat numbers or as points", "It is the same polygon.", "written as COCO polygons"
+    ),
+    "stray-part": _note(
+        "part of a polygon with fewer than three points",
+        "It covers no pixel; the other parts are used.",
+        "the part is removed",
+    ),
+    "unusual-rle": _note(
+        "RLE with swapped size or counts as Python bytes", "Its mask has the annotation's box.", "written as COCO RLE"
     ),
     "renumbered-category": _note(
         "category id that differs between splits",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from m2f_trainer.data.images import check_annotated_size, open_image, open_stored
+from m2f_trainer.data.images import check_annotated_size, exif_orientation, open_image, open_stored
 from m2f_trainer.masks.rle import Size
 
 Vector: TypeAlias = npt.NDArray[np.float32]
@@ -20,7 +20,6 @@ _MIN_CONTRAST = 1.0  # standard deviation of a thumbnail in grey levels; below i
 _BLOCK = 1024  # images whose correlations with all others are computed at a time
 _DETAIL_CELLS, _DETAIL_SIDE = 32, 512  # cells per side, and the largest side in pixels, of the comparison in detail
 _MAX_DIFFERENCE = 10.0  # grey levels; JPEG quality 10 or half the size stay below, an object of a cell's size doesn't
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,7 @@ def read_facts(source: Mapping[str, Any], where: str, size: Size) -> ImageFacts:
     image = open_image(stored, where)
     check_annotated_size((image.height, image.width), size, where)
     digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
-    return ImageFacts(mode, _exif_orientation(stored), digest, thumbnail(image))
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except (ValueError, TypeError, OSError, SyntaxError, KeyError):
-        return 1  # viewers ignore damaged EXIF data
+    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image))
 
 
 def thumbnail(image: Image.Image) -> Vector:

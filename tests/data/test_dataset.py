@@ -43,7 +43,7 @@ def test_a_row_holds_path_size_and_objects(tmp_path):
 
 
 def test_images_without_objects_stay(tmp_path):
-    images = [{"id": i, "file_name": "a.png", "height": 16, "width": 20} for i in (4, 1)]
+    images = [{"id": i, "file_name": f"{name}.png", "height": 16, "width": 20} for i, name in ((4, "b"), (1, "a"))]
     rows = load_coco(write(tmp_path / "set", content(images=images)), cache_dir=tmp_path / "cache")["train"]
     assert [(row["image_id"], len(row["objects"])) for row in rows] == [(4, 0), (1, 1)]
 

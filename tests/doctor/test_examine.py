@@ -54,7 +54,7 @@ def bad_image_entry(coco, folder):
 
 @plant
 def bad_annotation_entry(coco, folder):
-    common(coco)[0]["id"] = "7"
+    common(coco)[0]["id"] = 7.5
 
 
 @plant

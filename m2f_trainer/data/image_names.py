@@ -1,0 +1,189 @@
+"""Find the image files that annotations name: which folder they lie in, and names that tools spell another way."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from m2f_trainer.data.files import is_hidden
+from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.layouts import SPLITS
+from m2f_trainer.data.problems import Report
+from m2f_trainer.errors import DataError
+
+_COMPARED = 20  # images whose files are compared between two folders that hold the same names
+_USUAL = ("images", "image", "imgs", "img", "data", "jpegimages")
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name is relative, with / between folders and without "..", so that it stays in its folder."""
+    path = PurePosixPath(name)
+    return "\\" not in name and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an address with a scheme, such as s3:// or https://."""
+    return _ADDRESS.match(name) is not None
+
+
+class ImageNames:
+    """The files that the images of one split name.
+
+    Args:
+        folders: those that the images may be in, the most likely first
+        annotations: the annotation file
+        split: the split, whose name a folder of its images may have
+    """
+
+    def __init__(self, folders: Sequence[Path], annotations: Path, split: str) -> None:
+        self._annotations, self._split = annotations, split
+        self._folders = [folder for folder in folders if folder.is_dir()]
+        if not self._folders:
+            tried = ", ".join(map(str, folders))
+            raise DataError(f"{annotations}: found none of its image folders: {tried}. Put the images in one of them.")
+
+    def folder(self, names: Sequence[str], report: Report) -> Path:
+        """The folder that holds most of the names, the first of several.
+
+        Reports a folder that holds other files of the same names: an error, unless the first one is where images
+        usually are and has all of them.
+        """
+        wanted = [name for name in names if is_inside(name) and len(name) < 4096]
+        held = {folder: [name for name in wanted if self._has(folder, name)] for folder in self._folders}
+        best = max(self._folders, key=lambda folder: len(held[folder]))
+        for other in self._folders:
+            same = sorted(set(held[best]) & set(held[other])) if other != best else []
+            differs = next((name for name in same[:_COMPARED] if _differ(best / name, other / name)), None)
+            if differs is None:
+                continue
+            certain = len(held[best]) == len(names) == len(set(names))
+            usual = self._is_usual(best) and not self._is_usual(other)
+            kind = "other-image-folder" if certain and usual else "two-image-folders"
+            message = (
+                f"{self._annotations}: {best} and {other} both have {differs!r} and {len(same) - 1} more of the named"
+                f" images, with other content. The images are read from {best}; give --images {self._split}=FOLDER."
+            )
+            report(kind, self._annotations, [other.name], message)
+        return best
+
+    def find(self, name: str) -> list[Path]:
+        """The files below the folders that a name may mean: one where it is certain.
+
+        The name may be an address, have other folders, another case, percent-encoding or another Unicode form. Of files
+        with the same last part, those are taken that share the most folders with the name, if they share any.
+        """
+        parts = _parts(name)
+        if not parts:
+            return []
+        found = self._by_name.get(parts[-1]) or self._by_key.get(_key(parts[-1])) or []
+        if len(found) < 2:
+            return found
+        shared = [_common_end(parts, path.parts) for path in found]
+        best = [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
+        return best if max(shared) > 1 else found
+
+    def relative(self, path: Path) -> str:
+        """The path below the outermost folder that holds it, with / between folders."""
+        return next(path.relative_to(folder).as_posix() for folder in self._outermost if path.is_relative_to(folder))
+
+    def _has(self, folder: Path, name: str) -> bool:
+        if "/" in name:
+            return os.path.lexists(folder / name)
+        if folder not in self._listings:
+            self._listings[folder] = set(os.listdir(folder))  # noqa: PTH208 (names only, of perhaps 100,000 files)
+        return name in self._listings[folder]
+
+    def _is_usual(self, folder: Path) -> bool:
+        """Whether images are expected there: beside the annotations, in images, or in a folder named as the split."""
+        name = folder.name.lower()
+        own = re.sub(r"\.json(\.gz)?$", "", self._annotations.name.lower()).removeprefix("instances_")
+        return (
+            folder == self._annotations.parent
+            or name in (*_USUAL, own)
+            or SPLITS.get(name.rstrip("0123456789")) == self._split
+        )
+
+    @cached_property
+    def _listings(self) -> dict[Path, set[str]]:
+        return {}
+
+    @cached_property
+    def _outermost(self) -> list[Path]:
+        return outermost(self._folders)
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for folder in self._outermost:
+            for path in image_paths(folder):
+                found.setdefault(path.name, []).append(path)
+        return found
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for name, paths in self._by_name.items():
+            found.setdefault(_key(name), []).extend(paths)
+        return found
+
+
+def outermost(folders: Iterable[Path]) -> list[Path]:
+    """The folders that lie in none of the others."""
+    found = set(folders)
+    return sorted(folder for folder in found if not found.intersection(folder.parents))
+
+
+def image_paths(folder: Path) -> Iterator[Path]:
+    """The image files below a folder, in no order, without links and hidden folders."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not is_hidden(path) and not path.is_symlink():
+                yield path
+
+
+def usual_name(image: dict[str, Any]) -> str | None:
+    """The name of an image entry: its `file_name`, or else the address that LVIS and others give."""
+    names = (image.get(key) for key in ("file_name", "coco_url", "path"))
+    return next((name for name in names if isinstance(name, str) and name), None)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Folders and name of a file name or an address; () for one that leads out of its folder."""
+    if is_address(name):
+        try:
+            parts = [part for part in unquote(urlsplit(name).path).split("/") if part]
+        except ValueError:
+            return ()
+        return tuple(parts) if parts and is_inside("/".join(parts)) else ()
+    return PurePosixPath(name).parts if is_inside(name) and len(name) < 4096 else ()
+
+
+def _key(name: str) -> str:
+    """What the spellings of one name have in common: percent-encoding, Unicode form, case and spaces around it."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(unquote(name))).casefold()).strip()
+
+
+def _common_end(parts: Sequence[str], others: Sequence[str]) -> int:
+    count = 0
+    for one, other in zip(reversed(parts), reversed(others), strict=False):
+        if _key(one) != _key(other):
+            break
+        count += 1
+    return count
+
+
+def _differ(first: Path, second: Path) -> bool:
+    """Whether two files have other content; what isn't a file counts as the same."""
+    try:
+        if not (first.is_file() and second.is_file()) or os.path.samefile(first, second):  # noqa: PTH121
+            return False
+        return first.stat().st_size != second.stat().st_size or first.read_bytes() != second.read_bytes()
+    except OSError:
+        return False

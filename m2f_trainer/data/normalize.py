@@ -1,0 +1,191 @@
+"""Values of COCO files that are certain in spite of an unusual spelling, in COCO's own: ids, numbers, segmentations.
+
+A value that could mean two things is returned as None: the caller refuses it.
+"""
+
+import ast
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from m2f_trainer.errors import MaskError
+from m2f_trainer.masks import rle
+from m2f_trainer.masks import segmentation as masks
+
+LARGEST_ID = 2**63 - 1
+_Key: TypeAlias = int | str
+_DECIMAL = re.compile(r"-?\d+", re.ASCII)
+_BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
+_BOX_TOLERANCE = 1.5  # pixels between the sides of a box and those of its mask
+
+
+def whole_number(value: object) -> int | None:
+    """An integer, also one written as 20.0 or "20"; None for anything else."""
+    if type(value) is int:
+        return value
+    if type(value) is float and math.isfinite(value) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\d+(\.0*)?", value.strip(), re.ASCII):
+        return int(value.strip().partition(".")[0])
+    return None
+
+
+class Ids:
+    """Integers of 64 bits for the ids of one list of entries, whatever their type.
+
+    An id that is such an integer keeps its value. "7" gets 7 where no other entry has it; other text, and integers
+    beyond 64 bits, are numbered. `numbers` has all of them; `is_plain` says that none was changed.
+    """
+
+    def __init__(self, ids: Iterable[object]) -> None:
+        keys = dict.fromkeys(key for key in map(_id_key, ids) if key is not None)
+        self._numbers: dict[_Key, int] = {key: key for key in keys if _is_id(key)}  # type: ignore[misc]
+        others = [key for key in keys if not _is_id(key)]
+        values = Counter(_value(key) for key in keys)
+        self._by_value = {_value(key): key for key in keys if values[_value(key)] == 1}
+        taken = set(self._numbers.values())
+        unused = max(taken, default=0) + 1 if max(taken, default=0) < LARGEST_ID // 2 else 1
+        for key in others:
+            number = _value(key)
+            if not isinstance(number, int) or number in taken or not _is_id(number) or number not in self._by_value:
+                while unused in taken or unused in values:
+                    unused += 1
+                number = unused
+            taken.add(number)
+            self._numbers[key] = number
+        self.numbers = frozenset(taken)
+        self.is_plain = not others
+
+    def number_of(self, value: object) -> int | None:
+        """The integer of an id or of a reference to it; a reference may be 1 where the id is "1" or "001", if only one
+        entry has such an id. None where no entry has it.
+        """
+        key = _id_key(value)
+        if key is None:
+            return None
+        if key not in self._numbers:
+            key = self._by_value.get(_value(key))
+        return None if key is None else self._numbers[key]
+
+
+def is_id(value: object) -> bool:
+    """Whether a value identifies something: an integer, 1.0, or text."""
+    return _id_key(value) is not None
+
+
+def _id_key(value: object) -> _Key | None:
+    """Integers and text by which ids are equal: 1 and 1.0 are, 1 and "1" are not."""
+    if type(value) is int:
+        return value
+    if type(value) is float and math.isfinite(value) and value.is_integer():
+        return int(value)
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def _is_id(key: object) -> bool:
+    """Whether this is an integer of 64 bits."""
+    return type(key) is int and abs(key) <= LARGEST_ID
+
+
+def _value(key: _Key) -> _Key:
+    """The number that a text spells, else the text."""
+    return int(key) if isinstance(key, str) and len(key) < 20 and _DECIMAL.fullmatch(key) else key
+
+
+# segmentations
+
+
+def usual_segmentation(segmentation: object, height: int, width: int, box: object) -> tuple[Any, str] | None:
+    """A segmentation that COCO's readers refuse, in the form that they take, and the kind of note to report; None where
+    nothing certain can be done.
+
+    Args:
+        height, width: of the image in pixels
+        box: the annotation's `bbox` (x, y, width, height), which tells how an RLE of swapped size is meant
+    """
+    if isinstance(segmentation, Mapping):
+        usual = _usual_rle(segmentation, height, width, box)
+        return None if usual is None else (usual, "unusual-rle")
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str | bytes) or not segmentation:
+        return None
+    if all(map(_is_number, segmentation)) or all(_point(part) is not None for part in segmentation):
+        segmentation = [segmentation]
+    parts = [_flat(part) for part in segmentation]
+    kept = [part for part in parts if not _has_no_pixel(part)]
+    if not kept or None in kept:
+        return None
+    return kept, "stray-part" if len(kept) < len(parts) else "unusual-outline"
+
+
+def _flat(part: object, wrapped: bool = True) -> list[float] | None:
+    """A polygon as [x, y, x, y, ...], from that, from points, or from either if `wrapped` in one list more; None for
+    others.
+    """
+    if part is None:
+        return []
+    if not isinstance(part, Sequence) or isinstance(part, str | bytes):
+        return None
+    values = list(part)
+    if all(map(_is_number, values)):
+        return values
+    if all(isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d*)?", value.strip(), re.ASCII) for value in values):
+        return [float(value) for value in values]
+    points = [_point(value) for value in values]
+    if None not in points:
+        return [value for point in points for value in point or ()]
+    return _flat(values[0], False) if wrapped and len(values) == 1 else None
+
+
+def _point(value: object) -> tuple[float, float] | None:
+    """A point from [x, y] or {"x": x, "y": y}."""
+    if isinstance(value, Mapping) and set(value) == {"x", "y"}:
+        value = [value["x"], value["y"]]
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+        return None
+    return (value[0], value[1]) if all(map(_is_number, value)) else None
+
+
+def _has_no_pixel(part: Sequence[float] | None) -> bool:
+    """Whether a polygon has fewer than three points, so that it covers nothing."""
+    return part is not None and len(part) < 6 and len(part) % 2 == 0 and all(map(math.isfinite, part))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int or type(value) is float
+
+
+def _usual_rle(segmentation: Mapping[Any, Any], height: int, width: int, box: object) -> Mapping[Any, Any] | None:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if isinstance(counts, str) and _BYTES.fullmatch(counts):  # str(bytes) of Python
+        try:
+            counts = ast.literal_eval(counts).decode("ascii")
+        except (ValueError, SyntaxError, MemoryError, RecursionError, AttributeError):
+            return None
+    if not isinstance(size, Sequence) or isinstance(size, str | bytes):
+        return None
+    size = [whole_number(side) for side in size]
+    if size == [height, width]:
+        return {**segmentation, "size": size, "counts": counts}
+    if size != [width, height]:
+        return None
+    found = []  # the counts may be those of the image, or of the image turned over its diagonal
+    for turned in (False, True):
+        rows, columns = (width, height) if turned else (height, width)
+        try:
+            mask = masks.to_counts({"size": [rows, columns], "counts": counts}, rows, columns, "RLE")
+        except MaskError:
+            continue
+        mask = masks.encode(masks.decode(mask, rows, columns).T) if turned else mask
+        x0, y0, x1, y1 = rle.box_of(rle.read_runs(mask, height, width), height)
+        if _is_near(box, (x0, y0, x1 - x0, y1 - y0)):
+            found.append(mask)
+    return {**segmentation, "size": [height, width], "counts": found[0]} if len(set(found)) == 1 else None
+
+
+def _is_near(box: object, other: Sequence[float]) -> bool:
+    """Whether a `bbox` is that of a mask, (x, y, width, height)."""
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
+        return False
+    return all(abs(one - two) <= _BOX_TOLERANCE for one, two in zip(box, other, strict=True))

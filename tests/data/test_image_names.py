@@ -1,0 +1,194 @@
+"""Images are found under every spelling that tools produce, and never chosen silently among candidates."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f_trainer.data.image_names import ImageNames, is_inside, usual_name
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
+from m2f_trainer.doctor.scan import Settings
+from m2f_trainer.errors import DataError
+from tests.data.honest import base, dataset, objects, picture
+
+SETTINGS = Settings(64, 64)
+
+
+def named(make):
+    def change(coco):
+        for image in coco["images"]:
+            image["file_name"] = make(image["file_name"])
+
+    return change
+
+
+def with_address_only(coco):
+    for image in coco["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+
+
+SPELLINGS = {
+    "s3": named(lambda name: f"s3://bucket/prefix/{name}"),
+    "gs": named(lambda name: f"gs://bucket/{name}"),
+    "https with a signature": named(lambda name: f"https://host.org/a/{name}?sig=a%2Fb&x=1#top"),
+    "file": named(lambda name: f"file:///home/me/set/{name}"),
+    "https, percent-encoded": named(lambda name: f"https://host/{name.replace('_', '%5F')}"),
+    "percent-encoded": named(lambda name: name.replace("_", "%5f")),
+    "upper case": named(str.upper),
+    "upper-case ending": named(lambda name: name.replace(".png", ".PNG")),
+    "other folders": named(lambda name: f"set/pictures/{name}"),
+    "dots": named(lambda name: f"./././{name}"),
+    "spaces around": named(lambda name: f" {name} "),
+    "other folders and case": named(lambda name: f"Data/{name.upper()}"),
+    "only an address": with_address_only,
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_names_in_other_spellings_are_found_and_counted(case, tmp_path):
+    expected = objects(dataset(tmp_path / "base"), tmp_path / "cache")
+    root = dataset(tmp_path / "set", SPELLINGS[case])
+    assert objects(root, tmp_path / "cache") == expected
+    examination = examine(root, SETTINGS)
+    assert examination.status == 0
+    notes = {one.kind: one.count for one in examination.findings if one.severity == "note"}
+    assert notes == ({} if case == "dots" else {"found-image": 6})
+    repair(examination, tmp_path / "copy")
+    assert objects(tmp_path / "copy", tmp_path / "cache") == expected
+    assert not [one for one in examine(tmp_path / "copy", SETTINGS).findings if one.severity == "note"]
+
+
+@pytest.mark.parametrize(("stored", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form_are_found(stored, written, tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: unicodedata.normalize(written, f"größe_é_{name}")))
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(unicodedata.normalize(stored, f"größe_é_{path.name}")))
+    assert len(objects(root, tmp_path / "cache")) == 6
+
+
+def test_names_without_their_percent_encoding_are_found(tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: f"my {name}"))
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(f"my%20{path.name}"))
+    assert len(objects(root, tmp_path / "cache")) == 6
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("images/batch1", "images/batch2"), ("a/b/c", "d")])
+def test_bare_names_are_found_in_several_folders(folders, tmp_path):
+    expected = objects(dataset(tmp_path / "base"), tmp_path / "cache")
+    root = dataset(tmp_path / "set")
+    for k, path in enumerate(sorted((root / "images").iterdir())):
+        (root / folders[k % 2]).mkdir(parents=True, exist_ok=True)
+        path.rename(root / folders[k % 2] / path.name)
+    assert objects(root, tmp_path / "cache") == expected
+    repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert objects(tmp_path / "copy", tmp_path / "cache") == expected
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("images/batch1", "images/batch2"), ("a", "b")])
+def test_a_bare_name_in_two_folders_is_refused_with_both_files(folders, tmp_path):
+    root = dataset(tmp_path / "set")
+    for k, path in enumerate(sorted((root / "images").iterdir())):
+        (root / folders[k % 2]).mkdir(parents=True, exist_ok=True)
+        path.rename(root / folders[k % 2] / path.name)
+    for folder in folders:
+        picture(root / folder / "img_3.png", (20, 16) if folder == folders[0] else (16, 20))
+    with pytest.raises(DataError, match=rf"(?s){folders[0]}.*{folders[1]}"):
+        objects(root, tmp_path / "cache")
+    assert examine(root, SETTINGS).status == 1
+
+
+def test_the_longest_common_path_decides_between_files_of_one_name(tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: f"export/images/{name}"))
+    (root / "masks").mkdir()
+    for path in (root / "images").iterdir():
+        Image.new("L", (20, 16)).save(root / "masks" / path.name)
+    assert len(objects(root, tmp_path / "cache")) == 6
+    assert {scan.source["path"].split("/")[-2] for scan in examine(root, SETTINGS).scans["train"]} == {"images"}
+
+
+@pytest.mark.parametrize(("photos", "labels"), [("rgb", "masks"), ("photos", "annotated"), ("b/photos", "a/labels")])
+def test_label_pictures_of_the_same_names_are_never_taken_silently(photos, labels, tmp_path):
+    root = dataset(tmp_path / "set", folder=photos)
+    for image in base()["images"]:
+        (root / labels).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.eye(16, 20, dtype=np.uint8) * 255).save(root / labels / image["file_name"])
+    with pytest.raises(DataError, match=r"(masks|annotated|labels).*") as error:
+        objects(root, tmp_path / "cache")
+    assert photos in str(error.value)
+    assert examine(root, SETTINGS).status > 0
+
+
+@pytest.mark.parametrize("labels", ["masks", "annotated", "a"])
+def test_the_usual_folder_is_taken_with_a_warning_that_names_the_other(labels, tmp_path):
+    root = dataset(tmp_path / "set")
+    for image in base()["images"]:
+        (root / labels).mkdir(exist_ok=True)
+        Image.fromarray(np.eye(16, 20, dtype=np.uint8) * 255).save(root / labels / image["file_name"])
+    assert len(objects(root, tmp_path / "cache")) == 6
+    examination = examine(root, SETTINGS)
+    (warning,) = [one for one in examination.findings if one.kind == "other-image-folder"]
+    assert str(root / labels) in warning.message
+    assert {scan.source["path"].split("/")[-2] for scan in examination.scans["train"]} == {"images"}
+
+
+def test_copies_of_the_images_in_another_folder_are_no_question(tmp_path):
+    root = dataset(tmp_path / "set", folder="a")
+    dataset(root, folder="b")
+    assert len(objects(root, tmp_path / "cache")) == 6
+
+
+def test_two_names_for_one_file_are_refused(tmp_path):
+    def change(coco):
+        coco["images"][0]["file_name"] = "first/img_7.png"
+        coco["images"][1]["file_name"] = "second/img_7.png"
+
+    root = dataset(tmp_path / "set", change)
+    picture(root / "images/img_7.png")
+    with pytest.raises(DataError, match=r"no file has the name 'first/img_7\.png'.*may also be second/img_7\.png"):
+        objects(root, tmp_path / "cache")
+
+
+def test_a_name_that_only_differs_in_case_from_two_files_is_refused(tmp_path):
+    root = dataset(tmp_path / "set", lambda coco: coco["images"][0].update(file_name="Img_0.png"))
+    picture(root / "images/IMG_0.png")
+    with pytest.raises(DataError, match=r"'Img_0\.png'; it may be .*IMG_0\.png"):
+        objects(root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "name", ["https://host/../../secret.png", "https://host/%2e%2e/%2e%2e/secret.png", "s3://b/..%5csecret.png"]
+)
+def test_an_address_finds_nothing_outside_and_no_link(name, tmp_path):
+    root = dataset(tmp_path / "set", lambda coco: coco["images"][0].update(file_name=name))
+    picture(tmp_path / "secret.png")
+    (root / "images/secret.png").symlink_to(tmp_path / "secret.png")
+    examination = examine(root, SETTINGS)
+    assert {"missing-image", "unsafe-path"} & {one.kind for one in examination.findings}
+    assert not any("secret" in str(scan.source) for scans in examination.scans.values() for scan in scans)
+
+
+def test_hidden_folders_are_not_searched(tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: f"x/{name}"))
+    for folder in ("__MACOSX/images", ".cache"):
+        picture(root / folder / "img_0.png", (16, 20))
+    picture(root / "images/._img_1.png")
+    assert len(objects(root, tmp_path / "cache")) == 6
+
+
+def test_the_cache_follows_the_names_of_the_files(tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: f"x/{name}"))
+    (root / "images/img_0.png").rename(tmp_path / "away.png")
+    assert "img_0.png" in {file for file, _, _ in objects(root, tmp_path / "cache")}, "refused when images are checked"
+    (tmp_path / "away.png").rename(root / "images/IMG_0.png")
+    assert "IMG_0.png" in {file for file, _, _ in objects(root, tmp_path / "cache")}
+
+
+def test_names_and_folders_are_told_apart(tmp_path):
+    assert [is_inside(name) for name in ("a/b.png", "../a", "/a", "a\\b", "a\0", "..a")] == [True, *[False] * 4, True]
+    assert usual_name({"file_name": "", "coco_url": "http://h/a.png"}) == "http://h/a.png"
+    assert usual_name({"file_name": 3}) is None
+    with pytest.raises(DataError, match="found none of its image folders"):
+        ImageNames([tmp_path / "gone"], tmp_path / "a.json", "train")
