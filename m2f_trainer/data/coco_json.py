@@ -317,7 +317,8 @@ def _list_of(content: Mapping[str, Any], key: str, name: str) -> list[Entry]:
 def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     """The image entries with a unique id, a file name and a size."""
     valid = []
-    for image in _unique(images, "image", name, report):
+    ids = Ids(image.get("id") for image in images)
+    for image in _unique(_with_ids(images, ids, "image", name, report), "image", name, report):
         file_name, where = image.get("file_name"), f"{name}: image {image['id']}"
         sides: list[Any] = [image.get("height"), image.get("width")]
         if not file_name or not is_text(file_name):
