@@ -221,7 +221,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
-        raise RecipeError("dataset_name is missing: give the folder of a COCO dataset, as in --dataset_name my_coco.")
+        raise RecipeError("dataset_name is missing: give the folder of a dataset, as in --dataset_name my_coco.")
     multiple = backbone_stride(model)
     if data.tile_size and not {"image_height", "image_width"} & values.keys():
         data.image_height = data.image_width = -(-data.tile_size // multiple) * multiple

@@ -180,10 +180,10 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
     if other:
         raise DataError(f"{path}: this is {other}, which is not read. {OTHER_FORMATS[other]}.")
     raise DataError(
-        f"{path}: found no COCO annotations. Expected train/_annotations.coco.json beside the images,"
-        f" annotations/instances_train*.json with image folders, train.json and val.json, or a single JSON file;"
-        f" the folder holds {listing(path)}. For another layout, give --annotations SPLIT=FILE and"
-        " --images SPLIT=FOLDER for each split."
+        f"{path}: found no annotations; the folder holds {listing(path)}. Expected COCO JSON (one file, or one for each"
+        " of train, valid and test), a data.yaml of YOLO, metadata.jsonl with objects, a labelme file for each image,"
+        " or masks/ beside images/. If the files have other places, give --annotations SPLIT=FILE and --images"
+        " SPLIT=FOLDER for each split."
     )
 
 

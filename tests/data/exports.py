@@ -195,6 +195,102 @@ def train_and_val_files_in_the_folder(root: Path) -> Path:
     return root
 
 
+def _coco(names: Sequence[str], **image: Any) -> dict[str, Any]:
+    return {
+        "info": {"description": "", "year": "", "version": ""},
+        "licenses": [],
+        "categories": [{"id": 1, "name": "cell", "supercategory": None}],
+        "images": [{"id": k, "file_name": name, "height": 16, "width": 20, **image} for k, name in enumerate(names, 1)],
+        "annotations": [
+            {"id": k, "image_id": k, "category_id": 1, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0}
+            | {"segmentation": [SQUARE], "iscrowd": 0}
+            for k in range(1, len(names) + 1)
+        ],
+    }
+
+
+@export
+def fiftyone(root: Path) -> Path:
+    """COCODetectionDataset, exported split by split: each folder has data/ and labels.json."""
+    for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
+        names = [f"{k:06}.png" for k in numbers]
+        pictures(root / split / "data", names)
+        dump(root / split / "labels.json", _coco(names))
+    return root
+
+
+@export
+def fiftyone_with_labels_apart(root: Path) -> Path:
+    """The same with data_path and labels_path, as its zoo stores COCO."""
+    for split, numbers in (("train", range(5)), ("val", range(5, 7))):
+        names = [f"{k:06}.png" for k in numbers]
+        pictures(root / "data" / split, names)
+        dump(root / "labels" / f"{split}.json", _coco(names))
+    return root
+
+
+@export
+def supervisely(root: Path) -> Path:
+    """Export to COCO: a project with one folder a dataset."""
+    names = [f"IMG_{k}.png" for k in range(6)]
+    pictures(root / "123_cells/ds0/images", names)
+    dump(root / "123_cells/ds0/annotations/instances.json", _coco(names))
+    return root
+
+
+@export
+def datumaro(root: Path) -> Path:
+    """coco_instances with --save-media: images/<subset> and annotations/instances_<subset>.json."""
+    for split, numbers in (("train", range(5)), ("val", range(5, 7))):
+        names = [f"{k}.png" for k in numbers]
+        pictures(root / "images" / split, names)
+        dump(root / f"annotations/instances_{split}.json", _coco(names, license=0, flickr_url="", coco_url=""))
+    return root
+
+
+@export
+def labelme(root: Path) -> Path:
+    """One JSON file beside each image."""
+    names = [f"photo {k}" for k in range(6)]
+    pictures(root, [f"{name}.png" for name in names])
+    points = [SQUARE[k : k + 2] for k in range(0, 8, 2)]
+    shape = {"label": "cell", "points": points, "group_id": None, "description": "", "shape_type": "polygon"}
+    for name in names:
+        content = {"version": "5.5.0", "flags": {}, "shapes": [{**shape, "flags": {}, "mask": None}]}
+        dump(root / f"{name}.json", {**content, "imagePath": f"{name}.png", "imageData": "iVBORw0KGgo="}
+             | {"imageHeight": 16, "imageWidth": 20}, indent=2)  # fmt: skip
+    return root
+
+
+@export
+def hugging_face_imagefolder(root: Path) -> Path:
+    """A metadata.jsonl beside the images of each split."""
+    objects = {"bbox": [[2, 3, 10, 8]], "categories": ["cell"], "segmentation": [[SQUARE]], "area": [80]}
+    for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
+        names = [f"{k:04}.png" for k in numbers]
+        pictures(root / split, names)
+        lines = (json.dumps({"file_name": name, "objects": objects}) for name in names)
+        (root / split / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@export
+def ultralytics(root: Path) -> Path:
+    """A data.yaml, and a text file an image."""
+    line = " ".join(f"{value / (16 if k % 2 else 20):.6f}" for k, value in enumerate(SQUARE))
+    for split, numbers in (("train", range(5)), ("val", range(5, 7))):
+        names = [f"{k}.png" for k in numbers]
+        pictures(root / "images" / split, names)
+        for name in names:
+            path = (root / "labels" / split / name).with_suffix(".txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"0 {line}\n")
+    (root / "data.yaml").write_text(
+        "path: ../datasets/cells\ntrain: images/train\nval: images/val\nnames:\n  0: cell\n"
+    )
+    return root
+
+
 def vgg_own(root: Path) -> Path:
     """The annotator's own project file, which is no COCO."""
     pictures(root, ["a.png"])

@@ -32,6 +32,12 @@ def cache(tmp_path, monkeypatch):
 CORRECTED = {name for name in EXPORTS if name.startswith("label studio ")} | {"cvat brush"}
 
 
+WITH_VALID = {"train and val files in the folder", "fiftyone", "fiftyone with labels apart", "datumaro"} | {
+    "ultralytics",
+    "hugging face imagefolder",
+}
+
+
 @pytest.mark.parametrize("tool", EXPORTS)
 def test_an_untouched_export_trains_with_its_masks_or_after_the_fix(tool, tmp_path):
     root = EXPORTS[tool](tmp_path / "set")
@@ -58,11 +64,10 @@ def test_an_untouched_export_trains_with_its_masks_or_after_the_fix(tool, tmp_pa
 
 @pytest.mark.parametrize("tool", EXPORTS)
 def test_the_doctor_reports_nothing_of_an_export_but_what_is_special_to_its_tool(tool, tmp_path):
-    expected = {"roboflow": {"unused-category"}, "train and val files in the folder": set()}
     if tool in CORRECTED:
         kinds = {"brush-crowd", "no-objects", "held-out"} if tool == "cvat brush" else {"unsafe-path", "held-out"}
     else:
-        kinds = expected.get(tool, {"held-out"})
+        kinds = {"roboflow": {"unused-category"}}.get(tool, set() if tool in WITH_VALID else {"held-out"})
     examination = examine(EXPORTS[tool](tmp_path), SETTINGS)
     assert {one.kind for one in examination.findings} - {"missing-class"} == kinds
     assert sum(map(len, examination.scans.values())) >= 5

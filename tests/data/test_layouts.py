@@ -76,7 +76,7 @@ def test_folders_that_are_no_dataset_are_refused_with_what_they_hold(tmp_path):
     with pytest.raises(DataError, match="expected a dataset folder, found nothing"):
         load_coco(tmp_path / "nowhere")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(DataError, match=r"found no COCO annotations.*holds photos"):
+    with pytest.raises(DataError, match=r"found no annotations; the folder holds photos"):
         load_coco(tmp_path)
     place(tmp_path, "annotations/instances_val.json", "a.png")
     place(tmp_path, "annotations/instances_valid.json", "a.png")
