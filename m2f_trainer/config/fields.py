@@ -1,4 +1,4 @@
-"""One row a recipe field: its default, help, theme and range, and what a change of it means to a resumed run.
+"""One row per recipe field: its default, help, theme and range, and what a change of it means to a resumed run.
 
     tile_size: int | None = option(None, "Train on tiles of this side, in pixels.", "data", at_least=64)
 

@@ -33,10 +33,10 @@ LEAST_VISIBLE = 0.1
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile's box in the image (x0, y0, x1, y1), and its core `own`: the cores partition the image."""
+    """A tile's box in the image (x0, y0, x1, y1), and its core inside the box: the cores partition the image."""
 
     box: Box
-    own: Box
+    core: Box
 
 
 def lay_tiles(size: Size, side: int, overlap: float) -> list[Tile]:
@@ -54,8 +54,8 @@ def lay_tiles(size: Size, side: int, overlap: float) -> list[Tile]:
         )
     rows, columns = (_lay_line(length, side, overlap) for length in size)
     return [
-        Tile((x[0], y[0], x[1], y[1]), (own_x[0], own_y[0], own_x[1], own_y[1]))
-        for (y, own_y), (x, own_x) in product(rows, columns)
+        Tile((x[0], y[0], x[1], y[1]), (core_x[0], core_y[0], core_x[1], core_y[1]))
+        for (y, core_y), (x, core_x) in product(rows, columns)
     ]
 
 
@@ -106,10 +106,11 @@ class TileGrid:
         self.cells, self.counts = np.concatenate(cells), np.concatenate(counts)
         filled = order.permutation(np.flatnonzero(self.counts))
         groups = [group for group in _by_image(filled, self.cells[filled, 0]) if len(group)]
-        self.turns = [_Turns(group, min(len(group), limit or len(group))) for group in groups]
-        shown, others = sum(turns.shown for turns in self.turns), order.permutation(np.flatnonzero(self.counts == 0))
-        self.turns.append(_Turns(others, min(len(others), round(shown * empty / (1 - empty)))))
-        self.starts = np.cumsum([0, *(turns.shown for turns in self.turns)])
+        self.cycles = [_Cycle(group, min(len(group), limit or len(group))) for group in groups]
+        total = sum(cycle.per_epoch for cycle in self.cycles)
+        empty_tiles = order.permutation(np.flatnonzero(self.counts == 0))
+        self.cycles.append(_Cycle(empty_tiles, min(len(empty_tiles), round(total * empty / (1 - empty)))))
+        self.starts = np.cumsum([0, *(cycle.per_epoch for cycle in self.cycles)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -117,24 +118,24 @@ class TileGrid:
     def cell(self, index: int, epoch: int) -> Cell:
         """Tile `index` of an epoch: image after image, then those without objects."""
         group = int(np.searchsorted(self.starts, index, "right")) - 1
-        place = self.turns[group].place(index - int(self.starts[group]), epoch)
+        place = self.cycles[group].place(index - int(self.starts[group]), epoch)
         image, rows, columns, row, column = self.cells[place].tolist()
         return Cell(image, rows, columns, row, column, bool(self.counts[place]))
 
     def objects(self) -> NDArray[np.int64]:
         """The number of objects in each tile of the first epoch, before the grid is shifted."""
-        return np.concatenate([self.counts[turns.places[: turns.shown]] for turns in self.turns])
+        return np.concatenate([self.counts[cycle.places[: cycle.per_epoch]] for cycle in self.cycles])
 
 
 @dataclass(frozen=True, eq=False)
-class _Turns:
-    """Tile numbers that are cycled through, `shown` of them per epoch."""
+class _Cycle:
+    """Tile numbers that are cycled through, `per_epoch` of them in each epoch."""
 
     places: NDArray[np.int64]
-    shown: int
+    per_epoch: int
 
     def place(self, index: int, epoch: int) -> int:
-        return int(self.places[(epoch * self.shown + index) % len(self.places)])
+        return int(self.places[(epoch * self.per_epoch + index) % len(self.places)])
 
 
 def _by_image(places: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -269,10 +270,10 @@ class EvalTiles(InstanceDataset):
         self.tiling = tiling
         self._images = rows.select_columns(["image", "image_id", "height", "width"])
         self._tiles = [tiling.lay(size) for size in zip(rows["height"], rows["width"], strict=True)]
-        self._held: tuple[int, Pixels] | None = None
-        self.deal(0, 1, 1)
+        self._cached: tuple[int, Pixels] | None = None
+        self.shard(0, 1, 1)
 
-    def deal(self, rank: int, world: int, batch_size: int) -> None:
+    def shard(self, rank: int, world: int, batch_size: int) -> None:
         """Assign images to ranks: those with most tiles first, each to the rank with the fewest tiles so far."""
         shares: list[list[int]] = [[] for _ in range(world)]
         loads = [0] * world
@@ -311,6 +312,6 @@ class EvalTiles(InstanceDataset):
 
     def _pixels(self, row: Row) -> Pixels:
         """The image (H, W, 3), cached until another image is requested: a data worker reads each image once."""
-        if self._held is None or self._held[0] != row["number"]:
-            self._held = (row["number"], np.asarray(read_image(row)))
-        return self._held[1]
+        if self._cached is None or self._cached[0] != row["number"]:
+            self._cached = (row["number"], np.asarray(read_image(row)))
+        return self._cached[1]

@@ -40,10 +40,10 @@ CPU_SIDE, GPU_SIDE = 336, 1024
 """Largest side of the model's input for images that are not cut into tiles."""
 
 SMALL_INPUT = 168**2
-"""Inputs of at most so many pixels are trained in larger batches on a CPU."""
+"""Inputs of at most this many pixels are trained in larger batches on a CPU."""
 
 CPU_MINUTES = 60
-CPU_SECONDS_A_PIXEL = 8e-6
+CPU_SECONDS_PER_PIXEL = 8e-6
 """CPU time of one training sample with the light head and a frozen DINOv2 ViT-S, for each pixel of the input."""
 
 CACHED_VIEWS = 2
@@ -242,14 +242,14 @@ def _batch(chosen: Mapping[str, Any]) -> list[Choice]:
     """Images of a step on a CPU, and the learning rate for them; both were measured with the light head."""
     small = chosen["image_height"] * chosen["image_width"] <= SMALL_INPUT
     batch, rate = (8, 7e-4) if small else (4, 5e-4)
-    reason = f"measured with the light head and {batch} images a step"
+    reason = f"measured with the light head and {batch} images per step"
     return [Choice("per_device_train_batch_size", batch, reason), Choice("learning_rate", rate, reason)]
 
 
 def _feature_cache(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
     """Keep the frozen backbone's features where a run is long enough to use each of them several times."""
     minutes = chosen.get("max_minutes") or CPU_MINUTES
-    shown = 60 * minutes / (CPU_SECONDS_A_PIXEL * chosen["image_height"] * chosen["image_width"])
+    shown = 60 * minutes / (CPU_SECONDS_PER_PIXEL * chosen["image_height"] * chosen["image_width"])
     tile = chosen.get("tile_size")
     samples = facts.pixels / tile**2 if tile else facts.images
     times = shown / (CACHED_VIEWS * max(samples, 1))

@@ -122,9 +122,9 @@ def _overlaps_of_image(
     crowd = np.array([bool(one["iscrowd"]) for one in objects], np.bool_)
     regions = [one["segmentation"] for one in objects]
     pairs, overlaps = _overlapping(masks, regions, crowd)
-    asked = (overlaps >= MATCH_IOU) & ~crowd[pairs[:, 1]] & (predicted[pairs[:, 0]] == truth[pairs[:, 1]])
+    needed = (overlaps >= MATCH_IOU) & ~crowd[pairs[:, 1]] & (predicted[pairs[:, 0]] == truth[pairs[:, 1]])
     boundaries = overlaps.copy()
-    boundaries[asked] = np.minimum(overlaps[asked], _boundary_ious(masks, regions, pairs[asked]))
+    boundaries[needed] = np.minimum(overlaps[needed], _boundary_ious(masks, regions, pairs[needed]))
     return ImageOverlaps(
         image_id,
         predicted,

@@ -18,7 +18,7 @@ from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
 from m2f_trainer.evaluation.tide import HIT, IGNORED, ImageErrors, ScoredPredictions
 
 BINS = 10
-BACKGROUND_CLASS = -1  # stands for the prediction of a missed object and for the object of a false positive
+BACKGROUND_CLASS = -1  # the predicted class of a missed object, and the object class of a false positive
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Instances:
         return decode(self.rles[index]["counts"].decode("ascii"), *self.size)
 
     def to_coco(self) -> list[dict[str, Any]]:
-        """COCO results entries, made afresh at each call, since scorers write into them.
+        """COCO results entries, new ones at each call, because scorers write into them.
 
         They carry no `bbox`: with one, pycocotools takes the box's area for the small, medium and large ranges.
         """

@@ -114,7 +114,7 @@ def merge_pieces(
     for piece in by_score(piece for piece in joined if piece is not None):
         found.add(piece)
     for (piece,) in (group for group in groups if len(group) == 1):
-        if 2 * piece.within(tiles[piece.tile].own).sum() >= piece.area and not found.covers(piece):
+        if 2 * piece.within(tiles[piece.tile].core).sum() >= piece.area and not found.covers(piece):
             found.add(replace(piece, score=CUT_SCORE * piece.score))
     objects = by_score(found.pieces)[:limit]
     rles = [{"size": list(size), "counts": counts} for counts in _encode(objects, size)]
@@ -231,7 +231,7 @@ def _stitch(tiles: Sequence[Tile], group: Sequence[Piece]) -> Piece | None:
 
     None if no piece has a pixel in its tile's core.
     """
-    boxes = [intersection(piece.box, tiles[piece.tile].own) for piece in group]
+    boxes = [intersection(piece.box, tiles[piece.tile].core) for piece in group]
     areas = [int(piece.within(box).sum()) if box_area(box) else 0 for piece, box in zip(group, boxes, strict=True)]
     used = [(piece, box) for piece, box, area in zip(group, boxes, areas, strict=True) if area]
     if not used:

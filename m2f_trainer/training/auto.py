@@ -43,7 +43,7 @@ def resolve(
     owners = {name: owner for owner, name in automatic if vars(owner)[name] == AUTO}
     if not owners:
         return recipe
-    told: list[str] = []
+    reasons: list[str] = []
     if checkpoint is not None and (checkpoint / RECIPE).is_file():
         before = load_recipe([str(checkpoint / RECIPE)])
         for name, owner in owners.items():
@@ -52,7 +52,7 @@ def resolve(
         spread = train.world_size * train.gradient_accumulation_steps
         if "num_queries" in owners:
             model.num_queries, reason = queries_for(samples.objects())
-            told.append(reason)
+            reasons.append(reason)
         if "num_train_epochs" in owners:
             train.num_train_epochs = epochs_for(len(samples))
         if "per_device_train_batch_size" in owners:
@@ -61,7 +61,7 @@ def resolve(
         if "learning_rate" in owners:
             train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
     values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
-    logger.warning("auto: %s", "; ".join([values, *told]))
+    logger.warning("auto: %s", "; ".join([values, *reasons]))
     return Recipe(model, recipe.data, train)
 
 
@@ -69,7 +69,7 @@ def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
     """Queries for the objects of each training sample, and why: what 99 of 100 samples hold, rounded up to tens."""
     enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
     queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
-    return queries, f"99 % of the training samples have at most {enough} objects, the fullest has {most}"
+    return queries, f"99 % of the training samples have at most {enough} objects, one has {most}"
 
 
 def rate_for(images: int) -> float:
@@ -85,7 +85,7 @@ def epochs_for(images: int) -> float:
     return float(next(epochs for below, epochs in EPOCHS if images < below))
 
 
-def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train: TrainArguments, limit: int) -> int:
+def images_per_device(build: Callable[[], M2FModel], rows: InstanceDataset, train: TrainArguments, limit: int) -> int:
     """How many images fit on a device in a training step: a power of two up to `limit`, the same on all ranks.
 
     Measured with a separate, unsharded model and the images with the most objects. On a CPU it is 2 without a trial: a
@@ -97,7 +97,7 @@ def images_a_device(build: Callable[[], M2FModel], rows: InstanceDataset, train:
     model.to(train.device)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    samples = fullest(rows, limit)
+    samples = samples_with_most_objects(rows, limit)
     found = largest(lambda images: fits(model, samples[:images], train), limit)
     if dist.is_initialized():
         least = torch.tensor(found, device=train.device)
@@ -122,7 +122,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
     return images
 
 
-def fullest(rows: InstanceDataset, count: int) -> list[dict[str, Any]]:
+def samples_with_most_objects(rows: InstanceDataset, count: int) -> list[dict[str, Any]]:
     """The `count` samples with the most objects."""
     order = np.argsort(-rows.objects(), kind="stable")
     return [rows[index] for index in order[:count].tolist()]

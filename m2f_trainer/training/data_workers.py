@@ -81,7 +81,7 @@ class QuietWorker:
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self.then = then
-        self.asked = False
+        self.terminated = False
 
     def __call__(self, worker: int) -> None:
         """Install the signal handlers, then call the original initialisation."""
@@ -92,9 +92,9 @@ class QuietWorker:
             self.then(worker)
 
     def _end_at_second_signal(self, *_: int | FrameType | None) -> None:
-        if self.asked:
+        if self.terminated:
             os._exit(0)
-        self.asked = True
+        self.terminated = True
 
 
 @contextmanager

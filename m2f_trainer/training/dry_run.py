@@ -18,7 +18,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.training.callbacks.clock import TICKS
-from m2f_trainer.training.checkpointing.fingerprint import updates_an_epoch
+from m2f_trainer.training.checkpointing.fingerprint import updates_per_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
 ADAM_MOMENTS = 2
@@ -113,7 +113,7 @@ def example_inputs(size: Sequence[int], instances: int, device: torch.device, im
     }
 
 
-def seconds_a_step(model: M2FModel, train: TrainArguments, instances: int) -> float:
+def seconds_per_step(model: M2FModel, train: TrainArguments, instances: int) -> float:
     """Time of an optimiser step on this machine, measured with grey images; without loading of data and the update.
 
     One image is measured first. Where a batch would take longer than `PATIENCE`, its time is that of one image times
@@ -152,7 +152,7 @@ class Plan:
     memory: Memory
     instances: int
     images: int
-    steps_an_epoch: int
+    steps_per_epoch: int
     steps: int
     step_seconds: float
     train: TrainArguments
@@ -164,14 +164,14 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
         {**group, "params": sum(parameter.numel() for parameter in group["params"])}
         for group in parameter_groups(model, rates_of(train))
     ]
-    an_epoch = updates_an_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
+    per_epoch = updates_per_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * per_epoch)
     steps = steps if train.max_minutes is None else TICKS
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)
-    seconds = seconds_a_step(model, train, instances)
-    return Plan(groups, total, trained, memory, instances, images, an_epoch, max(steps, 1), seconds, train)
+    seconds = seconds_per_step(model, train, instances)
+    return Plan(groups, total, trained, memory, instances, images, per_epoch, max(steps, 1), seconds, train)
 
 
 def plan_text(plan: Plan) -> str:
@@ -196,17 +196,15 @@ def steps_text(plan: Plan) -> str:
         train.world_size,
     )
     length = (
-        f"{plan.steps:,} optimiser steps, {plan.steps_an_epoch:,} an epoch: "
-        f"{plan.steps / plan.steps_an_epoch:.1f} epochs of {plan.images:,} images"
+        f"{plan.steps:,} optimiser steps, {plan.steps_per_epoch:,} per epoch: "
+        f"{plan.steps / plan.steps_per_epoch:.1f} epochs of {plan.images:,} images"
     )
     if train.max_minutes is not None:
-        length = (
-            f"{train.max_minutes:g} minutes; {plan.steps_an_epoch:,} optimiser steps an epoch of {plan.images:,} images"
-        )
+        length = f"{train.max_minutes:g} minutes; {plan.steps_per_epoch:,} optimiser steps per epoch of {plan.images:,} images"
     return (
         f"{length}\n"
-        f"{device * accumulated * devices} images a step: "
-        f"{device} a device x {accumulated} accumulated x {devices} devices\n"
+        f"{device * accumulated * devices} images per step: "
+        f"{device} per device x {accumulated} accumulated x {devices} devices\n"
         f"{time_text(plan)}"
     )
 
@@ -217,7 +215,7 @@ def time_text(plan: Plan) -> str:
     if plan.train.max_minutes is None:
         return f"{each}, {tqdm.format_interval(plan.steps * plan.step_seconds)} in all, without data and evaluations"
     steps = 60 * plan.train.max_minutes / plan.step_seconds
-    return f"{each}, so about {steps:,.0f} steps or {steps / plan.steps_an_epoch:.1f} epochs"
+    return f"{each}, so about {steps:,.0f} steps or {steps / plan.steps_per_epoch:.1f} epochs"
 
 
 def curve_text(plan: Plan) -> str:

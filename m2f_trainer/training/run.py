@@ -33,7 +33,7 @@ from m2f_trainer.run_folder import (
     write_json,
     write_metrics,
 )
-from m2f_trainer.training.auto import images_a_device, resolve
+from m2f_trainer.training.auto import images_per_device, resolve
 from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
@@ -111,7 +111,7 @@ def resolve_auto(recipe: Recipe, samples: InstanceDataset, checkpoint: Path | No
 
     def probe(model: ModelArguments, limit: int) -> int:
         make_model = partial(build_recipe_model, model, recipe.data, samples.categories)
-        found = images_a_device(make_model, samples, recipe.train, limit)
+        found = images_per_device(make_model, samples, recipe.train, limit)
         set_seed(recipe.train.seed)
         return found
 

@@ -215,8 +215,8 @@ class M2FTrainer(Trainer):
 
 
 def tile_loader(watched: Watched, tiles: EvalTiles, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:
-    """Batches of this rank's tiles, as many on every rank. accelerate would deal the tiles of an image to all ranks."""
-    tiles.deal(args.process_index, args.world_size, batch_size)
+    """Batches of this rank's tiles, equally many on every rank. accelerate would spread an image's tiles over ranks."""
+    tiles.shard(args.process_index, args.world_size, batch_size)
     return DataLoader(
         watched,
         batch_size=batch_size,

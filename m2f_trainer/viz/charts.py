@@ -65,7 +65,7 @@ def line_chart(
     """Curves over a common x axis, both axes from zero.
 
     Args:
-        series: name -> (x, y) points; a curve of fewer than 30 points has markers. Names stand in a legend below the
+        series: name -> (x, y) points; a curve of fewer than 30 points has markers. Names are in a legend below the
             chart, unless the only one is empty.
         y_max: the end of the y axis; by default it follows from the values.
     """

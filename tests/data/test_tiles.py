@@ -208,7 +208,7 @@ def test_ranks_get_images_whole_and_equally_many_batches(tmp_path: Path, world: 
     owners: dict[int, set[int]] = {}
     batches = set()
     for rank in range(world):
-        tiles.deal(rank, world, 2)
+        tiles.shard(rank, world, 2)
         batches.add(-(-len(tiles) // 2))
         for index in range(len(tiles)):
             sample = tiles[index]

@@ -172,7 +172,7 @@ def test_a_fragment_is_believed_only_in_its_tiles_own_part() -> None:
     pixels = np.zeros((40, 70, 3), np.uint8)
     pixels[10:20, 34:60] = (1, 0, 1)  # tiles 0:40 and 30:70, whose own parts meet at 35
     first, second = lay_tiles((40, 70), 40, 0.25)
-    assert (first.box, second.box, first.own) == ((0, 0, 40, 40), (30, 0, 70, 40), (0, 0, 35, 40))
+    assert (first.box, second.box, first.core) == ((0, 0, 40, 40), (30, 0, 70, 40), (0, 0, 35, 40))
     assert len(found_in(pixels, 40, 0.25, Seer(blind=1))) == 0
     pixels = np.roll(pixels, -6, 1)
     assert len(found_in(pixels, 40, 0.25, Seer(blind=1))) == 1
@@ -183,8 +183,8 @@ def test_own_parts_cover_an_image_without_gap_or_overlap_and_tiles_share_what_wa
         tiles = lay_tiles(size, tile, overlap)
         covered = np.zeros(size, int)
         for one in tiles:
-            covered[one.own[1] : one.own[3], one.own[0] : one.own[2]] += 1
-            assert one.box[0] <= one.own[0] <= one.own[2] <= one.box[2]
+            covered[one.core[1] : one.core[3], one.core[0] : one.core[2]] += 1
+            assert one.box[0] <= one.core[0] <= one.core[2] <= one.box[2]
             assert max(one.box[2] - one.box[0], one.box[3] - one.box[1]) <= tile
         assert (covered == 1).all()
     with pytest.raises(RecipeError, match=r"overlap from 0 to below 0\.5"):

@@ -38,7 +38,7 @@ def test_small_datasets_are_seen_more_often() -> None:
 def test_queries_are_what_99_of_100_samples_need_in_tens(objects: list[int], queries: int) -> None:
     found, reason = automatic.queries_for(np.array(objects))
     assert found == queries
-    assert reason.endswith(f"the fullest has {max(objects)}")
+    assert reason.endswith(f"one has {max(objects)}")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_full
     rows = load_coco(tmp_path / "data")["train"]
     categories = categories_of(rows)
     dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories)
-    (sample,) = automatic.fullest(dataset, 1)
+    (sample,) = automatic.samples_with_most_objects(dataset, 1)
     objects = {row["image_id"]: sum(not one["iscrowd"] for one in row["objects"]) for row in rows}
     assert objects[sample["image_id"]] == max(objects.values())
     model = tiny_model(categories=[vars(category) for category in categories]).train()
@@ -72,7 +72,7 @@ def test_a_device_that_holds_no_image_is_an_error_with_levers(monkeypatch: pytes
     recipe = load_recipe([str(write_tiny(tmp_path))])
     rows = load_coco(tmp_path / "data")["train"]
     dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories_of(rows))
-    assert automatic.images_a_device(tiny_model, dataset, recipe.train, 16) == 2, "a CPU"
+    assert automatic.images_per_device(tiny_model, dataset, recipe.train, 16) == 2, "a CPU"
 
     class OnAnother:
         device, gradient_checkpointing = torch.device("meta"), False
@@ -81,7 +81,7 @@ def test_a_device_that_holds_no_image_is_an_error_with_levers(monkeypatch: pytes
     with pytest.raises(
         TrainingError, match=r"not even one image of this size fits .*Lower per_device_train_batch_size"
     ):
-        automatic.images_a_device(tiny_model, dataset, OnAnother(), 16)  # type: ignore[arg-type]
+        automatic.images_per_device(tiny_model, dataset, OnAnother(), 16)  # type: ignore[arg-type]
 
 
 def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(

@@ -26,8 +26,8 @@ def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     text = "\n".join(lines)
-    assert "100 optimiser steps, 2 an epoch: 50.0 epochs of 4 images" in text
-    assert "2 images a step: 2 a device x 1 accumulated x 1 devices" in text
+    assert "100 optimiser steps, 2 per epoch: 50.0 epochs of 4 images" in text
+    assert "2 images per step: 2 per device x 1 accumulated x 1 devices" in text
     (each, whole) = re.findall(r"about ([\d.e-]+) s a step on this machine, (\S+) in all", text)[0]
     minutes, seconds = whole.split(":")[-2:]
     assert 60 * int(minutes) + int(seconds) == pytest.approx(100 * float(each), rel=0.1, abs=1.5)

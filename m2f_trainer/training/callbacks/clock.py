@@ -1,4 +1,4 @@
-"""Runs of so many minutes instead of so many steps: the learning rate follows the time, and the run ends with it."""
+"""Runs limited by time: learning rate and end follow the elapsed share of `max_minutes`, not the number of steps."""
 
 import math
 import time
@@ -18,11 +18,11 @@ TICKS = 10_000
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Sets the learning rate by the share of `max_minutes` that has passed, and stops the run when all have.
+    """Sets the learning rate by the elapsed share of `max_minutes`, and stops the run when all have elapsed.
 
-    All wall time counts: what passed before the first step (given as `passed`, in seconds), evaluations, checkpoints.
-    A checkpoint keeps what has passed, and the resumed run has the rest. The last step is evaluated and saved.
-    `state.max_steps`, by which progress is told, is a forecast. Ranks follow the main process's clock.
+    All wall time counts: the seconds before the first step (`passed`), evaluations and checkpoints. A checkpoint stores
+    the elapsed time, and a resumed run has the rest. The last step is evaluated and saved. `state.max_steps`, which
+    progress bars and logs show, is a forecast. All ranks use the main process's clock.
     """
 
     def __init__(self, minutes: float, passed: float = 0.0, now: Callable[[], float] = time.monotonic) -> None:
@@ -30,18 +30,18 @@ class Clock(TrainerCallback, ExportableState):
         self.read_at = now()
 
     def share(self) -> float:
-        """Read the clock: the share of the time that has passed, from 0 to 1, the same on all ranks."""
+        """Read the clock: the elapsed share of the time, from 0 to 1, the same on all ranks."""
         now = self.now()
         self.passed, self.read_at = self.passed + now - self.read_at, now
         share = min(self.passed / (60 * self.minutes), 1.0)
         if dist.is_initialized():
-            told = torch.tensor(share, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.broadcast(told, 0)
-            share = float(told)
+            shared = torch.tensor(share, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.broadcast(shared, 0)
+            share = float(shared)
         return share
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values saved with a checkpoint."""
         passed = self.passed + self.now() - self.read_at
         return {"args": {"minutes": self.minutes, "passed": passed}, "attributes": {}}
 
@@ -60,15 +60,15 @@ class Clock(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the rates of this moment."""
+        """Set the learning rates for the elapsed time."""
         tick, groups = int(TICKS * self.share()), kwargs["optimizer"].param_groups
         for group in groups:
             factor = self.backbone if group["name"].startswith("backbone") else self.head
             group["lr"] = group["initial_lr"] * factor(tick)
-        kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in groups]  # which is what the Trainer logs
+        kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in groups]  # the Trainer logs these
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make a new forecast, or stop."""
+        """Forecast the number of steps anew, or stop the run."""
         step, share = self.first
         now = self.share()
         left = (1 - now) / max(now - share, 1e-9) * (state.global_step - step)
@@ -78,5 +78,5 @@ class Clock(TrainerCallback, ExportableState):
 
 
 def clock_of(args: TrainArguments, begun: float) -> list[TrainerCallback]:
-    """The clock of a run of minutes that began at a time of `time.monotonic`; nothing for a run of steps or epochs."""
+    """The clock of a run with `max_minutes`, started at `begun` by `time.monotonic`; no callback for other runs."""
     return [] if args.max_minutes is None else [Clock(args.max_minutes, time.monotonic() - begun)]

@@ -21,7 +21,7 @@ from m2f_trainer.viz.overlay import draw_sample
 
 SHOWN, LONGEST, LEAST_SCORE = 4, 480, 0.5
 
-Named: TypeAlias = Mapping[str, NDArray[np.uint8]]
+NamedPictures: TypeAlias = Mapping[str, NDArray[np.uint8]]
 """Pictures (H, W, 3) by name in the logger."""
 
 
@@ -54,7 +54,7 @@ class Pictures(TrainerCallback):
         if isinstance(samples, InstanceDataset):
             self._send(lambda: self._predictions(samples), state)
 
-    def _predictions(self, samples: InstanceDataset) -> Named:
+    def _predictions(self, samples: InstanceDataset) -> NamedPictures:
         found = {one.image_id: one.above(LEAST_SCORE) for one in self.predictions()}
         names = {category.id: category.name for category in categories_of(samples.rows)}
         rows = [samples.rows[index] for index in range(min(SHOWN, len(samples.rows)))]
@@ -65,7 +65,7 @@ class Pictures(TrainerCallback):
             for index, row in enumerate(rows)
         }
 
-    def _send(self, draw: Callable[[], Named], state: TrainerState) -> None:
+    def _send(self, draw: Callable[[], NamedPictures], state: TrainerState) -> None:
         loggers = [one for one in self.callbacks() if isinstance(one, tuple(_SENDERS))]
         if loggers and state.is_world_process_zero:
             pictures = draw()
@@ -74,27 +74,27 @@ class Pictures(TrainerCallback):
                 send(logger, pictures, state.global_step)
 
 
-def _to_tensorboard(logger: TensorBoardCallback, pictures: Named, step: int) -> None:
+def _to_tensorboard(logger: TensorBoardCallback, pictures: NamedPictures, step: int) -> None:
     if logger.tb_writer is not None:
         for name, picture in pictures.items():
             logger.tb_writer.add_image(name, picture, step, dataformats="HWC")
 
 
-def _to_wandb(_: WandbCallback, pictures: Named, step: int) -> None:
+def _to_wandb(_: WandbCallback, pictures: NamedPictures, step: int) -> None:
     import wandb
 
     if wandb.run is not None:
         wandb.log({name: wandb.Image(picture) for name, picture in pictures.items()} | {"train/global_step": step})
 
 
-def _to_trackio(_: TrackioCallback, pictures: Named, step: int) -> None:
+def _to_trackio(_: TrackioCallback, pictures: NamedPictures, step: int) -> None:
     import trackio
 
     if trackio.context_vars.current_run.get() is not None:
         trackio.log({name: trackio.Image(picture) for name, picture in pictures.items()} | {"train/global_step": step})
 
 
-def _to_mlflow(_: MLflowCallback, pictures: Named, step: int) -> None:
+def _to_mlflow(_: MLflowCallback, pictures: NamedPictures, step: int) -> None:
     import mlflow
 
     if mlflow.active_run() is not None:
@@ -102,7 +102,7 @@ def _to_mlflow(_: MLflowCallback, pictures: Named, step: int) -> None:
             mlflow.log_image(picture, key=name, step=step)
 
 
-_SENDERS: Mapping[type[TrainerCallback], Callable[[Any, Named, int], None]] = {
+_SENDERS: Mapping[type[TrainerCallback], Callable[[Any, NamedPictures, int], None]] = {
     TensorBoardCallback: _to_tensorboard,
     WandbCallback: _to_wandb,
     TrackioCallback: _to_trackio,

@@ -14,8 +14,8 @@ from m2f_trainer.distributed import any_rank
 from m2f_trainer.errors import RunStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO = 1.0
-"""Seconds within which a second signal counts as the first: launchers forward signals that all processes have got."""
+REPEAT_SECONDS = 1.0
+"""Seconds within which a second signal counts as the first: launchers forward signals that every process received."""
 
 
 class StopOnSignal(TrainerCallback):
@@ -46,7 +46,7 @@ class StopOnSignal(TrainerCallback):
         now = time.monotonic()
         if self.received is None:
             self.received, self.since = signal.Signals(number), now
-        elif now - self.since > ECHO:
+        elif now - self.since > REPEAT_SECONDS:
             os._exit(128 + number)
         if not self.training and not self.stopping:
             self.stopping = True
@@ -80,9 +80,9 @@ class StopOnSignal(TrainerCallback):
 
     def _stop_if_agreed(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._agreed(args.device):
-            asked = self.received.name if self.received else "a signal to another rank"
+            cause = self.received.name if self.received else "a signal to another rank"
             raise RunStopped(
-                f"stopped by {asked}; step {state.global_step} is saved in {args.output_dir}. Continue with "
+                f"stopped by {cause}; step {state.global_step} is saved in {args.output_dir}. Continue with "
                 "--resume_from_checkpoint true"
             )
 

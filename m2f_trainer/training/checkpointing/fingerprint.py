@@ -60,8 +60,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     return changed
 
 
-def updates_an_epoch(facts: Mapping[str, Any]) -> int:
-    """Optimiser steps an epoch, counted as the Trainer does."""
+def updates_per_epoch(facts: Mapping[str, Any]) -> int:
+    """Optimiser steps per epoch, counted as the Trainer does."""
     batches = facts["train_images"] / facts["per_device_train_batch_size"]
     rounded: Callable[[float], int] = math.floor if facts["dataloader_drop_last"] else math.ceil
     of_a_rank = rounded(rounded(batches) / facts["world_size"])
@@ -69,7 +69,7 @@ def updates_an_epoch(facts: Mapping[str, Any]) -> int:
 
 
 def step_samples(facts: Mapping[str, Any]) -> int:
-    """Samples an optimiser step."""
+    """Samples per optimiser step."""
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
     return int(math.prod(facts[name] for name in sizes))
 
@@ -78,8 +78,8 @@ def same_sample(step: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> i
     """The step of the changed run that has seen as many samples as `step` of the former one, to the nearest step."""
     if then["train_images"] is None:  # a streamed run of an earlier version, whose length was unknown
         return round(step * step_samples(then) / step_samples(now))
-    epochs, within = divmod(step, updates_an_epoch(then))
+    epochs, within = divmod(step, updates_per_epoch(then))
     images, images_now = int(then["train_images"]), int(now["train_images"])
     seen = epochs * images + min(within * step_samples(then), images)
     epochs, rest = divmod(seen, images_now)
-    return epochs * updates_an_epoch(now) + round(rest / step_samples(now))
+    return epochs * updates_per_epoch(now) + round(rest / step_samples(now))

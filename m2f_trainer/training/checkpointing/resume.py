@@ -23,7 +23,7 @@ from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
-from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_an_epoch
+from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_per_epoch
 from m2f_trainer.training.ema import drop_averages, swap_averages
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
@@ -162,7 +162,7 @@ def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
         state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
     if recounted:
         state |= {"log_history": []}
-    state |= {"global_step": step, "epoch": step / updates_an_epoch(now)}
+    state |= {"global_step": step, "epoch": step / updates_per_epoch(now)}
     folder = output_dir / RESUME_STAGING
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
