@@ -200,7 +200,8 @@ def steps_text(plan: Plan) -> str:
         f"{plan.steps / plan.steps_per_epoch:.1f} epochs of {plan.images:,} images"
     )
     if train.max_minutes is not None:
-        length = f"{train.max_minutes:g} minutes; {plan.steps_per_epoch:,} optimiser steps per epoch of {plan.images:,} images"
+        per_epoch = f"{plan.steps_per_epoch:,} optimiser steps per epoch of {plan.images:,} images"
+        length = f"{train.max_minutes:g} minutes; {per_epoch}"
     return (
         f"{length}\n"
         f"{device * accumulated * devices} images per step: "
