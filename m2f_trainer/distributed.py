@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 LEADER = "m2f/leader"
 """The key of the prefix that rank 0 has proposed last."""
@@ -105,20 +107,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def from_main(decide: Callable[[], Any]) -> Any:
+def from_main(decide: Callable[[], T]) -> T:
     """Call `decide` on the main rank only and return its result on every rank. Collective: all ranks must call it."""
     if not dist.is_initialized():
         return decide()
-    result = [decide() if dist.get_rank() == 0 else None]
+    result: list[Any] = [decide() if dist.get_rank() == 0 else None]
     broadcast_object_list(result)
-    return result[0]
+    decided: T = result[0]
+    return decided
 
 
-def from_every_rank(values: list[Any]) -> list[Any]:
+def from_every_rank(values: list[T]) -> list[T]:
     """The lists of all ranks, concatenated, on every rank. Collective: all ranks must call it."""
     if not dist.is_initialized():
         return values
-    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, values)
     return [value for part in gathered for value in part]
 

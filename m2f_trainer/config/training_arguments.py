@@ -459,7 +459,7 @@ def parse_checkpointing_steps(value: str | int) -> int | str:
     raise RecipeError(f'checkpointing_steps: expected a number of steps of at least 1 or "epoch", got {value!r}.')
 
 
-def require_schedule(name: str, settings: Any) -> None:
+def require_schedule(name: str, settings: object) -> None:
     """Raise RecipeError if transformers can't build the schedule from these arguments."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:

@@ -44,7 +44,7 @@ def parse_json(text: str, where: str) -> Any:
         raise RecipeError(f"Broken JSON {where}: {error}.") from error
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[object]:
     """The scalars in nested lists and objects."""
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -55,12 +55,12 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from leaves(one)
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a value contains no NaN and no infinity, at any depth."""
     return all(math.isfinite(leaf) for leaf in leaves(value) if isinstance(leaf, float))
 
 
-def has_type(value: Any, hint: Any) -> bool:
+def has_type(value: object, hint: Any) -> bool:
     """Whether a JSON value has a type: an int counts as a float, a bool never as a number."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):

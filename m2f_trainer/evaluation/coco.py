@@ -173,7 +173,7 @@ class CocoMap:
         Annotations are renumbered from 1 because pycocotools treats a match with annotation id 0 as unmatched.
         """
         images, truth = [], []
-        predicted: list[Any] = []
+        predicted: list[Results] = []
         for image_id, (height, width) in islice(self.sizes.items(), start, start + IMAGES_AT_ONCE):
             number = self._numbers[image_id]
             images.append({"id": number, "height": height, "width": width})

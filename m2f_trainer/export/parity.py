@@ -165,7 +165,9 @@ RUNNERS = {".onnx": OnnxRunner, ".pt2": ProgramRunner}
 def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLimits, fixed_size: bool) -> Parity:
     """Run model and file on the images of `rows`, one by one, and write parity.json beside the file."""
     original, exported = ModelRunner(model), RUNNERS[path.suffix](path, model.config)
-    differences, predictions, size = [], ([], []), 0.0  # type: ignore[var-annotated]
+    differences: list[list[float]] = []
+    predictions: tuple[list[Instances], list[Instances]] = [], []
+    size = 0.0
     for row in rows:
         for runner, found in zip((original, exported), predictions, strict=True):
             (instances,) = Predictor(runner)(row["image"], threshold=0.0)  # type: ignore[arg-type]

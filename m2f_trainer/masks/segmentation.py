@@ -51,7 +51,7 @@ def to_counts(segmentation: object, height: int, width: int, where: str) -> str:
     )
 
 
-def encode(bitmap: npt.NDArray[Any]) -> str:
+def encode(bitmap: npt.NDArray[np.uint8] | npt.NDArray[np.bool_]) -> str:
     """The compressed RLE of a bitmap (H, W) of zeros and non-zeros: the inverse of `decode`."""
     encoded = coco_mask.encode(np.asfortranarray(bitmap != 0, dtype=np.uint8))
     return str(encoded["counts"], "ascii")

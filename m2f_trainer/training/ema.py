@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 AVERAGE = "average"
@@ -49,7 +50,7 @@ class Average(TrainerCallback):
 
 
 @torch.no_grad()
-def update_averages(optimizer: Any, decay: float) -> None:
+def update_averages(optimizer: Optimizer, decay: float) -> None:
     """average <- decay x average + (1 - decay) x weight; the first average is the weight."""
     add_averages(optimizer)
     pairs = [(slots[AVERAGE], weight) for weight, slots in _trained(optimizer) if slots]
@@ -59,7 +60,7 @@ def update_averages(optimizer: Any, decay: float) -> None:
 
 
 @torch.no_grad()
-def add_averages(optimizer: Any, *_: Any) -> None:
+def add_averages(optimizer: Optimizer, *_: Any) -> None:
     """Add averages to the optimiser's state. A hook of its step, so that FSDP expects them when it loads a state."""
     for weight, slots in _trained(optimizer):
         if slots and AVERAGE not in slots:
@@ -67,7 +68,7 @@ def add_averages(optimizer: Any, *_: Any) -> None:
 
 
 @torch.no_grad()
-def swap_averages(optimizer: Any) -> None:
+def swap_averages(optimizer: Optimizer) -> None:
     """Swap weights and averages, where there are any."""
     for weight, slots in _trained(optimizer):
         if AVERAGE in slots:
@@ -76,14 +77,14 @@ def swap_averages(optimizer: Any) -> None:
             slots[AVERAGE].copy_(held)
 
 
-def drop_averages(optimizer: Any) -> None:
+def drop_averages(optimizer: Optimizer) -> None:
     """Drop the averages."""
     for slots in optimizer.state.values():
         slots.pop(AVERAGE, None)
 
 
 @contextmanager
-def averaged(optimizer: Any) -> Iterator[None]:
+def averaged(optimizer: Optimizer | None) -> Iterator[None]:
     """Within the block, the model holds the averages, if the optimiser keeps any."""
     if optimizer is not None:
         swap_averages(optimizer)
@@ -94,7 +95,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
             swap_averages(optimizer)
 
 
-def _trained(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _trained(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each weight with its entries in the optimiser's state, which are empty before the first update."""
     for group in optimizer.param_groups:
         for weight in group["params"]:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
+from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
@@ -59,7 +59,7 @@ class MapFile:
         """Size of the file in bytes."""
         return 2 * self.images * self.views * self.numbers
 
-    def table(self, mode: Any) -> Any:
+    def table(self, mode: Literal["r", "r+", "w+"]) -> "np.memmap[tuple[int, int], np.dtype[np.uint16]]":
         """The file, memory-mapped as uint16 (N x K, numbers): numpy has no bfloat16."""
         return np.memmap(self.path, np.uint16, mode, shape=(self.images * self.views, self.numbers))
 
@@ -118,13 +118,13 @@ class AllViews(Dataset[dict[str, Any]]):
         return self.dataset.sample(index, view)
 
 
-def cached(dataset: InstanceDataset, model: M2FModel, views: int, args: Any) -> CachedViews:
+def cached(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArguments) -> CachedViews:
     """The dataset with its backbone maps, which are computed and stored in the run's folder unless they are there.
 
     `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
     """
     transform: Any = dataset.transform
-    folder, encoder = Path(args.output_dir, FEATURE_CACHE), model.encoder.to(args.device)
+    folder, encoder = Path(str(args.output_dir), FEATURE_CACHE), model.encoder.to(args.device)
     shapes = map_shapes(encoder, transform.size)
     maps = MapFile(folder / MAPS, len(dataset), views, shapes)
     key = json.dumps({"shapes": shapes, "views": views, "of": identity(dataset, encoder)})
@@ -181,7 +181,7 @@ def make_room(maps: MapFile) -> None:
 
 
 @torch.no_grad()
-def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: Any) -> None:
+def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: TrainArguments) -> None:
     """Run the backbone over this rank's share of all views, and write the maps.
 
     In bfloat16, which the file has anyway, where the recipe or the CPU's units say so; small images many at a time.

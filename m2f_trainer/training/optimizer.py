@@ -48,7 +48,7 @@ class Rates:
     layer_decay: float | None = None
 
 
-def rates_of(arguments: Any) -> Rates:
+def rates_of(arguments: TrainingArguments) -> Rates:
     """The rates of a recipe; plain `TrainingArguments` have one learning rate for all parameters."""
     if not isinstance(arguments, TrainArguments):
         return Rates(arguments.learning_rate, arguments.weight_decay)

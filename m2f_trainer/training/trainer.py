@@ -9,6 +9,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def unwatched(dataset: Dataset[Any]) -> Dataset[Any]:
     return dataset.dataset if isinstance(dataset, Watched) else dataset
 
 
-def split_rows(dataset: Dataset[Any]) -> Any:
+def split_rows(dataset: Dataset[Any]) -> datasets.Dataset:
     """The rows of an evaluation dataset, to score against. Raises TypeError if it is no `InstanceDataset`."""
     dataset = unwatched(dataset)
     if not isinstance(dataset, InstanceDataset):

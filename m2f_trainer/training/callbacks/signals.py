@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from m2f_trainer.distributed import any_rank
 from m2f_trainer.errors import RunStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+Handler = Callable[[int, FrameType | None], object] | int | None
 REPEAT_SECONDS = 1.0
 """Seconds within which a second signal counts as the first: launchers forward signals that every process received."""
 
@@ -31,7 +33,7 @@ class StopOnSignal(TrainerCallback):
         self.since = 0.0
         self.training = False
         self.stopping = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():

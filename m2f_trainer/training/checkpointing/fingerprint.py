@@ -11,13 +11,14 @@ from datasets import Dataset
 
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import Recipe, rows
+from m2f_trainer.data.dataset import Category
 
 FIXED = {*(name for name, row in rows().items() if row.defines_model), "categories", "engine"}
 """A checkpoint cannot be resumed with another value of these: a new run can start from its weights, with init_from."""
 
 
 def fingerprint(
-    recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Any], samples: int
+    recipe: Recipe, train: Dataset, valid: Dataset, categories: Sequence[Category], samples: int
 ) -> dict[str, Any]:
     """Settings that affect results, by name, as plain values; `samples` of an epoch are images or tiles."""
     values: dict[str, Any] = {}
