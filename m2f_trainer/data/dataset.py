@@ -149,8 +149,8 @@ def describe_files(layout: Layout, splits: Mapping[str, datasets.Dataset]) -> st
     """Which files and folders the splits were read from, and which were left aside."""
     folders = {}
     for name, rows in splits.items():
-        paths = {os.path.dirname(path) for path in pc.struct_field(rows.data["image"], "path").to_pylist()}  # noqa: PTH120
-        folders[name] = Path(os.path.commonpath(paths))
+        paths = pc.struct_field(rows.data["image"], "path").to_pylist()
+        folders[name] = {Path(folder) for folder in {os.path.dirname(path) for path in paths}}  # noqa: PTH120
     return layout.describe(folders)
 
 

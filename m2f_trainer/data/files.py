@@ -13,6 +13,7 @@ _PART = 1 << 22  # bytes that are read at once
 _LARGEST_RATIO = 200  # of JSON to its gzip file; annotations have up to 30, a decompression bomb has 1000
 _SMALL = 1 << 26  # bytes of JSON that are read whatever the ratio
 
+NO_CATEGORIES = "COCO without categories"
 NO_ANNOTATIONS = "COCO images without annotations"
 JSON_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("COCO panoptic", ("images", "annotations", "segments_info")),
@@ -26,6 +27,7 @@ JSON_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Labelbox", ("data_row", "projects")),
     ("FiftyOne's own format", ("samples", "_cls")),
     ("COCO captions", ("images", "annotations", "caption")),
+    (NO_CATEGORIES, ("images", "annotations")),
     (NO_ANNOTATIONS, ("images", "categories")),
 )
 """Kind of a JSON file, and the keys that all occur in it somewhere; the first kind that fits is taken."""

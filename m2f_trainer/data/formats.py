@@ -4,13 +4,13 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from m2f_trainer.data.coco_json import FolderSplit, coco_contents, read_annotations
-from m2f_trainer.data.files import file_parts, files_below, json_files, kind_of_json, subfolders, visible
+from m2f_trainer.data.files import NO_CATEGORIES, file_parts, files_below, json_files, kind_of_json, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.labelme import find_labelme, read_labelme
 from m2f_trainer.data.layouts import (
@@ -26,7 +26,7 @@ from m2f_trainer.data.layouts import (
 from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
 from m2f_trainer.data.problems import Report, raise_problem
-from m2f_trainer.data.yolo import find_yolo, read_yolo, yolo_contents
+from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError
 
 
@@ -64,6 +64,7 @@ FORMATS: Mapping[str, Format] = {
 """Formats that are read, by name; the first one that is found in a folder is taken."""
 
 _SAM = "Add outlines: a promptable model such as SAM turns boxes into masks (in CVAT, Label Studio or FiftyOne)"
+_LISTED = 8  # files and folders that a description names
 _DATUM = "pip install datumaro && datum convert -if {} -i FOLDER -f coco_instances -o converted -- --save-media"
 OTHER_FORMATS: Mapping[str, str] = {
     "COCO panoptic": (
@@ -79,39 +80,61 @@ OTHER_FORMATS: Mapping[str, str] = {
     "FiftyOne's own format": "Export it with FiftyOne: dataset_type=fiftyone.types.COCODetectionDataset",
     "COCO captions": "It has no masks: add the instances_*.json of the same images",
     "COCO images without annotations": "It has no masks: add the annotations of the same images",
+    "CVAT for images": "Export it from CVAT as 'COCO 1.0'",
     "Pascal VOC": f"Convert it: {_DATUM.format('voc')}",
     "DOTA": f"Its oriented boxes aren't masks. {_SAM}",
-    "an archive": "Unpack it and name its folder",
+    "archive": "Unpack it and name its folder",
 }
 """Formats that are recognised but not read -> what converts them."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files that a dataset consists of, and what lies beside them and is not used.
+    """The files that a dataset consists of.
 
     Attributes:
         root: the dataset as it was named: a folder, an annotation file or a data.yaml
         splits: in the order train, valid, test
-        aside: annotation files and folders beside them that belong to no split
     """
 
     root: Path
     splits: tuple[SplitFiles, ...]
-    aside: tuple[Path, ...] = ()
 
-    def describe(self, folders: Mapping[str, Path]) -> str:
-        """Which files and folders each split is read from, and what is left aside; `folders` has the image folders."""
+    def describe(self, folders: Mapping[str, Collection[Path]]) -> str:
+        """Which files and folders each split is read from, and what lies beside them and is not used.
+
+        `folders` has the folders in which the images of each split were found.
+        """
         base = self.root if self.root.is_dir() else self.root.parent
         formats = ", ".join(dict.fromkeys(files.format for files in self.splits))
         lines = [f"dataset {self.root} ({formats}):"]
         for files in self.splits:
-            images = relative(folders.get(files.split, files.image_folders[0]), base)
-            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {images}")
-        if self.aside:
-            more = f" and {len(self.aside) - 8} more" if len(self.aside) > 8 else ""
-            lines.append(f"  not used: {', '.join(relative(path, base) for path in self.aside[:8])}{more}")
+            images = Path(os.path.commonpath(folders.get(files.split) or files.image_folders[:1]))
+            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {relative(images, base)}")
+        aside = self.aside(folders)
+        if aside:
+            more = f" and {len(aside) - _LISTED} more" if len(aside) > _LISTED else ""
+            lines.append(f"  not used: {', '.join(relative(path, base) for path in aside[:_LISTED])}{more}")
         return "\n".join(lines)
+
+    def aside(self, folders: Mapping[str, Collection[Path]]) -> list[Path]:
+        """Folders of the dataset that no split uses, and annotation files beside those that are used."""
+        if not self.root.is_dir():
+            return []
+        used = {path.resolve() for some in folders.values() for path in some}
+        for files in self.splits:
+            used |= {path.resolve() for path in (files.annotations, *files.files)}
+            if files.format == "YOLO":
+                used.add(label_folder(files.image_folders[0], files.annotations.parent).resolve())
+        around = used.union(*(path.parents for path in used))
+        beside = {files.annotations.parent for files in self.splits if files.annotations.is_file()}
+        found = [path for place in (self.root, *sorted(beside - {self.root})) for path in visible(place)]
+        return [
+            path
+            for path in found
+            if path.resolve() not in around
+            and (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
+        ]
 
 
 def relative(path: Path, base: Path) -> str:
@@ -140,7 +163,7 @@ def find_splits(
         splits = given_layout(base, annotations, images)
     else:
         splits = _with_images(path, _find(path), images or {})
-    return Layout(path, splits, _aside(path, splits))
+    return Layout(path, splits)
 
 
 def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -173,18 +196,22 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
     found = _search(path)
     if found:
         return found
-    lone = json_files(path)
-    if len(lone) == 1 and kind_of_json(lone[0]) in ("", "VGG Image Annotator project"):
+    lone = [file for file in json_files(path) if kind_of_json(file) == NO_CATEGORIES]
+    if len(lone) == 1:
         return (coco_file(lone[0]),)  # its reader says what is wrong with it
     other = other_format(path)
-    if other:
-        raise DataError(f"{path}: this is {other}, which is not read. {OTHER_FORMATS[other]}.")
+    if other is not None:
+        raise _not_read(*other)
     raise DataError(
         f"{path}: found no annotations; the folder holds {listing(path)}. Expected COCO JSON (one file, or one for each"
         " of train, valid and test), a data.yaml of YOLO, metadata.jsonl with objects, a labelme file for each image,"
         " or masks/ beside images/. If the files have other places, give --annotations SPLIT=FILE and --images"
         " SPLIT=FOLDER for each split."
     )
+
+
+def _not_read(name: str, path: Path) -> DataError:
+    return DataError(f"{path}: its format is {name}, which is not read. {OTHER_FORMATS[name]}.")
 
 
 def _find_file(path: Path) -> tuple[SplitFiles, ...]:
@@ -194,10 +221,10 @@ def _find_file(path: Path) -> tuple[SplitFiles, ...]:
     if path.name.lower().endswith((".json", ".json.gz")):
         kind = kind_of_json(path)
         if kind in OTHER_FORMATS:
-            raise DataError(f"{path}: this is {kind}, which is not read. {OTHER_FORMATS[kind]}.")
+            raise _not_read(kind, path)
         return (coco_file(path),)
     if _is_archive(path):
-        raise DataError(f"{path}: this is an archive, which is not read. {OTHER_FORMATS['an archive']}.")
+        raise _not_read("archive", path)
     raise DataError(f"{path}: expected a dataset folder, a COCO file or a data.yaml, found a file. Name one of them.")
 
 
@@ -246,17 +273,6 @@ def _with_images(
     )
 
 
-def _aside(root: Path, splits: tuple[SplitFiles, ...]) -> tuple[Path, ...]:
-    """Folders of the dataset that no split uses, and annotation files beside those that are used."""
-    if not root.is_dir():
-        return ()
-    used = {path.resolve() for files in splits for path in (files.annotations, *files.image_folders)}
-    around = {path for one in used for path in one.parents} | used
-    places = [root, *sorted({files.annotations.parent for files in splits if files.annotations.is_file()} - {root})]
-    found = [path for place in places for path in visible(place) if path.resolve() not in around]
-    return tuple(path for path in found if _is_annotation_file(path) or (path.parent == root and path.is_dir()))
-
-
 def _is_annotation_file(path: Path) -> bool:
     return path.name.lower().endswith((".json", ".json.gz", ".jsonl", ".xml", ".csv")) or _is_archive(path)
 
@@ -265,21 +281,27 @@ def _is_archive(path: Path) -> bool:
     return path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")) and path.is_file()
 
 
-def other_format(folder: Path) -> str:
-    """The format of a folder that is recognised but not read, "" for none; files are looked for three levels deep."""
+def other_format(folder: Path) -> tuple[str, Path] | None:
+    """The format of a folder that is recognised but not read, and the file that shows it; None if there is none.
+
+    Files are looked for three levels deep.
+    """
     inside = [folder, *subfolders(folder)[:50]]
     places = [*inside, *(deeper for one in inside[1:] for deeper in subfolders(one)[:50])]
     for place in places:
         for path in visible(place):
             name = path.name.lower()
             if name.endswith((".json", ".json.gz")) and (kind := kind_of_json(path)) in OTHER_FORMATS:
-                return kind
+                return kind, path
+            if name.endswith(".xml") and _starts_with(path, b"<annotations>"):
+                return "CVAT for images", path
             if name.endswith(".xml") and _starts_with(path, b"<annotation"):
-                return "Pascal VOC"
+                return "Pascal VOC", path
             if place.name.lower() == "labeltxt":
-                return "DOTA"
-    images = [path for place in places for path in visible(place) if path.suffix.lower() in SUFFIXES]
-    return "an archive" if not images and any(map(_is_archive, visible(folder))) else ""
+                return "DOTA", path
+    archives = [path for path in visible(folder) if _is_archive(path)]
+    images = any(path.suffix.lower() in SUFFIXES for place in places for path in visible(place))
+    return ("archive", archives[0]) if archives and not images else None
 
 
 def _starts_with(path: Path, text: bytes) -> bool:

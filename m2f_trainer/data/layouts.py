@@ -4,6 +4,7 @@ Layouts, in this order; names of folders in any case:
 
     {train,valid,val,test}/[annotations/]X.json        images beside it, in images, data or another folder of the split
     {annotations,labels}/[instances_]{train,val}.json  images in [images/]train2017, data/train, images, data or .
+    {annotations,labels}/{train,val}/X.json            the same
     {train,val,test}.json                              the same
     X.json                                             one split, images in ., images, data or a folder of any name
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2f_trainer.data.files import NO_ANNOTATIONS, json_files, kind_of_json, stem, subfolders, visible
+from m2f_trainer.data.files import NO_ANNOTATIONS, NO_CATEGORIES, json_files, kind_of_json, stem, subfolders, visible
 from m2f_trainer.errors import DataError
 
 SPLITS = {
@@ -170,6 +171,11 @@ def _annotation_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
     folders = [folder for folder in subfolders(root) if folder.name.lower() in _ANNOTATION_FOLDERS]
     files = next((found for folder in folders if (found := _coco_files(folder, named, every=True))), [])
     yield from _files_of_splits(root, files, lone="train")
+    inside = [] if files else [(folder, split_of(folder.name)) for one in folders for folder in subfolders(one)]
+    for folder, split in inside:
+        if split is not None:
+            for file in _coco_files(folder, named):
+                yield SplitFiles(split, file, _image_folders(root, folder.name, split))
 
 
 def _split_files(root: Path, named: bool) -> Iterator[SplitFiles]:
@@ -195,7 +201,7 @@ def _coco_files(folder: Path, named: bool, every: bool = False) -> list[Path]:
     found = []
     for file in files:
         kind, name = kind_of_json(file), stem(file).lower()
-        by_name = name in _KNOWN_NAMES and kind in ("", NO_ANNOTATIONS)
+        by_name = name in _KNOWN_NAMES and kind in ("", NO_ANNOTATIONS, NO_CATEGORIES)
         by_split = every and split_of(name) is not None and kind == ""
         if kind == "COCO" or (named and (by_name or by_split)):
             found.append(file)

@@ -3,6 +3,7 @@
 A label file is named as its image and has one line per object: `class x y x y ...`, as fractions of width and height.
 """
 
+import logging
 import math
 import os
 import re
@@ -13,33 +14,79 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
-from m2f_trainer.data.files import files_below
+from m2f_trainer.data.files import files_below, subfolders
 from m2f_trainer.data.images import SUFFIXES, image_size
-from m2f_trainer.data.layouts import SplitFiles
+from m2f_trainer.data.layouts import SplitFiles, split_of
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
+
+logger = logging.getLogger(__name__)
 
 _NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 _MARGIN = 1.0  # a fraction may lie this far outside 0..1; further out it is a mistake
 
 
 def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
-    """The splits that a data.yaml names: `path`, or the one in `root`; none if there is no such file.
+    """The splits that a data.yaml names: `path`, or the one in `root`; without one, those of Label Studio's classes.txt
+    beside images/ and labels/. None if there is neither.
 
     Raises:
         DataError: an image folder doesn't exist, or isn't inside `root`
     """
     path = path or next((root / name for name in _NAMES if (root / name).is_file()), None)
     if path is None:
-        return ()
+        return tuple(_splits_of_classes(root))
     content = read_yaml(path)
     found = []
     for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
-        if value is not None:
+        if value is None:
+            continue
+        if isinstance(value, str) and value.endswith(".txt") and _inside(root, value).is_file():
+            found.append(_listed_images(root, path, split, _inside(root, value)))
+        elif split != "test" or not isinstance(value, str) or _exists(root, value):
             found.append(SplitFiles(split, path, (_folder(root, path, split, value),), "YOLO"))
+        else:
+            logger.warning("%s: the test split %r doesn't exist and is left out", path, value)
     return tuple(found)
+
+
+def _splits_of_classes(root: Path) -> Iterator[SplitFiles]:
+    """The splits of classes.txt beside images/ and labels/, which may have a folder for each split."""
+    classes, images, labels = (root / name for name in ("classes.txt", "images", "labels"))
+    if classes.is_file() and images.is_dir() and any(labels.rglob("*.txt")):
+        parts = [(split, folder) for folder in subfolders(images) if (split := split_of(folder.name))]
+        for split, folder in parts or [("train", images)]:
+            yield SplitFiles(split, classes, (folder,), "YOLO")
+
+
+def _listed_images(root: Path, path: Path, split: str, listing: Path) -> SplitFiles:
+    """A split whose images are listed in a text file, one path a line."""
+    try:
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing}: can't be read ({error}). Replace the file.") from error
+    files = []
+    for line in lines:
+        place = line.replace("\\", "/").rpartition("images/")  # tools write other folders before it
+        file = next((one for one in (_inside(root, line), root / "images" / place[2]) if one.is_file()), None)
+        if file is None or not file.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"{listing}: the image {line!r} isn't in {root}. Add it, or correct the line.")
+        files.append(file)
+    if not files:
+        raise DataError(f"{listing}: expected the path of an image in each line, found none. Add the images.")
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    return SplitFiles(split, path, (folder,), "YOLO", tuple(files))
+
+
+def _inside(root: Path, value: str) -> Path:
+    """A path of a data.yaml below `root`: the file's `path:` and Roboflow's leading ../ are ignored."""
+    return root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
+
+
+def _exists(root: Path, value: str) -> bool:
+    return _inside(root, value).exists()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -58,11 +105,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _folder(root: Path, path: Path, split: str, value: object) -> Path:
-    """The image folder of a split below `root`: the file's `path:` and Roboflow's leading ../ are ignored."""
+    """The image folder of a split, which is below `root`."""
     if not isinstance(value, str) or value.endswith(".txt"):
         raise DataError(f"{path}: expected an image folder for {split!r}, got {value!r:.60}. Name one folder.")
-    inside = root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
-    folder = inside / "images" if not (inside.name == "images" or "images" in inside.parts) else inside
+    inside = _inside(root, value)
+    below = inside.relative_to(root).parts if inside.is_relative_to(root) else ()
+    folder = inside if "images" in below else inside / "images"
     found = folder if folder.is_dir() else inside
     if not found.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{path}: {value!r} of {split!r} leads out of {root}. Name a folder inside it.")
@@ -77,12 +125,12 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     Raises:
         DataError: no class names, no images, or an invalid label; the message names file, line and remedy
     """
-    names, folder = _yaml_names(files.annotations), files.image_folders[0]
-    labels = label_folder(folder)
+    names, folder = _class_names(files.annotations), files.image_folders[0]
+    labels = label_folder(folder, files.annotations.parent)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
     number = 0
-    for path in image_files(folder):
+    for path in files.files or image_files(folder):
         name, image_id = path.relative_to(folder).as_posix(), len(images) + 1
         if not is_text(name):
             report(
@@ -106,7 +154,14 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     return FolderSplit(str(labels), tuple(images), groups, names, folder)
 
 
-def _yaml_names(path: Path) -> dict[int, str]:
+def _class_names(path: Path) -> dict[int, str]:
+    """Names by number, of a data.yaml or of a classes.txt with one name a line."""
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+            return dict(enumerate(line.strip() for line in lines))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: can't be read ({error}). Replace the file.") from error
     names = read_yaml(path).get("names")
     by_class = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(by_class, dict) or not by_class or not all(type(key) is int for key in by_class):
@@ -119,22 +174,23 @@ def image_files(folder: Path) -> list[Path]:
     return files_below(folder, SUFFIXES)
 
 
-def label_folder(images: Path) -> Path:
-    """The label folder of an image folder: YOLO replaces the last `images` of the path by `labels`."""
-    parts = list(images.parts)
+def label_folder(images: Path, root: Path) -> Path:
+    """The label folder of an image folder: YOLO replaces the last `images` of the path below the root by `labels`."""
+    parts = list(images.relative_to(root).parts) if images.is_relative_to(root) else []
     if "images" not in parts:
         return images
     place = len(parts) - 1 - parts[::-1].index("images")
-    return Path(*parts[:place], "labels", *parts[place + 1 :])
+    return root.joinpath(*parts[:place], "labels", *parts[place + 1 :])
 
 
 def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
     """What the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
     yield files.annotations.read_bytes()
-    labels = label_folder(files.image_folders[0])
-    for path in image_files(files.image_folders[0]):
+    folder = files.image_folders[0]
+    labels = label_folder(folder, files.annotations.parent)
+    for path in files.files or image_files(folder):
         yield os.fsencode(f"{path} {path.stat().st_size}")
-        label = (labels / path.relative_to(files.image_folders[0])).with_suffix(".txt")
+        label = (labels / path.relative_to(folder)).with_suffix(".txt")
         yield label.read_bytes() if label.is_file() else b""
 
 

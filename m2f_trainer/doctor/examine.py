@@ -91,7 +91,7 @@ def _read_splits(
     they were read from.
     """
     splits: dict[str, SplitAnnotations] = {}
-    folders: dict[str, Path] = {}
+    folders: dict[str, set[Path]] = {}
     try:
         given = split_paths(annotations, "annotations"), split_paths(images, "images")
         if is_hub_dataset(name):
@@ -104,7 +104,8 @@ def _read_splits(
     for files in layout.splits:
         try:
             found = read_split(files, report)
-            splits[files.split], folders[files.split] = found, found.folder
+            splits[files.split] = found
+            folders[files.split] = {(found.folder / image["file_name"]).parent for image in found.images}
         except DataError as error:
             report("unusable", files.annotations, [], str(error))
     read_from = layout.describe(folders)

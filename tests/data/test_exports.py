@@ -115,7 +115,9 @@ def test_a_hub_set_without_validation_has_the_same_images_held_out_for_training_
 
 
 def test_a_project_file_that_is_no_coco_is_refused_with_what_to_export(tmp_path):
-    with pytest.raises(DataError, match=r"via_region_data\.json: expected a list under the key 'images'.*as COCO"):
+    with pytest.raises(
+        DataError, match=r"via_region_data\.json: its format is VGG Image Annotator project.*COCO format"
+    ):
         load_coco(vgg_own(tmp_path / "set"), cache_dir=tmp_path / "cache")
 
 

@@ -8,10 +8,12 @@ import pytest
 from m2f_trainer.data.dataset import load_coco, log_once
 from m2f_trainer.data.formats import OTHER_FORMATS, find_splits
 from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.doctor.examine import examine
 from m2f_trainer.errors import DataError
-from tests.data.exports import label_studio, roboflow, train_and_val_files_in_the_folder, vgg
+from tests.data.exports import EXPORTS, label_studio, pictures, roboflow, train_and_val_files_in_the_folder, vgg
 from tests.data.folders import content
 from tests.data.test_layouts import place
+from tests.data.test_mask_images import masked
 from tests.data.test_yolo import yolo
 
 
@@ -83,7 +85,8 @@ OTHERS = {
     "COCO images without annotations": ("annotations/image_info_x.json", {"images": [], "categories": []}),
     "Pascal VOC": ("Annotations/a.xml", "<annotation><object/></annotation>"),
     "DOTA": ("train/labelTxt/a.txt", "imagesource:GoogleEarth"),
-    "an archive": ("export.zip", "PK"),
+    "archive": ("export.zip", "PK"),
+    "CVAT for images": ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version/></annotations>"),
 }
 
 
@@ -93,7 +96,7 @@ def test_other_formats_are_refused_by_name_with_what_converts_them(name, tmp_pat
     path = tmp_path / "set" / file
     path.parent.mkdir(parents=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
-    with pytest.raises(DataError, match=rf"this is {name}, which is not read\. \w+.*") as error:
+    with pytest.raises(DataError, match=rf"its format is {name}, which is not read\. \w+.*") as error:
         find_splits(tmp_path / "set")
     assert OTHER_FORMATS[name] in str(error.value)
     assert str(tmp_path / "set") in str(error.value)
@@ -101,7 +104,7 @@ def test_other_formats_are_refused_by_name_with_what_converts_them(name, tmp_pat
 
 def test_an_archive_is_refused_with_the_advice_to_unpack_it(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
-    with pytest.raises(DataError, match=r"an archive, which is not read\. Unpack it"):
+    with pytest.raises(DataError, match=r"archive, which is not read\. Unpack it"):
         find_splits(tmp_path / "a.zip")
 
 
@@ -118,3 +121,16 @@ def test_given_annotations_hold_out_validation_images_like_found_ones(tmp_path):
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 5, "valid": 1}
     with pytest.raises(DataError, match="this is a Hub dataset"):
         load_dataset("user/name", ["train=result.json"])
+
+
+@pytest.mark.parametrize("tool", ["ultralytics", "labelme", "datumaro", "hugging face imagefolder", "supervisely"])
+def test_nothing_that_is_used_is_described_as_left_aside(tool, tmp_path):
+    text = examine(EXPORTS[tool](tmp_path / "set")).files
+    assert text.startswith(f"dataset {tmp_path / 'set'} (")
+    assert "not used" not in text
+
+
+def test_folders_whose_images_are_not_used_are_left_aside(tmp_path):
+    root = masked(tmp_path / "set", (3, 4), "train/images/{}.png", "train/masks/{}.png")
+    pictures(root / "test/images", ["x.png"])
+    assert examine(root).files.endswith("images in train/images\n  not used: test")

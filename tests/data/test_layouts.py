@@ -38,6 +38,8 @@ def place(root: Path, annotations: str, image: str) -> None:
         ("_annotations.coco.json", "a.png", "train"),
         ("train/labels.json", "train/data/a.png", "train"),  # FiftyOne
         ("labels/train.json", "data/train/a.png", "train"),  # FiftyOne
+        ("annotations/train/instances.json", "images/train/a.png", "train"),
+        ("labels/val/x.json", "val/a.png", "valid"),
         ("val/any name.json", "val/images/a.png", "valid"),
         ("test/annotations/x.json", "test/img/a.png", "test"),
         ("Train/Labels.JSON", "Train/Images/a.png", "train"),
@@ -115,7 +117,10 @@ def test_the_other_tasks_of_coco_are_left_aside(tmp_path):
         place(tmp_path / "set", f"annotations/{name}.json", "train2017/a.png")
     layout = find_splits(tmp_path / "set")
     assert [files.annotations.name for files in layout.splits] == ["instances_train2017.json"]
-    assert [path.name for path in layout.aside] == ["captions_train2017.json", "person_keypoints_train2017.json"]
+    assert [path.name for path in layout.aside({"train": [tmp_path / "set/train2017"]})] == [
+        "captions_train2017.json",
+        "person_keypoints_train2017.json",
+    ]
 
 
 def test_given_paths_are_also_looked_for_in_the_working_directory(tmp_path, monkeypatch):

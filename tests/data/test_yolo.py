@@ -1,6 +1,7 @@
 """YOLO segmentation folders become the same rows as COCO ones, or are refused with file, line and remedy."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -138,3 +139,48 @@ def test_check_works_on_it_and_corrects_it_into_coco(tmp_path):
     assert examine(tmp_path / "coco").findings == ()
     rows = load_coco(tmp_path / "coco", cache_dir=tmp_path / "cache")["train"]
     assert [len(row["objects"]) for row in rows] == [1, 0]
+
+
+def test_a_text_file_may_list_the_pictures_of_a_split(tmp_path):
+    """CVAT's Ultralytics export."""
+    root = yolo(tmp_path / "set", yaml="train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    (root / "train.txt").write_text("data/images/train/a.jpg\n")
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert [Path(row["image"]["path"]).name for row in splits["train"]] == ["a.jpg"]
+    assert len(splits["train"][0]["objects"]) == 1
+    for text, message in (("images/train/gone.jpg", "isn't in"), ("", "found none"), ("../secret.png", "isn't in")):
+        (tmp_path / "secret.png").write_bytes(b"")
+        (root / "train.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_coco(root, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_class_names_in_a_text_file_do_as_well_as_a_yaml(split, tmp_path):
+    """Label Studio's export."""
+    root = yolo(tmp_path / "set")
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (root / "notes.json").write_text('{"categories": [], "info": {}}')
+    if not split:
+        for kind in ("images", "labels"):
+            for file in (root / kind / "train").iterdir():
+                file.rename(root / kind / file.name)
+            for folder in ("train", "val", "test"):
+                shutil.rmtree(root / kind / folder, ignore_errors=True)
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert len(rows[0]["objects"]) == 1
+    assert {one.name for one in categories_of(rows)} <= {"cat", "dog"}
+
+
+def test_a_test_split_that_does_not_exist_is_left_out(tmp_path, caplog):
+    root = yolo(tmp_path / "set", yaml="train: images/train\ntest: ../test/images\nnames: [cat, dog]\n")
+    assert "test" not in load_coco(root, cache_dir=tmp_path / "cache")
+    assert "the test split '../test/images' doesn't exist and is left out" in caplog.text
+
+
+def test_the_name_of_a_folder_above_the_dataset_changes_nothing(tmp_path):
+    root = yolo(tmp_path / "set", yaml="train: train\nval: val\nnames: [cat, dog]\n", pattern="{}/images")
+    (tmp_path / "images").mkdir()
+    root = root.rename(tmp_path / "images/set")
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 1
