@@ -34,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--fix", type=Path, metavar="FOLDER", help="write a corrected copy and a list of the changes")
     output.add_argument(
+        "--remove_leaked",
+        action="store_true",
+        help="with --fix: of an image in two splits, remove the one in train, or in valid if the other is in test",
+    )
+    output.add_argument(
         "--preview", type=positive_int, metavar="N", help="draw N augmented training samples into preview/"
     )
     output.add_argument(
@@ -52,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.examine import UNUSABLE, examine
+    from m2f_trainer.doctor.fix import can_be_corrected
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
 
@@ -67,8 +73,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         if fixed or not result.status:
             recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""
             suggest(f"m2f train{recipe} --dataset_name {dataset}")
-        else:
-            suggest(f"m2f check {dataset}" + " --fix corrected" * (result.status != UNUSABLE))
+        elif can_be_corrected(result):
+            suggest(f"m2f check {dataset} --fix corrected")
     return result.status
 
 
@@ -88,8 +94,9 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
     elif arguments.recipe:
         messages.append(f"no {arguments.recipe}: a recipe is written for a dataset without errors")
     if arguments.fix and result.status != UNUSABLE:
-        changes = repair(result, arguments.fix)
-        messages.append(f"corrected copy: {arguments.fix}, {len(changes)} change(s) listed in changes.json")
+        done = repair(result, arguments.fix, arguments.remove_leaked)
+        messages.append(f"corrected copy: {arguments.fix}, {len(done.changes)} change(s) listed in changes.json")
+        messages.append(done.to_text())
     if arguments.preview and result.status != UNUSABLE:
         from m2f_trainer.config.arguments import DataArguments
         from m2f_trainer.data.transforms import TrainTransform

@@ -10,11 +10,13 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from m2f_trainer.data.files import file_parts
 from m2f_trainer.data.image_names import ImageNames, image_paths, is_address, is_inside, outermost, usual_name
@@ -42,12 +44,14 @@ class SplitAnnotations(ABC):
         images: COCO image entries, in the file's order
         annotations: COCO annotation entries by image id
         categories: names by category id, whether used or not
+        left_out: ids of the annotations of images that were reported and left out
     """
 
     name: str
     images: tuple[Entry, ...]
     annotations: Mapping[int, list[Entry]]
     categories: Mapping[int, str]
+    left_out: Sequence[int] = field(default=(), kw_only=True)
 
     @abstractmethod
     def source(self, image: Entry) -> Entry:
@@ -84,6 +88,10 @@ class SplitAnnotations(ABC):
     def _object(self, entry: Entry, image: Entry, report: Report) -> Entry | None:
         counts = self._counts(entry, image, report)
         if counts is None:
+            return None
+        if counts == _empty_counts(image["height"], image["width"]) and (reach := _reach(entry, image)):
+            message = f"{self.full_name(entry, image)}: its outline lies outside the image, {reach}."
+            report("outside-image", self.name, [entry["id"]], f"{message} {self._scale_hint}", image["id"])
             return None
         box, area = entry.get("bbox"), entry.get("area")
         if box is not None and not _is_box(box):
@@ -131,6 +139,23 @@ class SplitAnnotations(ABC):
             report("bad-mask", self.name, [entry["id"]], str(error), image["id"])
         return None
 
+    @cached_property
+    def _scale_hint(self) -> str:
+        """What to do about outlines outside of their images; where most reach beyond, the images seem rescaled."""
+        ratios = [
+            max(right / image["width"], bottom / image["height"])
+            for image in self.images
+            for entry in self.annotations.get(image["id"], [])
+            for _, _, right, bottom in _outline_boxes(entry)
+        ]
+        if sum(ratio > 1.05 for ratio in ratios) <= len(ratios) / 2:
+            return "Correct the outline or the size of the image."
+        return (
+            "Most outlines reach beyond their images: the images seem to have been reduced after they were annotated,"
+            f" to 1/{max(ratios):.3g} of their size or less. Divide all coordinates by that factor, or use the original"
+            " images."
+        )
+
     def full_name(self, entry: Entry, image: Entry) -> str:
         """An annotation in messages, with the split that it is in."""
         return f"{self.name}: {self.annotation_name(entry, image)}"
@@ -138,6 +163,30 @@ class SplitAnnotations(ABC):
     def annotation_name(self, entry: Entry, image: Entry) -> str:
         """An annotation in messages."""
         return f"annotation {entry['id']} of image {image['id']} ({image['file_name']})"
+
+
+@lru_cache
+def _empty_counts(height: int, width: int) -> str:
+    """The RLE of a mask without a pixel."""
+    return rle.write_counts(np.array([height * width]), height, width)
+
+
+def _outline_boxes(entry: Entry) -> list[tuple[float, float, float, float]]:
+    """The box of all polygons of an annotation as (left, top, right, bottom), in a list; none for other masks."""
+    parts = entry.get("segmentation")
+    if not isinstance(parts, list) or not all(isinstance(part, array) and len(part) > 1 for part in parts):
+        return []
+    across, down = [x for part in parts for x in part[::2]], [y for part in parts for y in part[1::2]]
+    return [(min(across), min(down), max(across), max(down))] if across else []
+
+
+def _reach(entry: Entry, image: Entry) -> str:
+    """Where the polygons of an annotation lie, "" where they touch their image."""
+    for left, top, right, bottom in _outline_boxes(entry):
+        if right <= 0 or bottom <= 0 or left >= image["width"] or top >= image["height"]:
+            size = f"{image['width']}x{image['height']}"
+            return f"x {left:g} to {right:g} and y {top:g} to {bottom:g} in {size} pixels"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -245,13 +294,16 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
     used = {category_ids.number_of(one.get("category_id")) for one in entries}
     names = _check_categories(categories, used, name, report)
     groups: dict[int, list[Entry]] = {image["id"]: [] for image in images}
+    left_out: list[int] = []
     entries = _with_references(_with_annotation_ids(entries, name, report), image_ids, category_ids, name, report)
     for entry in _check_annotations(entries, name, report, images=image_ids.numbers, categories=names):
         image_id = first_entry.get(entry["image_id"], entry["image_id"])
-        if image_id in groups:  # else its image was reported and left out
+        if image_id in groups:
             groups[image_id].append(entry if image_id == entry["image_id"] else {**entry, "image_id": image_id})
+        else:
+            left_out.append(entry["id"])
     outside = {key: path for key, path in paths.items() if key in groups and not path.is_relative_to(folder)}
-    return FolderSplit(name, tuple(images), groups, names, folder, outside)
+    return FolderSplit(name, tuple(images), groups, names, folder, outside, left_out=left_out)
 
 
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:

@@ -258,14 +258,19 @@ def used_categories(
 # holding out a validation split
 
 
-def held_out(names: Sequence[str]) -> list[int]:
+def held_out(names: Sequence[str], annotated: Sequence[bool] | None = None) -> list[int]:
     """The indices of the images to hold out, in order: the fifth with the smallest SHA-256 of the name.
 
-    An image's choice hardly depends on the others, and not on their order. Of fewer than five images none is held out.
+    Images with objects, those that are `annotated`, have their share in it, and at least one if there are two. The
+    choice of an image hardly depends on the others, and not on their order. Of fewer than five images none is held out.
     """
     digests = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
     ranked = sorted(range(len(names)), key=lambda index: digests[index])
-    return sorted(ranked[: len(names) // _HELD_OUT])
+    total = len(names) // _HELD_OUT
+    first = [index for index in ranked if annotated is None or annotated[index]]
+    rest = [index for index in ranked if annotated is not None and not annotated[index]]
+    share = min(total, max(round(total * len(first) / max(1, len(names))), len(first) > 1))
+    return sorted([*first[:share], *rest[: total - share]])
 
 
 def lacks_validation(splits: Mapping[str, object]) -> bool:
@@ -275,8 +280,11 @@ def lacks_validation(splits: Mapping[str, object]) -> bool:
 
 def with_validation(splits: Mapping[str, Annotations]) -> dict[str, Annotations]:
     """The splits, with a `valid` held out of `train` where there is none."""
-    names = [image["file_name"] for image in splits["train"].images] if lacks_validation(splits) else []
-    chosen = set(held_out(names))
+    if not lacks_validation(splits):
+        return dict(splits)
+    images, annotations = splits["train"].images, splits["train"].annotations
+    annotated = [any(not entry.get("iscrowd") for entry in annotations.get(image["id"], [])) for image in images]
+    chosen = set(held_out([image["file_name"] for image in images], annotated))
     if not chosen:
         return dict(splits)
     train, valid = (_part(splits["train"], chosen, inside=inside) for inside in (False, True))
@@ -290,8 +298,11 @@ def _part(split: Annotations, chosen: set[int], *, inside: bool) -> Annotations:
 
 def rows_with_validation(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
     """The same for the rows of a Hub dataset, chosen by the file names that `m2f check` gives to their images."""
-    names = [f"{number}.png" for number in splits["train"]["image_id"]] if lacks_validation(splits) else []
-    chosen = held_out(names)
+    if not lacks_validation(splits):
+        return datasets.DatasetDict(splits)
+    names = [f"{number}.png" for number in splits["train"]["image_id"]]
+    objects = splits["train"].select_columns("objects")
+    chosen = held_out(names, [any(not one["iscrowd"] for one in row["objects"]) for row in objects])
     if not chosen:
         return datasets.DatasetDict(splits)
     rest = sorted(set(range(len(names))) - set(chosen))

@@ -51,16 +51,6 @@ KINDS: Mapping[str, Kind] = {
         "Nothing in it can be used for training.",
         "Follow the message, then run the check again.",
     ),
-    "missing-split": _error(
-        "split missing or empty",
-        "Training needs images to train on and others to evaluate on.",
-        "Add the split. Without a valid split, a fifth of the training images is held out if there are at least five.",
-    ),
-    "no-objects": _error(
-        "no objects to train or evaluate on",
-        "A split without objects can't be trained on and has no score.",
-        "Annotate objects in it.",
-    ),
     "bad-image-entry": _error(
         "invalid image entry",
         "Without an id, a file name and a size, the annotations of the image can't be placed.",
@@ -178,17 +168,32 @@ KINDS: Mapping[str, Kind] = {
         "Merge or rename them.",
         "merged",
     ),
+    "outside-image": _error(
+        "object outside of its image",
+        "It has no pixel: the outline belongs to another image or to another size of the image.",
+        "Scale the outlines to the images, or use the images that were annotated.",
+    ),
+    "missing-split": _error(
+        "split missing or empty",
+        "Training needs images to train on and others to evaluate on.",
+        "Add the split. Without a valid split, a fifth of the training images is held out if there are at least five.",
+    ),
+    "no-objects": _error(
+        "no objects to train or evaluate on",
+        "A split without objects can't be trained on and has no score.",
+        "Annotate objects in it.",
+    ),
     "duplicate-image": _warning(
         "duplicate image within a split",
         "It counts twice in training or in the score.",
         "Keep one of them.",
-        "the first is kept, unless the images differ by what could be an object",
+        "the first is kept with all objects, unless the images differ by what could be an object",
     ),
     "leakage": _warning(
         "same image in two splits",
         "Scores on images that were trained on are too high.",
-        "Keep it in one split.",
-        "removed from train, or from valid if it is in test, unless the images differ by what could be an object",
+        "Keep it in one split: `m2f check --fix FOLDER --remove_leaked` removes it from train, or from valid if test"
+        " has it.",
     ),
     "box-mismatch": _warning(
         "`bbox` doesn't match the mask",
@@ -204,10 +209,20 @@ KINDS: Mapping[str, Kind] = {
     ),
     "empty-mask": _warning(
         "empty mask",
-        "It has no pixel to train on and always counts as missed. The polygon lies outside its image or covers itself"
-        " twice.",
+        "It has no pixel to train on and always counts as missed. The polygon is too small or covers itself twice.",
         "Correct or remove the annotation.",
         "removed",
+    ),
+    "duplicate-object": _warning(
+        "object annotated twice",
+        "Another annotation of the image has the same mask and class; a model can't match both.",
+        "Keep one of them.",
+        "the first is kept",
+    ),
+    "object-of-two-classes": _warning(
+        "one mask with two classes",
+        "Annotations with the same mask contradict each other.",
+        "Keep the annotation of the right class.",
     ),
     "tiny-object": _warning(
         "object smaller than one cell of the mask logits",

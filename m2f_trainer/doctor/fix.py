@@ -1,70 +1,253 @@
-"""`m2f check --fix`: write a corrected copy of a dataset and a list of every change. The original is only read."""
+"""`m2f check --fix`: write a corrected copy of a dataset and a list of every change. The original is only read.
+
+The copy is examined before it appears: where it has an error, nothing is written.
+"""
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import Entry
+from m2f_trainer.data.dataset import held_out
 from m2f_trainer.data.images import open_image
-from m2f_trainer.data.problems import KINDS
+from m2f_trainer.data.problems import KINDS, Finding, listed
 from m2f_trainer.doctor.duplicates import same_in_detail
-from m2f_trainer.doctor.examine import Examination, ImageKey
+from m2f_trainer.doctor.examine import CLEAN, UNUSABLE, Examination, ImageKey, examine
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.errors import DataError
 
 CHANGES = "changes.json"
 _DUPLICATE_KINDS = ("duplicate-image", "leakage")
+_CONSEQUENCES = ("missing-split", "no-objects")  # which may be gone when other errors are corrected
 _KEEP_ORDER = ("test", "valid", "train")  # an image in several splits stays in the first of these
+_LOST_IMAGES = ("bad-image-entry", "missing-image", "bad-image", "wrong-image-size", "unsafe-path")
+_LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask")
+_SAME_BOX = 0.02  # of the image's sides: how far the boxes of one object in two duplicates may lie apart
 
 Change: TypeAlias = dict[str, Any]
 
 
-def repair(examination: Examination, target: Path) -> list[Change]:
+@dataclass(frozen=True)
+class Repair:
+    """What a corrected copy is.
+
+    Attributes:
+        changes: every change, also in the file changes.json
+        counts: by split, for "images", "objects" and "classes", how many the original has and how many the copy has
+        left_out: by split, the ids of the annotations that the copy lacks
+        dropped: splits without a usable image, which the copy lacks
+    """
+
+    changes: list[Change]
+    counts: Mapping[str, Mapping[str, tuple[int, int]]]
+    left_out: Mapping[str, Sequence[int | str]]
+    dropped: Sequence[str]
+
+    def to_text(self) -> str:
+        """The comparison with the original, for a terminal."""
+        lines = []
+        for split, counts in self.counts.items():
+            found = ", ".join(f"{after} of {before} {what}" for what, (before, after) in counts.items())
+            dropped = "; the split is dropped" if split in self.dropped else ""
+            lines.append(f"  {split}: {found}{dropped}")
+            if self.left_out[split]:
+                lines.append(f"    left out: annotations {listed(self.left_out[split])}")
+        return "\n".join(lines)
+
+
+def repair(examination: Examination, target: Path, remove_leaked: bool = False) -> Repair:
     """Write `target`/<split>/_annotations.coco.json with images beside it, and `target`/changes.json.
 
+    Args:
+        remove_leaked: whether an image that is in two splits is removed from all but the last of train, valid, test
+
     Raises:
-        DataError: `target` is not empty, or lies inside the dataset
+        DataError: `target` is not empty, or lies inside the dataset; or an error remains that can't be corrected
     """
     root = Path(examination.dataset).resolve()
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise DataError(f"{target}: expected a new or empty folder for the corrected copy. Name another one.")
     if target.resolve().is_relative_to(root):
         raise DataError(f"{target}: expected a folder outside the dataset {root}. Name another one.")
-    removed = _duplicates_to_remove(examination)
-    merged = _merged_categories(examination)
-    contents = {
-        split: _corrected_split(
-            examination, split, [scan for scan in scans if (split, scan.entry["id"]) not in removed], merged
+    _refuse(_without_fix(examination))
+    plan = _Plan(examination, remove_leaked)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    copy = staging / "copy"
+    try:
+        copy.mkdir()
+        for split, content in plan.contents.items():
+            if content["images"]:
+                _write_corrected(examination, split, {**content, "categories": plan.categories}, copy / split)
+        after = examine(copy, examination.settings)
+        if after.status != CLEAN:
+            _refuse(after.findings, examination)
+        changes = [*_finding_changes(examination), *plan.changes]
+        (copy / CHANGES).write_text(json.dumps(changes, indent=1, ensure_ascii=False), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        copy.rename(target)
+    finally:
+        shutil.rmtree(staging)
+    return _compared(examination, plan, changes)
+
+
+def can_be_corrected(examination: Examination) -> bool:
+    """Whether --fix corrects all errors but those that may follow from others."""
+    return examination.status != UNUSABLE and not _without_fix(examination)
+
+
+def _without_fix(examination: Examination) -> list[Finding]:
+    found = [one for one in examination.findings if one.severity == "error"]
+    return [one for one in found if not KINDS[one.kind].fix and one.kind not in _CONSEQUENCES]
+
+
+def _refuse(findings: Sequence[Finding], examination: Examination | None = None) -> None:
+    """Raise DataError for the errors among findings: of the original, or of the copy of an `examination`."""
+    errors = [one for one in findings if one.severity == "error"]
+    if not errors:
+        return
+    whose = "the corrected copy would have" if examination else "the dataset has"
+    found = [f"{KINDS[one.kind].title} ({one.count}): {one.message}" for one in errors]
+    raise DataError(
+        f"nothing is written: {whose} {len(errors)} error(s) that --fix can't correct. Correct them, then run the check"
+        " again:\n  " + "\n  ".join(found)
+    )
+
+
+class _Plan:
+    """The content of the copy: images and annotations by split, categories, and the changes that no finding names."""
+
+    def __init__(self, examination: Examination, remove_leaked: bool) -> None:
+        self.changes: list[Change] = []
+        self._examination = examination
+        self._category = _merged_categories(examination)
+        leaked = _leaked_images(examination) if remove_leaked else {}
+        for (split, image_id), (kept_split, kept_id) in leaked.items():
+            self._note(split, "leakage", image_id, f"removed: image {kept_id} of {kept_split!r} is the same")
+        self.contents = {
+            split: self._content(split, [scan for scan in scans if (split, scan.entry["id"]) not in leaked])
+            for split, scans in examination.scans.items()
+        }
+        if any(finding.kind == "held-out" for finding in examination.findings):
+            self._hold_out()
+        used = {entry["category_id"] for content in self.contents.values() for entry in content["annotations"]}
+        self.categories = [{"id": one.id, "name": one.name} for one in examination.categories if one.id in used]
+
+    def _hold_out(self) -> None:
+        """Choose the validation images among those that are left, where none with an object is left in it."""
+        train, valid = self.contents["train"], self.contents["valid"]
+        if any(not entry["iscrowd"] for entry in valid["annotations"]):
+            return
+        images, annotations = train["images"] + valid["images"], train["annotations"] + valid["annotations"]
+        targets = {entry["image_id"] for entry in annotations if not entry["iscrowd"]}
+        chosen = held_out([image["file_name"] for image in images], [image["id"] in targets for image in images])
+        ids = {images[index]["id"] for index in chosen}
+        for split, inside in (("train", False), ("valid", True)):
+            self.contents[split] = {
+                "images": [image for image in images if (image["id"] in ids) is inside],
+                "annotations": [entry for entry in annotations if (entry["image_id"] in ids) is inside],
+            }
+
+    def _note(self, split: str, kind: str, key: object, change: str) -> None:
+        name = self._examination.splits[split].name
+        self.changes.append({"file": name, "finding": kind, "id": key, "change": change})
+
+    def _content(self, split: str, scans: Sequence[Scan]) -> dict[str, list[Entry]]:
+        raw = {entry["id"]: entry for group in self._examination.splits[split].annotations.values() for entry in group}
+        by_id = {int(scan.entry["id"]): scan for scan in scans}
+        objects = {key: self._distinct(scan.objects) for key, scan in by_id.items()}
+        for first, other in self._duplicate_pairs(split, by_id):
+            moved = [
+                one for one in objects[other] if not self._is_among(one, by_id[other], objects[first], by_id[first])
+            ]
+            if moved and by_id[first].facts.digest != by_id[other].facts.digest:
+                continue  # its objects can't be moved to an image with other pixels: both stay
+            objects[first] += moved
+            gone = [one["id"] for one in objects.pop(other) if one not in moved]
+            what = f"removed: image {first} of {split!r} is the same"
+            what += f"; annotations moved to it: {listed([one['id'] for one in moved])}" if moved else ""
+            self._note(split, "duplicate-image", other, what)
+            for key in gone:
+                self._note(split, "duplicate-image", key, f"annotation removed: image {first} has the same object")
+        return {
+            "images": [by_id[key].entry for key in objects],
+            "annotations": [
+                {**_corrected_annotation(one, raw[one["id"]], self._category), "image_id": key}
+                for key, found in objects.items()
+                for one in found
+            ],
+        }
+
+    def _distinct(self, objects: Sequence[Entry]) -> list[Entry]:
+        """The objects with a pixel, each class and mask once."""
+        first: dict[tuple[object, ...], Entry] = {}
+        for one in objects:
+            if one["mask_area"]:
+                first.setdefault((one["counts"], self._category[one["category_id"]], one["iscrowd"]), one)
+        return list(first.values())
+
+    def _duplicate_pairs(self, split: str, scans: Mapping[int, Scan]) -> Iterator[tuple[int, int]]:
+        """(image that is kept, its duplicate) by image id, within a split."""
+        for group in self._examination.duplicates:
+            first, *others = sorted(key for name, key in group if name == split and key in scans) or [0]
+            kept = {scans[first].facts.digest: first} if others else {}
+            for other in others:
+                same_pixels = kept.setdefault(scans[other].facts.digest, other)
+                if same_pixels != other:
+                    yield same_pixels, other
+                elif _same_in_detail(scans[first], scans[other]):
+                    yield first, other
+
+    def _is_among(self, one: Entry, scan: Scan, others: Sequence[Entry], of: Scan) -> bool:
+        """Whether an object of an image is among the objects of its duplicate, perhaps at another scale."""
+        box = _relative_box(one, scan)
+        return any(
+            self._category[one["category_id"]] == self._category[other["category_id"]]
+            and one["iscrowd"] == other["iscrowd"]
+            and max(abs(a - b) for a, b in zip(box, _relative_box(other, of), strict=True)) < _SAME_BOX
+            for other in others
         )
-        for split, scans in examination.scans.items()
-    }
-    used = {entry["category_id"] for content in contents.values() for entry in content["annotations"]}
-    categories = [{"id": one.id, "name": one.name} for one in examination.categories if one.id in used]
-    for split, content in contents.items():
-        if content["images"]:
-            _write_corrected(examination, split, {**content, "categories": categories}, target / split)
-    changes = [*_finding_changes(examination), *_duplicate_changes(examination, removed)]
-    target.mkdir(parents=True, exist_ok=True)
-    (target / CHANGES).write_text(json.dumps(changes, indent=1, ensure_ascii=False), encoding="utf-8")
-    return changes
 
 
-def _duplicates_to_remove(examination: Examination) -> dict[ImageKey, ImageKey]:
-    """Images to remove, each with the duplicate that is kept: across splits, the one used for evaluation."""
-    scans = {(split, scan.entry["id"]): scan for split, found in examination.scans.items() for scan in found}
+def _relative_box(one: Entry, scan: Scan) -> list[float]:
+    x, y, width, height = one["mask_box"]
+    across, down = scan.entry["width"], scan.entry["height"]
+    return [x / across, y / down, (x + width) / across, (y + height) / down]
+
+
+def _same_in_detail(first: Scan, second: Scan) -> bool:
+    return same_in_detail(*(open_image(scan.source, f"image {scan.entry['id']}") for scan in (first, second)))
+
+
+def _leaked_images(examination: Examination) -> dict[ImageKey, ImageKey]:
+    """Images that are in a split that goes before theirs in `_KEEP_ORDER`, each with the one that is kept."""
+    scans = {(split, int(scan.entry["id"])): scan for split, found in examination.scans.items() for scan in found}
     removed: dict[ImageKey, ImageKey] = {}
     for group in examination.duplicates:
-        first, *others = sorted(group, key=lambda key: (_KEEP_ORDER.index(key[0]), key[1]))
-        kept = {scans[first].facts.digest: first}
-        for other in others:
-            same_pixels = kept.setdefault(scans[other].facts.digest, other)
-            if same_pixels != other:
-                removed[other] = same_pixels
-            elif same_in_detail(*(open_image(scans[key].source, f"image {key[1]}") for key in (first, other))):
-                removed[other] = first
+        kept: list[ImageKey] = []
+        for key in sorted(group, key=lambda key: (_KEEP_ORDER.index(key[0]), key[1])):
+            same = next(
+                (
+                    other
+                    for other in kept[:20]
+                    if other[0] != key[0]
+                    and (
+                        scans[other].facts.digest == scans[key].facts.digest
+                        or _same_in_detail(scans[other], scans[key])
+                    )
+                ),
+                None,
+            )
+            if same is None:
+                kept.append(key)
+            else:
+                removed[key] = same
     return removed
 
 
@@ -72,17 +255,6 @@ def _merged_categories(examination: Examination) -> dict[int, int]:
     """Category id -> the smallest id with the same name."""
     first: dict[str, int] = {}
     return {one.id: first.setdefault(normalized_name(one.name), one.id) for one in examination.categories}
-
-
-def _corrected_split(
-    examination: Examination, split: str, scans: Sequence[Scan], merged: Mapping[int, int]
-) -> dict[str, list[Entry]]:
-    raw = {entry["id"]: entry for group in examination.splits[split].annotations.values() for entry in group}
-    objects = [one for scan in scans for one in scan.objects if one["mask_area"]]
-    return {
-        "images": [scan.entry for scan in scans],
-        "annotations": [_corrected_annotation(one, raw[one["id"]], merged) for one in objects],
-    }
 
 
 def _corrected_annotation(one: Entry, raw: Entry, merged: Mapping[int, int]) -> Entry:
@@ -117,8 +289,33 @@ def _finding_changes(examination: Examination) -> Iterator[Change]:
             yield {"file": finding.file, "finding": finding.kind, "id": key, "change": fix}
 
 
-def _duplicate_changes(examination: Examination, removed: Mapping[ImageKey, ImageKey]) -> Iterator[Change]:
-    for (split, image_id), (kept_split, kept_id) in removed.items():
-        change = f"removed: image {kept_id} of {kept_split!r} is the same"
-        kind = "duplicate-image" if split == kept_split else "leakage"
-        yield {"file": examination.splits[split].name, "finding": kind, "id": image_id, "change": change}
+def _compared(examination: Examination, plan: _Plan, changes: list[Change]) -> Repair:
+    """The copy compared with the original: what each split had and has, and what it lacks."""
+    counts: dict[str, dict[str, tuple[int, int]]] = {}
+    left_out: dict[str, list[int | str]] = {}
+    written: dict[str, set[int]] = {}  # of each file: a held-out split is of the same file as the training split
+    for split, content in plan.contents.items():
+        written.setdefault(examination.splits[split].name, set()).update(one["id"] for one in content["annotations"])
+    for split, annotations in examination.splits.items():
+        content = plan.contents[split]
+        lost: dict[str, list[int | str]] = {"images": [], "objects": []}
+        first = next(key for key, other in examination.splits.items() if other.name == annotations.name)
+        for finding in examination.findings if split == first else ():
+            if finding.file == annotations.name:
+                lost["images"] += finding.ids if finding.kind in _LOST_IMAGES else []
+                lost["objects"] += finding.ids if finding.kind in _LOST_OBJECTS else []
+        entries = [entry for group in annotations.annotations.values() for entry in group]
+        gone = [entry["id"] for entry in entries if entry["id"] not in written[annotations.name]]
+        gone += [*(annotations.left_out if split == first else ()), *lost["objects"]]
+        left_out[split] = list(dict.fromkeys(gone))
+        before = {image["id"] for image in annotations.images} | set(lost["images"])
+        counts[split] = {
+            "images": (len(before), len(content["images"])),
+            "objects": (len(content["annotations"]) + len(left_out[split]), len(content["annotations"])),
+            "classes": (
+                len({entry["category_id"] for entry in entries}),
+                len({entry["category_id"] for entry in content["annotations"]}),
+            ),
+        }
+    dropped = [split for split, content in plan.contents.items() if not content["images"]]
+    return Repair(changes, counts, left_out, dropped)

@@ -65,6 +65,7 @@ def scan_split(split: SplitAnnotations, settings: Settings, report: Report) -> l
         objects = [
             _inspect_object(one, raw[one["id"]], entry, settings, report, split) for one in split.objects(entry, report)
         ]
+        _report_repeated_objects(objects, entry, report, split)
         if isinstance(facts, ImageError):
             report(kind_of(facts), split.name, [image_id], str(facts))
             continue
@@ -119,6 +120,25 @@ def _inspect_object(
         report(kind, split.name, [one["id"]], f"{split.annotation_name(one, image)}: {what}.", image["id"])
         measured["findings"].append(kind)
     return measured
+
+
+def _report_repeated_objects(objects: list[Entry], image: Entry, report: Report, split: SplitAnnotations) -> None:
+    """Report objects whose mask another object of the image has, too."""
+    first_of: dict[tuple[str, bool], dict[int, int]] = {}  # mask and crowd flag -> category id -> annotation id
+    for one in objects:
+        if not one["mask_area"]:
+            continue
+        first = first_of.setdefault((one["counts"], one["iscrowd"]), {})
+        where = split.annotation_name(one, image)
+        if one["category_id"] in first:
+            message = f"{where}: annotation {first[one['category_id']]} has the same mask and class."
+            report("duplicate-object", split.name, [one["id"]], message, image["id"])
+            continue
+        for category, other in list(first.items())[:1]:
+            names = f"{split.categories.get(category)!r}, this one {split.categories.get(one['category_id'])!r}"
+            message = f"{where}: annotation {other} has the same mask and is {names}."
+            report("object-of-two-classes", split.name, [other, one["id"]], message, image["id"])
+        first[one["category_id"]] = one["id"]
 
 
 def _object_findings(one: Entry, raw: Entry, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:

@@ -128,7 +128,7 @@ def test_boxes_without_outlines_are_refused_and_left_out_by_the_fix(tmp_path):
     root = write(tmp_path / "set", content(annotation(1), annotation(2, segmentation=[])))
     with pytest.raises(DataError, match=r"annotation 2 .*segmentation is empty. Add the polygon"):
         load_coco(root, cache_dir=tmp_path / "cache")
-    changes = repair(examine(root, SETTINGS), tmp_path / "corrected")
+    changes = repair(examine(root, SETTINGS), tmp_path / "corrected").changes
     assert [one["id"] for one in changes if one["finding"] == "bad-mask"] == [2]
 
 

@@ -157,8 +157,36 @@ def area_mismatch(coco, folder):
 def empty_mask(coco, folder):
     image = spare(coco, folder)
     one = {"image_id": image["id"], "category_id": common(coco)[0]["category_id"], "bbox": [0, 0, 0, 0]}
+    outline = [[9.1, 9.1, 9.2, 9.1, 9.2, 9.2]]
+    coco["annotations"].append({**one, "id": 10**6, "iscrowd": 0, "segmentation": outline})
+
+
+@plant
+def outside_image(coco, folder):
+    image = spare(coco, folder)
+    one = {"image_id": image["id"], "category_id": common(coco)[0]["category_id"], "bbox": [0, 0, 0, 0]}
     outline = [[-9, -9, -5, -9, -5, -5]]
     coco["annotations"].append({**one, "id": 10**6, "iscrowd": 0, "segmentation": outline})
+
+
+@plant
+def duplicate_object(coco, folder):
+    coco["annotations"].append({**common(coco)[0], "id": 10**6})
+
+
+@plant
+def object_of_two_classes(coco, folder):
+    """The class is added to every split, so that it is missing from none."""
+    paths = [path for path in folder.parent.glob("*/_annotations.coco.json") if path.parent != folder]
+    read = {path: json.loads(path.read_text()) for path in paths}
+    one = common(coco)[0]
+    for other in (coco, *read.values()):
+        other["categories"].append({"id": 10**6, "name": "unicorn"})
+        added = one if other is coco else {**common(other)[0], "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}
+        size = {} if other is coco else {"bbox": [5, 5, 20, 20], "area": 400}
+        other["annotations"].append({**added, **size, "id": 10**6, "category_id": 10**6})
+    for path, other in read.items():
+        path.write_text(json.dumps(other))
 
 
 @plant
@@ -223,7 +251,8 @@ def duplicate_category_name(coco, folder):
 @plant
 def many_instances(coco, folder):
     one = {"image_id": spare(coco, folder)["id"], "category_id": common(coco)[0]["category_id"], "iscrowd": 0}
-    outlines = ([[x, 9, x + 20, 9, x + 20, 29, x, 29]] for x in (k / 10 for k in range(1001)))
+    places = ((2 * (k % 60), 4 * (k // 60)) for k in range(1001))
+    outlines = ([[x, y, x + 20, y, x + 20, y + 20, x, y + 20]] for x, y in places)
     coco["annotations"] += [{**one, "id": 10**6 + k, "segmentation": outline} for k, outline in enumerate(outlines)]
 
 

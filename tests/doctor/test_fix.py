@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.cli.main import main
+from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.problems import KINDS
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
+from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
 from tests.data.folders import annotation, content, needs_real_data, write
+from tests.data.honest import SQUARE, base, dataset, objects, picture
 from tests.doctor.test_examine import PLANTS, change, copied
+
+SETTINGS = Settings(64, 64)
 
 
 @needs_real_data
@@ -21,7 +27,7 @@ def test_a_corrected_copy_is_clean_of_what_was_planted_and_the_original_is_untou
     root = copied("nuclei_tiny", tmp_path)
     change(root, kind)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    changes = repair(examine(root), tmp_path / "corrected")
+    changes = repair(examine(root), tmp_path / "corrected").changes
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     assert {one["finding"] for one in changes} == {kind}
     assert json.loads((tmp_path / "corrected/changes.json").read_text()) == changes
@@ -47,9 +53,11 @@ def test_frames_of_one_scene_that_differ_by_an_object_all_stay(tmp_path):
             Image.fromarray(frame).save(tmp_path / "set" / split / f"{k}.png")
     examination = examine(tmp_path / "set")
     assert len(examination.duplicates[0]) > 5, "alike"
-    changes = repair(examination, tmp_path / "fixed")
-    assert [(one["finding"], one["id"]) for one in changes] == [("duplicate-image", 3)]
-    assert [len(images) for images in examine(tmp_path / "fixed").scans.values()] == [4, 3]
+    changes = repair(examination, tmp_path / "fixed").changes
+    assert [(one["finding"], one["id"]) for one in changes if "image 0" in one["change"]] == [
+        ("duplicate-image", 3)
+    ] * 4
+    assert [len(images) for images in examine(tmp_path / "fixed").scans.values()] == [3, 3]
 
 
 def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
@@ -58,3 +66,107 @@ def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
         repair(examine(root), root)
     with pytest.raises(DataError, match="expected a folder outside the dataset"):
         repair(examine(root), root / "corrected")
+
+
+def test_the_copy_is_compared_with_the_original_id_by_id(tmp_path):
+    def damage(coco):
+        coco["annotations"][0]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+        coco["annotations"][1]["category_id"] = 9
+        coco["annotations"].append({**coco["annotations"][2], "id": 30})
+
+    root = dataset(tmp_path / "set", damage)
+    (root / "images/img_5.png").unlink()
+    done = repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert sorted(key for ids in done.left_out.values() for key in ids) == [1, 2, 6, 30]
+    assert [sum(counts["objects"][k] for counts in done.counts.values()) for k in (0, 1)] == [7, 3]
+    assert [sum(counts["images"][k] for counts in done.counts.values()) for k in (0, 1)] == [6, 5]
+    assert "left out: annotations" in done.to_text()
+    assert {(one["finding"], one["id"]) for one in done.changes} >= {
+        ("bad-mask", 1),
+        ("unknown-category", 2),
+        ("duplicate-object", 30),
+        ("missing-image", 6),
+    }
+    assert len(objects(tmp_path / "copy", tmp_path / "cache")) == 3
+
+
+UNMENDABLE = {
+    "outlines of larger images": lambda coco: [
+        one.update(segmentation=[[40, 30, 90, 30, 90, 80, 40, 80]]) for one in coco["annotations"]
+    ],
+    "two names for one id": lambda coco: coco["categories"].append({"id": 1, "name": "wall"}),
+    "no object is left": lambda coco: [one.update(segmentation=[]) for one in coco["annotations"]],
+    "too few images are left": lambda coco: [one.update(file_name=f"{k}.png") for k, one in enumerate(coco["images"])],
+}
+
+
+@pytest.mark.parametrize("case", UNMENDABLE)
+def test_nothing_is_written_while_an_error_remains(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    root = dataset(tmp_path / "set", UNMENDABLE[case])
+    if case == "too few images are left":
+        (root / "images/img_0.png").rename(root / "images/0.png")
+    with pytest.raises(DataError, match=r"nothing is written: .* error\(s\) that --fix can't correct"):
+        repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["set"]
+    assert main(["check", str(root), "--fix", str(tmp_path / "copy")]) != 0
+    assert "m2f train" not in "".join(capsys.readouterr())
+
+
+def test_outlines_of_larger_images_are_an_error_with_the_factor(tmp_path):
+    root = dataset(tmp_path / "set", UNMENDABLE["outlines of larger images"])
+    with pytest.raises(DataError, match=r"x 40 to 90 and y 30 to 80 in 20x16 pixels\. .*reduced.*to 1/5 of their size"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    (error,) = [one for one in examine(root, SETTINGS).findings if one.kind == "outside-image"]
+    assert error.ids == [1, 2, 3, 4, 5, 6] or len(error.ids) == 6
+
+
+def test_objects_of_two_files_with_the_same_pixels_all_stay(tmp_path):
+    def listed_twice(coco):
+        coco["images"] += [{**one, "id": one["id"] + 10, "file_name": f"b{one['file_name']}"} for one in coco["images"]]
+        moved = [[value + 6 if k % 2 == 0 else value for k, value in enumerate(SQUARE)]]
+        more = [{**one, "id": one["id"] + 10, "image_id": one["image_id"] + 10} for one in coco["annotations"]]
+        coco["annotations"] += [{**one, "segmentation": moved, "bbox": [8, 3, 10, 8]} for one in more]
+
+    root = dataset(tmp_path / "set", listed_twice)
+    for image in base()["images"]:
+        (root / "images" / f"b{image['file_name']}").write_bytes((root / "images" / image["file_name"]).read_bytes())
+    masks = sorted(str(mask) for _, _, mask in objects(root, tmp_path / "cache"))
+    repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert sorted(str(mask) for _, _, mask in objects(tmp_path / "copy", tmp_path / "cache")) == masks
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_images_of_two_splits_are_only_removed_when_asked_for(remove, tmp_path):
+    root = tmp_path / "set"
+    for split in ("train", "valid"):
+        coco = base()
+        own = [
+            *coco["images"][:3],
+            *({**one, "file_name": f"{split}{k}.png"} for k, one in enumerate(coco["images"][3:])),
+        ]
+        for image in own:
+            picture(root / split / image["file_name"])
+        (root / split / "_annotations.coco.json").write_text(json.dumps({**coco, "images": own}))
+    done = repair(examine(root, SETTINGS), tmp_path / "copy", remove_leaked=remove)
+    assert {split: counts["objects"] for split, counts in done.counts.items()} == {
+        "train": (6, 3 if remove else 6),
+        "valid": (6, 6),
+    }
+    assert done.left_out["train"] == ([1, 2, 3] if remove else [])
+
+
+def test_a_split_without_usable_images_is_named_as_dropped(tmp_path):
+    root = tmp_path / "set"
+    for split in ("train", "valid", "test"):
+        coco = base()
+        for image in coco["images"]:
+            image["file_name"] = f"{split}_{image['file_name']}"
+            if split != "test":
+                picture(root / split / image["file_name"])
+        (root / split).mkdir(exist_ok=True)
+        (root / split / "_annotations.coco.json").write_text(json.dumps(coco))
+    done = repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert list(done.dropped) == ["test"]
+    assert "test: 0 of 6 images, 0 of 6 objects, 0 of 1 classes; the split is dropped" in done.to_text()
+    assert not (tmp_path / "copy/test").exists()
