@@ -8,26 +8,30 @@ import pytest
 from m2f_trainer.cli.main import main
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.problems import Finding
 from m2f_trainer.doctor import examine, summary
 
 
 @pytest.mark.parametrize(
-    ("status", "step"),
+    ("status", "kind", "step"),
     [
-        (0, "m2f train --dataset_name 'my coco'"),
-        (1, "m2f check 'my coco' --fix corrected"),
-        (examine.UNUSABLE, "m2f check 'my coco'"),
+        (0, "", "m2f train --dataset_name 'my coco'"),
+        (1, "bad-mask", "m2f check 'my coco' --fix corrected"),
+        (1, "outside-image", ""),
+        (examine.UNUSABLE, "unusable", ""),
     ],
 )
 def test_the_next_step_depends_on_what_was_found(
-    status: int, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    status: int, kind: str, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examine, "examine", lambda *_: SimpleNamespace(status=status, files=""))
+    findings = [Finding(kind, "a.json", "message")] if kind else []
+    result = SimpleNamespace(status=status, files="", findings=findings)
+    monkeypatch.setattr(examine, "examine", lambda *_: result)
     monkeypatch.setattr(summary, "summary_text", lambda result: f"status {result.status}")
     assert main(["check", "my coco"]) == status
     out = capsys.readouterr().out
     assert out.startswith(f"status {status}\n")
-    assert out.endswith(f"Next:\n  {step}\n")
+    assert out.endswith(f"Next:\n  {step}\n") if step else "Next" not in out
 
 
 def test_the_files_are_printed_and_given_ones_stay_in_the_next_step(
