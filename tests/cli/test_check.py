@@ -7,8 +7,8 @@ import pytest
 
 from m2f_trainer.cli.main import main
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.problems import Finding
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor import examine, summary
 
 
