@@ -57,7 +57,7 @@ def cut(found: Instances, places: list[Box]) -> Iterator[Instances]:
         size, kept, rles = (bottom - top, right - left), [], []
         for index in near.tolist():
             x0, y0, x1, y1 = intersection(tuple(boxes[index].tolist()), (left, top, right, bottom))
-            runs = rle.read_own(found.rles[index]["counts"])
+            runs = rle.read_runs_of_any_size(found.rles[index]["counts"])
             mask = np.zeros(size, np.uint8, order="F")
             mask[y0 - top : y1 - top, x0 - left : x1 - left] = rle.paint(runs, (x0, y0, x1, y1), found.size[0])
             if mask.any():

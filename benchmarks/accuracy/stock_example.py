@@ -32,7 +32,7 @@ from m2f_trainer.data.images import open_image
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.masks.segmentation import decode
 from m2f_trainer.model.backbones import load_pretrained
-from m2f_trainer.training.prepare import first
+from m2f_trainer.training.prepare import first_rows
 
 TAPS = ["stage3", "stage6", "stage9", "stage12"]
 
@@ -112,7 +112,7 @@ def train_example(
     )  # fmt: skip
     samples = ExampleDataset(splits["train"], processor, augment=True)
     Trainer(model=model, args=arguments, train_dataset=samples, data_collator=collate).train()
-    valid = first(splits["valid"], recipe.get("max_eval_samples"))
+    valid = first_rows(splits["valid"], recipe.get("max_eval_samples"))
     return score(model, ExampleDataset(valid, processor, augment=False))
 
 

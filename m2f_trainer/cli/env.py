@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-    used_for = {name: f"{found(name)}  ({use})" for name, use in OPTIONAL.items()}
+    used_for = {name: f"{installed_version(name)}  ({use})" for name, use in OPTIONAL.items()}
     caches = {"models": HF_HUB_CACHE, "datasets": str(HF_DATASETS_CACHE), "offline": "yes" if HF_HUB_OFFLINE else "no"}
     system = {"m2f_trainer": __version__, "python": platform.python_version(), "system": platform.platform()}
     for title, rows in (
-        ("versions", {**system, **{name: found(name) for name in REQUIRED}}),
+        ("versions", {**system, **{name: installed_version(name) for name in REQUIRED}}),
         ("devices", dict(devices())),
         ("optional packages", used_for),
         ("caches (set HF_HOME to move them)", caches),
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         say("\n".join([f"{title}:", *(f"  {name:<16} {value}" for name, value in rows.items()), ""]))
 
 
-def found(package: str) -> str:
+def installed_version(package: str) -> str:
     """The version of an installed package, or "-"."""
     try:
         return importlib.metadata.version(package)

@@ -177,7 +177,7 @@ def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLim
         size = max(size, float(model_logits[1].abs().max()))
         original.logits.clear()
         exported.logits.clear()
-    overlaps = np.concatenate([best_overlaps(*pair) for pair in zip(*predictions, strict=True)])
+    overlaps = np.concatenate([best_ious(*pair) for pair in zip(*predictions, strict=True)])
     scorer = CocoMap(rows)
     classes, masks = np.max(differences, axis=0).tolist()
     parity = Parity(
@@ -214,7 +214,7 @@ def other_size_difference(original: Runner, exported: Runner) -> float:
     return _largest_difference(original.run(pixels, valid)[1], exported.run(pixels, valid)[1])
 
 
-def best_overlaps(reference: Instances, other: Instances) -> NDArray[np.float64]:
+def best_ious(reference: Instances, other: Instances) -> NDArray[np.float64]:
     """The highest IoU (n,) of each instance of `reference` above `COMPARED` with one of its class in `other`."""
     kept = reference.above(COMPARED)
     if not len(kept) or not len(other):

@@ -148,7 +148,7 @@ class Instances:
 
     def _bitmap(self, index: int) -> tuple[Box, Bitmap]:
         """The tight box of a mask, x0, y0, x1, y1, and the mask within it, so that many small objects stay cheap."""
-        runs = rle.read_own(self.rles[index]["counts"])
+        runs = rle.read_runs_of_any_size(self.rles[index]["counts"])
         box = rle.box_of(runs, self.size[0])
         return box, rle.paint(runs, box, self.size[0])
 

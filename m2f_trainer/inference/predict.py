@@ -62,7 +62,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     named = zip(paths, picture_names(paths), strict=True)
-    jobs = [Job(path, output_dir, name, _key(model, path, options)) for path, name in named]
+    jobs = [Job(path, output_dir, name, _job_key(model, path, options)) for path, name in named]
     predictor = Predictor.from_pretrained(model)
     predictor.tiling = tiling_for(predictor, options)
     left = [job for job in jobs if load_records(job.part, job.key) is None]
@@ -93,7 +93,7 @@ class Job:
         return self.folder / PARTS / f"{self.name}.json"
 
 
-def _key(model: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
+def _job_key(model: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
     weights = Path(model, "model.safetensors")
     changed = [stat.st_mtime_ns for file in (weights, path) if file.is_file() and (stat := file.stat())]
     return (model, str(path), *changed, options.threshold, options.tile, options.overlap)

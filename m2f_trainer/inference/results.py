@@ -41,7 +41,7 @@ def record_of(file_name: str, instances: Instances) -> Record:
     entries = []
     for entry, box in zip(instances.to_coco(), instances.boxes.tolist(), strict=True):
         del entry["image_id"]
-        area = rle.area(rle.read_own(entry["segmentation"]["counts"]))
+        area = rle.area(rle.read_runs_of_any_size(entry["segmentation"]["counts"]))
         entries.append({**entry, "bbox": box, "area": area})
     return Record(file_name, height, width, entries)
 
@@ -112,6 +112,6 @@ def _names_below(records: Sequence[Record]) -> list[str]:
 
 
 def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:
-    runs, height = rle.read_own(segmentation["counts"]), segmentation["size"][0]
+    runs, height = rle.read_runs_of_any_size(segmentation["counts"]), segmentation["size"][0]
     box = rle.box_of(runs, height)
     return mask_to_polygons(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []

@@ -42,7 +42,7 @@ def read_runs(counts: str | bytes, height: int, width: int, where: str = "RLE") 
     return _check_runs(runs, height, width, where)
 
 
-def read_own(counts: str | bytes) -> Runs:
+def read_runs_of_any_size(counts: str | bytes) -> Runs:
     """The runs of a compressed RLE that this package wrote itself, for an image of any size.
 
     Raises:

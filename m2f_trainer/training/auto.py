@@ -98,7 +98,7 @@ def images_per_device(build: Callable[[], M2FModel], rows: InstanceDataset, trai
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     samples = samples_with_most_objects(rows, limit)
-    found = largest(lambda images: fits(model, samples[:images], train), limit)
+    found = largest_power_of_two(lambda images: fits(model, samples[:images], train), limit)
     if dist.is_initialized():
         least = torch.tensor(found, device=train.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -108,7 +108,7 @@ def images_per_device(build: Callable[[], M2FModel], rows: InstanceDataset, trai
     return found
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
+def largest_power_of_two(fits: Callable[[int], bool], limit: int) -> int:
     """The largest power of two up to `limit` that fits, found by doubling or halving from 4; 0 if 1 does not fit."""
     images = min(FIRST_TRY, 1 << int(math.log2(limit)))
     if not fits(images):

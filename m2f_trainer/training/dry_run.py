@@ -182,7 +182,7 @@ def plan_text(plan: Plan) -> str:
         (group["name"], f"{group['params']:,}", f"{group['lr']:.2e}", f"{group['weight_decay']:g}")
         for group in plan.groups
     ]
-    table = columns([("group", "parameters", "learning rate", "weight decay"), *groups])
+    table = aligned_columns([("group", "parameters", "learning rate", "weight decay"), *groups])
     parts = [counts, table, steps_text(plan), curve_text(plan), memory_text(plan), resolved_text(plan.train)]
     return "\n\n".join([*parts, "This was a dry run: nothing was trained, and nothing written."])
 
@@ -229,7 +229,7 @@ def curve_text(plan: Plan) -> str:
         rows.append((at, f"{rate * head(step):.2e}", f"{rate * multiplier * backbone(step):.2e}"))
     trains = any(group["name"] not in ("neck and head", "backbone LoRA") for group in plan.groups)
     heads = ("at step" if minutes is None else "at minute", "learning rate", "of the backbone")
-    return columns([row if trains else row[:2] for row in [heads, *rows]])
+    return aligned_columns([row if trains else row[:2] for row in [heads, *rows]])
 
 
 def memory_text(plan: Plan) -> str:
@@ -243,7 +243,7 @@ def memory_text(plan: Plan) -> str:
     shared = "weights, gradients and optimiser" if plan.train.fsdp else "gradients and optimiser (ZeRO 2)"
     sharded = f"\nUnsharded: each of N devices will hold about 1/N of {shared}."
     return (
-        f"about {memory.total(images) / GIGA:.1f} GB of memory a device\n{columns(rows)}\n"
+        f"about {memory.total(images) / GIGA:.1f} GB of memory per device\n{aligned_columns(rows)}\n"
         f"Activations: what autograd keeps of two small images with {plan.instances} objects each, extrapolated\n"
         "to the full size. The rest is counted. A device's context and workspaces come on top: allow a fifth more."
         + ("\nWith gradient_checkpointing the activations take less." if plan.train.gradient_checkpointing else "")
@@ -254,10 +254,10 @@ def memory_text(plan: Plan) -> str:
 def resolved_text(train: TrainArguments) -> str:
     """The training fields that affect results, with defaults and "auto" resolved."""
     values = {name: vars(train)[name] for name, row in options_of(type(train)).items() if row.changes_results}
-    return columns([(name, str(getattr(value, "value", value))) for name, value in values.items()])
+    return aligned_columns([(name, str(getattr(value, "value", value))) for name, value in values.items()])
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
+def aligned_columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in columns: the first flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -118,7 +118,7 @@ class AllViews(Dataset[dict[str, Any]]):
         return self.dataset.sample(index, view)
 
 
-def cached(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArguments) -> CachedViews:
+def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArguments) -> CachedViews:
     """The dataset with its backbone maps, which are computed and stored in the run's folder unless they are there.
 
     `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
@@ -127,15 +127,15 @@ def cached(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArg
     folder, encoder = Path(str(args.output_dir), FEATURE_CACHE), model.encoder.to(args.device)
     shapes = map_shapes(encoder, transform.size)
     maps = MapFile(folder / MAPS, len(dataset), views, shapes)
-    key = json.dumps({"shapes": shapes, "views": views, "of": identity(dataset, encoder)})
+    key = json.dumps({"shapes": shapes, "views": views, "of": cache_key(dataset, encoder)})
     state = PartialState()
     there = (folder / KEY).is_file() and (folder / KEY).read_text(encoding="utf-8") == key
     state.wait_for_everyone()
     if not there:
         if state.is_main_process:
-            make_room(maps)
+            allocate(maps)
         state.wait_for_everyone()
-        compute(dataset, model, maps, args)
+        compute_maps(dataset, model, maps, args)
         state.wait_for_everyone()
         if state.is_main_process:
             write_atomically(folder / KEY, key)
@@ -151,7 +151,7 @@ def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]
     return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in found)
 
 
-def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
+def cache_key(dataset: InstanceDataset, encoder: Encoder) -> str:
     """SHA-256 of everything the maps depend on: backbone weights, annotations and augmentation settings."""
     total = hashlib.sha256()
     for name, tensor in encoder.backbone.state_dict().items():
@@ -161,7 +161,7 @@ def identity(dataset: InstanceDataset, encoder: Encoder) -> str:
     return total.hexdigest()
 
 
-def make_room(maps: MapFile) -> None:
+def allocate(maps: MapFile) -> None:
     """Log the size of the file and allocate it. Raises DataError if the disk has no room for it."""
     folder = maps.path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def make_room(maps: MapFile) -> None:
 
 
 @torch.no_grad()
-def compute(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: TrainArguments) -> None:
+def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: TrainArguments) -> None:
     """Run the backbone over this rank's share of all views, and write the maps.
 
     In bfloat16, which the file has anyway, where the recipe or the CPU's units say so; small images many at a time.

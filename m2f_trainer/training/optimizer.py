@@ -180,7 +180,7 @@ def rate_shape(arguments: TrainArguments, total: int) -> RateShape:
     return RateShape(steps, arguments.get_warmup_steps(total), milestones)
 
 
-def shaped(schedule: LRScheduler, arguments: TrainingArguments, total: int) -> LRScheduler:
+def with_rate_shape(schedule: LRScheduler, arguments: TrainingArguments, total: int) -> LRScheduler:
     """A schedule of transformers with the recipe's shape multiplied in, for a run of `total` optimiser steps.
 
     It is returned as it is where the recipe has no shape, or where it is not defined by factors (ReduceLROnPlateau).

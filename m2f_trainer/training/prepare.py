@@ -26,7 +26,7 @@ from m2f_trainer.model.build import build_model
 from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import RECIPE
-from m2f_trainer.training.feature_cache import cached
+from m2f_trainer.training.feature_cache import with_cached_maps
 
 logger = logging.getLogger(__name__)
 NAMED = 5
@@ -51,12 +51,12 @@ def load_data(data: DataArguments) -> Data:
     splits = load_dataset(str(data.dataset_name), data.annotations, data.images)
     scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
     check_dataset(splits, train="train", evaluation=scored)
-    train = first(splits["train"], data.max_train_samples)
-    test = first(splits["test"], data.max_eval_samples) if "test" in splits else None
-    return Data(train, first(splits["valid"], data.max_eval_samples), test, categories_of(train))
+    train = first_rows(splits["train"], data.max_train_samples)
+    test = first_rows(splits["test"], data.max_eval_samples) if "test" in splits else None
+    return Data(train, first_rows(splits["valid"], data.max_eval_samples), test, categories_of(train))
 
 
-def first(rows: Dataset, limit: int | None) -> Dataset:
+def first_rows(rows: Dataset, limit: int | None) -> Dataset:
     """The first `limit` rows, or all."""
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
@@ -96,7 +96,7 @@ def with_feature_cache(
     samples: InstanceDataset, model: M2FModel, views: int | None, args: TrainArguments
 ) -> InstanceDataset:
     """The samples with precomputed features of a frozen backbone for `views` views of each; None for none."""
-    return samples if views is None else cached(samples, model, views, args)
+    return samples if views is None else with_cached_maps(samples, model, views, args)
 
 
 def train_transform(data: DataArguments, seed: int) -> TrainTransform:

@@ -46,7 +46,7 @@ from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_u
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
 from m2f_trainer.training.data_workers import Watched, watch
 from m2f_trainer.training.ema import Average, averaged
-from m2f_trainer.training.optimizer import build_optimizer, shaped
+from m2f_trainer.training.optimizer import build_optimizer, with_rate_shape
 from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
 
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
@@ -123,7 +123,7 @@ class M2FTrainer(Trainer):
         """transformers' schedule with the recipe's own factors, unless one was given to the constructor."""
         if self.lr_scheduler is None:
             schedule: Any = super().create_scheduler(num_training_steps, optimizer)
-            self.lr_scheduler = shaped(schedule, self.args, num_training_steps)  # type: ignore[assignment]
+            self.lr_scheduler = with_rate_shape(schedule, self.args, num_training_steps)  # type: ignore[assignment]
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:

@@ -42,4 +42,4 @@ def test_versions_devices_packages_and_caches_are_printed_without_tokens(
 
 
 def test_a_package_that_is_not_installed_has_a_dash() -> None:
-    assert env.found("no-such-package-of-ours") == "-"
+    assert env.installed_version("no-such-package-of-ours") == "-"

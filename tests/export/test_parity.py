@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m2f_trainer.cli import main as cli
 from m2f_trainer.export import parity
-from m2f_trainer.export.parity import FULL, ModelRunner, ParityLimits, Runner, best_overlaps, check_export
+from m2f_trainer.export.parity import FULL, ModelRunner, ParityLimits, Runner, best_ious, check_export
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.model.mask2former import M2FConfig
 from tests.export.models import SMALL, model_of
@@ -87,6 +87,6 @@ def test_each_instance_is_compared_with_the_best_of_its_class() -> None:
         return Instances(0, np.array(categories), np.array(scores), chosen, tight_boxes(chosen), (20, 20))
 
     reference = instances([1, 1], [0, 1], [0.9, 0.04])  # the second scores too low to be compared
-    assert best_overlaps(reference, instances([1, 2], [1, 2], [0.9, 0.8])).tolist() == [0.8]
-    assert best_overlaps(reference, instances([2], [2], [0.9])).tolist() == [0.0]
-    assert best_overlaps(reference, instances([], [], [])).tolist() == [0.0]
+    assert best_ious(reference, instances([1, 2], [1, 2], [0.9, 0.8])).tolist() == [0.8]
+    assert best_ious(reference, instances([2], [2], [0.9])).tolist() == [0.0]
+    assert best_ious(reference, instances([], [], [])).tolist() == [0.0]

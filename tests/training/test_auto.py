@@ -49,7 +49,7 @@ def test_the_largest_power_of_two_that_fits_is_found_and_nothing_is_tried_twice(
     room: int, limit: int, found: int
 ) -> None:
     tried: list[int] = []
-    assert automatic.largest(lambda images: not tried.append(images) and images <= room, limit) == found  # type: ignore[func-returns-value]
+    assert automatic.largest_power_of_two(lambda images: not tried.append(images) and images <= room, limit) == found  # type: ignore[func-returns-value]
     assert len(tried) == len(set(tried))
     assert max(tried) <= limit
 

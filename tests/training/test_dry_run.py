@@ -10,7 +10,7 @@ import torch
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.lora import set_tuning
-from m2f_trainer.training.dry_run import activations, columns, estimate, kept_bytes, plan
+from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, kept_bytes, plan
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
@@ -45,7 +45,7 @@ def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert rates == pytest.approx(expected, rel=1e-2)
     assert f"10 {top:.2e} 0.00e+00" in text, "at step 10 the head is warm, and the backbone stands still"
     assert f"learning_rate {top}" in text
-    assert "GB of memory a device" in text
+    assert "GB of memory per device" in text
 
 
 def test_half_epochs_make_as_many_steps_as_the_trainer_takes() -> None:
@@ -81,5 +81,5 @@ def test_activations_extrapolated_from_small_images_are_those_of_the_full_size(t
 
 
 def test_columns_are_flush() -> None:
-    assert columns([("a", "b"), ("long", "1234")]) == "a        b\nlong  1234"
-    assert json.dumps(columns([("a",)])) == '"a"'
+    assert aligned_columns([("a", "b"), ("long", "1234")]) == "a        b\nlong  1234"
+    assert json.dumps(aligned_columns([("a",)])) == '"a"'

@@ -19,7 +19,7 @@ from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training import feature_cache
-from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, cached
+from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, with_cached_maps
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
@@ -40,7 +40,7 @@ def both(rows: Any, folder: Path, views: int = 2) -> tuple[InstanceDataset, Cach
     model = tiny_model(categories=[vars(one) for one in categories]).train()
     set_tuning(model, "frozen")
     plain = InstanceDataset(rows, TrainTransform(64, 64, color_jitter=0.4, copy_paste=0.5), categories)
-    return plain, cached(plain, model, views, Arguments(str(folder), torch.device("cpu"))), model
+    return plain, with_cached_maps(plain, model, views, Arguments(str(folder), torch.device("cpu"))), model
 
 
 def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
@@ -115,7 +115,7 @@ def test_features_of_tiles_are_kept_for_each_view_of_a_tile(rows: Any, tmp_path:
     model = tiny_model(categories=[vars(one) for one in categories]).train()
     set_tuning(model, "frozen")
     plain = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories, limit=2)
-    kept = cached(plain, model, 3, Arguments(str(tmp_path), torch.device("cpu")))
+    kept = with_cached_maps(plain, model, 3, Arguments(str(tmp_path), torch.device("cpu")))
     assert len(kept) == len(plain) == 6
     for epoch in (1, 2, 4):
         plain.set_epoch(epoch % 3)

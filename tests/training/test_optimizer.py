@@ -10,7 +10,7 @@ from transformers import get_scheduler
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.lora import LoraSettings, set_tuning
-from m2f_trainer.training.optimizer import Rates, parameter_groups, rate_factors, shaped, undecayed
+from m2f_trainer.training.optimizer import Rates, parameter_groups, rate_factors, undecayed, with_rate_shape
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, tiny_model
 
 UNDECAYED = (
@@ -133,7 +133,7 @@ def test_a_schedule_has_the_rates_of_the_factors_and_resumes_at_any_step() -> No
         weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
         named = zip(weights, ("neck and head", "backbone"), strict=True)
         optimizer = torch.optim.SGD([{"params": [weight], "name": name} for weight, name in named], lr=1.0)
-        schedule = shaped(get_scheduler(given.lr_scheduler_type, optimizer, 10, STEPS), given, STEPS)
+        schedule = with_rate_shape(get_scheduler(given.lr_scheduler_type, optimizer, 10, STEPS), given, STEPS)
         assert isinstance(schedule, LambdaLR)
         return schedule
 
@@ -153,7 +153,7 @@ def test_a_schedule_has_the_rates_of_the_factors_and_resumes_at_any_step() -> No
 
 def test_a_schedule_without_a_shape_is_the_one_of_transformers() -> None:
     schedule = get_scheduler("cosine", torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), 10, STEPS)
-    assert shaped(schedule, arguments(lr_scheduler_type="cosine"), STEPS) is schedule
+    assert with_rate_shape(schedule, arguments(lr_scheduler_type="cosine"), STEPS) is schedule
 
 
 def test_step_is_the_originals_schedule_and_milestones_are_shares() -> None:

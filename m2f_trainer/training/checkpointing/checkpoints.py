@@ -119,12 +119,12 @@ def staged(trainer: Trainer) -> Iterator[Path]:
         trainer.accelerator.wait_for_everyone()
         _point_at_best(trainer.state, output / f"checkpoint-{step}")
         if args.should_save:
-            _finish(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
+            _complete(trainer, staging / f"checkpoint-{step}", output / f"checkpoint-{step}")
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise TrainingError(
-            f"checkpoint {step} could not be written ({error}): {_space(output)}. The checkpoints before it are as "
-            "they were: free some space, or lower save_total_limit, and run again with --resume_from_checkpoint true"
+            f"checkpoint {step} could not be written ({error}): {_free_space(output)}. Earlier checkpoints are "
+            "unchanged: free some space, or lower save_total_limit, and run again with --resume_from_checkpoint true"
         ) from error
     finally:
         args.output_dir = str(output)
@@ -138,7 +138,7 @@ def _point_at_best(state: TrainerState, final: Path) -> None:
         state.best_model_checkpoint = str(best)
 
 
-def _finish(trainer: Trainer, written: Path, final: Path) -> None:
+def _complete(trainer: Trainer, written: Path, final: Path) -> None:
     """Write state and manifest, and rename the folder."""
     state = trainer.state
     state.save_to_json(str(written / STATE))
@@ -233,12 +233,12 @@ def require_space(folder: Path, need: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < need * 1.02 + 2**20:
         raise TrainingError(
-            f"disk full: a checkpoint needs {need / 1e6:.0f} MB, and {_space(folder)}. Free some space, or lower "
+            f"disk full: a checkpoint needs {need / 1e6:.0f} MB, and {_free_space(folder)}. Free some space, or lower "
             "save_total_limit, and run again with --resume_from_checkpoint true"
         )
 
 
-def _space(folder: Path) -> str:
+def _free_space(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
 
 
@@ -255,18 +255,18 @@ def run_lock(output_dir: Path, held: bool = True) -> Iterator[None]:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK).open("a+", encoding="utf-8") as file:
-        _take(file, output_dir)
-        former = _holder(file)
+        _acquire(file, output_dir)
+        former = _lock_holder(file)
         if former is not None:
             logger.warning("%s: took over from a run that is gone (%s)", output_dir, former)
-        _write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        _replace_content(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         try:
             yield
         finally:
-            _write(file, "")
+            _replace_content(file, "")
 
 
-def _take(file: TextIO, output_dir: Path) -> None:
+def _acquire(file: TextIO, output_dir: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -274,18 +274,18 @@ def _take(file: TextIO, output_dir: Path) -> None:
             logger.warning("%s: no locks here (%s), so a second run would not be noticed", output_dir, error)
             return
         raise TrainingError(
-            f"{output_dir} is in use by another run ({_holder(file) or 'just starting'}). Wait for it, stop it, or "
-            "give another output_dir"
+            f"{output_dir} is in use by another run ({_lock_holder(file) or 'just starting'}). Wait for it, stop "
+            "it, or give another output_dir"
         ) from error
 
 
-def _write(file: TextIO, text: str) -> None:
+def _replace_content(file: TextIO, text: str) -> None:
     file.truncate(0)
     file.write(text)
     file.flush()
 
 
-def _holder(file: TextIO) -> str | None:
+def _lock_holder(file: TextIO) -> str | None:
     """The process that wrote the lock file, None if empty. Opening it again and closing it would release the lock."""
     file.seek(0)
     text = file.read()

@@ -45,7 +45,7 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
         clear_for_new_run(output_dir, arguments.overwrite_output_dir or restarted())
         return None
     if isinstance(resume, str) and resume != "auto":
-        return _sound(Path(resume))
+        return _undamaged(Path(resume))
     found = newest_complete(output_dir)
     if found is None and resume is True:
         raise CheckpointError(
@@ -83,7 +83,7 @@ def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def _sound(folder: Path) -> Path:
+def _undamaged(folder: Path) -> Path:
     reason = damage(folder) if folder.is_dir() else "there is no such folder"
     if checkpoints(folder):
         reason = f"it is a run's folder, and not one of its checkpoints, such as {checkpoints(folder)[-1][1].name}"
@@ -94,7 +94,7 @@ def _sound(folder: Path) -> Path:
     return folder
 
 
-def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> bool:
+def check_changes(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> bool:
     """Whether settings have changed since the checkpoint. Raises CheckpointError with a list of changes not allowed."""
     path = checkpoint / FINGERPRINT
     if not path.is_file():
@@ -122,10 +122,10 @@ def accept(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> boo
 def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> Path | None:
     """The folder that the Trainer resumes from: the checkpoint, or an adapted copy where settings have changed.
 
-    Raises CheckpointError where they must not change, see `accept`.
+    Raises CheckpointError where they must not change, see `check_changes`.
     """
-    if checkpoint is not None and accept(checkpoint, facts, arguments.allow_changes):
-        return adapt(checkpoint, Path(arguments.output_dir or "."), facts)
+    if checkpoint is not None and check_changes(checkpoint, facts, arguments.allow_changes):
+        return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts)
     return checkpoint
 
 
@@ -148,7 +148,7 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
     return [Resumed(step), *([NewSettings()] if start.name == RESUME_STAGING else [])]
 
 
-def adapt(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
+def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
     """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
     Where the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is

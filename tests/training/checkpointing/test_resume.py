@@ -61,7 +61,7 @@ def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: P
 def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3, valid_data="old")
     for data, best in (("old", 2), ("new", None)):
-        adapted = resume.adapt(folder, tmp_path, {**FACTS, "valid_data": data})
+        adapted = resume.adapted_copy(folder, tmp_path, {**FACTS, "valid_data": data})
         state = json.loads((adapted / STATE).read_text())
         assert (state["best_global_step"], state["log_history"]) == (best, [1])
 
@@ -83,22 +83,22 @@ def test_a_process_that_torchrun_restarted_resumes_by_itself(tmp_path: Path, mon
 
 def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 4)
-    assert not resume.accept(folder, FACTS, allow_changes=False)
+    assert not resume.check_changes(folder, FACTS, allow_changes=False)
     changed = {**FACTS, "world_size": 2, "train_images": 11}
     with pytest.raises(CheckpointError, match=r"train_images was 10, is 11; world_size was 1, is 2. Set them back"):
-        resume.accept(folder, changed, allow_changes=False)
-    assert resume.accept(folder, changed, allow_changes=True)
+        resume.check_changes(folder, changed, allow_changes=False)
+    assert resume.check_changes(folder, changed, allow_changes=True)
     with pytest.raises(CheckpointError, match=r"of another model or engine: tune was 'lora', is 'full'. Start"):
-        resume.accept(folder, {**FACTS, "tune": "full"}, allow_changes=True)
+        resume.check_changes(folder, {**FACTS, "tune": "full"}, allow_changes=True)
     (folder / FINGERPRINT).unlink()
     with pytest.raises(CheckpointError, match=r"has no fingerprint.json"):
-        resume.accept(folder, FACTS, allow_changes=True)
+        resume.check_changes(folder, FACTS, allow_changes=True)
 
 
 def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 6)
     (folder / "optimizer.pt").write_bytes(b"1")
-    adapted = resume.adapt(folder, tmp_path, {**FACTS, "per_device_train_batch_size": 1})
+    adapted = resume.adapted_copy(folder, tmp_path, {**FACTS, "per_device_train_batch_size": 1})
     state = json.loads((adapted / STATE).read_text())
     assert (state["global_step"], state["epoch"], state["best_global_step"]) == (12, 1.2, None)
     assert (adapted / "optimizer.pt").read_bytes() == b"1"
