@@ -1,6 +1,7 @@
 """The files of a dataset folder: list those that aren't hidden, unpack gzipped ones, recognise JSON by its keys."""
 
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -53,12 +54,11 @@ def subfolders(folder: Path) -> list[Path]:
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The visible files below a folder with one of these suffixes (in lower case), in the order of their paths."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if not any(map(is_hidden, (path, *_folders_between(folder, path)))))
-
-
-def _folders_between(folder: Path, path: Path) -> list[Path]:
-    return list(path.relative_to(folder).parents)[:-1]
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        found += [Path(place, name) for name in files if name.lower().endswith(suffixes)]
+    return sorted(path for path in found if not is_hidden(path))
 
 
 def json_files(folder: Path) -> list[Path]:

@@ -109,8 +109,10 @@ class Layout:
         formats = ", ".join(dict.fromkeys(files.format for files in self.splits))
         lines = [f"dataset {self.root} ({formats}):"]
         for files in self.splits:
-            images = Path(os.path.commonpath(folders.get(files.split) or files.image_folders[:1]))
-            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {relative(images, base)}")
+            places = sorted(folders.get(files.split) or files.image_folders[:1])
+            places = places if len(places) <= _LISTED else [Path(os.path.commonpath(places))]
+            images = ", ".join(relative(place, base) for place in places)
+            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {images}")
         aside = self.aside(folders)
         if aside:
             more = f" and {len(aside) - _LISTED} more" if len(aside) > _LISTED else ""

@@ -26,7 +26,7 @@ from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.images import SUFFIXES, image_size, open_stored
 from m2f_trainer.data.layouts import SplitFiles, by_split, split_of
-from m2f_trainer.data.problems import Report, listed, raise_problem
+from m2f_trainer.data.problems import Key, Report, listed, raise_problem
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import MAX_PIXELS, brief, write_counts
 
@@ -55,8 +55,13 @@ def find_mask_images(root: Path) -> tuple[SplitFiles, ...]:
         DataError: some masks are in folders of splits and some are not
     """
     masks, images = _masks_and_images(root)
-    splits = {_split(path, root) for path in masks}
-    return by_split(root, masks, "masks") if masks and splits <= {_split(path, root) for path in images} else ()
+    if not masks or not _pair(masks, images, root, "", pass_over):
+        return ()
+    return by_split(root, masks, "masks")
+
+
+def pass_over(kind: str, file: object, ids: Sequence[Key], message: str, image: int | None = None) -> None:
+    """The `Report` that ignores every problem."""
 
 
 def _split(path: Path, root: Path) -> str | None:

@@ -1,6 +1,7 @@
 """`m2f check`: read all of a dataset and collect every problem, continuing after each where that is possible."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -105,11 +106,18 @@ def _read_splits(
         try:
             found = read_split(files, report)
             splits[files.split] = found
-            folders[files.split] = {(found.folder / image["file_name"]).parent for image in found.images}
+            folders[files.split] = set(_folders(found))
         except DataError as error:
             report("unusable", files.annotations, [], str(error))
     read_from = layout.describe(folders)
     return _hold_out(splits, report) if len(splits) == len(layout.splits) else splits, read_from
+
+
+def _folders(split: SplitAnnotations) -> Iterator[Path]:
+    """The folder of each image whose file name is allowed."""
+    for image in split.images:
+        with contextlib.suppress(DataError):  # reported when the image is examined
+            yield Path(split.source(image)["path"]).parent
 
 
 def _hold_out(splits: Mapping[str, SplitAnnotations], report: Report) -> dict[str, SplitAnnotations]:

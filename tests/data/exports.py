@@ -195,7 +195,8 @@ def train_and_val_files_in_the_folder(root: Path) -> Path:
     return root
 
 
-def _coco(names: Sequence[str], **image: Any) -> dict[str, Any]:
+def coco(names: Sequence[str], **image: Any) -> dict[str, Any]:
+    """COCO with the square as the object of each image."""
     return {
         "info": {"description": "", "year": "", "version": ""},
         "licenses": [],
@@ -215,7 +216,7 @@ def fiftyone(root: Path) -> Path:
     for split, numbers in (("train", range(5)), ("validation", range(5, 7))):
         names = [f"{k:06}.png" for k in numbers]
         pictures(root / split / "data", names)
-        dump(root / split / "labels.json", _coco(names))
+        dump(root / split / "labels.json", coco(names))
     return root
 
 
@@ -225,7 +226,7 @@ def fiftyone_with_labels_apart(root: Path) -> Path:
     for split, numbers in (("train", range(5)), ("val", range(5, 7))):
         names = [f"{k:06}.png" for k in numbers]
         pictures(root / "data" / split, names)
-        dump(root / "labels" / f"{split}.json", _coco(names))
+        dump(root / "labels" / f"{split}.json", coco(names))
     return root
 
 
@@ -234,7 +235,7 @@ def supervisely(root: Path) -> Path:
     """Export to COCO: a project with one folder a dataset."""
     names = [f"IMG_{k}.png" for k in range(6)]
     pictures(root / "123_cells/ds0/images", names)
-    dump(root / "123_cells/ds0/annotations/instances.json", _coco(names))
+    dump(root / "123_cells/ds0/annotations/instances.json", coco(names))
     return root
 
 
@@ -244,7 +245,7 @@ def datumaro(root: Path) -> Path:
     for split, numbers in (("train", range(5)), ("val", range(5, 7))):
         names = [f"{k}.png" for k in numbers]
         pictures(root / "images" / split, names)
-        dump(root / f"annotations/instances_{split}.json", _coco(names, license=0, flickr_url="", coco_url=""))
+        dump(root / f"annotations/instances_{split}.json", coco(names, license=0, flickr_url="", coco_url=""))
     return root
 
 

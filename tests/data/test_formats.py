@@ -102,6 +102,13 @@ def test_other_formats_are_refused_by_name_with_what_converts_them(name, tmp_pat
     assert str(tmp_path / "set") in str(error.value)
 
 
+def test_images_of_segments_below_annotations_are_no_masks_of_objects(tmp_path):
+    pictures(tmp_path / "set", ["val2017/a.png", "annotations/panoptic_val2017/a.png"])
+    (tmp_path / "set/annotations/panoptic_val2017.json").write_text(json.dumps(OTHERS["COCO panoptic"][1]))
+    with pytest.raises(DataError, match="its format is COCO panoptic"):
+        find_splits(tmp_path / "set")
+
+
 def test_an_archive_is_refused_with_the_advice_to_unpack_it(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
     with pytest.raises(DataError, match=r"archive, which is not read\. Unpack it"):
