@@ -40,7 +40,7 @@ def test_a_recipe_loads_and_survives_saving(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)
-def test_a_published_recipe_trains_on_sixteen_images_a_step_at_the_learning_rate_meant_for_them(path: Path) -> None:
+def test_a_published_recipe_has_sixteen_images_per_step_and_their_learning_rate(path: Path) -> None:
     recipe = load_recipe([str(path), "--dataset_name", "coco"])
     train = recipe.train
     assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16

@@ -24,7 +24,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_written_into_folders_that_are_missing_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+def test_a_file_is_written_into_missing_folders_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = write_atomically(tmp_path / "new" / "a.txt", "one\r\ntwo\n")
     assert path.read_bytes() == b"one\r\ntwo\n"
     assert names(path.parent) == ["a.txt"]

@@ -69,7 +69,7 @@ def test_one_image_alone_is_prepared_as_a_row_is():
 
 
 @pytest.mark.parametrize("side", [40, 61, 150])
-def test_an_image_is_resized_as_pillow_does_exactly_for_evaluation_and_to_a_level_for_training(side):
+def test_images_are_resized_as_by_pillow_and_to_within_a_level_for_training(side):
     image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     values, _, _ = EvalTransform(side, side).prepare(image)

@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
 
 
 @needs_real_data
-def test_photos_are_known_again_after_scaling_and_compression(photos):
+def test_photos_are_recognised_after_scaling_and_compression(photos):
     for photo in photos[:8]:
         half = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.LANCZOS)
         forms = [stored(photo), stored(photo, "JPEG", quality=40), stored(half), stored(photo.convert("L"))]
@@ -37,7 +37,7 @@ def test_photos_are_known_again_after_scaling_and_compression(photos):
 
 
 @needs_real_data
-def test_different_photos_and_their_mirror_images_are_told_apart(photos):
+def test_different_photos_and_their_mirror_images_are_no_duplicates(photos):
     mirrored = [photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for photo in photos]
     assert list(find_duplicates([stored(photo) for photo in [*photos, *mirrored]])) == []
 

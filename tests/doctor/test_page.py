@@ -83,7 +83,7 @@ def test_json_holds_summary_and_findings(root):
     assert all(finding[key] for key in ("title", "message", "why", "remedy", "fix"))
 
 
-def test_the_command_tells_by_its_exit_status_and_writes_what_it_was_asked_for(root, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_its_outputs_and_its_exit_status_shows_errors(root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--image_height", "64", "--image_width", "64", "--num_queries", "20"]
     page, fixed = tmp_path / "page.html", tmp_path / "fixed"

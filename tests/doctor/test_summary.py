@@ -24,7 +24,7 @@ def test_the_summary_counts_what_the_set_holds(tmp_path):
     assert sum(count for _, count in told["image_sizes"]) == 16
 
 
-def test_counts_of_classes_stand_in_one_column_whatever_the_length_of_a_name(tmp_path):
+def test_counts_of_classes_are_in_one_column_whatever_the_length_of_a_name(tmp_path):
     name = "non-building-infrastructure"
     coco = content(annotation(), annotation(2, category_id=6))
     coco["categories"].append({"id": 6, "name": name})

@@ -88,7 +88,7 @@ def test_every_way_to_train_resumes_exactly(name: str, data: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", REAL_CASES)
 @pytest.mark.parametrize("augmentation", ["none", "strong"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_real_model_on_real_images_resumes_exactly_in_the_middle_and_at_the_end_of_an_epoch(
+def test_a_real_run_resumes_exactly_in_the_middle_and_at_the_end_of_an_epoch(
     workers: int, augmentation: str, name: str, tmp_path: Path
 ) -> None:
     dataset, fields = REAL_CASES[name]

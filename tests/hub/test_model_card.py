@@ -25,7 +25,7 @@ def card_of(folder: Path) -> ModelCard:
     return ModelCard(write_card(folder).read_text(encoding="utf-8"), ignore_metadata_errors=False)
 
 
-def test_the_card_tells_task_library_and_figures_in_model_index_form(tmp_path: Path) -> None:
+def test_the_card_has_task_library_and_figures_in_model_index_form(tmp_path: Path) -> None:
     data = card_of(write_model(tmp_path / "run")).data
     assert data.pipeline_tag == "image-segmentation"
     assert {"image-segmentation", "instance-segmentation", "mask2former", "dinov2"} <= set(data.tags)
@@ -132,7 +132,7 @@ def test_the_card_shows_the_best_and_the_worst_images_only_where_asked_for(tmp_p
             assert not picture.getexif()
 
 
-def test_the_card_tells_what_goes_wrong_and_what_its_figures_rest_on(tmp_path: Path) -> None:
+def test_the_card_shows_error_types_and_how_uncertain_its_figures_are(tmp_path: Path) -> None:
     text = write_card(scored(tmp_path)).read_text(encoding="utf-8")
     assert re.search(r"^\| missed \| [1-9]\d* \| \d", text, flags=re.MULTILINE)
     assert "| background |" not in text
@@ -141,7 +141,7 @@ def test_the_card_tells_what_goes_wrong_and_what_its_figures_rest_on(tmp_path: P
     assert "| class | mask AP (valid) | objects (valid) | AP50 | best threshold |" in text
 
 
-def test_the_card_tells_data_time_hardware_and_software(tmp_path: Path) -> None:
+def test_the_card_names_data_time_hardware_and_software(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     cost = {"seconds": 7384.2, "peak_memory": 3 * 2**29, "processes": 2, "hardware": "a GPU", "software": "torch 2"}
     state = {"global_step": 1800, "epoch": 15.5, "stateful_callbacks": {"Cost": {"args": {}, "attributes": cost}}}
@@ -180,7 +180,7 @@ def test_a_randomly_initialised_backbone_is_not_called_by_the_default_name(tmp_p
     assert '"hidden_size": 32' in text
 
 
-def test_the_card_of_an_adapter_alone_tells_how_to_put_it_on_its_backbone(tmp_path: Path) -> None:
+def test_the_card_of_an_adapter_alone_shows_how_to_load_it_on_its_backbone(tmp_path: Path) -> None:
     text = write_card(write_model(tmp_path / "run"), CardOptions("me/pets", adapter_only=True)).read_text(
         encoding="utf-8"
     )
@@ -195,7 +195,7 @@ def test_a_card_knows_whether_someone_has_changed_it(tmp_path: Path) -> None:
         assert not is_untouched(changed)
 
 
-def test_the_folder_of_a_backbone_is_not_told(tmp_path: Path) -> None:
+def test_the_folder_of_a_backbone_is_not_published(tmp_path: Path) -> None:
     text = write_card(write_model(tmp_path / "run", backbone_name="/home/someone/vit")).read_text(encoding="utf-8")
     assert "| vit |" in text
     assert "someone" not in text

@@ -178,7 +178,7 @@ def test_a_fragment_is_believed_only_in_its_tiles_own_part() -> None:
     assert len(found_in(pixels, 40, 0.25, Seer(blind=1))) == 1
 
 
-def test_own_parts_cover_an_image_without_gap_or_overlap_and_tiles_share_what_was_asked() -> None:
+def test_cores_partition_an_image_and_tiles_share_the_overlap_asked_for() -> None:
     for size, tile, overlap in (((97, 203), 50, 0.2), ((1, 1), 8, 0.0), ((64, 65), 64, 0.4), ((30, 300), 64, 0.49)):
         tiles = lay_tiles(size, tile, overlap)
         covered = np.zeros(size, int)

@@ -55,7 +55,7 @@ def tiffs(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_a_tiff_shows_the_same_by_windows_as_whole_whatever_its_colours_and_compression(tmp_path: Path) -> None:
+def test_a_tiff_of_any_colours_and_compression_is_the_same_by_windows_as_whole(tmp_path: Path) -> None:
     for path in tiffs(tmp_path):
         windows = open_windows(path)
         height, width = windows.size
@@ -93,7 +93,7 @@ def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
         open_windows(tmp_path / "a.tif")
 
 
-def test_an_image_too_large_to_be_decoded_is_sent_to_the_format_that_is_read_by_windows(
+def test_an_image_too_large_to_decode_is_refused_with_the_format_to_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)

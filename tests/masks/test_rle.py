@@ -25,7 +25,7 @@ def filled(box: rle.Box) -> NDArray[np.bool_]:
     return dense
 
 
-def test_the_intersection_of_boxes_holds_the_pixels_of_both_and_the_union_all_of_them() -> None:
+def test_intersection_and_union_of_boxes_are_those_of_their_pixels() -> None:
     corners = np.sort(np.random.default_rng(0).integers(0, 20, (200, 2, 2, 2)), axis=2)  # pair, box, corner, (x, y)
     for first, second in corners.tolist():
         one, other = ((x0, y0, x1 + 1, y1 + 1) for (x0, y0), (x1, y1) in (first, second))

@@ -59,7 +59,7 @@ def outputs(model: M2FModel, pixels: torch.Tensor) -> torch.Tensor:
         return model.eval()(pixels).masks_queries_logits
 
 
-def test_the_adapter_neck_sees_what_lies_inside_one_patch_where_the_pyramid_of_a_blind_backbone_does_not() -> None:
+def test_the_adapter_neck_sees_details_inside_a_patch_and_the_pyramid_does_not() -> None:
     pixels = images(1)
     swapped = pixels.clone()
     swapped[..., :8, :8] = pixels[..., :8, :8].flip(-1)

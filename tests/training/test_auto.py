@@ -54,7 +54,7 @@ def test_the_largest_power_of_two_that_fits_is_found_and_nothing_is_tried_twice(
     assert max(tried) <= limit
 
 
-def test_a_trial_is_a_real_step_that_leaves_the_weights_alone_and_takes_the_fullest_images(tmp_path: Path) -> None:
+def test_a_trial_step_takes_the_images_with_most_objects_and_changes_no_weight(tmp_path: Path) -> None:
     recipe = load_recipe([str(write_tiny(tmp_path))])
     rows = load_coco(tmp_path / "data")["train"]
     categories = categories_of(rows)
@@ -84,7 +84,7 @@ def test_a_device_that_holds_no_image_is_an_error_with_levers(monkeypatch: pytes
         automatic.images_per_device(tiny_model, dataset, OnAnother(), 16)  # type: ignore[arg-type]
 
 
-def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(
+def test_a_run_saves_and_logs_the_values_of_auto_and_a_resumed_one_keeps_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = dict.fromkeys(AUTOMATIC, "auto")
@@ -111,7 +111,7 @@ def test_a_run_saves_and_tells_what_auto_was_and_a_resumed_one_keeps_it(
     assert {name: ({**vars(again.train), **vars(again.model)})[name] for name in AUTOMATIC} == pytest.approx(expected)
 
 
-def test_auto_is_a_word_of_four_fields_on_the_command_line_and_in_json_and_of_no_other() -> None:
+def test_auto_is_accepted_by_four_fields_and_by_no_other() -> None:
     given = [token for name in AUTOMATIC for token in (f"--{name}", "auto")]
     recipe = load_recipe(["--dataset_name", "coco", *given])
     assert all(({**vars(recipe.train), **vars(recipe.model)})[name] == "auto" for name in AUTOMATIC)

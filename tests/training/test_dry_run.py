@@ -15,7 +15,7 @@ from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
 
-def test_a_dry_run_tells_groups_counts_steps_rates_and_memory_and_writes_nothing(
+def test_a_dry_run_shows_groups_counts_steps_rates_and_memory_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_tiny(
@@ -53,14 +53,14 @@ def test_half_epochs_make_as_many_steps_as_the_trainer_takes() -> None:
     assert plan(tiny_model(), train, images=5, instances=1).steps == 3
 
 
-def test_a_dry_run_says_what_sharding_would_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_what_sharding_would_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_tiny(tmp_path, max_steps=2)
     for options, told in (([], False), (["--fsdp", "true"], True)):
         assert cli.main(["train", str(recipe), "--dry_run", *options]) == 0
         assert ("Unsharded: each of N devices" in capsys.readouterr().out) == told
 
 
-def test_parameters_are_counted_and_a_frozen_backbone_has_neither_gradients_nor_moments() -> None:
+def test_a_frozen_backbone_counts_as_parameters_without_gradients_and_moments() -> None:
     model = tiny_model()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     set_tuning(model, "frozen")

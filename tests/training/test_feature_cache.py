@@ -137,7 +137,7 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
     assert third.maps.path.stat().st_size == written.st_size // 2 * 3
 
 
-def test_a_disk_without_room_is_told_before_anything_is_computed(
+def test_a_full_disk_is_an_error_before_anything_is_computed(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = namedtuple("disk", "total used free")(10**6, 10**6 - 1000, 1000)

@@ -74,7 +74,7 @@ def test_lora_factors_learn_at_the_full_rate_and_a_frozen_backbone_is_left_out()
         ),
     ],
 )
-def test_with_layer_decay_each_layer_learns_slower_than_the_one_above_and_the_embeddings_slowest(
+def test_with_layer_decay_each_layer_learns_slower_than_the_one_above(
     backbone: object, shares: dict[str, float]
 ) -> None:
     model = tiny_model(backbone, image_size=(56, 56) if backbone is DINOV2 else (64, 64))

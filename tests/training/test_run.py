@@ -108,7 +108,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(finished_run: Path
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_a_tiled_model_predicts_in_tiles_unless_it_is_told_otherwise(tiled_run: Path, tmp_path: Path) -> None:
+def test_a_tiled_model_predicts_in_its_tiles_unless_others_are_given(tiled_run: Path, tmp_path: Path) -> None:
     def found(name: str, **options: Any) -> Any:
         out = predict_folder(
             str(tiled_run / "run"), [tiled_run / "data" / "valid"], tmp_path / name, PredictOptions(0.02, **options)

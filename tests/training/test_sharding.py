@@ -71,7 +71,7 @@ def test_what_deepspeed_would_drop_or_spoil_is_refused(config: Any, fields: Any,
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed here")
-def test_deepspeed_that_is_not_installed_is_told_with_the_way_out() -> None:
+def test_missing_deepspeed_is_an_error_with_advice() -> None:
     with pytest.raises(RecipeError, match=r"pip install .*deepspeed.* --fsdp true"):
         arguments(deepspeed="recipes/engines/deepspeed_zero2.json")
 

@@ -35,7 +35,7 @@ def test_a_model_saved_by_hand_has_no_pickle_beside_it(tmp_path: Path) -> None:
         load_model(str(folder))
 
 
-def test_the_trainers_own_upload_of_the_whole_folder_is_refused_with_the_way_that_sends_the_model_alone(
+def test_the_trainers_own_upload_is_refused_with_the_command_to_use_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "logs.txt").write_text("stays here")
@@ -84,7 +84,7 @@ def test_the_trainer_keeps_the_loss_since_the_last_log_where_the_guard_reads_it(
     assert "self._tr_loss +=" in inspect.getsource(Trainer._run_epoch)
 
 
-def test_a_trainer_makes_our_parameter_groups_and_the_schedule_with_the_recipes_factors(tmp_path: Path) -> None:
+def test_a_trainer_makes_our_parameter_groups_and_the_recipes_schedule(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, warmup_steps=0, lr_scheduler_type="constant_with_warmup", lr_milestones=[0.5])
     trainer.create_optimizer_and_scheduler(10)
     groups = trainer.optimizer.param_groups

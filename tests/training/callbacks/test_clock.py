@@ -78,7 +78,7 @@ def test_the_run_ends_evaluated_and_saved_when_its_minutes_are_over() -> None:
     assert run.control.should_save
 
 
-def test_what_passed_before_the_first_step_counts_and_the_forecast_goes_by_the_steps_alone() -> None:
+def test_time_before_the_first_step_counts_but_not_in_the_forecast() -> None:
     time = Time()
     run = Run(time, Clock(10, passed=300, now=time))
     for _ in range(10):

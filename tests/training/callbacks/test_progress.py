@@ -66,7 +66,7 @@ NO: Any = None
 BAR, CONTROL = re.compile(r"\d+%\|"), re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
-def test_the_table_of_an_evaluation_tells_step_and_memory_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_an_evaluation_shows_step_and_memory_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=2, max_steps=9)
     ClassTable().on_evaluate(NO, state, NO, metrics={"eval_map": 0.5, "eval_map_class/cat": 0.25, "eval_runtime": 61.0})
     out = capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_the_table_of_an_evaluation_tells_step_and_memory_in_plain_text(capsys: 
     assert not CONTROL.search(out)
 
 
-def test_a_line_tells_loss_rate_time_left_wait_and_memory(
+def test_a_line_shows_loss_rate_time_left_wait_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -137,7 +137,7 @@ def everything(terminal: int) -> Iterator[str]:
             yield data.decode(errors="replace")
 
 
-def test_time_goes_on_where_a_run_resumes_and_says_on_what() -> None:
+def test_a_resumed_run_continues_the_count_of_time_and_names_the_hardware() -> None:
     args: Any = SimpleNamespace(world_size=4)
     no: Any = None
     first = Cost()

@@ -75,7 +75,7 @@ def test_a_checkpoint_without_an_evaluation_of_its_own_step_says_so() -> None:
     assert figures_of_step({"eval_map": 0.5, "step": 4}, 5) == {"step": 5, "evaluated": False}
 
 
-def test_a_stop_between_evaluations_costs_no_evaluated_checkpoint_and_leaves_none_of_its_own(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_stop_replaces_no_evaluated_one_and_is_removed_later(tmp_path: Path) -> None:
     def save(step: int, evaluated: bool, best: int | None = None) -> list[int]:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -115,7 +115,9 @@ def test_a_held_folder_is_refused_with_process_and_host(tmp_path: Path) -> None:
     assert in_another_process(tmp_path) == "held"
 
 
-def test_a_lock_that_nobody_holds_is_taken_over_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_that_nobody_holds_is_taken_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere"}')
     with run_lock(tmp_path):
         assert "took over from a run that is gone (process 1 on elsewhere)" in caplog.text

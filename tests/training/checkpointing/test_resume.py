@@ -95,7 +95,7 @@ def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path)
         resume.check_changes(folder, FACTS, allow_changes=True)
 
 
-def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
+def test_the_adapted_checkpoint_recounts_its_step_and_links_the_other_files(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 6)
     (folder / "optimizer.pt").write_bytes(b"1")
     adapted = resume.adapted_copy(folder, tmp_path, {**FACTS, "per_device_train_batch_size": 1})
@@ -105,7 +105,7 @@ def test_the_stand_in_counts_anew_and_links_the_rest(tmp_path: Path) -> None:
     assert json.loads((folder / STATE).read_text())["global_step"] == 6
 
 
-def test_a_resumed_run_reads_the_layers_of_its_checkpoint_whatever_the_default_is_by_now(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_layers_of_its_checkpoint_not_the_new_default(tmp_path: Path) -> None:
     tiny_model(taps=(2,)).save_pretrained(tmp_path)
     assert resume.with_checkpoint_taps(ModelArguments(), tmp_path).pyramid_taps == [2]
     assert resume.with_checkpoint_taps(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
