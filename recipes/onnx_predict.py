@@ -10,8 +10,6 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-THRESHOLD = 0.5
-
 
 def prepare(image, height, width):
     """The image within the network's frame: pixels (1, 3, H, W), mask (1, H, W), and its (h, w) in the frame."""
@@ -34,7 +32,7 @@ def resize(values, size):
 
 
 def predict(session, constants, image):
-    """Yields (category, score, mask (H, W)) of the instances above the threshold, best class probability first."""
+    """Yields (category, score, mask (H, W)) of the instances above their class's threshold, likeliest class first."""
     before, after = constants["preprocessing"], constants["postprocessing"]
     frame = before["image_height"], before["image_width"]
     pixels, mask, (h, w) = prepare(image, *frame)
@@ -42,10 +40,12 @@ def predict(session, constants, image):
     odds = np.exp(classes[0] - classes[0].max(1, keepdims=True))
     pairs = (odds / odds.sum(1, keepdims=True))[:, :-1]  # the last column is no object
     best = np.argsort(-pairs, axis=None)[: after["top_k"]]
-    for query, label in np.transpose(np.unravel_index(best[pairs.flat[best] > THRESHOLD], pairs.shape)):
+    for query, label in np.transpose(np.unravel_index(best, pairs.shape)):
+        if pairs[query, label] <= (lowest := after["thresholds"][label]):
+            continue
         logits = resize(resize(masks[0, query], frame)[:h, :w], (image.height, image.width))
         inside = logits > after["mask_threshold"]
-        if inside.any() and (score := pairs[query, label] * (1 / (1 + np.exp(-logits[inside]))).mean()) > THRESHOLD:
+        if inside.any() and (score := pairs[query, label] * (1 / (1 + np.exp(-logits[inside]))).mean()) > lowest:
             yield after["categories"][label], float(score), inside
 
 

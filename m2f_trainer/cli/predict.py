@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from m2f_trainer.cli.console import natural_int, positive_int, say, suggest
 
@@ -13,10 +14,15 @@ DESCRIPTION = (
     "interruption, the same command continues where it stopped."
 )
 EXAMPLES = (
-    "m2f predict runs/first photos/ --recursive --threshold 0.5",
+    "m2f predict runs/first photos/ --recursive",
     "m2f predict runs/first slide.tif --tile 1024",
     "m2f predict runs/first new/*.jpg --format coco_dataset    # drafts to correct in an annotation tool",
 )
+
+
+def threshold(text: str) -> float | Literal["auto"]:
+    """A score, or auto. argparse reports the ValueError."""
+    return "auto" if text == "auto" else float(text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recursive", action="store_true", help="include subfolders")
     parser.add_argument(
-        "--threshold", type=float, metavar="SCORE", default=0.5, help="minimum score of an instance [%(default)s]"
+        "--threshold",
+        type=threshold,
+        metavar="SCORE",
+        default="auto",
+        help="minimum score of an instance; auto: the best of each class on the validation images of the training, or "
+        "0.5 where the model holds none [%(default)s]",
     )
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     large = parser.add_argument_group(

@@ -6,8 +6,9 @@ that score are "kept".
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
 from m2f_trainer.evaluation.tide import HIT, IGNORED, ImageErrors, ScoredPredictions
 
 BINS = 10
+UNKNOWN = 0.5  # the threshold of a class without correct predictions
 BACKGROUND_CLASS = -1  # the predicted class of a missed object, and the object class of a false positive
 
 
@@ -44,6 +46,16 @@ def best_thresholds(predictions: ScoredPredictions) -> list[ThresholdStats]:
     A class without correct predictions has threshold 1 and keeps no prediction.
     """
     return [_best(predictions, one, int(truths)) for one, truths in enumerate(predictions.truths.tolist())]
+
+
+def class_thresholds(details: Mapping[str, Any]) -> list[float] | None:
+    """The best threshold of each class from the details of an evaluation; 0.5 for a class of which nothing was found.
+
+    The next lower value of four decimals, so that a prediction with exactly the best score is above it. None without
+    details.
+    """
+    rows = details.get("classes", [])
+    return [(math.ceil(1e4 * row["threshold"]) - 1) / 1e4 if row["kept"] else UNKNOWN for row in rows] or None
 
 
 def _best(predictions: ScoredPredictions, one: int, truths: int) -> ThresholdStats:

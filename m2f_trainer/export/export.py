@@ -165,6 +165,7 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
             "score": "class probability x mean of sigmoid(resized logit) inside the mask",
             "top_k": 100,
             "mask_threshold": 0.0,
+            "thresholds": config.thresholds or [0.5] * len(config.categories or []),
             "categories": config.categories or [],
         },
     }

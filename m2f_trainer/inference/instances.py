@@ -47,9 +47,10 @@ class Instances:
     def __len__(self) -> int:
         return len(self.rles)
 
-    def above(self, threshold: float) -> Instances:
-        """Those whose score is greater than `threshold`; zero drops the empty masks alone."""
-        kept = np.flatnonzero(self.scores > threshold)
+    def above(self, threshold: float | Mapping[int, float]) -> Instances:
+        """Those whose score is greater than `threshold`, one for all or by category id; zero drops empty masks only."""
+        lowest = threshold if isinstance(threshold, float | int) else [threshold[int(k)] for k in self.category_ids]
+        kept = np.flatnonzero(self.scores > np.asarray(lowest))
         rles = [self.rles[index] for index in kept]
         return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)
 

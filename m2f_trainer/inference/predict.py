@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from tqdm import tqdm
@@ -29,16 +30,20 @@ LARGEST_PICTURE = 2**25
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How to predict. `tile` is the side of the tiles in pixels, 0 for whole images; `overlap` is the fraction of a
-    side that neighbouring tiles share. None means as in the model's training.
+    """How to predict.
+
+    threshold  minimum score of an instance; "auto": the model's own for each class
+    tile       side of the tiles in pixels, 0 for whole images; None: as in the model's training
+    overlap    fraction of a side that neighbouring tiles share; None: as in the model's training
+    dataset    also write the predictions as a COCO dataset
     """
 
-    threshold: float = 0.5
+    threshold: float | Literal["auto"] = "auto"
     recursive: bool = False
     batch_size: int = 4
     tile: int | None = None
     overlap: float | None = None
-    dataset: bool = False  # also write the predictions as a COCO dataset
+    dataset: bool = False
 
 
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: PredictOptions | None = None) -> Path:
@@ -71,7 +76,8 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
             bar.update()
     records = [record for job in jobs for record in load_records(job.part, job.key) or ()]
     if not any(record.instances for record in records):
-        logger.warning("Nothing scored above %g: try a lower --threshold.", options.threshold)
+        lowest = min(predictor.thresholds().values()) if options.threshold == "auto" else options.threshold
+        logger.warning("Nothing scored above %g: try a lower --threshold.", lowest)
     write_results(records, output_dir, predictor.names)
     if options.dataset:
         write_dataset(records, output_dir, predictor.names)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from m2f_trainer.inference.tiles import Merger
 from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.mask2former import M2FModel, load_model
+
+UNKNOWN = 0.5
+"""The threshold of a class where the model holds none."""
 
 
 class Predictor:
@@ -68,10 +72,12 @@ class Predictor:
         images: ImageSource | Sequence[ImageSource],
         *,
         batch_size: int = 1,
-        threshold: float = 0.5,
+        threshold: float | Literal["auto"] = "auto",
         top_k: int = 100,
     ) -> list[Instances]:
         """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
+
+        "auto" takes the best threshold of each class on the validation images, which trained models hold, else 0.5.
 
         Raises:
             ImageError: an image can't be read.
@@ -80,18 +86,29 @@ class Predictor:
         return list(self.stream(several, batch_size=batch_size, threshold=threshold, top_k=top_k))
 
     def stream(
-        self, images: Iterable[ImageSource], *, batch_size: int = 1, threshold: float = 0.5, top_k: int = 100
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        threshold: float | Literal["auto"] = "auto",
+        top_k: int = 100,
     ) -> Iterator[Instances]:
         """The same as an iterator over any number of images; `batch_size` images, or tiles, are in memory at a time.
 
         `top_k` limits the instances per image, or per tile.
         """
+        lowest = self.thresholds() if threshold == "auto" else dict.fromkeys(self.category_ids, threshold)
         frames, merger = self._frames(images), Merger(self.tiling) if self.tiling else None
         while batch := list(islice(frames, batch_size)):
-            for frame, instances in zip(batch, self._predict(batch, threshold, top_k), strict=True):
+            for frame, instances in zip(batch, self._predict(batch, min(lowest.values()), top_k), strict=True):
                 whole = merger.add(instances, frame.tile, frame.size) if merger else instances
                 if whole is not None:
-                    yield whole.above(threshold)
+                    yield whole.above(lowest)
+
+    def thresholds(self) -> dict[int, float]:
+        """Category id -> the score of the highest F1 on the validation images; 0.5 where the model holds none."""
+        stored = self.model.config.thresholds or [UNKNOWN] * len(self.category_ids)
+        return dict(zip(self.category_ids, stored, strict=True))
 
     def _frames(self, images: Iterable[ImageSource]) -> Iterator[Frame]:
         """The model's input for each image: the whole image, or its tiles in order."""

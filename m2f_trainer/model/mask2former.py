@@ -52,6 +52,7 @@ class M2FConfig(Mask2FormerConfig):
                     are resized to the frame. None for whole images
     quality_weight  loss weight of the mask quality head, whose IoUs rescore queries (see `quality`); 0: no such head
     matrix_nms      whether Matrix NMS lowers the class logits of duplicates (see `ranking`)
+    thresholds      score of the highest F1 of each class on the validation images; None before an evaluation
     backbone_name   source of the backbone: a table name, Hub id or folder; "" for random initialisation
     head_checkpoint, init_from
                     sources of the initial weights, recorded for the licence chain
@@ -69,6 +70,7 @@ class M2FConfig(Mask2FormerConfig):
     tile_overlap: float = 0.3
     quality_weight: float = 0.0
     matrix_nms: bool = False
+    thresholds: list[float] | None = None
     image_mean: list[float] | tuple[float, ...] = IMAGE_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGE_STD
     backbone_name: str = ""

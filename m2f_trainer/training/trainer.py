@@ -25,6 +25,7 @@ from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.tiles import EvalTiles
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
+from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.inference.tiles import CANDIDATES, Merger
@@ -177,10 +178,16 @@ class M2FTrainer(Trainer):
         self.predictions = gather_predictions(self.predictions)
         figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
         self.details = scorer.details if isinstance(scorer, Evaluator) else {}
+        if metric_key_prefix == "eval":
+            self.store_thresholds(self.details)
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
         return output._replace(metrics=metrics)
+
+    def store_thresholds(self, details: Mapping[str, Any]) -> None:
+        """Store the best threshold of each class in the model's configuration, which is saved with the weights."""
+        self.accelerator.unwrap_model(self.model).config.thresholds = class_thresholds(details)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from m2f_trainer.evaluation.thresholds import class_thresholds
 from tests.evaluation.bars import evaluate, picture, predicted_bars
 
 
@@ -24,6 +25,13 @@ def test_the_best_threshold_is_where_f1_is_highest() -> None:
     assert (cat["threshold"], cat["kept"], cat["objects"]) == (0.6, 3, 3)
     assert [cat["precision"], cat["recall"], cat["f1"]] == pytest.approx([2 / 3] * 3)
     assert (dog["name"], dog["kept"], dog["ap"]) == ("=dog", 0, -1)
+
+
+def test_predictions_at_the_best_threshold_of_their_class_are_above_the_one_that_a_model_stores() -> None:
+    coco = picture([(3, 0, 20), (3, 40, 60)])
+    details = evaluate(coco, predicted_bars((3, 0.9, 0, 20), (3, 0.61234, 40, 60), (3, 0.61, 150, 160)))
+    assert class_thresholds(details) == [0.6123, 0.5], "nothing was found of the other class"
+    assert class_thresholds({}) is None
 
 
 def test_a_threshold_does_not_separate_equal_scores() -> None:

@@ -90,17 +90,17 @@ def test_the_example_equals_the_predictor_and_a_float16_file_nearly_so(tmp_path:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     data = write_sample(tmp_path / "data", images=(1, 2, 0)) / "valid"
     model = model_of(VIT)
+    model.config.thresholds = [0.0] * len(model.config.categories)
     half = export_model(model_of(VIT), "onnx", tmp_path / "half", half=True)
     assert check_export(model, half, None, 4, HALF, fixed_size=False).met
     path = export_model(model, "onnx", tmp_path / "full")
     assert half.stat().st_size < path.stat().st_size
     module = example()
-    module.THRESHOLD = 0.0  # type: ignore[attr-defined]
     session = onnxruntime.InferenceSession(str(path))
     constants = json.loads(path.with_name("model.json").read_text(encoding="utf-8"))
     for file in sorted(data.glob("*.png")) + sorted(data.glob("*.jpg")):
         found = list(module.predict(session, constants, Image.open(file).convert("RGB")))  # type: ignore[attr-defined]
-        (expected,) = Predictor(model)(file, threshold=0.0)
+        (expected,) = Predictor(model)(file)
         assert len(found) == len(expected) > 0
         found.sort(key=lambda instance: -instance[1])
         np.testing.assert_allclose([score for _, score, _ in found], expected.scores, atol=1e-4)

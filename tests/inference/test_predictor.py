@@ -77,6 +77,17 @@ def test_batches_of_different_sizes_equal_one_by_one(predictor: Predictor) -> No
         assert alone.size == (image.height, image.width)
 
 
+def test_by_default_each_class_has_the_threshold_that_the_model_holds_or_half(predictor: Predictor) -> None:
+    (all_found,) = predictor(picture(), threshold=0.0)
+    score, category = float(all_found.scores[0]), int(all_found.category_ids[0])
+    assert category == 7
+    assert predictor.thresholds() == {7: 0.5, 3: 0.5}
+    assert len(predictor(picture())[0]) == (score > 0.5)
+    for lowest, count in ((score - 1e-3, 1), (score + 1e-3, 0)):
+        predictor.model.config.thresholds = [lowest, 0.0]
+        assert (predictor(picture())[0].category_ids == 7).sum() == count
+
+
 def test_a_threshold_keeps_what_is_above_it(predictor: Predictor) -> None:
     (everything,) = predictor(picture(), threshold=0.0)
     assert len(everything) == 2

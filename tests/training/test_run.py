@@ -16,6 +16,7 @@ from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
@@ -97,6 +98,13 @@ def test_the_predictor_gives_what_the_evaluation_gave(finished_run: Path, tmp_pa
     mine = found.to_coco()
     assert [entry["segmentation"] for entry in mine] == [entry["segmentation"] for entry in theirs]
     assert [entry["score"] for entry in mine] == pytest.approx([entry["score"] for entry in theirs], abs=1e-12)
+
+
+def test_a_model_holds_the_best_threshold_of_each_class(finished_run: Path) -> None:
+    for folder in (finished_run / "run", finished_run / "run" / "checkpoint-4"):
+        stored = load_model(str(folder)).config.thresholds
+        assert stored == class_thresholds(read_details(folder))
+        assert len(stored) == 3
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(finished_run: Path, tmp_path: Path) -> None:
