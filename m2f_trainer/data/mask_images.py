@@ -237,7 +237,7 @@ def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
     if not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
         raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder.")
     image = open_stored(path, str(path))
-    if frames(image) > 1:
+    if number_of_frames(image) > 1:
         raise ImageError(f"{path}: expected one mask, got a file of several. Save each as a file of its own.")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got {image.width}x{image.height}. Cut it.")
@@ -251,8 +251,8 @@ def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
     return values[..., :-1] if alpha else values
 
 
-def frames(image: Image.Image) -> int:
-    """1 for a single image, 2 for a file of several."""
+def number_of_frames(image: Image.Image) -> int:
+    """The number of images in a file, counted up to 2."""
     try:
         image.seek(1)
     except EOFError:
