@@ -14,7 +14,11 @@
 `model/` is uploaded to the Hub without the rest, so it raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
 """
 
+import difflib
 import importlib.util
+import os
+import re
+from pathlib import Path
 
 
 class M2FError(Exception):
@@ -92,3 +96,37 @@ MEMORY_ADVICE = (
     "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
     "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"
 )
+
+
+def mistyped_path(name: str) -> str:
+    """Says that there is no such path on this machine, and which name is nearest; "" where there is one, and where the
+    name may be one on the Hub: `user/name` whose first part is no folder here, with nothing of a similar name.
+    """
+    path = Path(name)
+    if not name or os.path.exists(name):  # noqa: PTH110 (False, not an error, for a name that is too long)
+        return ""
+    place, is_complete = Path(path.anchor), True
+    for part in path.relative_to(path.anchor).parts:
+        try:
+            similar = [] if (place / part).exists() else difflib.get_close_matches(part, _names_in(place), n=1)
+            is_complete = bool(similar) or (place / part).exists()
+        except (OSError, ValueError):  # a name that is too long, or has a NUL
+            is_complete = False
+        if not is_complete:
+            break
+        place = place / (similar[0] if similar else part)
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(path.parent)  # noqa: PTH110
+    if on_hub and not is_complete:
+        return ""
+    return f"{name}: there is no such file or folder" + (f"; the nearest name is {place}." if is_complete else ".")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def check_model_path(name: str) -> None:
+    """Raise ModelFolderError for a mistyped path of a model, before the Hub is asked for it."""
+    problem = mistyped_path(name)
+    if problem:
+        raise ModelFolderError(f"{problem} Give a run's folder, one of its checkpoints, or user/name on the Hub.")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from m2f_trainer.errors import M2FError, MissingPackageError, RunStopped, needs
+from m2f_trainer.cli.main import main
+from m2f_trainer.errors import M2FError, MissingPackageError, RunStopped, mistyped_path, needs
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -50,3 +51,33 @@ def test_a_stopped_run_is_not_handled_as_a_failure() -> None:
     assert not issubclass(RunStopped, Exception)
     assert not issubclass(RunStopped, M2FError)
     assert RunStopped.status == 75
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/frist", "runs/frist: there is no such file or folder; the nearest name is runs/first."),
+        ("rnus/first", "rnus/first: there is no such file or folder; the nearest name is runs/first."),
+        ("runs/other", "runs/other: there is no such file or folder."),
+        ("my_coc", "my_coc: there is no such file or folder; the nearest name is my_coco."),
+        ("./user/name", "./user/name: there is no such file or folder."),
+        ("user/name", ""),
+        ("runs/first", ""),
+        ("a\0b", "a\0b: there is no such file or folder."),
+        ("x" * 5000, f"{'x' * 5000}: there is no such file or folder."),
+    ],
+)
+def test_a_mistyped_path_is_named_with_the_nearest_one(name, message, tmp_path, monkeypatch):
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "my_coco").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert mistyped_path(name) == message
+
+
+@pytest.mark.parametrize("command", ["check runs/frist", "predict runs/frist a.png", "evaluate runs/frist set"])
+def test_a_mistyped_path_is_an_error_at_once_without_the_hub(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) != 0
+    assert "no such file or folder; the nearest name is runs/first" in "".join(capsys.readouterr())

@@ -35,10 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from m2f_trainer.errors import check_model_path
     from m2f_trainer.export.export import CONSTANTS, export_model
     from m2f_trainer.export.parity import FULL, HALF, check_export, recorded_dataset
     from m2f_trainer.model.mask2former import load_model
 
+    check_model_path(arguments.model)
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
     dataset = [arguments.validation] if arguments.validation else recorded_dataset(Path(arguments.model))
     path = export_model(

@@ -27,7 +27,7 @@ from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, mistyped_path
 
 
 class Format(NamedTuple):
@@ -194,7 +194,8 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
     if path.is_file():
         return _find_file(path)
     if not path.is_dir():
-        raise DataError(f"{path}: expected a dataset folder, found {kind_of_path(path)}. Check `dataset_name`.")
+        problem = mistyped_path(str(path)) or f"{path}: found {kind_of_path(path)}."
+        raise DataError(f"{problem} Expected a dataset folder, a COCO file, a data.yaml, or user/name on the Hub.")
     found = _search(path)
     if found:
         return found

@@ -27,7 +27,7 @@ from m2f_trainer.data.images import image_size
 from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
-from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.errors import DataError, ImageError, mistyped_path
 from m2f_trainer.masks.rle import brief
 
 _IDS_PER_ROW = 100_000  # annotation ids that are reserved for the objects of one row
@@ -69,7 +69,9 @@ def is_hub_dataset(name: str | Path) -> bool:
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether this is `user/name` and not a path on this machine."""
-    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(name)) is not None and not Path(name).exists()
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(name)) is not None and not (
+        Path(name).exists() or mistyped_path(str(name))
+    )
 
 
 def load_hub(name: str, **options: Any) -> datasets.DatasetDict:

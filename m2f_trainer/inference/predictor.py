@@ -17,6 +17,7 @@ from m2f_trainer.data.geometry import Frames
 from m2f_trainer.data.images import ImageSource
 from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.data.transforms import EvalTransform
+from m2f_trainer.errors import check_model_path
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.inference.tiles import Merger
@@ -63,7 +64,9 @@ class Predictor:
 
         Raises:
             ModelError: the folder or id doesn't contain a model of this package.
+            ModelFolderError: there is no such folder.
         """
+        check_model_path(folder_or_hub_id)
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(load_model(folder_or_hub_id), chosen)
 

@@ -8,7 +8,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.validate import check_categories, check_split
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.model.mask2former import load_model
@@ -49,6 +49,7 @@ def evaluate_folder(
     """
     if output_dir is not None and Path(output_dir, RECIPE).is_file():
         raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
+    check_model_path(model)
     loaded = load_model(model)
     splits = load_dataset(dataset, annotations, images)
     check_split(splits, split)

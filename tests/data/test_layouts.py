@@ -75,7 +75,7 @@ def test_any_layout_can_be_told(tmp_path):
 
 
 def test_folders_that_are_no_dataset_are_refused_with_what_they_hold(tmp_path):
-    with pytest.raises(DataError, match="expected a dataset folder, found nothing"):
+    with pytest.raises(DataError, match=r"there is no such file or folder\. Expected a dataset folder"):
         load_coco(tmp_path / "nowhere")
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match=r"found no annotations; the folder holds photos"):
