@@ -30,6 +30,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,23 @@ def write_atomically(path: str | Path, text: str) -> Path:
     """Write a text file so that a reader finds the old file or the complete new one; return its path.
 
     The text goes to a new file beside it, which then replaces it; no link is followed. Missing folders are created.
-    Bytes of a file name that is not UTF-8 (surrogates in Python) are escaped.
+    Bytes of a file name that is not UTF-8 (surrogates in Python) are escaped. After an error nothing is left.
+
+    Raises:
+        OSError: the file can't be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.unlink(missing_ok=True)  # of a killed process with the same id
-    with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        file.write(text)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(text)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 

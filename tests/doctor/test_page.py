@@ -101,7 +101,7 @@ def test_the_command_writes_its_outputs_and_its_exit_status_shows_errors(root, t
     assert cli.main(["check", str(fixed), *small, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == 0
     assert cli.main(["check", str(tmp_path / "nowhere")]) == 2
-    assert "expected a dataset folder, found nothing" in capsys.readouterr().out
+    assert "there is no such file or folder. Expected a dataset folder" in capsys.readouterr().out
 
 
 def test_check_writes_its_page_into_a_new_folder_or_says_why_not(root, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_check_writes_its_page_into_a_new_folder_or_says_why_not(root, tmp_path,
 def test_what_cannot_be_read_is_not_corrected(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "nowhere"), "--fix", str(tmp_path / "fixed")]) == 2
     assert not (tmp_path / "fixed").exists()
-    assert capsys.readouterr().out.endswith(f"Next:\n  m2f check {tmp_path / 'nowhere'}\n")
+    assert "Next:" not in capsys.readouterr().out
 
 
 def test_json_is_sound_whatever_the_terminal_can_show(root, monkeypatch):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.data.dataset import find_splits, read_split
+from m2f_trainer.data.formats import find_splits, read_split
 from m2f_trainer.data.problems import Findings
 from m2f_trainer.doctor.scan import Scan, Settings, boxes_agree, scan_split
 from tests.data.folders import SQUARE, annotation, content, write
 
 
 def scanned(folder, settings: Settings, *annotations: dict[str, object]) -> tuple[list[Scan], Findings]:
-    (files,) = find_splits(str(write(folder, content(*annotations))))
+    (files,) = find_splits(str(write(folder, content(*annotations)))).splits
     report = Findings()
     return scan_split(read_split(files, report), settings, report), report
 
