@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2f_trainer.data.coco_json import FolderSplit, coco_contents, read_annotations
-from m2f_trainer.data.files import NO_CATEGORIES, file_parts, files_below, json_files, kind_of_json, subfolders, visible
+from m2f_trainer.data.files import (
+    NO_CATEGORIES,
+    file_parts,
+    files_below,
+    json_files,
+    kind_of_json,
+    stem,
+    subfolders,
+    visible,
+)
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.labelme import find_labelme, read_labelme
 from m2f_trainer.data.layouts import (
@@ -20,6 +29,7 @@ from m2f_trainer.data.layouts import (
     find_coco,
     given_layout,
     image_folder,
+    image_folders_of,
     kind_of_path,
     listing,
 )
@@ -258,7 +268,15 @@ def _search_deeper(folder: Path, form: Format, levels: int) -> tuple[SplitFiles,
             f"{folder}: found {len(nested)} datasets in it: {names}. Name one of them, or give --annotations"
             " SPLIT=FILE and --images SPLIT=FOLDER for each split."
         )
-    return next(iter(nested.values()), ())
+    return tuple(_with_folders_around(folder, files) for found in nested.values() for files in found)
+
+
+def _with_folders_around(folder: Path, files: SplitFiles) -> SplitFiles:
+    """A COCO split with the folders around its own dataset folder that may hold its images, as in anno/train.json."""
+    if files.format != "COCO":
+        return files
+    around = image_folders_of(folder, stem(files.annotations), files.split)
+    return replace(files, image_folders=tuple(dict.fromkeys((*files.image_folders, *around))))
 
 
 def _with_images(

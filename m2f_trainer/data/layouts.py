@@ -13,6 +13,7 @@ may be gzipped. Two files for one split, or one beside them whose split isn't kn
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
 def coco_file(file: Path) -> SplitFiles:
     """One annotation file as a training split, with the folders near it that may hold its images."""
     base = file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
-    folders = (file.parent, *_image_folders(base, stem(file), split_of(stem(file)) or "train"), *subfolders(base))
+    folders = (file.parent, *image_folders_of(base, stem(file), split_of_file(file) or "train"), *subfolders(base))
     return SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 
 
@@ -175,13 +176,13 @@ def _annotation_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
     for folder, split in inside:
         if split is not None:
             for file in _coco_files(folder, named):
-                yield SplitFiles(split, file, _image_folders(root, folder.name, split))
+                yield SplitFiles(split, file, image_folders_of(root, folder.name, split))
 
 
 def _split_files(root: Path, named: bool) -> Iterator[SplitFiles]:
     """Files in the dataset folder itself, named after their splits; train must be one of them."""
     files = _coco_files(root, named, every=True)
-    if "train" in map(split_of, map(stem, files)):
+    if "train" in map(split_of_file, files):
         yield from _files_of_splits(root, files, lone=None)
 
 
@@ -215,13 +216,13 @@ def _files_of_splits(root: Path, files: Sequence[Path], lone: str | None) -> Ite
         DataError: a file is named after no split
     """
     for file in files:
-        split = split_of(stem(file)) or (lone if len(files) == 1 else None)
+        split = split_of_file(file) or (lone if len(files) == 1 else None)
         if split is None:
             raise _ambiguous(files, f"{file} is named after no split")
-        yield SplitFiles(split, file, _image_folders(root, stem(file), split))
+        yield SplitFiles(split, file, image_folders_of(root, stem(file), split))
 
 
-def _image_folders(root: Path, name: str, split: str) -> tuple[Path, ...]:
+def image_folders_of(root: Path, name: str, split: str) -> tuple[Path, ...]:
     """The folders that may hold the images of an annotation file, the most likely first: [images/]train2017 for
     instances_train2017, then folders that are named after the split, then those that hold all images.
     """
@@ -243,6 +244,13 @@ def split_of(name: str) -> str | None:
     """The split of names such as train2017, val-v2, test, coco_train."""
     words = [part.rstrip("0123456789") for part in name.lower().replace("-", "_").split("_") if part]
     return next((SPLITS[word] for word in (words[:1] + words[-1:]) if word in SPLITS), None)
+
+
+def split_of_file(file: Path) -> str | None:
+    """The split of an annotation file: as `split_of`, or the only one among the words, as in cells_train_v2.json."""
+    words = re.split(r"[^a-z0-9]+", stem(file).lower())
+    found = {SPLITS[word] for word in (word.rstrip("0123456789") for word in words) if word in SPLITS}
+    return split_of(stem(file)) or (found.pop() if len(found) == 1 else None)
 
 
 def by_split(root: Path, files: Sequence[Path], format: str, classes: tuple[str, ...] = ()) -> tuple[SplitFiles, ...]:

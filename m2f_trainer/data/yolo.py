@@ -3,6 +3,7 @@
 A label file is named as its image and has one line per object: `class x y x y ...`, as fractions of width and height.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
-from m2f_trainer.data.files import files_below, subfolders
+from m2f_trainer.data.files import files_below, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES, image_size
 from m2f_trainer.data.layouts import SplitFiles, split_of
 from m2f_trainer.data.problems import Report, raise_problem
@@ -34,7 +35,7 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
     Raises:
         DataError: an image folder doesn't exist, or isn't inside `root`
     """
-    path = path or next((root / name for name in _NAMES if (root / name).is_file()), None)
+    path = path or next((root / name for name in _NAMES if (root / name).is_file()), None) or _yaml_of_any_name(root)
     if path is None:
         return tuple(_splits_of_classes(root))
     content = read_yaml(path)
@@ -50,6 +51,16 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
         else:
             logger.warning("%s: the test split %r doesn't exist and is left out", path, value)
     return tuple(found)
+
+
+def _yaml_of_any_name(root: Path) -> Path | None:
+    """The only YAML file in a folder that has class names and training images."""
+    found = []
+    for path in visible(root):
+        if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+            with contextlib.suppress(DataError):
+                found += [path] * ({"names", "train"} <= read_yaml(path).keys())
+    return found[0] if len(found) == 1 else None
 
 
 def _splits_of_classes(root: Path) -> Iterator[SplitFiles]:

@@ -40,6 +40,9 @@ def place(root: Path, annotations: str, image: str) -> None:
         ("labels/train.json", "data/train/a.png", "train"),  # FiftyOne
         ("annotations/train/instances.json", "images/train/a.png", "train"),
         ("labels/val/x.json", "val/a.png", "valid"),
+        ("anno/train.json", "train/a.png", "train"),
+        ("coco/cells_train_v2.json", "photos/a.png", "train"),
+        ("annotations/cells-val-coco.json", "images/a.png", "valid"),
         ("val/any name.json", "val/images/a.png", "valid"),
         ("test/annotations/x.json", "test/img/a.png", "test"),
         ("Train/Labels.JSON", "Train/Images/a.png", "train"),

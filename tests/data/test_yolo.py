@@ -173,6 +173,17 @@ def test_class_names_in_a_text_file_do_as_well_as_a_yaml(split, tmp_path):
     assert {one.name for one in categories_of(rows)} <= {"cat", "dog"}
 
 
+def test_a_yaml_of_another_name_is_found_if_it_is_the_only_one(tmp_path):
+    root = yolo(tmp_path / "set")
+    (root / "data.yaml").rename(root / "cells-seg.yaml")
+    (root / "hyper.yaml").write_text("lr0: 0.01\n")
+    (root / "broken.yaml").write_text("[")
+    assert list(load_coco(root, cache_dir=tmp_path / "cache")) == ["train", "valid"]
+    shutil.copy(root / "cells-seg.yaml", root / "other.yaml")
+    with pytest.raises(DataError, match="found no annotations"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 def test_a_test_split_that_does_not_exist_is_left_out(tmp_path, caplog):
     root = yolo(tmp_path / "set", yaml="train: images/train\ntest: ../test/images\nnames: [cat, dog]\n")
     assert "test" not in load_coco(root, cache_dir=tmp_path / "cache")
