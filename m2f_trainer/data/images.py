@@ -1,7 +1,9 @@
 """Open images safely, as 8-bit RGB: only regular files, of known formats, up to a limit of pixels.
 
-Annotations refer to stored pixels, so EXIF orientation is never applied. Alpha is dropped, of an animation the first
-frame is read, 16-bit greys are scaled to 8 bits. What has no single right conversion to RGB is rejected, with the fix.
+Annotations refer to stored pixels, or to the image as viewers show it, turned by its EXIF orientation: their size says
+which, where it can. Photos without annotations are read as viewers show them. Alpha is dropped, of an animation the
+first frame is read, 16-bit greys are scaled to 8 bits. What has no single right conversion to RGB is rejected, with the
+fix.
 """
 
 import io
@@ -24,40 +26,65 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 _CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation; Pillow turns TIFF files itself
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def open_image(
-    source: ImageSource, where: str, *, size: Size | None = None, shrink_to: Size | None = None
+    source: ImageSource,
+    where: str,
+    *,
+    size: Size | None = None,
+    shrink_to: Size | None = None,
+    displayed: bool = False,
 ) -> Image.Image:
     """The image as 8-bit RGB, decoded.
 
     Args:
         source: a path, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or (H, W, 3) of uint8
         where: the image's name in messages
-        size: the size that the stored image must have
+        size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
         shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
             is not smaller
+        displayed: whether a file is returned as viewers show it, turned by its EXIF orientation
 
     Raises:
         MissingImageError: the file does not exist
-        ImageSizeError: the stored image has another size than `size`
+        ImageSizeError: the image has another size than `size`
         ImageError: it is not a regular file, damaged, too large, or not convertible to RGB
     """
     image = open_stored(source, where)
     check_pixels(image.size, where)
+    turned = displayed and not isinstance(source, Image.Image)
     if size is not None:
-        check_annotated_size((image.height, image.width), size, where)
+        turned = is_turned(image, size)
+        check_annotated_size((image.height, image.width), size[::-1] if turned else size, where)
+    orientation = exif_orientation(image) if turned else 1
     try:
         if shrink_to is not None:
-            image.draft("RGB", shrink_to[::-1])
+            image.draft("RGB", shrink_to if orientation > 4 else shrink_to[::-1])
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(
             f"{where}: the image data is damaged ({error}). Replace the file, or remove it from the set."
         ) from error
-    return _to_rgb(image, where)
+    rgb = _to_rgb(image, where)
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+
+def is_turned(image: Image.Image, size: Size) -> bool:
+    """Whether `size` is that of the image as viewers show it and not that of its stored pixels."""
+    stored = (image.height, image.width)
+    return stored != size and stored == size[::-1] and exif_orientation(image) > 4
 
 
 def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
@@ -74,6 +101,8 @@ def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
 
 def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation of an image, 1 where there is none; 5 to 8 show it with width and height swapped."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns it
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (ValueError, TypeError, OSError, SyntaxError, KeyError):
@@ -101,7 +130,7 @@ def check_annotated_size(found: Size, expected: Size, where: str) -> None:
         return
     fix = "Correct `width` and `height`, or restore the annotated image."
     if found == expected[::-1]:
-        fix = "Width and height are swapped: annotate the image as it is stored, without its EXIF rotation."
+        fix = "Width and height are swapped, and no EXIF rotation of the image explains it. Correct them."
     raise ImageSizeError(
         f"{where}: expected {expected[1]}x{expected[0]} pixels as its annotations say, got {found[1]}x{found[0]}. {fix}"
     )

@@ -326,6 +326,11 @@ KINDS: Mapping[str, Kind] = {
     "unusual-rle": _note(
         "RLE with swapped size or counts as Python bytes", "Its mask has the annotation's box.", "written as COCO RLE"
     ),
+    "turned-image": _note(
+        "image turned by its EXIF orientation",
+        "Its annotations have the size of the image as viewers show it.",
+        "",
+    ),
     "renumbered-category": _note(
         "category id that differs between splits",
         "Classes are matched by name.",

@@ -106,7 +106,7 @@ class EvalTransform:
         Raises:
             ImageError: the image can't be read
         """
-        opened = open_image(image, where)
+        opened = open_image(image, where, displayed=True)
         frames = resize_to_fit((opened.height, opened.width), self.size)
         crop = _whole(frames)
         return *pad(crop_image(opened, crop), crop, self.size), frames

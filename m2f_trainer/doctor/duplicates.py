@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from m2f_trainer.data.images import check_annotated_size, exif_orientation, open_image, open_stored
+from m2f_trainer.data.images import exif_orientation, is_turned, open_image, open_stored
 from m2f_trainer.masks.rle import Size
 
 Vector: TypeAlias = npt.NDArray[np.float32]
@@ -30,6 +30,7 @@ class ImageFacts:
     orientation: int
     digest: bytes
     thumbnail: Vector  # (256,), zero mean and unit length; all zeros for a blank image
+    turned: bool = False  # whether its annotations are in the frame that viewers show
 
 
 def read_facts(source: Mapping[str, Any], where: str, size: Size) -> ImageFacts:
@@ -39,11 +40,10 @@ def read_facts(source: Mapping[str, Any], where: str, size: Size) -> ImageFacts:
         MissingImageError, ImageSizeError, ImageError: as `open_image`
     """
     stored = open_stored(source, where)
-    mode = stored.mode
-    image = open_image(stored, where)
-    check_annotated_size((image.height, image.width), size, where)
+    mode, turned = stored.mode, is_turned(stored, size)
+    image = open_image(stored, where, size=size)
     digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
-    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image))
+    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image), turned)
 
 
 def thumbnail(image: Image.Image) -> Vector:

@@ -114,4 +114,6 @@ def _picture(split: str, scan: Scan, problems: Sequence[str]) -> Photo:
     name, size = scan.entry["file_name"], f"{scan.entry['width']}x{scan.entry['height']}"
     count = f"{len(scan.objects)} annotation{'s' * (len(scan.objects) != 1)}"
     caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {count}", *problems)
-    return photo(draw_objects(scan.source, scan.objects, 480), name, caption)
+    return photo(
+        draw_objects(scan.source, scan.objects, 480, (scan.entry["height"], scan.entry["width"])), name, caption
+    )

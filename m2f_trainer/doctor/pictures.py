@@ -12,18 +12,24 @@ from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks import segmentation as masks
+from m2f_trainer.masks.rle import Size
 from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes
 
 
-def draw_objects(source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int) -> Image.Image:
-    """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels."""
-    image = open_image(source, "picture")
-    size = image.size
+def draw_objects(
+    source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int, size: Size | None = None
+) -> Image.Image:
+    """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels.
+
+    `size` is the size that its annotations say, by default that of the stored image.
+    """
+    image = open_image(source, "picture", size=size)
+    full = image.size
     image.thumbnail((longest, longest))
     box = (0, 0, image.width, image.height)
     shapes = []
     for number, one in enumerate(objects):
-        bitmap = masks.decode(one["counts"], size[1], size[0])
+        bitmap = masks.decode(one["counts"], full[1], full[0])
         small = Image.fromarray(np.ascontiguousarray(bitmap) * np.uint8(255)).resize(
             image.size, Image.Resampling.BILINEAR
         )

@@ -69,7 +69,10 @@ def scan_split(split: SplitAnnotations, settings: Settings, report: Report) -> l
         if isinstance(facts, ImageError):
             report(kind_of(facts), split.name, [image_id], str(facts))
             continue
-        if facts.orientation != 1:
+        if facts.turned:
+            message = f"{where}: turned by its EXIF orientation, as its annotations are."
+            report("turned-image", split.name, [image_id], message, image_id)
+        elif facts.orientation != 1:
             message = f"{where}: EXIF orientation {facts.orientation}."
             report("exif-rotation", split.name, [image_id], message, image_id)
         if facts.mode not in _USUAL_MODES:

@@ -121,7 +121,7 @@ def windows_of(image: ImageSource, where: str) -> Windows:
     """An image of any kind by windows. Raises as `open_windows` does; `where` names the image in messages."""
     if isinstance(image, (str, Path)):
         return open_windows(Path(image))
-    return ArrayWindows(np.asarray(open_image(image, where)))
+    return ArrayWindows(np.asarray(open_image(image, where, displayed=True)))
 
 
 def open_windows(path: Path) -> Windows:
@@ -138,7 +138,7 @@ def open_windows(path: Path) -> Windows:
         except ImageError as error:
             refused = error
     try:
-        return ArrayWindows(np.asarray(open_image(path, str(path))))
+        return ArrayWindows(np.asarray(open_image(path, str(path), displayed=True)))
     except ImageError as error:
         if refused is not None:
             raise refused from error

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.images import image_size, open_image
+from m2f_trainer.data.transforms import read_image
+from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.page import render
 from m2f_trainer.errors import ImageError
+from tests.data.honest import dataset
 
 RAMP = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 
@@ -147,3 +153,51 @@ def test_a_jpeg_is_decoded_small_only_as_far_as_asked():
     source = {"path": None, "bytes": buffer.getvalue()}
     assert open_image(source, "a", size=(480, 640), shrink_to=(100, 140)).size == (160, 120)
     assert open_image(source, "a", size=(480, 640), shrink_to=(400, 600)).size == (640, 480)
+
+
+def turned_photo(path: Path, orientation: int) -> np.ndarray:
+    """Saves a photo of 40 x 24 stored pixels with an EXIF orientation; returns it as viewers show it."""
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif)
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_new_photos_are_read_as_viewers_show_them(form, orientation, tmp_path):
+    shown = turned_photo(tmp_path / f"a.{form}", orientation)
+    found = np.asarray(open_image(tmp_path / f"a.{form}", "photo", displayed=True))
+    assert np.array_equal(found, shown)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_an_image_is_turned_where_its_annotations_have_the_displayed_size(orientation, tmp_path):
+    shown = turned_photo(tmp_path / "a.png", orientation)
+    assert np.array_equal(open_image(tmp_path / "a.png", "photo", size=(40, 24)), shown)
+    with Image.open(tmp_path / "a.png") as stored:
+        assert np.array_equal(open_image(tmp_path / "a.png", "photo", size=(24, 40)), stored)
+    turned_photo(tmp_path / "a.jpg", orientation)
+    assert open_image(tmp_path / "a.jpg", "photo", size=(40, 24), shrink_to=(20, 12)).size == (12, 20)
+
+
+def test_a_dataset_in_the_displayed_frame_is_trained_and_shown_in_it(tmp_path):
+    def change(coco):
+        for image in coco["images"]:
+            image.update(width=16, height=20)
+
+    root = dataset(tmp_path / "set", change)
+    for path in (root / "images").iterdir():
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(path) as image:
+            image.convert("RGB").save(path, exif=exif)
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    check_dataset(splits)
+    assert read_image(splits["train"][0]).size == (16, 20)
+    examination = examine(root)
+    assert examination.status == 0
+    assert {one.kind: one.count for one in examination.findings if one.severity == "note"}["turned-image"] in (5, 6)
+    assert "image turned by its EXIF orientation" in render(examination)
