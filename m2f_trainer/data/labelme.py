@@ -30,6 +30,7 @@ from m2f_trainer.masks.rle import MAX_PIXELS, brief
 
 _LABEL = re.compile(rb'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
+_LARGEST = 1e6  # pixels; a coordinate beyond is a mistake
 _CORNERS_OF_CIRCLE = 12  # at least; labelme's own number is used for large ones
 
 
@@ -158,9 +159,13 @@ def _objects(shapes: Sequence[Any], image: Entry, path: Path, report: Any) -> It
 
 def _are_points(points: object) -> bool:
     return isinstance(points, list) and all(
-        isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
+        isinstance(point, list) and len(point) == 2 and all(_is_coordinate(value) for value in point)
         for point in points
     )
+
+
+def _is_coordinate(value: object) -> bool:
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
 def _segmentation(shape: dict[str, Any], image: Entry, where: str) -> list[float] | Entry:

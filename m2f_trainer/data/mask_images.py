@@ -237,14 +237,14 @@ def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
     if not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
         raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder.")
     image = open_stored(path, str(path))
-    if number_of_frames(image) > 1:
-        raise ImageError(f"{path}: expected one mask, got a file of several. Save each as a file of its own.")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got {image.width}x{image.height}. Cut it.")
     try:
-        values = np.asarray(image)
+        values, several = np.asarray(image), number_of_frames(image) > 1
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: the image data is damaged ({error}). Replace the file.") from error
+    if several:
+        raise ImageError(f"{path}: expected one mask, got a file of several. Save each as a file of its own.")
     if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
         raise ImageError(f"{path}: expected whole numbers as values, got {values.dtype}. Save it as PNG.")
     alpha = image.mode in ("RGBA", "LA")

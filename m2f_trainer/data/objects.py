@@ -11,8 +11,9 @@ MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 
 
 def category_of(one: Mapping[str, Any]) -> int | None:
-    """The category id of an object, None where it has no integer as category."""
-    return next((int(one[key]) for key in CATEGORY_KEYS if type(one.get(key)) is int), None)
+    """The category id of an object, None where it has no integer of 64 bits as category."""
+    numbers = (one[key] for key in CATEGORY_KEYS if type(one.get(key)) is int)
+    return next((int(number) for number in numbers if abs(number) < 2**63), None)
 
 
 def split_objects(objects: Any, where: str) -> list[Any]:

@@ -81,7 +81,8 @@ def _listed_images(root: Path, path: Path, split: str, listing: Path) -> SplitFi
     files = []
     for line in lines:
         place = line.replace("\\", "/").rpartition("images/")  # tools write other folders before it
-        file = next((one for one in (_inside(root, line), root / "images" / place[2]) if one.is_file()), None)
+        candidates = (_inside(root, line), root / "images" / place[2])
+        file = next((one for one in candidates if one.is_relative_to(root) and one.is_file()), None)
         if file is None or not file.resolve().is_relative_to(root.resolve()):
             raise DataError(f"{listing}: the image {line!r} isn't in {root}. Add it, or correct the line.")
         files.append(file)

@@ -110,6 +110,9 @@ def test_points_and_lines_are_reported_and_left_out(tmp_path):
         (shape(points=[[5, 6], [6, 7]], kind="mask", mask="AAAA"), "expected the mask as a PNG in base64"),
         (shape(points=[[1, 2]], kind="rectangle"), "expected two points of a rectangle, got 1"),
         ("text", "expected a `label`"),
+        (shape(points=[[0, 0], [1e300, 0]], kind="circle"), "as pairs of numbers"),
+        (shape(points=[[0, 0], [float("nan"), 0]], kind="mask"), "as pairs of numbers"),
+        (shape(points=[[0, 0], [10**400, 0], [3, 3]]), "as pairs of numbers"),
     ],
 )
 def test_a_faulty_shape_is_refused_with_its_file(bad, message, tmp_path):
@@ -134,3 +137,15 @@ def test_the_cache_follows_the_files(tmp_path):
     (root / "a.json").write_text(json.dumps({"shapes": 3, "imagePath": "a.png"}))
     with pytest.raises(DataError, match="expected a labelme file with a list under 'shapes'"):
         load_coco(root, cache_dir=tmp_path / "cache")
+
+
+def test_random_damage_is_refused_or_read_but_never_crashes(tmp_path):
+    root = labelme(tmp_path / "set", "a", shape(), shape(points=[[2, 3], [9, 9]], kind="circle"))
+    text = (root / "a.json").read_text()
+    generator = np.random.default_rng(0)
+    for trial in range(60):
+        place, length = generator.integers(0, len(text), 2)
+        damaged = text[:place] + generator.choice(["", "1e999", "null", "[]", "-7", '"x"']) + text[place + length % 9 :]
+        (root / "a.json").write_text(damaged)
+        examination = examine(root)
+        assert examination.status in (0, 1, 2), (trial, damaged)

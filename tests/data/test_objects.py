@@ -22,4 +22,5 @@ def test_anything_else_is_refused(objects):
 def test_the_category_is_the_first_number_under_any_of_its_names():
     assert category_of({"label": 3}) == 3
     assert category_of({"category": "cell", "class": 0}) == 0
+    assert category_of({"category": 2**70}) is None
     assert category_of({"category": True, "id": 7}) is None

@@ -141,14 +141,22 @@ def test_check_works_on_it_and_corrects_it_into_coco(tmp_path):
     assert [len(row["objects"]) for row in rows] == [1, 0]
 
 
-def test_a_text_file_may_list_the_pictures_of_a_split(tmp_path):
+def test_a_text_file_may_list_the_pictures_of_a_split(tmp_path, monkeypatch):
     """CVAT's Ultralytics export."""
     root = yolo(tmp_path / "set", yaml="train: train.txt\nval: images/val\nnames: [cat, dog]\n")
     (root / "train.txt").write_text("data/images/train/a.jpg\n")
     splits = load_coco(root, cache_dir=tmp_path / "cache")
     assert [Path(row["image"]["path"]).name for row in splits["train"]] == ["a.jpg"]
     assert len(splits["train"][0]["objects"]) == 1
-    for text, message in (("images/train/gone.jpg", "isn't in"), ("", "found none"), ("../secret.png", "isn't in")):
+    (root / "train.txt").write_text(str(root.resolve() / "images/train/a.jpg"))
+    monkeypatch.chdir(tmp_path)
+    assert len(load_coco("set", cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 1
+    for text, message in (
+        ("/etc/images/hostname", "isn't in"),
+        ("images/train/gone.jpg", "isn't in"),
+        ("", "found none"),
+        ("../secret.png", "isn't in"),
+    ):
         (tmp_path / "secret.png").write_bytes(b"")
         (root / "train.txt").write_text(text)
         with pytest.raises(DataError, match=message):
