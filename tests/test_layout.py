@@ -72,8 +72,6 @@ def test_a_file_says_what_it_is(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if not path.stem.startswith("__")], ids=name)
 def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
     below = path.relative_to(PACKAGE)
-    if below == Path("model/compact_masks.py"):
-        return  # tested in test_matcher.py
     assert (ROOT / "tests" / below.parent / f"test_{below.name}").is_file()
 
 
