@@ -1,4 +1,4 @@
-"""A COCO or YOLO folder as a typed, memory-mapped `datasets.DatasetDict`, built once per content of its annotations.
+"""A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, built once per content of its annotations.
 
 A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), and `objects`, one per
 annotation: `id`, `category_id` (the annotation file's own), `bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).

@@ -10,6 +10,7 @@ An image of ids has no classes; its objects are of one class, "object". Values t
 (semantic segmentation) are refused, unless a folder or file name says that they are instances.
 """
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -104,6 +105,10 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
         image = _image(path, root, len(images) + 1, name, report)
         if image is None:
             continue
+        with contextlib.suppress(ImageError):  # reported when its objects are read
+            height, width = image_size(masks[0], str(masks[0]))
+            if (height, width) == (image["width"], image["height"]):  # drawn on the photo as viewers show it
+                image.update(height=height, width=width)
         images.append(image)
         groups[image["id"]] = []
         for mask in masks:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.mask_images import CITYSCAPES, counts_of_values
-from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.data.validate import check_dataset, check_split
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
@@ -174,3 +174,20 @@ def test_run_lengths_of_values_equal_those_of_each_bitmap(tmp_path):
         found = dict(counts_of_values(values))
         assert set(found) == set(np.unique(values)) - {0}
         assert all(counts == masks.encode(values == value) for value, counts in found.items())
+
+
+@pytest.mark.parametrize("orientation", [6, 1])
+def test_masks_of_a_photo_as_viewers_show_it_turn_the_photo_or_are_refused(orientation, tmp_path):
+    root = masked(tmp_path / "set", (3, 4), image="images/{}.jpg")
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    for name in "ab":
+        with Image.open(root / f"images/{name}.jpg") as photo:
+            photo.transpose(Image.Transpose.ROTATE_90).save(root / f"images/{name}.jpg", exif=exif)
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert [(row["height"], row["width"]) for row in splits["train"]] == [(16, 20)] * 2
+    if orientation == 6:
+        check_split(splits, "train")
+    else:
+        with pytest.raises(DataError, match="expected 20x16 pixels"):
+            check_split(splits, "train")
