@@ -247,6 +247,11 @@ KINDS: Mapping[str, Kind] = {
         "To choose the validation images yourself, put them into a split named valid.",
         "written as a split named valid",
     ),
+    "test-without-annotations": _warning(
+        "test split without annotations",
+        "It is not needed for training, and can't be scored.",
+        "Add its annotations to score it.",
+    ),
     "brush-crowd": _warning(
         "CVAT brush mask exported as a crowd region",
         "CVAT exports objects drawn with its brush as crowd regions, which are excluded from training.",

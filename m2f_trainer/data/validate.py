@@ -16,7 +16,7 @@ import datasets
 import pyarrow.compute as pc
 
 from m2f_trainer.data.categories import normalized_name
-from m2f_trainer.data.dataset import Category, categories_of
+from m2f_trainer.data.dataset import Category, categories_of, row_features
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.transforms import image_name
@@ -143,18 +143,43 @@ def _has_targets(rows: datasets.Dataset) -> bool:
     return any(pc.min(chunk.flatten().field("iscrowd")).as_py() is False for chunk in column.chunks)
 
 
-def check_categories(known: Sequence[Category], rows: datasets.Dataset) -> None:
-    """The category ids of a split have the same names as those of a model; else the scores would be of other classes.
+def match_rows(known: Sequence[Category], rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the category ids of a model, matched by name: exact first, then without regard to case.
+
+    A class that the model doesn't have keeps its id if that is free. A number in place of a name matches by id.
 
     Raises:
-        DataError: an id has two different names; case, spaces and a number in place of a name don't count
+        DataError: an id has another name in the model, which the dataset lacks: a renamed class, or another one
     """
     names = {category.id: category.name for category in known}
-    for category in categories_of(rows):
-        name = names.get(category.id, category.name)
-        same = normalized_name(name) == normalized_name(category.name)
-        if not same and str(category.id) not in (name, category.name):
-            raise DataError(
-                f"category {category.id} is {name!r} in the model and {category.name!r} in the dataset."
-                " Give the dataset's categories the ids and names that the model has."
-            )
+    found = categories_of(rows)
+    own = {normalized_name(category.name) for category in found}
+    ids: dict[int, int] = {}
+    free = max([*names, *(category.id for category in found)], default=0) + 1
+    for category in found:
+        name, new = names.get(category.id), _id_by_name(known, category)
+        if new is None and name is not None and str(category.id) in (name, category.name):
+            new = category.id
+        if new is None and name is not None:
+            if normalized_name(name) not in own:
+                raise DataError(
+                    f"category {category.id} is {name!r} in the model and {category.name!r} in the dataset."
+                    " Give the dataset's categories the names that the model has."
+                )
+            new, free = free, free + 1
+        ids[category.id] = category.id if new is None else new
+    if all(key == new for key, new in ids.items()):
+        return rows
+    categories = sorted((Category(ids[one.id], names.get(ids[one.id], one.name)) for one in found), key=lambda c: c.id)
+
+    def renumbered(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"objects": [{**one, "category_id": ids[one["category_id"]]} for one in row["objects"]]}
+
+    return rows.map(renumbered, features=row_features(categories))
+
+
+def _id_by_name(known: Sequence[Category], category: Category) -> int | None:
+    exact = [one.id for one in known if one.name.strip() == category.name.strip()]
+    alike = [one.id for one in known if normalized_name(one.name) == normalized_name(category.name)]
+    same = exact or alike
+    return category.id if category.id in same else same[0] if len(same) == 1 else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
-from m2f_trainer.data.validate import check_categories, check_split
+from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.instances import Instances
@@ -54,8 +54,7 @@ def evaluate_folder(
     splits = load_dataset(dataset, annotations, images)
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
-    check_categories(categories, splits[split])
-    rows = eval_samples(splits[split], loaded.config, categories)
+    rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)
     arguments = TrainArguments(
         output_dir=str(output_dir or "."),
         per_device_eval_batch_size=batch_size,

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
 from m2f_trainer.errors import DataError
 from tests.data.folders import annotation, content, write
 
@@ -86,3 +88,16 @@ def test_file_names_that_leave_the_image_folder_are_refused(name, tmp_path):
     (root / "train/out").symlink_to(root)
     with pytest.raises(DataError, match="file_name"):
         load_coco(root, cache_dir=tmp_path / "cache")
+
+
+def test_a_test_split_without_annotations_stops_nothing(tmp_path):
+    for split in ("train", "valid"):
+        write(tmp_path / "set", content(), split=split)
+    write(tmp_path / "set", {key: value for key, value in content().items() if key != "annotations"}, split="test")
+    splits = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert {split: len(rows[0]["objects"]) for split, rows in splits.items()} == {"train": 1, "valid": 1, "test": 0}
+    examination = examine(tmp_path / "set")
+    assert examination.status == 0
+    assert "test-without-annotations" in {one.kind for one in examination.findings}
+    done = repair(examination, tmp_path / "copy")
+    assert done.counts["test"]["images"] == (1, 1)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.data import validate
-from m2f_trainer.data.dataset import Category, load_coco
+from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.hub_dataset import load_hub
-from m2f_trainer.data.validate import check_categories, check_dataset
+from m2f_trainer.data.validate import check_dataset, match_rows
 from m2f_trainer.errors import DataError, ImageError
 from tests.data.folders import REAL, annotation, content, needs_real_data, write
 from tests.data.test_hub_dataset import as_pushed
@@ -176,7 +176,17 @@ def test_an_id_that_means_another_class_to_the_model_is_refused(name, sound, roo
     rows = load(root)["valid"]
     known = [Category(2, "wall"), Category(5, name)]
     if sound:
-        check_categories(known, rows)
+        assert match_rows(known, rows) is rows
         return
     with pytest.raises(DataError, match=f"category 5 is '{name}' in the model and 'cell' in the dataset"):
-        check_categories(known, rows)
+        match_rows(known, rows)
+
+
+def test_rows_get_the_ids_of_the_model_by_name(root):
+    names = [{"id": 5, "name": "cell"}, {"id": 6, "name": " Wall"}, {"id": 7, "name": "other"}]
+    write(root, content(*(annotation(key, category_id=key) for key in (5, 6, 7)), categories=names))
+    rows = match_rows([Category(2, "wall"), Category(6, "cell")], load(root)["train"])
+    assert categories_of(rows) == (Category(2, "wall"), Category(6, "cell"), Category(7, "other"))
+    assert {one["id"]: one["category_id"] for one in rows[0]["objects"]} == {5: 6, 6: 2, 7: 7}
+    with pytest.raises(DataError, match="category 7 is 'gap' in the model and 'other' in the dataset"):
+        match_rows([Category(7, "gap")], load(root)["train"])
