@@ -113,4 +113,4 @@ def test_a_model_is_not_scored_on_classes_of_other_names(tmp_path: Path, monkeyp
     config = SimpleNamespace(categories=[{"id": named.id, "name": "another"}])
     monkeypatch.setattr("m2f_trainer.training.evaluate.load_model", lambda _: SimpleNamespace(config=config))
     with pytest.raises(DataError, match=f"category {named.id} is 'another' in the model and '{named.name}'"):
-        evaluate_folder("a model", str(root))
+        evaluate_folder("user/model", str(root))
