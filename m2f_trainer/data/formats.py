@@ -144,7 +144,7 @@ class Layout:
         return [
             path
             for path in found
-            if path.resolve() not in around
+            if Path(os.path.realpath(path)) not in around
             and (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
         ]
 
