@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 
 Run = Callable[[], object]
 
@@ -55,25 +54,6 @@ def alternate(runs: Mapping[str, Run], repeats: int, device: str = "cpu") -> dic
 def _wait(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
-
-
-def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps between a forward pass and its backward, the parameters aside."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()
-    total = sum(kept.values())
-    loss.backward()  # type: ignore[no-untyped-call]
-    model.zero_grad()
-    return total
 
 
 def peak_mb(run: Run, device: str = "cpu") -> float:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import alternate, compared, kept_bytes, parser, peak_mb, report, waits
+from benchmarks.measure import alternate, compared, parser, peak_mb, report, waits
 from benchmarks.stock import BACKBONES, our_model, scene, stock_model
 from m2f_trainer.model.lora import set_tuning
+from m2f_trainer.training.dry_run import kept_bytes
 
 
 def main() -> None:

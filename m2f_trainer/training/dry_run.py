@@ -5,7 +5,7 @@ First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`)
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,14 +70,25 @@ def activations(model: M2FModel, instances: int, bf16: bool) -> int:
     stride, sides = stride_of(backbone_of(config)), (config.image_height, config.image_width)
     small = [max(round(side / 8 / stride), 4) * stride for side in sides]
     middle = [max(round(side / 4 / stride), 8) * stride for side in sides]
-    first, second = (kept_bytes(model, size, instances, bf16) for size in (small, middle))
+    first, second = (image_bytes(model, size, instances, bf16) for size in (small, middle))
     area = config.image_height * config.image_width - small[0] * small[1]
     slope = (second - first) / (middle[0] * middle[1] - small[0] * small[1])
     return int(first + slope * area)
 
 
-def kept_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
-    """Bytes kept between forward and backward for one image of `size` (H, W), parameters excluded."""
+def image_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:
+    """Bytes that autograd keeps for one image of `size` (H, W), parameters excluded."""
+    mode, device = model.training, model.device
+    inputs = example_inputs(size, instances, device)
+    model.train()
+    with torch.random.fork_rng(devices=[]), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        total = kept_bytes(lambda: model(**inputs).loss, model)
+    model.train(mode)
+    return total
+
+
+def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps between a forward pass and its backward, parameters excluded."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
 
@@ -87,17 +98,10 @@ def kept_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool)
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    mode, device = model.training, model.device
-    model.train()
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-    ):
-        loss = model(**example_inputs(size, instances, device)).loss
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward()
     total = sum(found.values())
     del loss
-    model.train(mode)
     return total
 
 

@@ -10,7 +10,7 @@ import torch
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.lora import set_tuning
-from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, kept_bytes, plan
+from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, image_bytes, plan
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
@@ -76,7 +76,7 @@ def test_activations_extrapolated_from_small_images_are_those_of_the_full_size(t
     model = tiny_model(image_size=(256, 192))
     set_tuning(model, tune)
     state = torch.random.get_rng_state()
-    assert activations(model, 5, False) == pytest.approx(kept_bytes(model, (256, 192), 5, False), rel=0.02)
+    assert activations(model, 5, False) == pytest.approx(image_bytes(model, (256, 192), 5, False), rel=0.02)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
