@@ -133,25 +133,29 @@ class Layout:
         """Folders of the dataset that no split uses, and annotation files beside those that are used."""
         if not self.root.is_dir():
             return []
-        used = {path.resolve() for some in folders.values() for path in some}
+        used = {_real(path) for some in folders.values() for path in some}
         for files in self.splits:
-            used |= {path.resolve() for path in (files.annotations, *files.files)}
+            used |= {_real(path) for path in (files.annotations, *files.files)}
             if files.format == "YOLO":
-                used.add(label_folder(files.image_folders[0], files.annotations.parent).resolve())
+                used.add(_real(label_folder(files.image_folders[0], files.annotations.parent)))
         around = used.union(*(path.parents for path in used))
         beside = {files.annotations.parent for files in self.splits if files.annotations.is_file()}
         found = [path for place in (self.root, *sorted(beside - {self.root})) for path in visible(place)]
         return [
             path
             for path in found
-            if Path(os.path.realpath(path)) not in around
-            and (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
+            if _real(path) not in around and (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
         ]
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Path.resolve would raise on a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def relative(path: Path, base: Path) -> str:
     """A path below the dataset folder without that folder, for messages."""
-    path, base = path.resolve(), base.resolve()
+    path, base = _real(path), _real(base)
     return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
 
 
