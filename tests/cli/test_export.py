@@ -13,6 +13,7 @@ from tests.cli.stand_in import stand_in
 def test_the_exit_status_is_the_parity(
     met: bool, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder is called as the model's user
     path = tmp_path / "model.onnx"
     path.write_bytes(bytes(1_500_000))
     parity = SimpleNamespace(met=met, to_text=lambda: "largest difference: 1e-6")
@@ -26,7 +27,7 @@ def test_the_exit_status_is_the_parity(
         recorded_dataset=lambda _: None,
     )
     stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
-    assert main(["export", "runs/a"]) == status
+    assert main(["export", "user/model"]) == status
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: 1.5 MB. {tmp_path / 'model.json'} describes how to use it.\n")
     assert "compared on synthetic images" in out
