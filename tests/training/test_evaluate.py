@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pycocotools.coco import COCO
@@ -47,17 +49,22 @@ def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(finishe
     assert (finished_run / "run" / "metrics.json").read_bytes() == held
 
 
-def test_written_predictions_score_what_pycocotools_says(finished_run: Path, tmp_path: Path) -> None:
-    figures = evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), output_dir=tmp_path, batch_size=1)
-    truth = COCO(str(finished_run / "data" / "valid" / "_annotations.coco.json"))
-    results = json.loads((tmp_path / "predictions.json").read_text())
-    assert results
+def assert_pycocotools_figures(figures: Mapping[str, float], data: Path, results: list[dict[str, Any]]) -> None:
+    """AP and AR of a dataset's validation split are those of pycocotools for these results."""
+    truth = COCO(str(data / "valid" / "_annotations.coco.json"))
     scorer = COCOeval(truth, truth.loadRes(results), "segm")
     scorer.evaluate()
     scorer.accumulate()
     scorer.summarize()
     assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
     assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+
+
+def test_written_predictions_score_what_pycocotools_says(finished_run: Path, tmp_path: Path) -> None:
+    figures = evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), output_dir=tmp_path, batch_size=1)
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results
+    assert_pycocotools_figures(figures, finished_run / "data", results)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
@@ -87,14 +94,8 @@ def test_a_tiled_model_evaluated_again_gives_the_figures_that_training_printed(t
 
 def test_a_tiled_models_figures_are_pycocotools_own_at_the_images_size(tiled_run: Path, tmp_path: Path) -> None:
     figures = evaluate_folder(str(tiled_run / "run"), str(tiled_run / "data"), output_dir=tmp_path, batch_size=5)
-    truth = COCO(str(tiled_run / "data" / "valid" / "_annotations.coco.json"))
     results = json.loads((tmp_path / "predictions.json").read_text())
-    scorer = COCOeval(truth, truth.loadRes(results), "segm")
-    scorer.evaluate()
-    scorer.accumulate()
-    scorer.summarize()
-    assert figures["eval_map"] == pytest.approx(scorer.stats[0], abs=1e-9)
-    assert figures["eval_mar_100"] == pytest.approx(scorer.stats[8], abs=1e-9)
+    assert_pycocotools_figures(figures, tiled_run / "data", results)
     assert max(Counter(result["image_id"] for result in results).values()) <= 100
 
 
