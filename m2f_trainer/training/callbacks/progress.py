@@ -109,11 +109,32 @@ class DataWait(TrainerCallback):
 
 
 class EvaluateAtEverySave(TrainerCallback):
-    """Evaluates at every checkpoint, including the one that the Trainer writes at the last step."""
+    """Evaluates at every checkpoint, including the one that the Trainer writes at the last step.
+
+    A step is evaluated and saved only once: the end of an epoch would otherwise repeat both for the last step of a run.
+    """
+
+    def __init__(self) -> None:
+        self.evaluated = self.saved = -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request an evaluation with every save; the Trainer evaluates first, then saves."""
         control.should_evaluate = control.should_evaluate or control.should_save
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the step that was evaluated."""
+        self.evaluated = state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the step that was saved."""
+        self.saved = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Repeat neither the evaluation nor the checkpoint of a step."""
+        control.should_evaluate = control.should_evaluate and self.evaluated != state.global_step
+        control.should_save = control.should_save and self.saved != state.global_step
 
 
 def peak_memory() -> int:

@@ -1,14 +1,21 @@
 """A run of minutes, with a clock that the test moves."""
 
+import json
+from itertools import count
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState
 
+from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.training import run
 from m2f_trainer.training.callbacks.clock import TICKS, Clock, clock_of
 from m2f_trainer.training.optimizer import rate_factors
+from tests.training.runs import write_tiny
 
 EVALUATION = 30.0
 
@@ -76,6 +83,19 @@ def test_the_run_ends_evaluated_and_saved_when_its_minutes_are_over() -> None:
     assert run.state.global_step == run.state.max_steps == 86, "600 seconds by 7"
     assert run.control.should_evaluate
     assert run.control.should_save
+
+
+def test_the_last_step_is_evaluated_and_saved_once_where_checkpoints_are_of_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_tiny(tmp_path, max_steps=-1, max_minutes=1.0, checkpointing_steps="epoch")
+    seconds = count(step=12)
+    monkeypatch.setattr(run, "clock_of", lambda *_: [Clock(1.0, now=lambda: float(next(seconds)))])
+    run.train(load_recipe([str(recipe)]))
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry["step"] for entry in history if "eval_map" in entry]
+    assert evaluated == sorted(set(evaluated))
+    assert evaluated[-1] == history[-1]["step"]
 
 
 def test_time_before_the_first_step_counts_but_not_in_the_forecast() -> None:
