@@ -20,12 +20,12 @@ def match_categories(
 ) -> tuple[dict[str, Annotations], dict[int, str]]:
     """The splits with one id for each class name, that of the first split, and the names of the used classes by id.
 
-    Names are equal without the spaces around them; a name that differs only in case is equal too, which is reported,
-    where the split has no other category of that name. A class that the first split lacks keeps its id if that is free.
-    Categories that no annotation has are never a problem.
+    Spaces around a name are ignored. Names that differ only in case are matched too, with a report, unless the split has
+    another category of that name. A class that the first split lacks keeps its id if that is free. Categories without
+    annotations never cause an error.
 
-    Reports one name with two used ids in a split, and an id of the first split under a name that the first split lacks
-    while the split lacks the first one's: a renamed class, or another one.
+    Reports a name with two used ids in one split, and a possibly renamed class: an id with one name in the first split
+    and another name here, where neither split has the other's name.
     """
     matcher = _Matcher(splits, report)
     matched = {key: matcher.renumbered(split) for key, split in splits.items()}

@@ -1,4 +1,4 @@
-"""Find the image files that annotations name: which folder they lie in, and names that tools spell another way."""
+"""Find the image files that annotations name: their folder, and names that differ in form from the files' names."""
 
 import os
 import re

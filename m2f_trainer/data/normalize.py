@@ -1,6 +1,6 @@
-"""Values of COCO files that are certain in spite of an unusual spelling, in COCO's own: ids, numbers, segmentations.
+"""Convert ids, numbers and segmentations to the form of the COCO format, where their meaning is unambiguous.
 
-A value that could mean two things is returned as None: the caller refuses it.
+An ambiguous value gives None, and the caller reports it.
 """
 
 import ast
@@ -98,12 +98,11 @@ def _value(key: _Key) -> _Key:
 
 
 def usual_segmentation(segmentation: object, height: int, width: int, box: object) -> tuple[Any, str] | None:
-    """A segmentation that COCO's readers refuse, in the form that they take, and the kind of note to report; None where
-    nothing certain can be done.
+    """A segmentation in the form that pycocotools accepts, and the kind of note to report; None if it is ambiguous.
 
     Args:
         height, width: of the image in pixels
-        box: the annotation's `bbox` (x, y, width, height), which tells how an RLE of swapped size is meant
+        box: the annotation's `bbox` (x, y, width, height), which decides how an RLE with height and width swapped is read
     """
     if isinstance(segmentation, Mapping):
         usual = _usual_rle(segmentation, height, width, box)
@@ -120,8 +119,9 @@ def usual_segmentation(segmentation: object, height: int, width: int, box: objec
 
 
 def _flat(part: object, wrapped: bool = True) -> list[float] | None:
-    """A polygon as [x, y, x, y, ...], from that, from points, or from either if `wrapped` in one list more; None for
-    others.
+    """A polygon as [x, y, x, y, ...]; None if it isn't one.
+
+    Accepted are flat numbers, points, and, if `wrapped`, either of them inside one more list.
     """
     if part is None:
         return []
@@ -170,7 +170,7 @@ def _usual_rle(segmentation: Mapping[Any, Any], height: int, width: int, box: ob
         return {**segmentation, "size": size, "counts": counts}
     if size != [width, height]:
         return None
-    found = []  # the counts may be those of the image, or of the image turned over its diagonal
+    found = []  # the counts may be those of the mask, or of the transposed mask
     for turned in (False, True):
         rows, columns = (width, height) if turned else (height, width)
         try:
