@@ -102,7 +102,7 @@ def usual_segmentation(segmentation: object, height: int, width: int, box: objec
 
     Args:
         height, width: of the image in pixels
-        box: the annotation's `bbox` (x, y, width, height), which decides how an RLE with height and width swapped is read
+        box: the annotation's `bbox` (x, y, width, height), which decides how an RLE with swapped sides is read
     """
     if isinstance(segmentation, Mapping):
         usual = _usual_rle(segmentation, height, width, box)
