@@ -21,8 +21,8 @@ def match_categories(
     """The splits with one id for each class name, that of the first split, and the names of the used classes by id.
 
     Spaces around a name are ignored. Names that differ only in case are matched too, with a report, unless the split
-    has another category of that name. A class that the first split lacks keeps its id if that is free. Categories without
-    annotations never cause an error.
+    has another category of that name. A class that the first split lacks keeps its id if that is free.
+    Categories without annotations never cause an error.
 
     Reports a name with two used ids in one split, and a possibly renamed class: an id with one name in the first split
     and another name here, where neither split has the other's name.
