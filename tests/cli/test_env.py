@@ -11,7 +11,16 @@ from m2f_trainer.cli.main import main
 from m2f_trainer.version import __version__
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DEVELOPMENT = {"m2f-trainer", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "scipy-stubs", "faster-coco-eval"}
+DEVELOPMENT = {
+    "m2f-trainer",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "mypy",
+    "scipy-stubs",
+    "faster-coco-eval",
+}
 
 
 def names(requirements: list[str]) -> set[str]:
