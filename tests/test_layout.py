@@ -77,7 +77,7 @@ def test_a_module_has_a_test_file_of_its_name(path: Path) -> None:
 
 def test_every_test_folder_mirrors_a_room() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "_."}
-    assert folders <= {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"faults", "benchmarks"}
+    assert folders <= {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"faults", "security", "benchmarks"}
 
 
 def mapped_files() -> set[Path]:

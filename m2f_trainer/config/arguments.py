@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from m2f_trainer.config.fields import check_ranges, option
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.model.sources import LIMITS
 
 
 @dataclass
@@ -47,6 +48,7 @@ class ModelArguments:
         "Number of queries: the maximum instances per image or tile. auto: as many as the training split needs.",
         "model",
         at_least=1,
+        at_most=LIMITS["num_queries"],
         auto=True,
         defines_model=True,
     )
@@ -231,6 +233,7 @@ class DataArguments:
         "Height that images are resized and padded to, in pixels; a multiple of the patch size.",
         "data",
         at_least=1,
+        at_most=LIMITS["image_height"],
         changes_results=True,
     )
     image_width: int = option(
@@ -238,6 +241,7 @@ class DataArguments:
         "Width that images are resized and padded to, in pixels; a multiple of the patch size.",
         "data",
         at_least=1,
+        at_most=LIMITS["image_height"],
         changes_results=True,
     )
     tile_size: int | None = option(

@@ -1,19 +1,20 @@
 """The table of known backbones, and loading of any of them, of any Hub id or folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
-from transformers.utils import logging
 
+from .sources import ModelError as ModelError
+from .sources import check_limits, load_config, load_weights, without_kernels
 
-class ModelError(ValueError):
-    """A backbone, head or model folder can't be loaded or doesn't fit. The message says what to do."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,16 @@ def read_config(
     Raises ModelError when the configuration can't be read; the message names the steps to get access.
     """
     if isinstance(backbone, str):
-        config: PreTrainedConfig = _from_pretrained(AutoConfig, backbone)
+        config: PreTrainedConfig = _with_advice(backbone, partial(load_config, hub_id(backbone)))
     else:
         fields = dict(backbone)
         if "model_type" not in fields:
             raise ModelError(
                 f'a backbone configuration needs "model_type" (such as "dinov3_vit"); got {json.dumps(fields)}'
             )
+        check_limits(fields, "the backbone's configuration")
         try:
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            config = without_kernels(AutoConfig.for_model(fields.pop("model_type"), **fields))
         except (ValueError, TypeError, StrictDataclassError) as error:
             reason = str(error).partition(". Should contain one of")[0].strip()  # without the list of all models
             raise ModelError(f"transformers rejects this backbone configuration: {reason}") from error
@@ -157,25 +159,19 @@ def load_pretrained(backbone: str, config: PreTrainedConfig) -> nn.Module:
     folder. Raises ModelError when the weights can't be loaded or are incomplete.
     """
     loader = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the loading report would list every layer above the last tap
-    try:
-        model, report = _from_pretrained(loader, backbone, config=config, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(name for name in report["missing_keys"] if not name.endswith("mask_token"))
-    if missing:
-        raise ModelError(f"{hub_id(backbone)!r} lacks {len(missing)} of the backbone's tensors, such as {missing[:3]}")
-    loaded: nn.Module = model
-    return loaded
+    load = partial(load_weights, loader, hub_id(backbone), lambda name: not name.endswith("mask_token"), config=config)
+    model: nn.Module = _with_advice(backbone, load)
+    return model
 
 
-def _from_pretrained(auto_class: Any, backbone: str, **kwargs: Any) -> Any:
-    source = hub_id(backbone)
+def _with_advice(backbone: str, load: Callable[[], T]) -> T:
+    """What `load` returns; its errors name the backbone and the steps to get access."""
     try:
-        return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(_advice(backbone, source, error)) from error
+        return load()
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_advice(backbone, hub_id(backbone), error)) from error
 
 
 def _advice(backbone: str, source: str, error: Exception) -> str:

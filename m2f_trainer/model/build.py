@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .backbones import BACKBONES, ModelError, is_pyramidal, load_pretrained, read_config, stride_of, taps_of
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
+from .sources import check_limits
 from .weights import head_fields, load_head, load_model_weights
 
 
@@ -41,6 +42,7 @@ def build_model(
     Raises ModelError when a part can't be loaded or doesn't fit.
     """
     _check_fields(config_fields)
+    check_limits(config_fields, "the head's configuration")
     source = load_model(init_from) if init_from else None
     backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
     if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):

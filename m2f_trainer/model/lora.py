@@ -17,9 +17,9 @@ from peft.tuners.lora import Linear as LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import ModelError
 from .build import load_backbone_weights
 from .mask2former import M2FConfig, M2FModel
+from .sources import ModelError, load_config
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -163,7 +163,10 @@ def load_adapters(folders: Mapping[str, Path]) -> dict[str, M2FModel]:
 
 def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
     """The model of an adapter, not merged; with `base` it shares that model's backbone weights."""
-    model = M2FModel(M2FConfig.from_pretrained(folder))
+    config = load_config(str(folder))
+    if not isinstance(config, M2FConfig):
+        raise ModelError(f"{folder} holds a {config.model_type!r} model, not an adapter of m2f_trainer")
+    model = M2FModel(config)
     if base is None:
         load_backbone_weights(model)
     elif base.config.backbone_name != model.config.backbone_name:

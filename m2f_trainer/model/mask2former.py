@@ -24,7 +24,6 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 
-from .backbones import ModelError
 from .compact_masks import CompactMasks
 from .criterion import Criterion, LossSettings
 from .encoder import Encoder
@@ -32,6 +31,7 @@ from .initialization import NECK_LAYERS, init_class_head, init_head_layer, init_
 from .pixel_decoder import PixelDecoder
 from .quality import QualityHead
 from .ranking import rank
+from .sources import ModelError, load_config, load_weights
 from .transformer_decoder import QueryDecoder
 
 AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
@@ -245,12 +245,14 @@ def layer_classes(backbone: Any) -> set[str]:
 
 
 def load_model(folder_or_hub_id: str) -> M2FModel:
-    """Load an m2f_trainer model in evaluation mode. No code from the folder is executed.
+    """Load an m2f_trainer model in evaluation mode, in float32. No code from the folder is executed.
 
-    Raises ModelError when the folder holds no such model.
+    Raises ModelError when the folder holds no such model, or its weights are damaged, incomplete or of other shapes.
     """
     try:
-        config = AutoConfig.from_pretrained(folder_or_hub_id)
+        config = load_config(folder_or_hub_id)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"no model could be read from {folder_or_hub_id!r}: {first}") from error
@@ -260,8 +262,8 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
             f"({M2FConfig.model_type!r}): give a run's folder, one of its checkpoints, or a Hub id of such a model"
         )
     try:
-        model = M2FModel.from_pretrained(folder_or_hub_id, config=config, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model: M2FModel = load_weights(M2FModel, folder_or_hub_id, config=config)
+    except OSError as error:
         raise ModelError(f"the weights in {folder_or_hub_id!r} can't be loaded: {error}") from error
     loaded: M2FModel = model.eval()  # type: ignore[no-untyped-call]
     return loaded

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from .backbones import ModelError
+from .sources import ModelError, load_config, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ HEAD_FIELDS = (
 )  # fmt: skip
 ENCODER = "model.pixel_level_module.encoder."
 BACKBONE = f"{ENCODER}backbone."
+HEAD_PARTS = ("model.pixel_level_module.decoder.", "model.transformer_module.")
 QUERIES = ("queries_embedder.weight", "queries_features.weight")
 
 
@@ -44,8 +45,14 @@ class LoadReport:
 @lru_cache(maxsize=1)
 def _source(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
     try:
-        return Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        config = load_config(checkpoint)
+        if not isinstance(config, Mask2FormerConfig):
+            raise ValueError(f"it holds a {config.model_type!r} model")
+        model: Mask2FormerForUniversalSegmentation = load_weights(
+            Mask2FormerForUniversalSegmentation, checkpoint, lambda name: name.startswith(HEAD_PARTS), config=config
+        )
+        return model
+    except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a transformers Mask2Former model "

@@ -252,7 +252,7 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--num_queries", "0"], "num_queries: expected at least 1, got 0"),
+        (["--num_queries", "0"], "num_queries: expected between 1 and 10000, got 0"),
         (["--lora_dropout", "1.5"], "lora_dropout: expected between 0 and 1, got 1.5"),
         (["--lsj_min_scale", "3"], "lsj_min_scale: expected at most lsj_max_scale=2.0, got 3"),
         (["--early_stopping_patience", "0"], "early_stopping_patience: expected at least 1"),

@@ -1,0 +1,128 @@
+"""Read configurations and weights of model folders and Hub ids, which strangers may have written.
+
+No code of theirs runs, numbers in a configuration are bounded, and a model that lacks a tensor is refused, which would
+otherwise stay random.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+LIMITS: Mapping[str, int] = {
+    "num_hidden_layers": 256,
+    "depths": 256,
+    "encoder_layers": 64,
+    "decoder_layers": 64,
+    "hidden_size": 16384,
+    "hidden_sizes": 16384,
+    "intermediate_size": 65536,
+    "mlp_ratio": 64,
+    "hidden_dim": 8192,
+    "feature_size": 8192,
+    "mask_feature_size": 8192,
+    "neck_channels": 8192,
+    "dim_feedforward": 65536,
+    "encoder_feedforward_dim": 65536,
+    "num_queries": 10000,
+    "num_register_tokens": 1024,
+    "patch_size": 256,
+    "image_size": 16384,
+    "image_height": 16384,
+    "image_width": 16384,
+    "train_num_points": 2**20,
+    "oversample_ratio": 100,
+}
+"""Largest value of each field of a configuration, far above that of every published model."""
+
+
+class ModelError(ValueError):
+    """A backbone, head or model folder can't be loaded or doesn't fit. The message says what to do."""
+
+
+def check_limits(fields: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError where a field of a configuration, or of one inside it, is beyond `LIMITS`."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            check_limits(value, where)
+        for one in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+            is_number = isinstance(one, int | float)
+            if name in LIMITS and is_number and not -LIMITS[name] <= one <= LIMITS[name]:
+                raise ModelError(f"{where}: {name} is {one}, and the limit is {LIMITS[name]}. Correct it")
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id.
+
+    An implementation of attention that it names is ignored: transformers would fetch a kernel of that name and run it.
+
+    Raises:
+        OSError: there is none.
+        ModelError: it needs code of its own, or a field is beyond `LIMITS`.
+        ValueError, KeyError: transformers rejects it.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    check_limits(fields, f"config.json of {source!r}")
+    if fields.get("model_type") not in CONFIG_MAPPING and "auto_map" in fields:
+        raise ModelError(
+            f"{source!r} holds a {fields.get('model_type')!r} model that needs its own code, which is never run. Give "
+            "a model of transformers or of m2f_trainer"
+        )
+    return without_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def without_kernels(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same configuration, at every depth without an implementation of attention: transformers chooses one."""
+    config._attn_implementation = None
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig):
+            without_kernels(inner)
+    return config
+
+
+def load_weights(
+    model_class: Any, source: str, is_needed: Callable[[str], bool] = lambda name: True, **options: Any
+) -> Any:
+    """A model with the weights of a folder or Hub id, in float32.
+
+    Args:
+        model_class: a model class of transformers or of this package.
+        is_needed: whether a tensor of this name must be there; others may be missing.
+        options: for its `from_pretrained`, such as `config`.
+
+    Raises:
+        OSError: there are no safetensors weights.
+        ModelError: a file is damaged, or a needed tensor is missing or of another shape.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers would print a table of all tensors
+    try:
+        model, report = model_class.from_pretrained(
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype="float32",
+            **options,
+        )
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights in {source!r} are damaged ({error}): the file was cut short or changed. Copy it again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        if is_needed(name):
+            raise ModelError(
+                f"the weights in {source!r} don't fit its configuration: {name} has the shape {list(found)} instead of "
+                f"{list(expected)}. Copy the whole folder again"
+            )
+    missing = sorted(filter(is_needed, report["missing_keys"]))
+    if missing:
+        raise ModelError(
+            f"{source!r} lacks {len(missing)} of the model's tensors, such as {', '.join(missing[:3])}, which would "
+            "stay random. Copy the whole folder again"
+        )
+    return model
