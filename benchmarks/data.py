@@ -1,10 +1,10 @@
-"""One loading worker, ours beside the transformers example's: CPU milliseconds a training sample, and memory.
+"""Data loading, compared with the transformers example: CPU milliseconds a training sample, and memory.
 
     python -m benchmarks.data [--instances 20] [--samples 40]
 
-The example's path is its decoding, its mirroring and Mask2FormerImageProcessor on a map of instance ids; the colour
-changes it also makes are left out, so its time is a lower bound. Ours is the training transform: once at the very size
-that the example's samples have, and once as it trains, with large-scale jitter. Both read the same JPEG, in turns.
+The example decodes the image, flips it and runs Mask2FormerImageProcessor on a map of instance ids. Its colour changes
+are left out, so its time is a lower bound. Ours is the training transform, once with output of the example's size and
+once with the default large-scale jitter. Both read the same JPEG, in turns.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import in_a_process, peak_mb
+from benchmarks.measure import in_fresh_process, peak_mb
 
 SIDE = 1024
 
 
-def made_up_row(instances: int, height: int = 480, width: int = 640) -> dict[str, Any]:
-    """A smooth noise photo as a JPEG, and overlapping polygons of 8 to 40 points."""
+def synthetic_row(instances: int, height: int = 480, width: int = 640) -> dict[str, Any]:
+    """A dataset row: smooth noise as a JPEG, and overlapping polygons of 8 to 40 points."""
     from m2f_trainer.masks import segmentation as masks
 
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def made_up_row(instances: int, height: int = 480, width: int = 640) -> dict[str
 
 
 class StockPath:
-    """What examples/pytorch/instance-segmentation of transformers does to one image."""
+    """The preprocessing of one image in transformers' examples/pytorch/instance-segmentation."""
 
     def __init__(self, side: int = SIDE) -> None:
         from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
@@ -70,13 +70,13 @@ class StockPath:
 
 
 def times(instances: int, samples: int) -> dict[str, float]:
-    """CPU milliseconds a sample of the three, taken in turns."""
+    """CPU milliseconds a sample for each of three variants, run in turns."""
     import torch
 
     from m2f_trainer.data.transforms import TrainTransform
 
     torch.set_num_threads(1)
-    row, stock = made_up_row(instances), StockPath()
+    row, stock = synthetic_row(instances), StockPath()
     same = TrainTransform(SIDE, SIDE, lsj_min_scale=1.0, lsj_max_scale=1.0)
     jitter = TrainTransform(SIDE, SIDE)
     paths = {
@@ -94,11 +94,11 @@ def times(instances: int, samples: int) -> dict[str, float]:
 
 
 def memory(path: str, instances: int) -> float:
-    """Peak MB that a batch of one image adds, in a process of its own."""
+    """Peak MB that a batch of one image adds; call it in a fresh process."""
     from m2f_trainer.data.collate import collate
     from m2f_trainer.data.transforms import TrainTransform
 
-    few, row = made_up_row(1), made_up_row(instances)
+    few, row = synthetic_row(1), synthetic_row(instances)
     if path == "ours":
         transform = TrainTransform(SIDE, SIDE, lsj_min_scale=1.0, lsj_max_scale=1.0)
 
@@ -120,13 +120,13 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=20)
     parser.add_argument("--samples", type=int, default=40)
     options = parser.parse_args()
-    told = times(options.instances, options.samples)
+    milliseconds = times(options.instances, options.samples)
     print(f"CPU ms a sample, 640x480 photo with {options.instances} instances -> {SIDE}x{SIDE}, one thread")
-    for name, spent in told.items():
-        print(f"  {name:16} {spent:7.1f} ms   {told['stock'] / spent:5.1f} x")
-    print(f"peak MB that one image of many instances adds at {SIDE}x{SIDE} (stock takes 255 at most)")
+    for name, spent in milliseconds.items():
+        print(f"  {name:16} {spent:7.1f} ms   {milliseconds['stock'] / spent:5.1f} x")
+    print(f"peak MB that one image with many instances adds at {SIDE}x{SIDE} (stock: at most 255 instances)")
     for name, instances in (("stock", 255), ("ours", 255), ("ours", 400)):
-        print(f"  {name:5} {instances:4} {in_a_process(memory, name, instances):12.0f} MB")
+        print(f"  {name:5} {instances:4} {in_fresh_process(memory, name, instances):12.0f} MB")
 
 
 if __name__ == "__main__":

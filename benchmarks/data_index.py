@@ -1,9 +1,9 @@
-"""An annotation file the size of COCO train2017, made up: how long it takes to index and to open again, and how much
-memory that and each loading worker need.
+"""Index a synthetic annotation file of the size of COCO train2017: time to index and to reopen it, and the memory that
+indexing and each data worker need.
 
     python -m benchmarks.data_index --folder /tmp/train2017 [--images 118287] [--instances 860001]
 
-Polygons have 8 to 40 points, as COCO's. No image is read: indexing doesn't need them.
+Polygons have 8 to 40 points, as in COCO. No image is read, because indexing needs none.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import in_a_process
+from benchmarks.measure import in_fresh_process
 
 CLASSES = 80
-FILE = "train/_annotations.coco.json"  # told, so that no validation images are held out of it
+FILE = "train/_annotations.coco.json"  # passed explicitly, so that no images are held out for validation
 
 
 def write_annotations(path: Path, images: int, instances: int) -> None:
-    """Entry by entry, so that this needs no memory of its own."""
+    """Write the file entry by entry, in constant memory."""
     rng = np.random.default_rng(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     categories = [{"id": key, "name": f"class {key}"} for key in range(1, CLASSES + 1)]
@@ -44,6 +44,7 @@ def write_annotations(path: Path, images: int, instances: int) -> None:
 
 
 def annotation(rng: np.random.Generator) -> dict[str, Any]:
+    """A COCO annotation with a random polygon, without `id` and `image_id`."""
     points = int(rng.integers(8, 41))
     angles = np.sort(rng.uniform(0, 2 * np.pi, points))
     radii = rng.uniform(0.6, 1, points) * rng.uniform(8, 110)
@@ -51,33 +52,33 @@ def annotation(rng: np.random.Generator) -> dict[str, Any]:
     outline = outline.clip(0, (640, 480)).round(2)
     low, high = outline.min(axis=0), outline.max(axis=0)
     box = [*low.tolist(), *(high - low).round(2).tolist()]
-    made = {"segmentation": [outline.reshape(-1).tolist()], "area": round(0.7 * box[2] * box[3], 2), "iscrowd": 0}
-    return {**made, "bbox": box, "category_id": int(rng.integers(1, CLASSES + 1))}
+    shape = {"segmentation": [outline.reshape(-1).tolist()], "area": round(0.7 * box[2] * box[3], 2), "iscrowd": 0}
+    return {**shape, "bbox": box, "category_id": int(rng.integers(1, CLASSES + 1))}
 
 
 def index(root: str, cache: str) -> dict[str, float]:
     """Wall and CPU seconds of `load_coco`, and the peak resident memory in GB of the process, imports included.
 
-    CPU seconds are those of this process and of processes that it started; there are none today, and a peak of theirs
-    would be told apart.
+    CPU seconds include child processes; their peak memory is reported separately. `load_coco` starts none at present.
     """
     from m2f_trainer.data.dataset import load_coco
 
     before, start = cpu_seconds(), time.perf_counter()
     rows = load_coco(root, cache_dir=cache, annotations={"train": FILE})["train"]
-    told = {"images": len(rows), "wall_seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - before}
+    seconds = {"wall_seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - before}
     peaks = {"peak_gb": resource.RUSAGE_SELF, "peak_gb_of_a_child": resource.RUSAGE_CHILDREN}
-    return {**told, **{name: resource.getrusage(who).ru_maxrss / 1e6 for name, who in peaks.items()}}
+    memory = {name: resource.getrusage(who).ru_maxrss / 1e6 for name, who in peaks.items()}
+    return {"images": len(rows), **seconds, **memory}
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of those it has waited for."""
+    """User and system time of this process and of its finished children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def worker_memory(root: str, cache: str) -> dict[str, float]:
-    """Memory in MB that a forked worker writes to and so has to itself while it reads 5,000 random rows."""
+    """Private memory in MB that a forked worker gains while it reads 5,000 random rows."""
     from m2f_trainer.data.dataset import load_coco
 
     rows = load_coco(root, cache_dir=cache, annotations={"train": FILE})["train"]
@@ -97,6 +98,7 @@ def worker_memory(root: str, cache: str) -> dict[str, float]:
 
 
 def private_mb() -> float:
+    """Memory of this process that it has written to and shares with no other."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
 
@@ -112,9 +114,9 @@ def main() -> None:
         write_annotations(file, options.images, options.instances)
     shutil.rmtree(cache, ignore_errors=True)
     print(f"annotation file: {file.stat().st_size / 1e6:.0f} MB")
-    for name, task in (("indexed", index), ("opened again", index), ("worker", worker_memory)):
-        told = in_a_process(task, str(options.folder), str(cache))
-        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in told.items()))
+    for name, task in (("indexed", index), ("reopened", index), ("worker", worker_memory)):
+        figures = in_fresh_process(task, str(options.folder), str(cache))
+        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":

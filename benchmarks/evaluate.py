@@ -1,13 +1,12 @@
-"""Evaluation, ours against transformers': from logits to run lengths, and the whole of it from pixels to figures.
+"""Evaluation, compared with transformers': from logits to run lengths, or the whole of it from pixels to AP.
 
 python -m benchmarks.evaluate --dataset MY_COCO
 python -m benchmarks.evaluate --whole 500 --dataset MY_COCO
 
-Stock is what the transformers example does: `post_process_instance_segmentation` with binary maps, encoded and scored
-by pycocotools (the example's torchmetrics needs torchvision; it encodes and scores through pycocotools). Masks are
-those of a dataset's annotations as a trained model would give them, or ellipses; weights are random, so that the whole
-evaluation's forward passes are timed and their outputs replaced. The example's Trainer hands the labels to the model
-and so computes the loss of every decoder output, which ours doesn't: that is part of its pass, and shown beside it.
+Stock is the transformers example: `post_process_instance_segmentation` with binary maps, then pycocotools, which the
+example's torchmetrics also uses. The weights are random, so forward passes are timed and their outputs replaced by
+logits made from a dataset's annotations or from ellipses. The example passes the labels to the model and so also
+computes the loss of every decoder output. That is part of its time and also shown separately.
 """
 
 import argparse
@@ -22,8 +21,8 @@ from transformers import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from benchmarks import scoring
-from benchmarks.found import class_logits, logits_of
-from benchmarks.measure import alternate, compared, in_a_process, parser, peak_mb, report
+from benchmarks.measure import alternate, compared, in_fresh_process, parser, peak_mb, report
+from benchmarks.predictions import class_logits, logits_of
 from benchmarks.stock import BACKBONES, CATEGORIES, our_model, scene, stock_model
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.inference.postprocess import to_instances
@@ -33,15 +32,15 @@ Case = tuple[tuple[int, int], int, int, Path | None, str, int]
 
 
 def main() -> None:
-    """Measure the sizes asked for, and print them."""
+    """Measure each image size and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--queries", type=int, default=100)
     made.add_argument("--side", type=int, default=1024, help="the model's input")
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--size", nargs="+", default=["480x640", "1536x2048"], help="HEIGHTxWIDTH of the image")
     made.add_argument("--dataset", type=Path, help="a COCO folder to take masks from")
-    made.add_argument("--whole", type=int, help="the whole evaluation of so many images")
-    made.add_argument("--measured", type=int, default=3, help="images of the whole evaluation that are really passed")
+    made.add_argument("--whole", type=int, metavar="N", help="the whole evaluation of N images")
+    made.add_argument("--measured", type=int, default=3, metavar="N", help="with --whole: time N images and scale [3]")
     made.add_argument("--backbone", default="vits16plus", choices=list(BACKBONES))
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -52,10 +51,10 @@ def main() -> None:
 
 
 def masks(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
-    """One row: one image of 100 queries, time here, and the peak memory of each in a process of its own."""
+    """One row: time for one image, measured here, and peak memory, measured in a fresh process for each side."""
     case = (size, arguments.queries, arguments.side, arguments.dataset, arguments.device, arguments.threads)
     seconds = alternate(stages(*case), arguments.repeats, arguments.device)
-    peaks = {name: in_a_process(peak_of, name, *case) for name in ("ours", "stock")}
+    peaks = {name: in_fresh_process(peak_of, name, *case) for name in ("ours", "stock")}
     return {
         "height x width": f"{size[0]}x{size[1]}",
         "queries": arguments.queries,
@@ -65,7 +64,7 @@ def masks(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any
 
 
 def peak_of(name: str, *case: Any) -> float:
-    """Peak MB of one of the two, after a small image so that libraries are loaded."""
+    """Peak MB of "ours" or "stock". A small image is processed first, so that libraries are loaded."""
     torch.set_num_threads(case[-1])
     stages((32, 32), 2, 64, None, *case[-2:])[name]()
     return peak_mb(stages(*case)[name], case[-2])
@@ -74,7 +73,7 @@ def peak_of(name: str, *case: Any) -> float:
 def stages(
     size: tuple[int, int], queries: int, side: int, dataset: Path | None, device: str, threads: int
 ) -> dict[str, Callable[[], int]]:
-    """From logits to encoded masks, both ways, of one image of a size."""
+    """Functions that turn the logits of one image into encoded masks: ours and stock."""
     frames, cells = resize_to_fit(size, (side, side)), (side // 4, side // 4)
     inside = (-(-frames.resized[0] // 4), -(-frames.resized[1] // 4))
     logits = logits_of(dataset, queries, cells, inside).to(device)
@@ -100,7 +99,7 @@ def stages(
 
 
 def whole(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
-    """One row: forward passes and masks of a few images, scaled to all, and the scoring of all."""
+    """One row: forward passes and masks timed on a few images and scaled to all, and the scoring of all."""
     case = (size, arguments.queries, arguments.side, arguments.dataset, arguments.device, arguments.threads)
     forward = alternate(forwards(arguments, scoring.OBJECTS), arguments.measured, arguments.device)
     encode = alternate(stages(*case), arguments.measured, arguments.device)
@@ -126,7 +125,7 @@ def whole(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any
 
 
 def forwards(arguments: argparse.Namespace, objects: int) -> dict[str, Callable[[], object]]:
-    """One image's pass through the model, with the same weights: ours, the example's, and that without its loss."""
+    """Forward passes of one image with the same weights: ours, the example's, and the example's without the loss."""
     ours = our_model(arguments.backbone, arguments.side).to(arguments.device).eval()
     stock = stock_model(ours).to(arguments.device).eval()
     our_batch, stock_batch = scene(1, arguments.side, objects, arguments.device)

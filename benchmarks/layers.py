@@ -1,18 +1,18 @@
-"""What each decoder layer of a model has learnt.
+"""Mask quality and matching after each decoder layer of a model.
 
 python -m benchmarks.layers CHECKPOINT [CHECKPOINT ...] --dataset DATASET
 
-For the validation images of a COCO dataset, or the tiles of a model that was trained on tiles:
+For the validation images of a dataset, or their tiles if the model was trained on tiles:
 
-    IoU         mean mask IoU of the matched pairs after each layer, and the share of pairs with an IoU above 0.5
-    moved       share of objects whose query is another than after the layer before
-    restless    share of objects whose query is another than in the checkpoint named before
-    features    mean IoU of the objects' masks if each position is given to the object with the most similar mean mask
-                feature: what the mask features alone allow, whatever the queries do
-    gradients   share of each loss term in the gradient of the mask features (norms)
+    IoU           mean mask IoU of the matched pairs after each layer above 0.5     share of objects whose matched mask
+    has an IoU above 0.5 new query     share of objects matched to another query than after the previous layer new since
+    share of objects matched to another query than in the previous checkpoint of the command line feature IoU   mean IoU
+    of the objects' masks if each position is assigned to the object with the most similar mean mask
+                  feature: an estimate of what the mask features allow, independent of the queries
+    gradients     share of each loss term in the norm of the gradient of the mask features
 
-It shows why a loss hangs: whether the masks are wrong from the first layer on, the matches change, or the features fail
-to separate the objects.
+Use it when a loss stops falling: it shows whether the masks are wrong from the first layer on, whether the matches keep
+changing, and whether the features separate the objects.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ BATCH = 8
 
 
 def main() -> None:
-    """Measure the checkpoints in the order given, and print a row for each layer of each."""
+    """Measure the checkpoints in the given order and print one row for each layer of each."""
     made = parser(__doc__ or "")
     made.add_argument("models", nargs="+", metavar="CHECKPOINT")
     made.add_argument("--dataset", required=True)
@@ -48,27 +48,27 @@ def main() -> None:
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = load_dataset(arguments.dataset)["valid"]
-    before: Seen | None = None
+    before: LayerFigures | None = None
     table = []
     for path in arguments.models:
-        seen = look(load_model(path), rows, categories_of(rows), arguments.images)
-        table += [{"model": path, **row} for row in rows_of(seen, before)]
-        before = seen
-    report("What each decoder layer has learnt", table, arguments)
+        figures = measure(load_model(path), rows, categories_of(rows), arguments.images)
+        table += [{"model": path, **row} for row in rows_of(figures, before)]
+        before = figures
+    report("Decoder layers", table, arguments)
 
 
 @dataclass
-class Seen:
-    """Figures of one model: by output and object the query and the IoU, and those of the features and gradients."""
+class LayerFigures:
+    """Figures of one model: L decoder outputs, T objects of all images."""
 
     queries: Tensor  # int64 (L, T), -1 where an object is not matched
     ious: Tensor  # (L, T)
-    features: float
-    gradients: Mapping[str, float]
+    features: float  # mean IoU that the mask features allow
+    gradients: Mapping[str, float]  # loss term -> share of the gradient norm
 
 
-def look(model: M2FModel, rows: Any, categories: Sequence[Category], images: int) -> Seen:
-    """Run a model over the first images or tiles of a split."""
+def measure(model: M2FModel, rows: Any, categories: Sequence[Category], images: int) -> LayerFigures:
+    """Run a model on the first images or tiles of a split."""
     loader = DataLoader(labelled(model, rows, categories), batch_size=BATCH, collate_fn=collate)
     queries, ious, oracle, gradients = [], [], [], []
     for batch in islice(loader, -(-images // BATCH)):
@@ -100,13 +100,13 @@ def look(model: M2FModel, rows: Any, categories: Sequence[Category], images: int
     total = sum(mean.values())
     shares = {name: value / total for name, value in mean.items()}
     unmatched = torch.cat(queries, 1) < 0
-    return Seen(
+    return LayerFigures(
         torch.cat(queries, 1), torch.cat(ious, 1).masked_fill(unmatched, 0), float(torch.cat(oracle).mean()), shares
     )
 
 
 def labelled(model: M2FModel, rows: Any, categories: Sequence[Category]) -> InstanceDataset:
-    """A split with its objects as the model would train on them, without augmentation."""
+    """A split as the model's training samples, without augmentation."""
     config = model.config
     size = config.image_height, config.image_width
     if config.tile_size is None:
@@ -123,7 +123,7 @@ def gradient_norms(
     masks: CompactMasks,
     labels: Sequence[Tensor],
 ) -> dict[str, float]:
-    """Norm of the gradient of each loss term that reaches the mask features."""
+    """Loss term -> norm of its gradient with respect to the mask features, where it depends on them."""
     leaf = features.clone().requires_grad_()
     terms = model.criterion(embeddings, leaf, classes, masks, labels)
     norms = {}
@@ -135,7 +135,7 @@ def gradient_norms(
 
 
 def centres(features: Tensor) -> Tensor:
-    """The centres of all positions of the mask features (B, C, h, w): (1, h x w, 2) in [0, 1]."""
+    """Mask features (B, C, h, w) -> centres of their positions, (1, h x w, 2) as x and y in [0, 1]."""
     height, width = features.shape[-2:]
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y], -1).view(1, -1, 2)
@@ -155,21 +155,23 @@ def iou(found: Tensor, true: Tensor) -> Tensor:
     return (found & true).sum(1) / (found | true).sum(1).clamp(min=1)
 
 
-def rows_of(seen: Seen, before: Seen | None) -> list[dict[str, Any]]:
-    """One row for each output; the figures of the whole model stand in the first."""
+def rows_of(figures: LayerFigures, before: LayerFigures | None) -> list[dict[str, Any]]:
+    """One row for each decoder output; the first also has the figures of the whole model."""
     rows = []
-    for level, (query, overlap) in enumerate(zip(seen.queries, seen.ious, strict=True)):
+    for level, (query, overlap) in enumerate(zip(figures.queries, figures.ious, strict=True)):
         row: dict[str, Any] = {"layer": level, "IoU": float(overlap.mean()), "above 0.5": share(overlap > 0.5)}
-        row["moved"] = share(query != seen.queries[level - 1]) if level else None
-        row["restless"] = share(query != before.queries[level]) if before is not None else None
-        shares = ", ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in seen.gradients.items())
-        row |= {"features": None, "gradients": ""} if level else {"features": seen.features, "gradients": shares}
+        row["new query"] = share(query != figures.queries[level - 1]) if level else None
+        row["new since"] = share(query != before.queries[level]) if before is not None else None
+        shares = ", ".join(f"{name.removeprefix('loss_')} {value:.2f}" for name, value in figures.gradients.items())
+        row |= (
+            {"feature IoU": None, "gradients": ""} if level else {"feature IoU": figures.features, "gradients": shares}
+        )
         rows.append(row)
     return rows
 
 
 def share(which: Tensor) -> float:
-    """The fraction that is true."""
+    """The fraction of true values."""
     return float(which.float().mean())
 
 

@@ -1,10 +1,9 @@
-"""Peak memory of the loss with many instances, its targets included, ours against transformers' own.
+"""Peak memory of the loss and its targets with many instances, compared with transformers' own.
 
 python -m benchmarks.loss_memory --instances 400 --side 1024
 
-Counted from the decoder's outputs on: what the targets take in the form that each loss wants, the loss, and its
-gradients. transformers' loss wants dense float masks as targets, and each decoder output's mask logits. Each runs in a
-process of its own.
+The memory of the targets, the loss and its gradients is counted, above that of the decoder's outputs. transformers'
+loss needs dense float masks as targets, and the mask logits of each decoder output. Each side runs in a fresh process.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from benchmarks.measure import in_a_process, parser, peak_mb, report
+from benchmarks.measure import in_fresh_process, parser, peak_mb, report
 from benchmarks.stock import CATEGORIES, scene
 from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.criterion import Criterion, LossSettings
@@ -24,7 +23,7 @@ WIDTH, OUTPUTS = 256, 10
 
 
 def main() -> None:
-    """Measure every combination asked for, and print them."""
+    """Measure every combination of the options and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--side", type=int, nargs="+", default=[1024])
     made.add_argument("--instances", type=int, nargs="+", default=[400])
@@ -37,7 +36,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, side: int, instances: int, queries: int) -> dict[str, Any]:
     """One row."""
     case = (side, instances, queries, arguments.device, arguments.threads)
-    peaks = {name: in_a_process(peak_of, name, *case) for name in ("ours", "stock")}
+    peaks = {name: in_fresh_process(peak_of, name, *case) for name in ("ours", "stock")}
     return {
         "side": side,
         "instances": instances,
@@ -48,7 +47,7 @@ def measure(arguments: argparse.Namespace, side: int, instances: int, queries: i
 
 
 def peak_of(name: str, side: int, instances: int, queries: int, device: str, threads: int) -> float:
-    """Peak MB of one of the two. A loss of two instances first, so that libraries are loaded."""
+    """Peak MB of "ours" or "stock". A loss of two instances is computed first, so that libraries are loaded."""
     torch.set_num_threads(threads)
     run = {"ours": ours, "stock": stock}[name]
     run(64, 2, 4, device)()
@@ -63,7 +62,7 @@ def outputs(side: int, queries: int, device: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def ours(side: int, instances: int, queries: int, device: str) -> Any:
-    """Our loss on compact bitmaps."""
+    """A function that computes our loss on compact bitmaps, and its gradients."""
     given = outputs(side, queries, device)
     batch, _ = scene(1, side, instances, dense=False)
     packed, labels = batch["mask_labels"], [one.to(device) for one in batch["class_labels"]]
@@ -78,7 +77,7 @@ def ours(side: int, instances: int, queries: int, device: str) -> Any:
 
 
 def stock(side: int, instances: int, queries: int, device: str) -> Any:
-    """transformers' loss on dense masks, made one after another."""
+    """A function that computes transformers' loss on dense masks, and its gradients."""
     embeddings, features, logits = outputs(side, queries, device)
     batch, _ = scene(1, side, instances, dense=False)
     packed, labels = batch["mask_labels"], [one.to(device) for one in batch["class_labels"]]
@@ -98,7 +97,7 @@ def stock(side: int, instances: int, queries: int, device: str) -> Any:
 
 
 def dense_masks(packed: dict[str, Tensor], side: int) -> Tensor:
-    """Float (N, side, side), filled mask by mask: nothing else of that size is made on the way."""
+    """Float masks (N, side, side), filled one by one without another array of that size."""
     dense = torch.zeros(len(packed["boxes"]), side, side)
     rows = zip(dense, packed["boxes"].tolist(), packed["offsets"].tolist(), strict=True)
     for mask, (x0, y0, x1, y1), start in rows:

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: alternating timings, kept activations, memory, and the machine's description."""
+"""Shared by the benchmarks: alternating timings, peak memory, device synchronisations, machine description."""
 
 import argparse
 import contextlib
@@ -22,18 +22,18 @@ Run = Callable[[], object]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """A parser with the options that all benchmarks share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--output", type=Path, help="a JSON file for the figures")
+    made.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     return made
 
 
 def alternate(runs: Mapping[str, Run], repeats: int, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Median seconds of each run, taken in turns after one warm-up each, so that a loaded machine hits all alike.
+    """Median seconds of each run. The runs alternate, after one warm-up each, so that other load affects all alike.
 
-    `cpu` is the process's own CPU time, which other processes hardly change; `wall` is the clock's.
+    `cpu` is the CPU time of this process, which other processes hardly change; `wall` is wall-clock time.
     """
     for run in runs.values():
         run()
@@ -57,10 +57,10 @@ def _wait(device: str) -> None:
 
 
 def peak_mb(run: Run, device: str = "cpu") -> float:
-    """Most MB that a run adds to what is held before it: the allocator's on CUDA, else the process's resident memory.
+    """Peak MB that a run adds: of CUDA's allocator, or of the process's resident memory on a CPU.
 
-    What earlier runs freed and the C library kept can be reused unseen: measure in a process of its own
-    (`in_a_process`) where the figure matters.
+    Memory that earlier runs freed and the C library kept is reused without being counted: call this in a fresh process
+    (`in_fresh_process`).
     """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -70,8 +70,8 @@ def peak_mb(run: Run, device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free, or a run could reuse it unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: return free memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status_kb("VmRSS")
     kept = run()
     peak = _status_kb("VmHWM")
@@ -84,36 +84,36 @@ def _status_kb(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def waits(run: Run, device: str) -> int | None:
-    """How often a run makes the host wait for a CUDA device; None on a CPU, where there is nothing to wait for."""
+def synchronisations(run: Run, device: str) -> int | None:
+    """How often a run makes the host wait for a CUDA device; None on a CPU."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(one.message) for one in told)
+    return sum("synchronizing" in str(one.message) for one in caught)
 
 
-def in_a_process(task: Callable[..., Any], *arguments: Any) -> Any:
-    """What the task returns, run in a fresh process."""
+def in_fresh_process(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Run the task in a new process; return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(task, *arguments).result()
 
 
 def compared(seconds: Mapping[str, Mapping[str, float]], device: str) -> dict[str, float]:
-    """The columns of a comparison: ours, stock, and how many times as fast ours is; CPU time on a CPU, else wall."""
+    """Columns of a table: seconds of ours and of stock, and their ratio. CPU time on a CPU, else wall-clock time."""
     clock = "cpu" if device == "cpu" else "wall"
     ours, stock = seconds["ours"][clock], seconds["stock"][clock]
     return {f"ours {clock} s": ours, f"stock {clock} s": stock, "ratio": stock / ours}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Device, threads, versions and date, to print beside the figures."""
     card = torch.cuda.get_device_name() if device != "cpu" else _processor()
     return {
         "device": card,
@@ -132,7 +132,7 @@ def _processor() -> str:
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print rows as a Markdown table, and write them with the machine's description where --output asks for it."""
+    """Print rows as a Markdown table with the machine's description; with --output also write them as JSON."""
     device = machine(arguments.device)
     print(f"\n{title}\n\n{', '.join(f'{name} {value}' for name, value in device.items())}\n")
     columns = list(rows[0])

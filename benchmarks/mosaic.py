@@ -1,8 +1,9 @@
-"""Tiled prediction against single images: python -m benchmarks.mosaic MODEL DATASET [--side PIXELS] [--overlap SHARE]
+"""Tiled prediction compared with single images: python -m benchmarks.mosaic MODEL DATASET [--side PIXELS] [--overlap
+SHARE]
 
-Lays the images of a split that have its commonest size side by side, over and over, into a square mosaic; predicts it
-in tiles of that size, so that tiles and single images are resized alike, but which lie across the images' borders; cuts
-what was found at those borders again; and scores it against the annotations, beside what each image alone gives.
+Takes the images of a split that have its most common size and repeats them side by side in a square mosaic. Predicts
+the mosaic in tiles of that size, so that tiles and single images have the same scale; the tiles overlap and lie across
+image borders. Cuts the instances at the borders, and prints the AP of these and of the images predicted alone.
 """
 
 import argparse
@@ -34,20 +35,20 @@ KEPT = ("map", "map_50", "map_75")
 
 
 def of_one_size(rows: Dataset) -> tuple[Dataset, int, int]:
-    """The rows of the commonest image size, and that size (H, W)."""
+    """The rows of the most common image size, and that size (H, W)."""
     sizes = list(zip(rows["height"], rows["width"], strict=True))
-    commonest = Counter(sizes).most_common(1)[0][0]
-    return rows.select([index for index, size in enumerate(sizes) if size == commonest]), *commonest
+    most_common = Counter(sizes).most_common(1)[0][0]
+    return rows.select([index for index, size in enumerate(sizes) if size == most_common]), *most_common
 
 
 def repeated(rows: Dataset, count: int) -> Dataset:
-    """`count` rows, the same ones over and over, each an image of its own."""
+    """`count` rows, repeated from the first, each with its own image id."""
     chosen = rows.select([index % len(rows) for index in range(count)])
     return chosen.map(lambda _, index: {"image_id": index}, with_indices=True)
 
 
 def cut(found: Instances, places: list[Box]) -> Iterator[Instances]:
-    """The mosaic's instances as those of each place: what lies within it of each, by the place's number."""
+    """Instances of the mosaic -> instances of each place, cut to its box, with its number as image id."""
     x0, y0, width, height = found.boxes.T.astype(int)
     boxes: NDArray[np.int64] = np.stack([x0, y0, x0 + width, y0 + height], 1)
     for number, (left, top, right, bottom) in enumerate(places):
@@ -67,12 +68,12 @@ def cut(found: Instances, places: list[Box]) -> Iterator[Instances]:
 
 
 def peak_mb() -> int:
-    """The most memory that this process has held."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Both ways of prediction and their figures."""
+    """AP, CPU seconds and memory of both predictions."""
     predictor = Predictor.from_pretrained(given.model)
     predictor.tiling = None
     rows, height, width = of_one_size(load_dataset(given.dataset)[given.split])
@@ -111,7 +112,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure and print as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("dataset")

@@ -1,9 +1,9 @@
-"""Latency of one image, from an open photo to instances: `Predictor` beside transformers' own pipeline.
+"""Latency of one image, from an open photo to instances: `Predictor` compared with transformers' pipeline.
 
 python -m benchmarks.predict --side 512 1024
 
-The same weights on both sides. The pipeline resizes to the same square frame, and gives masks at 384 x 384 resized by
-nearest neighbour; ours are exact. Random weights: every query counts as an instance on both sides (threshold 0).
+Both sides have the same random weights and the same input size, and return every query as an instance (threshold 0).
+The pipeline computes masks at 384 x 384 pixels and resizes them by nearest neighbour; ours are computed at full size.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from m2f_trainer.inference.predictor import Predictor
 
 
 def main() -> None:
-    """Measure every size asked for, and print them."""
+    """Measure each input size and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--backbone", default="vits16plus", choices=list(BACKBONES))
     made.add_argument("--side", type=int, nargs="+", default=[512, 1024], help="the model's input")
@@ -41,7 +41,7 @@ def measure(arguments: argparse.Namespace, side: int) -> dict[str, Any]:
         image_processor=processor,
         device=arguments.device,
     )
-    predictor, photo = Predictor(ours, arguments.device), made_up_photo(arguments.size)
+    predictor, photo = Predictor(ours, arguments.device), synthetic_photo(arguments.size)
     runs = {
         "stock": lambda: stock(photo, subtask="instance", threshold=0.0),
         "ours": lambda: predictor(photo, threshold=0.0),
@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace, side: int) -> dict[str, Any]:
     return {"photo": arguments.size, "side": side, **compared(seconds, arguments.device)}
 
 
-def made_up_photo(size: str) -> Image.Image:
+def synthetic_photo(size: str) -> Image.Image:
     """Smooth noise."""
     height, width = map(int, size.split("x"))
     noise = np.random.default_rng(0).integers(0, 255, size=(height // 8, width // 8, 3), dtype=np.uint8)

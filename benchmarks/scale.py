@@ -1,10 +1,10 @@
-"""How cost grows: with instances, image size and ranks (a training step), and with the dataset (its figures).
+"""How the cost of a training step grows with instances, image size and ranks, and that of scoring with the dataset.
 
 python -m benchmarks.scale
 torchrun --nproc_per_node 2 -m benchmarks.scale --ranks
 
-`growth` is the exponent between a row and the one before: 1 is in proportion, 0 is free. With --ranks each process has
-a batch of its own, and the step of the slowest counts: in the ideal it costs what it costs on one rank.
+`growth` is the exponent of the cost between a row and the one before: 1 is proportional, 0 is constant. With --ranks
+each process has its own batch; ideally a step takes as long as on one rank.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.stock import BACKBONES, our_model, scene, stock_model
 
 
 def main() -> None:
-    """Measure what was asked for, and print it."""
+    """Measure sizes or ranks and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--backbone", default="tiny", choices=list(BACKBONES))
     made.add_argument("--batch", type=int, default=2)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def sizes(arguments: argparse.Namespace) -> None:
-    """Steps and figures of growing size, on one rank."""
+    """Training steps and scoring of growing size, on one rank."""
     step = argparse.Namespace(**vars(arguments), bf16=False, compile=False)
     rows = [
         *series("instances", arguments.instances, lambda n: train_step.measure(step, "full", arguments.side[0], n)),
@@ -53,7 +53,7 @@ def sizes(arguments: argparse.Namespace) -> None:
 
 
 def series(what: str, sizes: Sequence[int], measure: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a size, with how fast cost grew since the one before."""
+    """One row for each size, with the growth of the cost from the row before."""
     rows: list[dict[str, Any]] = []
     for size in sizes:
         measured = measure(size)
@@ -69,7 +69,7 @@ def series(what: str, sizes: Sequence[int], measure: Callable[[int], dict[str, A
 
 
 def ranks(arguments: argparse.Namespace) -> None:
-    """A data-parallel step on every rank; rank 0 prints its own, which waits for all."""
+    """Time a data-parallel step on every rank; rank 0 prints its own time, which includes waiting for the others."""
     cuda = arguments.device != "cpu"
     dist.init_process_group("nccl" if cuda else "gloo")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
@@ -85,12 +85,12 @@ def ranks(arguments: argparse.Namespace) -> None:
     }
     seconds = alternate(runs, arguments.repeats, arguments.device)
     if dist.get_rank() == 0:
-        report("A step of many ranks", [{"ranks": dist.get_world_size(), **compared(seconds, "wall")}], arguments)
+        report("A data-parallel step", [{"ranks": dist.get_world_size(), **compared(seconds, "wall")}], arguments)
     dist.destroy_process_group()
 
 
 def parallel(model: nn.Module, device: str) -> nn.Module:
-    """The model on its device, averaging gradients with the other ranks."""
+    """The model on its device, in DistributedDataParallel."""
     model.to(device).train()
     return DistributedDataParallel(model, find_unused_parameters=True)
 

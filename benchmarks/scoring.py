@@ -1,9 +1,9 @@
-"""COCO mask and box figures of many images, hotcoco beside pycocotools, both behind `CocoMap`.
+"""COCO mask and box AP of many images: hotcoco compared with pycocotools, both through `CocoMap`.
 
 python -m benchmarks.scoring --images 5000 --dataset MY_COCO
 
-The truth is the dataset's annotations, image after image until there are enough; predictions are those masks nudged by
-a few pixels, 100 an image. Each engine runs in a process of its own; both give the same figures, which is checked.
+Objects have masks of the dataset's annotations. Predictions, 100 an image, are such masks moved by a few pixels. Each
+engine runs in a fresh process; that both give the same figures is checked.
 """
 
 import time
@@ -15,8 +15,8 @@ import numpy as np
 from datasets import Dataset
 from pycocotools import mask as coco_mask
 
-from benchmarks.found import masks_of, nudged
-from benchmarks.measure import in_a_process, parser, peak_mb, report
+from benchmarks.measure import in_fresh_process, parser, peak_mb, report
+from benchmarks.predictions import masks_of, nudged
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances, tight_boxes
@@ -26,10 +26,10 @@ POOL = 400  # different masks
 
 
 def main() -> None:
-    """Measure every number of images asked for, and print them."""
+    """Measure each number of images and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--images", type=int, nargs="+", default=[500, 5000])
-    made.add_argument("--objects", type=int, default=OBJECTS, help="true objects an image")
+    made.add_argument("--objects", type=int, default=OBJECTS, help="annotated objects an image")
     made.add_argument("--found", type=int, default=100, help="predictions an image")
     made.add_argument("--dataset", type=Path, help="a COCO folder to take masks from")
     arguments = made.parse_args()
@@ -39,10 +39,8 @@ def main() -> None:
 
 def measure(images: int, objects: int, found: int, dataset: Path | None) -> dict[str, Any]:
     """One row."""
-    told = {
-        engine: in_a_process(score, engine, images, objects, found, dataset) for engine in ("hotcoco", "pycocotools")
-    }
-    (ours, figures, memory), (stock, expected, stock_memory) = told.values()
+    ours, figures, memory = in_fresh_process(score, "hotcoco", images, objects, found, dataset)
+    stock, expected, stock_memory = in_fresh_process(score, "pycocotools", images, objects, found, dataset)
     assert figures == expected
     return {
         "images": images,
@@ -60,7 +58,7 @@ def score(
     engine: Any, images: int, objects: int, found: int, dataset: Path | None
 ) -> tuple[float, dict[str, float], float]:
     """CPU seconds, figures and peak MB of one engine."""
-    rows, predictions = made_up(images, objects, found, dataset)
+    rows, predictions = synthetic(images, objects, found, dataset)
     scorer = CocoMap(rows, [Category(key, f"class {key}") for key in range(1, CLASSES + 1)], engine=engine)
     figures: dict[str, float] = {}
 
@@ -72,8 +70,8 @@ def score(
     return time.process_time() - start, figures, memory
 
 
-def made_up(images: int, objects: int, found: int, dataset: Path | None) -> tuple[Dataset, list[Instances]]:
-    """Rows as `load_coco` gives them, of one size, and predictions: true masks nudged, and others' masks."""
+def synthetic(images: int, objects: int, found: int, dataset: Path | None) -> tuple[Dataset, list[Instances]]:
+    """Rows as `load_coco` returns them, all of `SIZE`, and predictions: each object's mask moved, and random masks."""
     rng = np.random.default_rng(0)
     masks = [fitted(mask) for mask in islice(masks_of(dataset), POOL)]
     truth = [encoded(mask) for mask in masks]
@@ -101,7 +99,7 @@ def made_up(images: int, objects: int, found: int, dataset: Path | None) -> tupl
 
 
 def fitted(mask: Any) -> Any:
-    """A mask cut or filled up to SIZE; one that would be empty becomes a small square."""
+    """A mask cropped or padded to SIZE; an empty one becomes a small square."""
     frame = np.zeros(SIZE, np.uint8)
     part = mask[: SIZE[0], : SIZE[1]]
     frame[: part.shape[0], : part.shape[1]] = part

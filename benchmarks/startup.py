@@ -1,4 +1,4 @@
-"""How long it takes until something happens: CPU seconds of whole processes, ours beside what transformers needs.
+"""Start-up time: CPU seconds of whole processes that only import or print help, compared with transformers.
 
 python -m benchmarks.startup
 """
@@ -21,11 +21,11 @@ CASES = {
         ["-c", "from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation, pipeline"],
     ),
 }
-"""What -> our command and stock's; stock has no command line, so that its import stands against our help."""
+"""Case -> our command and stock's. transformers has no command for this, so our --help is compared with its imports."""
 
 
 def main() -> None:
-    """Measure each, and print them."""
+    """Measure each case and print a table."""
     made = parser(__doc__ or "")
     made.add_argument("--repeats", type=int, default=3)
     arguments = made.parse_args()
@@ -37,17 +37,18 @@ def main() -> None:
 
 
 def figures(seconds: tuple[float, float], clock: str) -> dict[str, Any]:
-    """Ours, stock and their ratio."""
+    """Columns of a table: seconds of ours and of stock, and their ratio."""
     return {f"ours {clock} s": seconds[0], f"stock {clock} s": seconds[1], f"{clock} ratio": seconds[1] / seconds[0]}
 
 
 def median(command: list[str], repeats: int) -> tuple[float, float]:
-    """CPU and wall seconds of a process, after a first run that fills the disk's cache."""
-    taken = [spent(command) for _ in range(repeats + 1)][1:]
+    """Median CPU and wall-clock seconds of a process, after a first run that fills the disk cache."""
+    taken = [seconds_of(command) for _ in range(repeats + 1)][1:]
     return statistics.median(cpu for cpu, _ in taken), statistics.median(wall for _, wall in taken)
 
 
-def spent(command: list[str]) -> tuple[float, float]:
+def seconds_of(command: list[str]) -> tuple[float, float]:
+    """CPU and wall-clock seconds of one process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

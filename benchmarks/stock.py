@@ -1,4 +1,4 @@
-"""The other side of every comparison: transformers' own Mask2Former with the weights of a model of ours."""
+"""The model that ours is compared with: transformers' own Mask2Former, with the same encoder and weights."""
 
 import copy
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def our_model(backbone: str, side: int, **fields: Any) -> M2FModel:
 
 
 class StockEncoder(nn.Module):
-    """Our encoder behind the two names that transformers' pixel level module asks for."""
+    """Our encoder with the interface that transformers' pixel level module expects: `channels` and `feature_maps`."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ def stock_model(ours: M2FModel) -> Mask2FormerForUniversalSegmentation:
 def scene(
     batch: int, side: int, instances: int, device: str = "cpu", *, dense: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same random images and ellipses twice: our batch, as the collator makes it, and transformers'.
+    """The same random images and ellipses as two batches: ours, as the collator makes it, and transformers'.
 
-    Without `dense`, transformers' has no masks, which take four bytes a pixel each.
+    Without `dense`, transformers' batch has no masks, which would take four bytes a pixel each.
     """
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -99,7 +99,7 @@ def scene(
 
 
 def _boxes(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """(count, 4) x0, y0, x1, y1; sides from 3 % to 50 % of the frame, evenly on a log scale, as COCO's are."""
+    """(count, 4) x0, y0, x1, y1; sides from 3 % to 50 % of the frame, uniform on a log scale, about as in COCO."""
     share = 0.03 * (0.5 / 0.03) ** torch.rand(count, 2, generator=generator)
     sides = (share * side).long().clamp(min=2)
     low = (torch.rand(count, 2, generator=generator) * (side - sides)).long()

@@ -1,4 +1,4 @@
-"""One training step, ours against transformers' own model: time, kept activations, peak memory, waits for the device.
+"""One training step, compared with transformers' model: time, kept activations, peak memory, device synchronisations.
 
 python -m benchmarks.train_step --side 512 --instances 20 --tune full frozen
 python -m benchmarks.train_step --side 256 512 1024 --instances 5 20 60 200 --tune full lora frozen
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import alternate, compared, parser, peak_mb, report, waits
+from benchmarks.measure import alternate, compared, parser, peak_mb, report, synchronisations
 from benchmarks.stock import BACKBONES, our_model, scene, stock_model
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.training.dry_run import kept_bytes
 
 
 def main() -> None:
-    """Measure every combination asked for, and print them."""
+    """Measure every combination of the options and print a table."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     cases = [(tune, side, count) for side in arguments.side for count in arguments.instances for tune in arguments.tune]
@@ -36,12 +36,12 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--tune", nargs="+", default=["full"], choices=["full", "lora", "frozen"])
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--bf16", action="store_true", help="autocast")
-    made.add_argument("--compile", action="store_true", help="compile our model, and stock's; the first steps count")
+    made.add_argument("--compile", action="store_true", help="torch.compile both models")
     return made.parse_args()
 
 
 def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int) -> dict[str, Any]:
-    """One row: ours and stock with the same part trained, and stock with everything trained, on the same batch."""
+    """One row: ours and stock with the same tuning, and stock with full tuning, on the same batch."""
     models: dict[str, nn.Module] = {}
     ours = our_model(arguments.backbone, side)
     if tune != "full":
@@ -59,11 +59,11 @@ def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int)
     seconds = alternate(steps, arguments.repeats, arguments.device)
     row = compared(seconds, arguments.device)
     whole = {**seconds, "stock": seconds.get("stock full", seconds["stock"])}
-    cuda = arguments.device != "cpu"  # on a CPU, what earlier steps gave back hides the peak
+    cuda = arguments.device != "cpu"  # on a CPU, memory that earlier steps freed would hide the peak
     measured = {
         "kept MB": {name: kept[name] / 1e6 for name in steps},
         "peak MB": {name: peak_mb(step, arguments.device) if cuda else None for name, step in steps.items()},
-        "waits": {name: waits(step, arguments.device) for name, step in steps.items()},
+        "synchronisations": {name: synchronisations(step, arguments.device) for name, step in steps.items()},
     }
     return {
         "tune": tune,

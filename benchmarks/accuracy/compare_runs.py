@@ -1,7 +1,9 @@
-"""Runs side by side: python -m benchmarks.accuracy.compare_runs DATASET OUT NAME=RUN_FOLDER [NAME=RUN_FOLDER ...]
+"""Compare runs in pictures: python -m benchmarks.accuracy.compare_runs DATASET OUT NAME=RUN_FOLDER [NAME=RUN_FOLDER
+...]
 
-Writes OUT/curve.png, mask AP on the validation split over steps, and OUT/found.png, images spread evenly over the test
-split: as they are, with their truth, and with what each run's final model finds with a score of at least 0.5.
+Writes OUT/curve.png, the validation mask AP over steps, and OUT/predictions.png, images spread evenly over the test
+split. Its columns are the image, its annotations, and the predictions of each run's final model with a score of at
+least 0.5.
 """
 
 import sys
@@ -21,8 +23,8 @@ from m2f_trainer.viz.charts import line_chart, save_png
 IMAGES, SIDE, GAP = 4, 220, 4
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures in rows and columns, each cut to a square of `SIDE` pixels."""
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures in a grid, each cropped to a square and resized to `SIDE` pixels."""
     step = SIDE + GAP
     whole = Image.new("RGB", (step * len(rows[0]) - GAP, step * len(rows) - GAP), "white")
     for i, row in enumerate(rows):
@@ -48,7 +50,7 @@ def main(dataset: str, out: Path, runs: dict[str, str]) -> None:
     for run in runs.values():
         found = Predictor.from_pretrained(run)(images, threshold=0.5)
         columns.append([one.overlay(image, names, legend=False) for image, one in zip(images, found, strict=True)])
-    sheet(columns).save(out / "found.png")
+    grid(columns).save(out / "predictions.png")
 
 
 if __name__ == "__main__":

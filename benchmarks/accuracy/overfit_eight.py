@@ -1,8 +1,8 @@
-"""Learn eight real photos by heart: python -m benchmarks.accuracy.overfit_eight COCO_FOLDER OUT [--field value ...]
+"""Overfit eight real photos: python -m benchmarks.accuracy.overfit_eight COCO_FOLDER OUT [--field value ...]
 
-Takes the eight images of the train split whose smallest object is largest (crowd regions and images without objects
-left out), makes them both train and valid split, and trains overfit_eight.json on them. A pipeline that loses, shifts
-or mixes up anything between annotation and score can't reach an AP near 1.
+Takes the eight images of the train split whose smallest object is largest (no crowd regions, at least one object), uses
+them as both train and valid split, and trains with overfit_eight.json. A pipeline that loses, shifts or confuses
+objects between annotation and score can't reach an AP near 1.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""transformers' instance segmentation example, as near as it can be run here: its model, targets, loss and evaluation.
+"""transformers' instance segmentation example with a DINOv2 backbone: its model, targets, loss and post-processing.
 
-The example (examples/pytorch/instance-segmentation/run_instance_segmentation.py) writes the objects of an image into
-one map of instance ids, flips and changes colours, resizes with `Mask2FormerImageProcessor`, trains with the plain
-Trainer and scores what `post_process_instance_segmentation` gives. Here the score is pycocotools' AP at original size,
-as ours; the example's own takes resized truth. The backbone is the same DINOv2, frozen, through `AutoBackbone`, which
-gives four maps at the patch stride.
+The example (examples/pytorch/instance-segmentation/run_instance_segmentation.py) draws the objects of an image into one
+map of instance ids, flips it and changes its colours, resizes it with `Mask2FormerImageProcessor`, trains with the
+plain Trainer and scores the output of `post_process_instance_segmentation`. Two things differ here. The score is COCO
+AP at original size, as for our models; the example scores against resized annotations. The backbone is a frozen DINOv2,
+loaded through `AutoBackbone`, which returns four maps at the patch stride.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ TAPS = ["stage3", "stage6", "stage9", "stage12"]
 
 
 def stock_model(backbone: Path, classes: int, head: dict[str, Any]) -> Mask2FormerForUniversalSegmentation:
-    """transformers' Mask2Former on a frozen DINOv2, initialised as transformers does."""
+    """transformers' Mask2Former on a frozen DINOv2, with transformers' initialisation of the new layers."""
     vit = AutoConfig.from_pretrained(backbone, out_features=TAPS, local_files_only=True)
     fields = {name: value for name, value in head.items() if name != "neck_channels"}
     config = Mask2FormerConfig(backbone_config=vit, num_labels=classes, **fields)
@@ -50,7 +50,7 @@ def stock_model(backbone: Path, classes: int, head: dict[str, Any]) -> Mask2Form
 
 
 class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows as the example's `augment_and_transform_batch` gives them."""
+    """Samples like those of the example's `augment_and_transform_batch`."""
 
     def __init__(self, rows: Dataset, processor: Mask2FormerImageProcessorPil, *, augment: bool) -> None:
         self.rows, self.processor, self.augment = rows, processor, augment
@@ -98,7 +98,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def train_example(
     recipe: dict[str, Any], tiles: Path, backbone: Path, folder: Path, rate: float, seed: int
 ) -> dict[str, float]:
-    """Train as the example does: AdamW, constant rate, no decay, clipping at 1. Return our figures of what it finds."""
+    """Train like the example: AdamW, constant rate, no weight decay, clipping at 1. Return COCO figures of `valid`."""
     set_seed(seed)
     splits = load_dataset(str(tiles))
     side = int(recipe["image_height"])
@@ -118,7 +118,7 @@ def train_example(
 
 @torch.inference_mode()
 def score(model: nn.Module, shown: ExampleDataset) -> dict[str, float]:
-    """COCO figures at original size of the example's post-processing."""
+    """COCO figures at original size, with the example's post-processing."""
     model.eval()
     categories = [vars(category) for category in categories_of(shown.rows)]
     found = []

@@ -1,4 +1,4 @@
-"""Parts of transformers put in the place of ours, one by one, everything else equal: what does each of ours give?"""
+"""Replace parts of ours by transformers' own, one at a time, to measure the effect of each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +19,7 @@ from m2f_trainer.training.optimizer import HEAD
 
 @contextmanager
 def initialisation() -> Iterator[None]:
-    """New layers start as transformers' `_init_weights` leaves them."""
+    """New layers are initialised by transformers' `_init_weights`."""
     replaced = {"NECK_LAYERS": (), "init_head_layer": _nothing, "init_class_head": _nothing}
     with patch.multiple(mask2former, **replaced):  # type: ignore[arg-type]
         yield
@@ -45,7 +45,7 @@ def trainer_groups(model: nn.Module, args: Any) -> Optimizer:
 
 
 def postprocessed(outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]) -> list[Instances]:
-    """What `post_process_instance_segmentation` makes of a batch, as the transformers example calls it."""
+    """Outputs of a batch -> Instances by `post_process_instance_segmentation`, called as in the example."""
     sizes = [tuple(size) for size in inputs["original_size"].tolist()]
     found = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True

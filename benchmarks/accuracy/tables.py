@@ -1,9 +1,9 @@
-"""What each choice gives: python -m benchmarks.accuracy.tables TILES BACKBONE OUT [--table NAME ...] [--seeds 0 1]
+"""AP by setting: python -m benchmarks.accuracy.tables TILES BACKBONE OUT [--table NAME ...] [--seeds 0 1]
 
-Every row of a table is the recipe (tiles.json, or --recipe) with some fields changed, trained on TILES (of `tiles`, or
-any dataset) once a seed. A run that is there already, in OUT, is not run again, so that a night that was cut short goes
-on; rows of the same settings are run once. Prints the tables as markdown and keeps their figures in OUT/tables.json and
-their curves as pictures.
+Each row of a table is the recipe (tiles.json, or --recipe) with some fields changed, trained on TILES (made by
+`benchmarks.accuracy.tiles`, or any dataset) once for each seed. Results in OUT are reused, so an interrupted command
+can be repeated; rows with the same settings are trained once. Prints the tables as Markdown, and writes OUT/tables.json
+and the AP curve of each table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.accuracy.stock_example import train_example
 from benchmarks.accuracy.stock_parts import PARTS
-from benchmarks.measure import in_a_process, machine
+from benchmarks.measure import in_fresh_process, machine
 from m2f_trainer.config.recipe import OptionParser, Recipe, load_recipe
 from m2f_trainer.training.run import train
 from m2f_trainer.viz.charts import line_chart, save_png
@@ -32,7 +32,7 @@ FIGURES = {"eval_map": "AP", "eval_map_50": "AP50", "eval_map_small": "small", "
 
 @dataclass(frozen=True)
 class Row:
-    """Options beside the base recipe's, and what is transformers': parts, or the example with its learning rate."""
+    """Options that change the base recipe. `stock`: parts taken from transformers, or "example" and a learning rate."""
 
     options: tuple[str, ...] = ()
     stock: tuple[str, ...] = ()
@@ -97,10 +97,10 @@ TABLES: dict[str, dict[str, Row]] = {
 
 
 def main() -> None:
-    """Run what is missing, and print."""
+    """Train the rows without a result, and print the tables."""
     arguments = _arguments()
     for row in (row for name in arguments.table for row in TABLES[name].values()):
-        recipe_of(arguments, row, 0, arguments.out)  # a row that is wrong is told now, not in the night
+        recipe_of(arguments, row, 0, arguments.out)  # reports an invalid row before the first training
     for seed in arguments.seeds:
         for name in arguments.table:
             for row in TABLES[name].values():
@@ -120,24 +120,26 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--recipe", type=Path, default=Path(__file__).with_name("tiles.json"))
     made.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    made.add_argument("--steps", type=int, help="steps of every run; evaluated at each half [the recipe's]")
+    made.add_argument(
+        "--steps", type=int, help="steps of every run; evaluated twice, at half and at the end [the recipe's]"
+    )
     return made.parse_args()
 
 
 def once(arguments: argparse.Namespace, row: Row, seed: int) -> Path:
-    """The JSON of one run, made where it isn't there yet."""
-    said = json.dumps([settings(arguments, row), row.stock], sort_keys=True)
-    folder = arguments.out / f"{hashlib.sha256(said.encode()).hexdigest()[:10]}-{seed}"
+    """The result file of one run, which is trained if the file is absent."""
+    key = json.dumps([settings(arguments, row), row.stock], sort_keys=True)
+    folder = arguments.out / f"{hashlib.sha256(key.encode()).hexdigest()[:10]}-{seed}"
     path: Path = folder.with_suffix(".json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(in_a_process(run, arguments, row, seed, folder)) + "\n")
+        path.write_text(json.dumps(in_fresh_process(run, arguments, row, seed, folder)) + "\n")
         print(f"{path.name}: {' '.join([*row.options, *row.stock]) or 'base'}", flush=True)
     return path
 
 
 def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dict[str, Any]:
-    """Train once, in a process of its own; return the final figures and their course."""
+    """Train once, in a fresh process; return the final figures, and AP over steps as `course`."""
     torch.set_num_threads(1)
     began = time.process_time()
     if row.stock[:1] == ("example",):
@@ -160,7 +162,7 @@ def run(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> dic
 
 
 def settings(arguments: argparse.Namespace, row: Row) -> dict[str, Any]:
-    """The recipe's fields, and what the row and the command line set in their place."""
+    """The recipe's fields, with those that the row and the command line replace."""
     return {**json.loads(arguments.recipe.read_text()), **OptionParser().given([*_steps(arguments), *row.options])}
 
 
@@ -171,17 +173,11 @@ def _steps(arguments: argparse.Namespace) -> list[str]:
 
 
 def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) -> Recipe:
-    """What one run is trained by."""
+    """The recipe of one run."""
     given = [
-        str(arguments.recipe),
-        "--dataset_name",
-        str(arguments.tiles),
-        "--output_dir",
-        str(folder),
-        "--seed",
-        str(seed),
-    ]
-    given += ["--overwrite_output_dir", "true", *_steps(arguments)]
+        str(arguments.recipe), "--dataset_name", str(arguments.tiles), "--output_dir", str(folder), "--seed", str(seed),
+        "--overwrite_output_dir", "true", *_steps(arguments),
+    ]  # fmt: skip
     random = json.dumps(json.loads((arguments.backbone / "config.json").read_text()))
     options = [random if option == "RANDOM" else option for option in row.options]
     start = ["--backbone", str(arguments.backbone)] if "RANDOM" not in row.options else []
@@ -189,7 +185,7 @@ def recipe_of(arguments: argparse.Namespace, row: Row, seed: int, folder: Path) 
 
 
 def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str, Any]]]:
-    """Row -> its runs, one a seed."""
+    """Row name -> its results, one for each seed."""
     return {
         name: [json.loads(once(arguments, row, seed).read_text()) for seed in arguments.seeds]
         for name, row in TABLES[table].items()
@@ -197,7 +193,7 @@ def gather(arguments: argparse.Namespace, table: str) -> dict[str, list[dict[str
 
 
 def curves(rows: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Mask AP over steps, mean of the seeds, a line a row."""
+    """A chart of mask AP over steps: one line for each row, the mean of its seeds."""
     courses = {
         row: [
             (step, statistics.mean(one["course"][k][1] for one in runs))
@@ -209,7 +205,7 @@ def curves(rows: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def to_markdown(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """One line a row: means over the seeds in points of AP, and what each seed gains over the first row's same seed."""
+    """One line for each row: means over the seeds in percent, and the difference of each seed to the first row's."""
     first = next(iter(rows.values()))
     text = ["| | AP (each seed) | to the first row (each) | AP50 | small | medium | CPU minutes |", f"|{'---|' * 7}"]
     for name, runs in rows.items():
@@ -223,7 +219,7 @@ def to_markdown(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _with_each(values: Sequence[float], form: str) -> str:
-    """Their mean, and each of them."""
+    """The mean and each value: `mean (value, value)`."""
     return f"{statistics.mean(values):{form}} ({', '.join(format(value, form) for value in values)})"
 
 

@@ -1,7 +1,7 @@
 """Cut a COCO dataset into square tiles: python -m benchmarks.accuracy.tiles DATASET OUT SIDE
 
-Small images at the original's resolution make small, quick and still real trainings. At most `MOST` x `MOST` tiles an
-image; objects are cut at the tiles' edges, and what is left of fewer than `LEAST` pixels is left out.
+Small images at the original resolution make trainings on real data short. At most `MOST` x `MOST` tiles are cut from an
+image. Objects are cut at the edges of the tiles; parts of fewer than `LEAST` pixels are dropped.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Ours and its rivals on the same data with the same CPU time: python -m benchmarks.rivals DATASET OUT [options]
+"""Compare toolkits on the same data with the same CPU time: python -m benchmarks.rivals DATASET OUT [options]
 
-Each rival is trained in an environment of its own once for each budget and seed, then scored by one script. Results
-are kept in OUT/results: a finished one is not run again. Writes OUT/rivals.md, OUT/rivals.json and OUT/rivals.png.
-See README.md beside this file.
+Each rival is trained in its own environment once for each budget and seed, and all are scored by the same script.
+Results are kept in OUT/results and reused. Writes OUT/rivals.md, OUT/rivals.json and OUT/rivals.png. See README.md
+beside this file.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.rivals.table import TABLE, rivals_of
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run what is missing, then report."""
+    """Train the rivals without a result, then write the report."""
     given = _parser().parse_args(words)
     rivals = rivals_of(given.dataset, given.rivals, given.table)
     out = given.out.absolute()
@@ -38,15 +38,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.rivals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("dataset", type=Path, help="folder with train/ and valid/, each with _annotations.coco.json")
-    made.add_argument("out", type=Path)
+    made.add_argument("out", type=Path, help="folder for results, models and environments")
     made.add_argument(
-        "--backbone", type=Path, required=True, help="folder of a pretrained DINOv2, as transformers has it"
+        "--backbone", type=Path, required=True, help="folder of a pretrained DINOv2-S in transformers' format"
     )
     made.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20], help="budgets in CPU-minutes [5 10 20]")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--rivals", nargs="+", help="rows of the table [all]")
-    made.add_argument("--table", type=Path, default=TABLE)
-    made.add_argument("--environments", type=Path, help="where the rivals' environments are kept [OUT/environments]")
+    made.add_argument("--rivals", nargs="+", help="rows of the table to run [all]")
+    made.add_argument("--table", type=Path, default=TABLE, help="the table of rivals [rivals.json beside this module]")
+    made.add_argument("--environments", type=Path, help="folder of the rivals' environments [OUT/environments]")
     return made
 
 

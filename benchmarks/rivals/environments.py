@@ -1,4 +1,4 @@
-"""An environment of its own for each list of packages."""
+"""Virtual environments of the rivals."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NEEDED = 8e9
-"""Bytes that PyTorch's CUDA build and its companions take at most."""
+"""Bytes: the most that an environment with PyTorch's CUDA build takes."""
 VERSIONS = """
 import json, platform, sys
 from importlib.metadata import version
@@ -17,7 +17,7 @@ print(json.dumps({"python": platform.python_version(), **{name: version(name) fo
 
 
 def prepare(packages: Sequence[str], folder: Path) -> Path:
-    """The Python of an environment with these packages, made where it isn't there yet; without packages, this one.
+    """The Python of an environment with these packages, which is created if absent. Without packages: this Python.
 
     Raises:
         SystemExit: too little disk
@@ -32,9 +32,10 @@ def prepare(packages: Sequence[str], folder: Path) -> Path:
     free = shutil.disk_usage(folder).free
     if free < NEEDED:
         raise SystemExit(
-            f"{folder}: an environment takes up to {NEEDED / 1e9:.0f} GB, and {free / 1e9:.1f} GB are free."
+            f"{folder}: an environment takes up to {NEEDED / 1e9:.0f} GB, but only {free / 1e9:.1f} GB are free. "
+            "Free some space, or choose another disk with --environments."
         )
-    print(f"making {folder}: {' '.join(packages)}", flush=True)
+    print(f"creating {folder}: {' '.join(packages)}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-cache-dir", *packages], check=True)
     finished.write_text(json.dumps(list(packages)) + "\n", encoding="utf-8")
@@ -42,12 +43,12 @@ def prepare(packages: Sequence[str], folder: Path) -> Path:
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python and of the packages in an environment; for ours, the commit too."""
+    """Versions of Python and of an environment's packages; for our own environment also the commit."""
     names = [package.split("==")[0] for package in packages] or ["torch", "transformers", "m2f-trainer"]
-    told = subprocess.run([str(python), "-c", VERSIONS, *names], check=True, capture_output=True, text=True)
-    found: dict[str, str] = json.loads(told.stdout)
+    listed = subprocess.run([str(python), "-c", VERSIONS, *names], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(listed.stdout)
     if not packages:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        told = subprocess.run(git, check=False, capture_output=True, text=True)
-        found["commit"] = told.stdout.strip() or "not in git"
+        commit = subprocess.run(git, check=False, capture_output=True, text=True)
+        found["commit"] = commit.stdout.strip() or "not in git"
     return found

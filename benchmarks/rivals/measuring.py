@@ -1,4 +1,4 @@
-"""A command's CPU time: user and system seconds of its whole process tree."""
+"""The CPU time of a command: user and system seconds of its whole process tree."""
 
 import os
 import subprocess
@@ -26,9 +26,9 @@ class Spent:
 
 
 def measured(command: Sequence[str], log: Path, folder: Path) -> Spent:
-    """Run a command in `folder`, with its output in `log`, one thread and no GPU; return what it took.
+    """Run a command in `folder` with one thread and no GPU, its output in `log`; return its CPU and wall-clock time.
 
-    The kernel adds up the CPU time of the process and of every descendant that was waited for.
+    The kernel's sum is used: CPU time of the process and of all its descendants whose parents waited for them.
 
     Raises:
         RuntimeError: the command failed; the message has the log's last lines

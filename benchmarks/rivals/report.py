@@ -1,4 +1,4 @@
-"""Results as a table, as JSON and as a figure: AP over CPU-minutes."""
+"""The report: a table, a JSON file, and a chart of AP over CPU-minutes."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from typing import Any
 
 Results = Sequence[dict[str, Any]]
 OVER = 1.02
-"""A run that took more than this times its budget is marked."""
+"""A row whose runs took on average more than this times the budget is marked."""
 
 
 def write_report(results: Results, out: Path, command: str) -> str:
@@ -22,7 +22,7 @@ def write_report(results: Results, out: Path, command: str) -> str:
 
 
 def groups(results: Results) -> dict[str, dict[float, list[dict[str, Any]]]]:
-    """Label -> budget -> results, one a seed."""
+    """Label -> budget in minutes -> results, one for each seed."""
     made: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for one in sorted(results, key=lambda one: (one["minutes"], one["seed"])):
         made.setdefault(one["label"], {}).setdefault(one["minutes"], []).append(one)
@@ -30,7 +30,7 @@ def groups(results: Results) -> dict[str, dict[float, list[dict[str, Any]]]]:
 
 
 def to_markdown(results: Results, command: str) -> str:
-    """A line for each rival and budget, AP in points, and what it was measured with."""
+    """A line for each rival and budget, AP in percent; then machine, command, settings and versions."""
     lines = ["| | CPU-minutes | seeds | AP (each) | AP50 | AP75 | small | medium | large | images seen | took |"]
     lines.append("|---|" + "---:|" * 10)
     for label, budgets in groups(results).items():
@@ -55,19 +55,19 @@ def _details(results: Results, command: str) -> list[str]:
     machines = sorted({f"{one['machine']['processor']}, {one['machine']['threads']} thread" for one in results})
     dates = sorted({one["date"] for one in results})
     dataset = ", ".join(sorted({one["dataset"] for one in results}))
-    told = [
+    details = [
         f"{dataset}, {'; '.join(machines)}; {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}. `{command}`.",
         "",
     ]
     for label, budgets in groups(results).items():
         one = next(iter(budgets.values()))[0]
         versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-        told.append(f"- {label}: `{json.dumps(one['settings'])}`; {versions}.")
-    return told
+        details.append(f"- {label}: `{json.dumps(one['settings'])}`; {versions}.")
+    return details
 
 
 def draw(results: Results, path: Path) -> None:
-    """AP over the CPU-minutes that were used: the mean of the seeds as a line, their range as a band."""
+    """Draw AP over the CPU-minutes used: the mean of the seeds as a line, their range as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,7 +84,7 @@ def draw(results: Results, path: Path) -> None:
         axes.fill_between(minutes, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.vlines(minutes, lows, highs, color=line.get_color(), linewidth=1)
         ends.append((minutes[-1], means[-1], label, line.get_color()))
-    _name(axes, ends)
+    _label_lines(axes, ends)
     axes.set_xlabel("CPU-minutes of training, one thread")
     axes.set_ylabel("mask AP, whole validation images")
     axes.set_xlim(left=0)
@@ -99,8 +99,8 @@ def _each(runs: Results) -> list[float]:
     return [100 * one["figures"]["AP"] for one in runs]
 
 
-def _name(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Labels right of the lines' ends, moved apart where they would overlap."""
+def _label_lines(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each label right of the end of its line (minutes, AP, label, colour), moved up where two would overlap."""
     top = max(max(ap for _, ap, _, _ in ends), 1.0) * 1.08
     right = max(minutes for minutes, *_ in ends)
     axes.set_ylim(0, top)

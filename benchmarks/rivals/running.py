@@ -1,4 +1,4 @@
-"""One result: environment, plan, training, prediction, score. Whatever is finished is taken as it is."""
+"""Produce one result: environment, number of steps, training, prediction, score. Finished parts are reused."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from benchmarks.rivals.task import PREDICTIONS, TRAINED, Task, annotation_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MARGIN = 0.98
-"""Share of the budget that steps are planned for: the rate isn't the same all along."""
+"""Share of the budget that is planned; the rest is for steps that take longer than measured."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What all results have in common. `out` gets `results/` and `runs/`, `environments` one folder a rival."""
+    """Paths that all results share. `out` gets `results/` and `runs/`; `environments` one folder for each rival."""
 
     dataset: Path
     backbone: Path
@@ -29,7 +29,7 @@ class Benchmark:
     environments: Path
 
     def result(self, rival: Rival, minutes: float, seed: int) -> dict[str, Any]:
-        """One rival's result at one budget with one seed: the finished one, else a new one."""
+        """The result of one rival, budget and seed: read from `results/`, or produced if absent."""
         name = f"{rival.name}-{minutes:g}-{seed}-{rival.key(self.dataset.name)}"
         path = self.out / "results" / f"{name}.json"
         if not path.exists():
@@ -71,7 +71,7 @@ class Benchmark:
         }
 
     def _steps(self, rival: Rival, minutes: float, python: Path) -> int | None:
-        """How many steps fit: setting-up and cost of a step from two short trainings, which are run once."""
+        """The number of steps that fit into the budget, from two short trainings that are run once for all budgets."""
         if rival.probe_steps is None:
             return None
         name = f"{rival.name}-rate-{rival.key(self.dataset.name)}"
@@ -88,27 +88,28 @@ class Benchmark:
 
 
 def rate(steps: tuple[int, int], seconds: tuple[float, float]) -> dict[str, Any]:
-    """Seconds of setting-up and of a step, from two trainings."""
+    """Seconds of the set-up and of one step, from the steps and the seconds of two trainings."""
     each = (seconds[1] - seconds[0]) / (steps[1] - steps[0])
     return {"probes": list(zip(steps, seconds, strict=True)), "setup": seconds[0] - each * steps[0], "step": each}
 
 
 def planned(rate: dict[str, Any], minutes: float) -> int:
-    """Steps that fit into the minutes.
+    """The number of steps that fit into the minutes.
 
     Raises:
-        SystemExit: not even one does
+        SystemExit: not one step fits
     """
     steps = int((MARGIN * 60 * minutes - rate["setup"]) / rate["step"])
     if steps < 1:
         raise SystemExit(
-            f"{minutes:g} CPU-minutes: set-up takes {rate['setup']:.0f} s and a step {rate['step']:.1f} s. Give more."
+            f"--minutes {minutes:g}: set-up takes {rate['setup']:.0f} s and a step {rate['step']:.1f} s of CPU time. "
+            "Give more minutes."
         )
     return steps
 
 
 def _phase(python: Path, rival: Rival, phase: str, task_file: Path) -> dict[str, Any]:
-    """Run a phase of the adapter unless it is finished; return its cost."""
+    """Run a phase of the adapter unless it is finished; return its cost, command, load and date."""
     path = task_file.with_name(f"{phase}.spent.json")
     if not path.exists():
         command = [str(python), "-m", rival.module, phase, str(task_file)]
@@ -127,7 +128,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def processor() -> str:
-    """The processor's name and how many cores are there."""
+    """The number of logical cores and the processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The one score of all rivals: pycocotools on whole images at original size against untouched annotations."""
+"""Score the predictions of a rival with pycocotools: whole images at original size, original annotations."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,12 +15,10 @@ FIGURES = ("AP", "AP50", "AP75", "small", "medium", "large")
 
 
 def score(annotations: Path, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """COCO mask AP of results, 0 to 1; each image's best `MOST` results count, whatever their class.
-
-    -1 where there is no object of that size.
+    """COCO mask AP, 0 to 1, of the `MOST` highest scores of each image over all classes; -1 if no object has that size.
 
     Raises:
-        AssertionError: a result names an image that the annotations don't have
+        AssertionError: a result has an image id that is not in the annotations
     """
     with redirect_stdout(StringIO()):
         truth = COCO(str(annotations))

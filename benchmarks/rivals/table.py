@@ -1,4 +1,4 @@
-"""The rivals, as rows of rivals.json."""
+"""The table of rivals, rivals.json."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ TABLE = Path(__file__).with_name("rivals.json")
 
 @dataclass(frozen=True)
 class Rival:
-    """One row, for one dataset.
+    """One row, with its settings for one dataset.
 
-    `adapter` is a module, in `benchmarks.rivals.adapters` where its name has no dot. `packages` are what its own
-    environment gets; without any, it runs in ours. `probe_steps` says that its schedule is given in steps: two short
-    trainings of so many steps tell how many fit into a budget.
+    `adapter` is a module; a name without a dot is one of `benchmarks.rivals.adapters`. `packages` are installed in the
+    rival's own environment; a row without packages runs in ours. `probe_steps` is for a rival whose schedule needs a
+    number of steps: two short trainings of these lengths measure how many steps fit into a budget.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Rival:
         return self.adapter if "." in self.adapter else f"benchmarks.rivals.adapters.{self.adapter}"
 
     def key(self, *more: str) -> str:
-        """Changes when what is run does; the label is free."""
-        said = json.dumps([self.adapter, self.packages, self.settings, *more], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()[:8]
+        """A hash of everything that affects results, so not of the label."""
+        content = json.dumps([self.adapter, self.packages, self.settings, *more], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def rivals_of(dataset: Path, names: list[str] | None = None, table: Path = TABLE) -> list[Rival]:
-    """The named rows, or all, in the table's order; `on` has settings for datasets whose folder has that name.
+    """The named rows, or all, in the table's order. A row's `on` replaces settings for a dataset folder of that name.
 
     Raises:
         SystemExit: a name isn't in the table
@@ -45,7 +45,7 @@ def rivals_of(dataset: Path, names: list[str] | None = None, table: Path = TABLE
     rows: dict[str, dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
     unknown = [name for name in names or () if name not in rows]
     if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: not in {table}, which has {', '.join(rows)}.")
+        raise SystemExit(f"--rivals {', '.join(unknown)}: not in {table}, which has {', '.join(rows)}.")
     return [_rival(name, row, dataset.resolve().name) for name, row in rows.items() if name in (names or rows)]
 
 

@@ -1,4 +1,4 @@
-"""A rival that knows the validation split's truth: what the benchmark's own parts are tested with."""
+"""A rival for the tests that returns the annotations of the validation split as its predictions."""
 
 import sys
 from pathlib import Path
@@ -10,16 +10,16 @@ from benchmarks.rivals.task import Task, annotation_file, serve
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Note that it was run."""
-    with Path(task.folder, "trainings.txt").open("a", encoding="utf-8") as told:
-        told.write(f"{task.minutes:g} {task.seed} {task.steps}\n")
+    """Record the call in trainings.txt."""
+    with Path(task.folder, "trainings.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{task.minutes:g} {task.seed} {task.steps}\n")
     if task.settings.get("fails"):
         sys.exit("no more memory")
     return {"images": 7}
 
 
 def predict(task: Task) -> list[dict[str, Any]]:
-    """The truth as COCO results."""
+    """The annotations as COCO results."""
     truth = COCO(str(annotation_file(task.dataset, "valid")))
     results = []
     for one in truth.anns.values():

@@ -79,7 +79,9 @@ def test_steps_are_planned_from_two_short_trainings() -> None:
     found = rate((20, 60), (30.0, 50.0))
     assert (found["setup"], found["step"]) == (20.0, 0.5)
     assert planned(found, 1) == int((0.98 * 60 - 20) / 0.5)
-    with pytest.raises(SystemExit, match=r"0\.2 CPU-minutes: set-up takes 20 s and a step 0\.5 s"):
+    with pytest.raises(
+        SystemExit, match=r"--minutes 0\.2: set-up takes 20 s and a step 0\.5 s of CPU time\. Give more"
+    ):
         planned(found, 0.2)
 
 
@@ -92,7 +94,7 @@ def test_a_failed_training_is_quoted_and_tried_again_next_time(squares: Path) ->
 
 
 def test_an_unknown_rival_is_refused_with_the_known_ones(squares: Path) -> None:
-    with pytest.raises(SystemExit, match=r"nobody: not in .*, which has perfect"):
+    with pytest.raises(SystemExit, match=r"--rivals nobody: not in .*, which has perfect"):
         run(squares, {"perfect": PERFECT}, "--rivals", "nobody")
 
 

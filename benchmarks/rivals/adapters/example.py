@@ -1,6 +1,6 @@
 """transformers' instance segmentation example on a frozen DINOv2 (benchmarks/accuracy/stock_example.py).
 
-AdamW at a constant rate, as the example's README has it, so that it may end at any step.
+AdamW with a constant learning rate, as in the example's README, so training can end at any step.
 """
 
 import time
@@ -24,7 +24,7 @@ from m2f_trainer.data.dataset import categories_of
 from m2f_trainer.data.hub_dataset import load_dataset
 
 STOPPING = 1.0
-"""CPU seconds kept for writing the model."""
+"""CPU seconds reserved for saving the model."""
 
 
 class StopAtBudget(TrainerCallback):
@@ -34,7 +34,7 @@ class StopAtBudget(TrainerCallback):
         self.seconds = seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the clock."""
+        """Stop if the CPU time is used up."""
         control.should_training_stop |= time.process_time() > self.seconds
 
 
@@ -44,7 +44,7 @@ def _processor(task: Task) -> Mask2FormerImageProcessorPil:
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train until the CPU-minutes are over."""
+    """Train until the budget is used up."""
     torch.set_num_threads(1)
     set_seed(task.seed)
     rows = load_dataset(task.dataset)["train"]
@@ -65,7 +65,7 @@ def train(task: Task) -> dict[str, Any]:
 
 @torch.inference_mode()
 def predict(task: Task) -> list[dict[str, Any]]:
-    """What the example's post-processing finds."""
+    """Predict with the example's post-processing."""
     torch.set_num_threads(1)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(Path(task.folder, "model")).eval()
     rows = load_dataset(task.dataset)["valid"]

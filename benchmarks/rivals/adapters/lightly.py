@@ -1,7 +1,7 @@
-"""LightlyTrain's EoMT from the same DINOv2 weights, with its defaults but for image size, batch, precision and warm-up.
+"""LightlyTrain's EoMT from the same DINOv2 weights, with its defaults except image size, batch, precision and warm-up.
 
-Its default schedule has 90,000 steps, 2,000 of them to warm up the head and 3,000 the backbone; within a budget of some
-hundred steps both keep their shares. float32, because bfloat16 is slow on CPUs without it.
+Its default schedule has 90,000 steps; the head warms up for 2,000 of them and the backbone for 3,000. With a budget of
+a few hundred steps both keep their share of the schedule. float32, because bfloat16 is slow on CPUs that lack it.
 """
 
 import json
@@ -18,7 +18,7 @@ os.environ |= {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
 
 
 def _package() -> Any:
-    """LightlyTrain, with its EoMT on its DINOv2-S without register tokens too, which the weights don't have."""
+    """LightlyTrain, with its EoMT also on DINOv2-S without register tokens, which the given weights lack."""
     import lightly_train
     from lightly_train._task_models.dinov2_eomt_instance_segmentation import config
 
@@ -30,7 +30,7 @@ def _package() -> Any:
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train for the planned steps; its own validation is of one image, once, at the end."""
+    """Train for the planned steps; LightlyTrain's validation runs once, at the end, on one image."""
     import torch
 
     lightly_train = _package()
@@ -62,7 +62,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def one_image(task: Task) -> Path:
-    """The validation split's first image as a split of its own, beside it a link to the image."""
+    """Write a split with the first validation image only, as a link; return its annotation file."""
     annotations = task.annotations("valid")
     image = annotations["images"][0]
     folder = Path(task.folder, "one").absolute()
@@ -77,7 +77,7 @@ def one_image(task: Task) -> Path:
 
 
 def original_names(backbone: str) -> dict[str, Any]:
-    """transformers' DINOv2 weights under the names of the original repository, which LightlyTrain's ViT has."""
+    """transformers' DINOv2 weights under the names of the original repository, which LightlyTrain's ViT uses."""
     import torch
     from safetensors.torch import load_file
 
@@ -106,7 +106,7 @@ def original_names(backbone: str) -> dict[str, Any]:
 
 
 def predict(task: Task) -> list[dict[str, Any]]:
-    """Its own predict, whatever the score."""
+    """LightlyTrain's `predict`, without a score threshold."""
     import numpy as np
     import torch
     from pycocotools import mask as coco_mask

@@ -1,8 +1,8 @@
-"""Our own command line, as a user would type it: `m2f train --dataset_name X --max_minutes M`, then `m2f evaluate`.
+"""Our own command line: `m2f train --dataset_name X --max_minutes M`, then `m2f evaluate`.
 
-There is no recipe: the command chooses the settings for the dataset and this machine. Only the backbone is given, as a
-folder, because no Hub can be reached where the benchmark was made. The budget is our own option `max_minutes`, which
-plans the learning rate for the time and ends the run with it. Its clock is put on CPU time.
+Without a recipe, the command chooses the settings for the dataset and the machine. The backbone is given as a folder,
+because the Hub is not used. The budget is our option `max_minutes`, which plans the learning rate for the time and then
+ends the run; its clock is replaced by the CPU time of the process.
 """
 
 import importlib
@@ -16,12 +16,12 @@ from typing import Any
 from benchmarks.rivals.task import Task, serve
 
 STOPPING = 5.0
-"""CPU seconds kept for evaluating one image and writing the model."""
+"""CPU seconds reserved for evaluating one image and saving the model."""
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train until the CPU-minutes are over; its own evaluation is of one image, once, at the end."""
-    time.monotonic = time.process_time  # before anything of ours is imported and takes the other
+    """Train until the budget is used up; its own evaluation runs once, at the end, on one image."""
+    time.monotonic = time.process_time  # before our modules are imported, which use time.monotonic
     importlib.import_module("m2f_trainer.training.run")
     folder = Path(task.folder, "run")
     left = task.minutes - (time.process_time() + STOPPING) / 60
@@ -34,7 +34,7 @@ def train(task: Task) -> dict[str, Any]:
         "max_minutes": f"{left:.3f}",
         "checkpointing_steps": 10**6,
         "max_eval_samples": 1,
-        "dataloader_num_workers": 0,  # whose CPU time the clock would not see
+        "dataloader_num_workers": 0,  # the clock would not see the CPU time of worker processes
     }
     fixed = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     _m2f("train", *fixed, *task.settings["options"])
@@ -45,7 +45,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def predict(task: Task) -> list[dict[str, Any]]:
-    """The predictions that its evaluation scores."""
+    """The predictions that `m2f evaluate` scored."""
     scored = Path(task.folder, "scored")
     _m2f("evaluate", str(Path(task.folder, "run")), task.dataset, "--output_dir", str(scored))
     results: list[dict[str, Any]] = json.loads((scored / "predictions.json").read_text(encoding="utf-8"))

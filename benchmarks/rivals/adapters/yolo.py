@@ -1,8 +1,8 @@
-"""Ultralytics' YOLO from its yaml, random start, with its own defaults.
+"""Ultralytics' YOLO with random initial weights and its own defaults.
 
-The budget is Ultralytics' own option `time`, which estimates after each epoch how many epochs fit, plans learning rate
-and the end of mosaic for them, and stops when the time is over. Its clock is put on CPU time, and its validation, which
-isn't counted for anyone, is left out; so the last weights (its running average) are the ones that are scored.
+The budget is Ultralytics' option `time`. After each epoch it estimates how many epochs fit, sets the learning rate and
+the end of mosaic accordingly, and stops when the time is used up. Its clock is replaced by CPU time. Its validation is
+left out, as the budget excludes validation for all rivals, so the last weights (its moving average) are scored.
 """
 
 import json
@@ -16,18 +16,18 @@ from typing import Any
 from benchmarks.rivals.task import Task, serve
 
 STOPPING = 1.0
-"""CPU seconds kept for writing the last weights."""
+"""CPU seconds reserved for saving the last weights."""
 
 
 def _offline(task: Task) -> None:
-    """No download, no telemetry, no installing, one thread; before the package is imported."""
+    """Switch off downloads, telemetry and installation, and use one thread; call it before the package is imported."""
     config = Path(task.folder, "config")
     os.environ |= {"YOLO_CONFIG_DIR": str(config), "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
     (config / "Ultralytics").mkdir(parents=True, exist_ok=True)
     import matplotlib
 
     font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    for folder in (config, config / "Ultralytics"):  # it downloads Arial where this file is missing
+    for folder in (config, config / "Ultralytics"):  # Ultralytics downloads Arial if this file is missing
         shutil.copy(font, folder / "Arial.ttf")
     from ultralytics.utils import torch_utils
 
@@ -35,7 +35,7 @@ def _offline(task: Task) -> None:
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Convert the data, train until the CPU-minutes are over."""
+    """Convert the data, then train until the budget is used up."""
     _offline(task)
     from ultralytics.engine import trainer as engine
     from ultralytics.models.yolo.segment import SegmentationTrainer
@@ -58,7 +58,7 @@ def train(task: Task) -> dict[str, Any]:
     def start(trainer: Any) -> None:
         trainer.args.time = (60 * task.minutes - time.process_time() - STOPPING) / 3600
         if trainer.args.time <= 0:
-            raise SystemExit(f"{task.minutes:g} CPU-minutes are over before the first step: give more.")
+            raise SystemExit(f"--minutes {task.minutes:g}: used up before the first step. Give more minutes.")
 
     trainer = Trainer(
         overrides={
@@ -79,7 +79,9 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def write_dataset(task: Task) -> Path:
-    """Images as links, labels as YOLO's outlines: one polygon an object, its parts joined as Ultralytics joins them."""
+    """Write the dataset for YOLO: images as links, one polygon for each object, parts joined by Ultralytics' own
+    function.
+    """
     import numpy as np
     from ultralytics.data.converter import merge_multi_segment
 
@@ -112,7 +114,7 @@ def write_dataset(task: Task) -> Path:
 
 
 def outlines(segmentation: Any) -> list[Any]:
-    """Outlines (points, 2) in pixels of an annotation's polygons or run lengths."""
+    """Outlines (points, 2) in pixels of a segmentation in polygons or RLE."""
     import cv2
     import numpy as np
     from pycocotools import mask as coco_mask
@@ -127,7 +129,7 @@ def outlines(segmentation: Any) -> list[Any]:
 
 
 def predict(task: Task) -> list[dict[str, Any]]:
-    """Its own predict: masks at original size, score from 0.001."""
+    """Ultralytics' `predict`: masks at original size, scores from 0.001."""
     _offline(task)
     import numpy as np
     from pycocotools import mask as coco_mask

@@ -1,4 +1,4 @@
-"""Predictions to post-process and to score: the masks of a dataset's annotations, or drawn ellipses without one."""
+"""Synthetic predictions to post-process and score, from the masks of a dataset's annotations or from ellipses."""
 
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -19,7 +19,7 @@ Mask = NDArray[np.uint8]
 
 
 def masks_of(dataset: Path | None) -> Iterator[Mask]:
-    """Whole masks (H, W) one after another, and again from the start: of the dataset's training split, or ellipses."""
+    """Masks (H, W) of the dataset's training split, or ellipses, in an endless cycle."""
     if dataset is None:
         batch, _ = scene(1, 512, 100, dense=False)
         return cycle(list(unpack_masks(batch["mask_labels"], 512, 512).numpy()))
@@ -33,9 +33,9 @@ def masks_of(dataset: Path | None) -> Iterator[Mask]:
 
 
 def logits_of(dataset: Path | None, queries: int, size: tuple[int, int], inside: tuple[int, int]) -> Tensor:
-    """Mask logits (1, Q, h, w) of size (h, w), as a trained model gives them: masks with soft edges, -8 to 8.
+    """Mask logits (1, Q, h, w) like those of a trained model: masks with soft edges, -8 to 8, and noise.
 
-    `inside` is the part of (h, w) that is no padding.
+    `size` is (h, w), and `inside` the part of it that is not padding.
     """
     logits = torch.full((queries, *size), -8.0)
     for logit, mask in zip(logits, islice(masks_of(dataset), queries), strict=True):
@@ -46,12 +46,12 @@ def logits_of(dataset: Path | None, queries: int, size: tuple[int, int], inside:
 
 
 def class_logits(queries: int) -> Tensor:
-    """(1, Q, K + 1)."""
+    """Random class logits (1, Q, K + 1)."""
     return 3 * torch.randn(1, queries, len(CATEGORIES) + 1, generator=torch.Generator().manual_seed(1))
 
 
 def nudged(mask: Mask, rng: np.random.Generator) -> Mask:
-    """The mask moved by up to 8 pixels a side, as a prediction that is not quite right."""
+    """The mask moved by up to 8 pixels in x and in y, like an imprecise prediction."""
     down, right = rng.integers(-8, 9, 2).tolist()
     moved: Mask = np.roll(mask, (down, right), axis=(0, 1))
     return moved
