@@ -92,6 +92,23 @@ def needs(*packages: str, extra: str) -> None:
         )
 
 
+def escape_controls(text: str, kept: str = "") -> str:
+    r"""The text with its control characters as escapes, such as \x1b, except those in `kept`.
+
+    Names of files and classes come from strangers: a terminal would obey escape sequences in them, and characters that
+    turn the direction of text would hide a suffix.
+    """
+    return re.sub(CONTROLS, lambda found: found[0] if found[0] in kept else escaped(found[0]), text)
+
+
+def escaped(letter: str) -> str:
+    r"""A character as Python writes it, such as \x1b or \u202e."""
+    return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"
+
+
+CONTROLS = "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+"""Control characters, line separators, and marks of the direction of text."""
+
 MEMORY_ADVICE = (
     "Lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), image_height and "
     "image_width; or set gradient_checkpointing true, tune lora or frozen, or auto_find_batch_size true"

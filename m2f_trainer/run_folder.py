@@ -34,12 +34,15 @@ from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
-from m2f_trainer.errors import ModelFolderError
+from m2f_trainer.errors import ModelFolderError, escape_controls
 
 RECIPE, METRICS, EVALUATION, STATE = "recipe.json", "metrics.json", "evaluation.json", "trainer_state.json"
 FINGERPRINT, MANIFEST, PICKLED_ARGUMENTS = "fingerprint.json", "manifest.json", "training_args.bin"
 CLASSES, PREDICTIONS = "classes.csv", "predictions.json"
 ADAPTER_FOLDER, FEATURE_CACHE = "adapter", "feature_cache"
+PICTURES = "pictures"
+"""The folder of a card's pictures. They show the dataset, so they are uploaded only where that was asked for."""
+
 STAGING, RESUME_STAGING, LOCK = ".staging", ".resume", ".lock"
 
 FORMULA_STARTS = tuple("=+-@\t\r")
@@ -51,10 +54,29 @@ Curves = dict[str, list[tuple[float, float]]]
 """Name of a logged value -> (step, value) pairs, sorted by step."""
 
 
-def write_atomically(path: str | Path, text: str) -> Path:
-    """Write a text file so that a reader finds the old file or the complete new one; return its path.
+def check_no_links(folder: str | Path) -> None:
+    """Check that a folder that files are written into holds no link that one of them would be written through.
 
-    The text goes to a new file beside it, which then replaces it; no link is followed. Missing folders are created.
+    Libraries such as transformers open files by name and follow links. A received folder may hold a link named
+    `config.json` that leads to a file of the user. Links named `checkpoint-N` are allowed: they are only read.
+
+    Raises:
+        ModelFolderError: there is one, in the folder itself or in those of the adapter and the pictures.
+    """
+    folder = Path(folder)
+    places = [folder, *(folder / name for name in (ADAPTER_FOLDER, PICTURES))]
+    for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
+        if path.is_symlink() and not path.name.startswith("checkpoint-"):
+            raise ModelFolderError(
+                f"{path} is a link to {path.readlink()}, and nothing is written through links. Remove it, or give "
+                "another output folder."
+            )
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write a file so that a reader finds the old file or the complete new one; return its path.
+
+    The content goes to a new file beside it, which then replaces it; no link is followed. Missing folders are created.
     Bytes of a file name that is not UTF-8 (surrogates in Python) are escaped. After an error nothing is left.
 
     Raises:
@@ -67,8 +89,8 @@ def write_atomically(path: str | Path, text: str) -> Path:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.unlink(missing_ok=True)  # of a killed process with the same id
     try:
-        with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
+        with unfinished.open("xb") as file:
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -129,8 +151,11 @@ def write_classes(details: Mapping[str, Any], path: str | Path) -> Path | None:
 
 
 def csv_text(text: str) -> str:
-    """Text for a cell of a CSV file, with an apostrophe before what a spreadsheet would run as a formula."""
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    """Text for a cell of a CSV file, with an apostrophe before what a spreadsheet would run as a formula.
+
+    Control characters, which a terminal would obey, are written as escapes.
+    """
+    return escape_controls(f"'{text}" if text.startswith(FORMULA_STARTS) else text)
 
 
 @dataclass(frozen=True)

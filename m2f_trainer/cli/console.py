@@ -6,10 +6,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from m2f_trainer.errors import escape_controls
+
 
 def say(text: str, stream: str = "output") -> None:
-    """Print on the main process; an error is printed on every process, with the rank."""
-    rank = os.environ.get("RANK", "0")
+    """Print on the main process; an error is printed on every process, with the rank.
+
+    Control characters, which names of files and classes may contain, are printed as escapes.
+    """
+    rank, text = os.environ.get("RANK", "0"), escape_controls(text, kept="\n\t")
     if stream == "error":
         print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr)
     elif rank == "0":

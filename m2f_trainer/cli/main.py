@@ -6,6 +6,7 @@ heavy inside `run`, so that help takes no time.
 
 import argparse
 import io
+import logging
 import os
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from types import ModuleType
 
 from m2f_trainer.cli import check, demo, env, evaluate, export, predict, push, report, train
 from m2f_trainer.cli.console import say
-from m2f_trainer.errors import M2FError, RunStopped
+from m2f_trainer.errors import M2FError, RunStopped, escape_controls
 from m2f_trainer.version import __version__
 
 GROUPS: dict[str, tuple[ModuleType, ...]] = {
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     disable_progress_bars_without_terminal()
     escape_unprintable_output()
+    escape_logged_controls()
     try:
         status: int | None = COMMANDS[arguments.command].run(arguments, options)
         sys.stdout.flush()
@@ -98,6 +100,20 @@ def escape_unprintable_output() -> None:
     """Escape characters that the encoding of stdout lacks (on Windows, most) instead of raising UnicodeEncodeError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class EscapedControls(logging.Formatter):
+    """Formats a log record with its control characters as escapes: names of files and classes come from strangers."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """The line of a record, without its traceback."""
+        return escape_controls(super().formatMessage(record), kept="\n\t")
+
+
+def escape_logged_controls() -> None:
+    """Escape control characters in log messages that no handler of a caller prints."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(EscapedControls())
 
 
 def leave_process_group() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from m2f_trainer.data.coco_json import Entry, SplitAnnotations, check_images, pack_polygons, type_name
 from m2f_trainer.data.dataset import (
@@ -125,15 +126,46 @@ def _load_splits(name: str, **options: Any) -> dict[str, datasets.Dataset]:
             f" ({type(error).__name__}: {error}). Check the name, the network and HF_TOKEN."
         ) from error
     splits = {SPLITS[key]: rows for key, rows in loaded.items() if key in SPLITS}
+    roots = _image_roots(name)
     for split, rows in splits.items():
         if not {"image", "objects"} <= set(rows.column_names):
             raise DataError(
                 f"{name}, split {split!r}: expected columns image and objects,"
                 f" found {', '.join(rows.column_names) or 'none'}. Rename the columns."
             )
+        _check_image_paths(f"{name}, split {split!r}", name, rows, roots)
     if not splits:
         raise DataError(f"{name}: expected splits {', '.join(SPLITS)}, found {', '.join(loaded)}. Rename the splits.")
     return splits
+
+
+def _image_roots(name: str) -> tuple[Path, ...]:
+    """The folders that rows may name images in: the dataset's own, and for a name on the Hub its downloads."""
+    if Path(name).exists():
+        return (Path(name).resolve(),)
+    downloads = datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH
+    repository = Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    return tuple(Path(one).resolve() for one in (repository, *downloads))
+
+
+def _check_image_paths(where: str, name: str, rows: datasets.Dataset, roots: Sequence[Path]) -> None:
+    """Raise DataError at a row without image bytes whose path leads out of the dataset.
+
+    Otherwise a dataset could name any image of this machine, which would appear in pages, cards and uploads.
+    """
+    images = rows.select_columns("image").cast_column("image", datasets.Image(decode=False)).with_format("arrow")
+    number = 0
+    for table in images.iter(1000):
+        for image in table["image"]:
+            data, path = (image[key] for key in ("bytes", "path")) if image.is_valid else (None, None)
+            if data is not None and not data.is_valid and path is not None and path.is_valid:
+                real = Path(str(path)).resolve()
+                if not any(real.is_relative_to(root) for root in roots):
+                    raise DataError(
+                        f"{where}, row {number}: expected the bytes of an image, or a path inside {name}, got {path}."
+                        " Remove the row, or embed the images (`Dataset.push_to_hub` does)."
+                    )
+            number += 1
 
 
 def is_ours(rows: datasets.Dataset) -> bool:

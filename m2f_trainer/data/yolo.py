@@ -101,6 +101,18 @@ def _exists(root: Path, value: str) -> bool:
     return _inside(root, value).exists()
 
 
+class BoundedLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader, without aliases of lists and mappings: a few lines of them can stand for billions."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML's. Raises YAMLError at such an alias."""
+        is_alias, event = self.check_event(yaml.AliasEvent), self.peek_event()
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, f"the alias *{event.anchor} is of a list or mapping")
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The YAML file as plain values; tags that would construct objects are rejected.
 
@@ -108,8 +120,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         DataError: it isn't readable YAML with a mapping
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), BoundedLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: can't be read as YAML ({error}). Correct the file.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected names and image folders, got a {type(content).__name__}. Correct the file.")

@@ -13,7 +13,7 @@ from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks import segmentation as masks
 from m2f_trainer.masks.rle import Size
-from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes
+from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes, save_image
 
 
 def draw_objects(
@@ -45,7 +45,7 @@ def preview(examination: Examination, count: int, transform: TrainTransform, fol
     for number in range(count):
         epoch, index = divmod(number, len(rows))
         paths.append(folder / f"sample_{number:03d}.jpg")
-        draw_sample(transform(rows[index], epoch, index, rows)).save(paths[-1], quality=90)
+        save_image(draw_sample(transform(rows[index], epoch, index, rows)), paths[-1], quality=90)
     return paths
 
 

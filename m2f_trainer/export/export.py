@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
-from m2f_trainer.run_folder import write_json
+from m2f_trainer.run_folder import check_no_links, write_json
 
 OPSET = 18
 FEWEST_STRIDES, MOST_STRIDES = 4, 512
@@ -65,10 +65,11 @@ def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = F
 
     Raises:
         MissingPackageError: `form` is "onnx" and the extra `export` is not installed.
-        ModelFolderError: the backbone can't be traced.
+        ModelFolderError: the backbone can't be traced, or a file of `output_dir` is a link.
     """
     if form == "onnx":
         needs("onnx", "onnxscript", "onnxruntime", extra="export")
+    check_no_links(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
     with quiet_exporters():

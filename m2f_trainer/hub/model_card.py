@@ -24,13 +24,11 @@ from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
-from m2f_trainer.run_folder import read_details, read_json, write_atomically
+from m2f_trainer.run_folder import PICTURES, read_details, read_json, write_atomically
+from m2f_trainer.viz.overlay import save_image
 
 CARD = "README.md"
 SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
-PICTURES = "pictures"
-"""The folder of a card's pictures. They show the dataset, so they are uploaded only where that was asked for."""
-
 SHOWN_PICTURES, PICTURE_SIDE = 3, 480  # of the worst and of the best images each; pixels of the longer side
 FEW_OBJECTS = 20  # figures of a class with fewer objects are mostly chance
 GIBIBYTE = 2**30
@@ -264,12 +262,10 @@ def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) ->
     categories = [Category(row["id"], row["name"]) for row in details.get("classes", [])]
     written = []
     for kind, entries in details.get("shown", {}).items():
-        (folder / PICTURES).mkdir(exist_ok=True)
         for number, (_, image, _) in enumerate(
             pictures(dataset, entries[:SHOWN_PICTURES], categories, PICTURE_SIDE), 1
         ):
-            written.append(folder / PICTURES / f"{kind}_{number}.jpg")
-            image.save(written[-1], "JPEG", quality=85)
+            written.append(save_image(image, folder / PICTURES / f"{kind}_{number}.jpg", quality=85))
     return written
 
 

@@ -18,8 +18,11 @@ from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.gallery import rows_of_run
 from m2f_trainer.hub.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
-from m2f_trainer.hub.model_card import CARD, PICTURES, CardOptions, draw_pictures, is_untouched, render_card, write_card
-from m2f_trainer.run_folder import load_run, read_details, read_json
+from m2f_trainer.hub.model_card import CARD, CardOptions, draw_pictures, is_untouched, render_card, write_card
+from m2f_trainer.model import mask2former
+from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+from m2f_trainer.run_folder import PICTURES, load_run, read_details, read_json, write_atomically
+from m2f_trainer.version import __version__
 
 RETRY_DELAYS = (1.0, 4.0)  # seconds
 TIMEOUT = 120.0  # seconds without a byte from the Hub; huggingface_hub itself has no timeout
@@ -38,7 +41,8 @@ MODEL_FILES = {
     AGREEMENT,
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-MODEL_CODE = {path.name for path in (Path(__file__).parents[1] / "model").glob("*.py")}
+MODEL_CODE = {path.name: path for path in (Path(__file__).parents[1] / "model").glob("*.py")}
+OWN_CLASSES = {f"{mask2former.__name__.rpartition('.')[2]}.{one.__name__}" for one in (M2FConfig, M2FModel)}
 LEGAL_FILES = ("LICENSE", "NOTICE", "DINOV3_LICENSE.md")
 PICTURE = re.compile(rf"{PICTURES}/(worst|best)_\d\.jpg")
 
@@ -142,7 +146,7 @@ def add_agreement(folder: Path) -> None:
     if not sources or path.is_file():
         return
     try:
-        path.write_bytes(read_agreement(sources[0]))
+        write_atomically(path, read_agreement(sources[0]))
     except Exception as error:
         raise SharingError(
             f"The weights in {folder} derive from DINOv3, and its licence requires a copy of the agreement with them, "
@@ -216,6 +220,8 @@ def commit_operations(folder: Path, adapter_only: bool = False, pictures: bool =
     files = {path.relative_to(folder).as_posix(): upload_content(path) for path in model_files(folder, pictures)}
     if adapter_only:
         files = without_backbone(files)
+    else:
+        files |= own_code(folder)
     files |= {name: legal_text(name).encode() for name in LEGAL_FILES}
     token = (get_token() or "").encode()
     for name, value in files.items():
@@ -224,8 +230,32 @@ def commit_operations(folder: Path, adapter_only: bool = False, pictures: bool =
     return [CommitOperationAdd(name, value) for name, value in sorted(files.items())]
 
 
+def own_code(folder: Path) -> dict[str, bytes | str]:
+    """The package's own code that a model's configuration refers to; nothing where it refers to none.
+
+    The files of the folder itself are not sent: whoever gave it to the user may have changed them.
+
+    Raises:
+        SharingError: one of them differs from the package's, or the configuration refers to other code.
+    """
+    for name, own in MODEL_CODE.items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() != own.read_bytes():
+            raise SharingError(
+                f"{path} differs from the code of m2f_trainer {__version__}, and whoever loads the model would run it. "
+                "Delete the file: the package's own code is uploaded."
+            )
+    named = read_json(folder / "config.json").get("auto_map") or {}
+    other = sorted(set(map(str, named.values())) - OWN_CLASSES) if isinstance(named, dict) else [str(named)]
+    if other:
+        raise SharingError(
+            f"{folder / 'config.json'} refers to other code than m2f_trainer's: {other[0]}. Remove its auto_map."
+        )
+    return {name: path.read_bytes() for name, path in MODEL_CODE.items()} if named else {}
+
+
 def model_files(folder: Path, pictures: bool) -> list[Path]:
-    """The files of a folder that belong to the model. Symbolic links and other code are left out."""
+    """The files of a folder that belong to the model, without its code. Symbolic links are left out."""
     below = [
         path for name in ("adapter", PICTURES) if not (folder / name).is_symlink() for path in folder.glob(f"{name}/*")
     ]
@@ -237,7 +267,7 @@ def is_model_file(name: str, pictures: bool) -> bool:
     """Whether a file belongs to the model, by its path in the folder; pictures only with `pictures`."""
     if PICTURE.fullmatch(name):
         return pictures
-    return name in MODEL_FILES or name in MODEL_CODE or SHARD.fullmatch(name) is not None
+    return name in MODEL_FILES or SHARD.fullmatch(name) is not None
 
 
 def upload_content(path: Path) -> bytes | str:
@@ -250,11 +280,11 @@ def upload_content(path: Path) -> bytes | str:
 
 
 def without_backbone(files: dict[str, bytes | str]) -> dict[str, bytes | str]:
-    """The files without weights and model code; those of adapter/ are moved to the top, where peft looks for them."""
+    """The files without weights; those of adapter/ are moved to the top, where peft looks for them."""
     kept = {name: value for name, value in files.items() if not name.startswith("adapter/")}
-    for name in [name for name in kept if name.endswith(".safetensors.index.json") or name in MODEL_CODE]:
-        del kept[name]
-    kept = {name: value for name, value in kept.items() if not name.endswith(".safetensors")}
+    kept = {
+        name: value for name, value in kept.items() if not name.endswith((".safetensors", ".safetensors.index.json"))
+    }
     return kept | {name.removeprefix("adapter/"): files[name] for name in files if name.startswith("adapter/")}
 
 

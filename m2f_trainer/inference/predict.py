@@ -21,6 +21,7 @@ from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.inference.results import Record, load_records, record_of, save_records, write_dataset, write_results
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
 from m2f_trainer.inference.windows import windows_of
+from m2f_trainer.viz.overlay import save_image
 
 logger = logging.getLogger(__name__)
 PARTS, DRAWN = ".parts", ".instances"
@@ -130,7 +131,7 @@ def _finish_image(job: Job, instances: Instances, predictor: Predictor) -> None:
     height, width = instances.size
     if height * width <= LARGEST_PICTURE:
         pixels = windows_of(job.path, str(job.path)).read((0, 0, width, height))
-        instances.overlay(Image.fromarray(pixels), predictor.names).save(job.folder / job.name)
+        save_image(instances.overlay(Image.fromarray(pixels), predictor.names), job.folder / job.name)
     save_records(job.part, job.key, [record_of(str(job.path), instances)])
 
 

@@ -54,6 +54,7 @@ def write_video(pictures: Iterable[Image.Image], path: Path, rate: Fraction) -> 
     import av
 
     unfinished = path.with_name(f".{path.name}")
+    unfinished.unlink(missing_ok=True)  # of an interrupted prediction, or a link
     with av.open(str(unfinished), "w", format="mp4") as container:
         stream: Any = None
         for picture in pictures:

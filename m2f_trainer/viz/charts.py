@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2f_trainer.run_folder import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -132,9 +134,10 @@ def to_svg(figure: Figure, key: str = "") -> str:
 
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG; return the path."""
+    buffer = io.BytesIO()
     with _style({}):
-        figure.savefig(path, format="png", dpi=250)
-    return Path(path)
+        figure.savefig(buffer, format="png", dpi=250)
+    return write_atomically(path, buffer.getvalue())
 
 
 @contextmanager

@@ -8,9 +8,11 @@ class, and a legend names it; touching objects of one class are still separated 
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m2f_trainer.masks.rle import Bitmap, Box, Size
+from m2f_trainer.run_folder import write_atomically
 
 Color: TypeAlias = tuple[int, int, int]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -134,6 +137,13 @@ def draw_sample(sample: Mapping[str, Any]) -> Image.Image:
     masks = zip(sample["boxes"].tolist(), sample["masks"], strict=True)
     shapes = [Shape((x0, y0, x1, y1), mask, color(k)) for k, ((x0, y0, x1, y1), mask) in enumerate(masks)]
     return draw_shapes(Image.fromarray(pixels), shapes)
+
+
+def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
+    """Write an image atomically in the format of its suffix, following no link; `options` are Pillow's."""
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions()[path.suffix], **options)
+    return write_atomically(path, buffer.getvalue())
 
 
 def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:

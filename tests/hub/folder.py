@@ -1,11 +1,15 @@
 """A model folder as training leaves it, without a model: cards and uploads look at its files only."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from m2f_trainer.model import mask2former
+
 CONFIG = {
     "model_type": "mask2former_dino",
+    "auto_map": {"AutoConfig": "mask2former.M2FConfig"},
     "backbone_name": "dinov2-small",
     "backbone_config": {"model_type": "dinov2"},
     "head_checkpoint": None,
@@ -29,7 +33,7 @@ def write_model(folder: Path, **changes: Any) -> Path:
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "preprocessor_config.json", {"size": {"height": 518, "width": 518}})
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
-    (folder / "mask2former.py").write_text("# the model's code\n")
+    shutil.copy(str(mask2former.__file__), folder / "mask2former.py")
     for name in ("optimizer.pt", "training_args.bin", "notes.py", ".env", "events.out.tfevents.1", "manifest.json"):
         (folder / name).write_text("stays here")
     (folder / "checkpoint-5").mkdir(exist_ok=True)

@@ -24,11 +24,11 @@ UPLOADED = {
     "NOTICE",
     "README.md",
     "config.json",
-    "mask2former.py",
     "metrics.json",
     "model.safetensors",
     "preprocessor_config.json",
     "recipe.json",
+    *upload.MODEL_CODE,
 }
 
 
@@ -322,7 +322,7 @@ def test_adapter_only_uploads_the_adapter_without_the_backbone(hub: Hub, tmp_pat
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"low rank")
     upload.push(folder, target)
     own = {"config.json", "adapter_config.json", "adapter_model.safetensors"}
-    assert set(hub.files) == UPLOADED - {"model.safetensors", "mask2former.py"} | own
+    assert set(hub.files) == UPLOADED - {"model.safetensors", *upload.MODEL_CODE} | own
     assert json.loads(hub.files["config.json"]) == {"adapter": True}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m2f_trainer.cli.main import main
-from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.synthetic import SHAPES, write_sample
 from tests.faults.tiny import options
 from tests.model.tiny import tiny_model
 
@@ -42,7 +42,7 @@ def m2f(capfd: pytest.CaptureFixture[str]) -> Command:
 def model(tmp_path: Path) -> Path:
     """The folder of a saved model with the classes of `dataset`."""
     folder = tmp_path / "model"
-    classes = [{"id": 1, "name": "circle"}, {"id": 2, "name": "polygon"}, {"id": 3, "name": "ring"}]
+    classes = [{"id": key, "name": name} for name, (key, _, _) in SHAPES.items()]
     tiny_model(categories=classes).save_pretrained(folder)
     return folder
 

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerState
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.distributed import any_rank, full_tensor
 from m2f_trainer.errors import TrainingError
-from m2f_trainer.run_folder import LOCK, MANIFEST, METRICS, STAGING, STATE
+from m2f_trainer.run_folder import LOCK, MANIFEST, METRICS, STAGING, STATE, check_no_links
 
 logger = logging.getLogger(__name__)
 
@@ -246,13 +246,15 @@ def _free_space(folder: Path) -> str:
 def run_lock(output_dir: Path, held: bool = True) -> Iterator[None]:
     """Lock an output folder for this process; the main process of a run does so for all (`held` is false elsewhere).
 
-    Raises TrainingError at once when another process holds it. The kernel keeps the lock (a POSIX record lock) and
-    releases it when the process ends, in whatever way; data workers do not inherit it. The file's content only names
-    the holder, so a file left behind does no harm.
+    Raises TrainingError at once when another process holds it, and ModelFolderError where a file of the folder is a
+    link, see `check_no_links`. The kernel keeps the lock (a POSIX record lock) and releases it when the process ends,
+    in whatever way; data workers do not inherit it. The file's content only names the holder, so a file left behind
+    does no harm.
     """
     if not held:
         yield
         return
+    check_no_links(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK).open("a+", encoding="utf-8") as file:
         _acquire(file, output_dir)
