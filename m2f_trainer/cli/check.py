@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.summary import summary_text, to_json
 
     settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
-    result = examine(arguments.dataset, settings, arguments.annotations, arguments.images)
+    result = examine(arguments.dataset, settings, arguments.annotations, arguments.images, progress=True)
     say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
     messages = write_outputs(arguments, result)
     if not arguments.json:

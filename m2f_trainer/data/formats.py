@@ -144,7 +144,7 @@ class Layout:
         return [
             path
             for path in found
-            if _real(path) not in around and (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
+            if (_is_annotation_file(path) or (path.parent == self.root and path.is_dir())) and _real(path) not in around
         ]
 
 

@@ -17,7 +17,7 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 _THUMBNAIL_SIDE = 16
 _MIN_CORRELATION = 0.997  # of the thumbnails of two duplicates
 _MIN_CONTRAST = 1.0  # standard deviation of a thumbnail in grey levels; below it, the image is taken as blank
-_BLOCK = 1024  # images whose correlations with all others are computed at a time
+_BLOCK = 256  # images whose correlations with all others are computed at a time
 _DETAIL_CELLS, _DETAIL_SIDE = 32, 512  # cells per side, and the largest side in pixels, of the comparison in detail
 _MAX_DIFFERENCE = 10.0  # grey levels; JPEG quality 10 or half the size stay below, an object of a cell's size doesn't
 
@@ -57,19 +57,21 @@ def thumbnail(image: Image.Image) -> Vector:
 
 
 def find_duplicates(images: Sequence[ImageFacts]) -> Iterator[tuple[int, int]]:
-    """Pairs (i, j), i < j, of images that look the same; each j only with its first i."""
+    """Pairs (i, j), i < j, of images that look the same; each j only with its first i.
+
+    Copies of a file cost no comparison. The others are compared with all before them, in blocks: a matrix product that
+    takes 1 % of the time of decoding 10,000 photos, and memory for one block.
+    """
     first_of: dict[bytes, int] = {}
     copies = {j: i for j, image in enumerate(images) if (i := first_of.setdefault(image.digest, j)) != j}
-    vectors = (
-        np.stack([image.thumbnail for image in images])
-        if images
-        else np.zeros((0, _THUMBNAIL_SIDE**2), dtype=np.float32)
-    )
-    for start in range(0, len(images), _BLOCK):
-        correlation = vectors[start : start + _BLOCK] @ vectors.T  # (block, n)
-        for row, column in np.argwhere(correlation > _MIN_CORRELATION).tolist():
-            if column < start + row:
-                copies.setdefault(start + row, column)
+    distinct = np.array(list(first_of.values()), dtype=np.int64)
+    vectors = np.array([images[k].thumbnail for k in distinct], np.float32).reshape(-1, _THUMBNAIL_SIDE**2)
+    for start in range(0, len(vectors), _BLOCK):
+        block = vectors[start : start + _BLOCK]
+        alike = np.tril(block @ vectors[: start + len(block)].T > _MIN_CORRELATION, start - 1)  # (block, those before)
+        rows = np.flatnonzero(alike.any(axis=1))
+        firsts = alike[rows].argmax(axis=1)
+        copies |= dict(zip(distinct[start + rows].tolist(), distinct[firsts].tolist(), strict=True))
     yield from ((i, j) for j, i in sorted(copies.items()))
 
 

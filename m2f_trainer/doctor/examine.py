@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from tqdm import tqdm
+
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
@@ -66,15 +68,18 @@ def examine(
     settings: Settings | None = None,
     annotations: Sequence[str] | None = None,
     images: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Examination:
     """Read every annotation and every image of a dataset, as `load_dataset` finds it.
 
-    All problems become findings; none is raised.
+    All problems become findings; none is raised. `progress`: whether to show a bar on a terminal.
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
     splits, files = _read_splits(name, annotations, images, report)
     splits, categories = used_categories(splits, report) if splits else ({}, [])
-    scans = {split: scan_split(annotations, settings, report) for split, annotations in splits.items()}
+    total = sum(len(annotations.images) for annotations in splits.values())
+    with tqdm(total=total, desc="check", unit=" images", leave=False, disable=None if progress else True) as bar:
+        scans = {split: scan_split(one, settings, report, bar.update) for split, one in splits.items()}
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
     if splits:
         _check_splits(name, splits, scans, report)

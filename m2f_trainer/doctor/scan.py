@@ -1,19 +1,22 @@
 """Inspect every image of a split with its annotations, and report what is wrong or doubtful about each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as coco_mask
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import Report, kind_of
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
-from m2f_trainer.masks import rle
 from m2f_trainer.masks.polygons import crosses_itself
 
 _THREADS = 8  # Pillow decodes without Python's global lock
 _IMAGES_AT_ONCE = 64  # whose data is in memory
+_MASKS_AT_ONCE = 255  # pycocotools' area fails for more
 _MASK_STRIDE = 4  # input pixels per cell of the mask logits
 _USUAL_MODES = ("L", "RGB", "1")
 
@@ -56,15 +59,20 @@ class Scan:
         return {"image": self.source, "image_id": self.entry["id"], **size, "objects": self.objects}
 
 
-def scan_split(split: SplitAnnotations, settings: Settings, report: Report) -> list[Scan]:
-    """Every usable image; all problems of images and annotations are reported."""
+def scan_split(
+    split: SplitAnnotations, settings: Settings, report: Report, advance: Callable[[], object] = lambda: None
+) -> list[Scan]:
+    """Every usable image; all problems of images and annotations are reported. `advance` is called for each image."""
     scans = []
     for entry, facts in _read_images(split, report):
+        advance()
         image_id, where = entry["id"], f"image {entry['id']} ({entry['file_name']})"
         raw = {one["id"]: one for one in split.annotations.get(image_id, [])}
-        objects = [
-            _inspect_object(one, raw[one["id"]], entry, settings, report, split) for one in split.objects(entry, report)
-        ]
+        objects = _measured(split.objects(entry, report), entry)
+        for one in objects:
+            for kind, what in _object_findings(one, raw[one["id"]], entry, settings):
+                report(kind, split.name, [one["id"]], f"{split.annotation_name(one, entry)}: {what}.", image_id)
+                one["findings"].append(kind)
         _report_repeated_objects(objects, entry, report, split)
         if isinstance(facts, ImageError):
             report(kind_of(facts), split.name, [image_id], str(facts))
@@ -112,17 +120,18 @@ def _read_images(split: SplitAnnotations, report: Report) -> Iterator[tuple[Entr
             yield from ((entry, facts) for (entry, _), facts in zip(safe, pool.map(read, safe), strict=True))
 
 
-def _inspect_object(
-    one: Entry, raw: Entry, image: Entry, settings: Settings, report: Report, split: SplitAnnotations
-) -> Entry:
-    """The object with area and box of its mask; what is doubtful about it is reported."""
-    runs = rle.read_runs(one["counts"], image["height"], image["width"])
-    x0, y0, x1, y1 = rle.box_of(runs, image["height"])
-    measured = {**one, "mask_area": rle.area(runs), "mask_box": [x0, y0, x1 - x0, y1 - y0], "findings": []}
-    for kind, what in _object_findings(measured, raw, image, settings):
-        report(kind, split.name, [one["id"]], f"{split.annotation_name(one, image)}: {what}.", image["id"])
-        measured["findings"].append(kind)
-    return measured
+def _measured(objects: Sequence[Entry], image: Entry) -> list[Entry]:
+    """The objects with area and box of their masks, which are valid RLEs, and an empty list for their findings."""
+    if not objects:
+        return []
+    encoded = [{"size": [image["height"], image["width"]], "counts": one["counts"]} for one in objects]
+    parts = [encoded[start : start + _MASKS_AT_ONCE] for start in range(0, len(encoded), _MASKS_AT_ONCE)]
+    areas = [area for part in parts for area in coco_mask.area(part).tolist()]
+    boxes = np.asarray(coco_mask.toBbox(encoded)).astype(int).tolist()
+    return [
+        {**one, "mask_area": area, "mask_box": box, "findings": []}
+        for one, area, box in zip(objects, areas, boxes, strict=True)
+    ]
 
 
 def _report_repeated_objects(objects: list[Entry], image: Entry, report: Report, split: SplitAnnotations) -> None:

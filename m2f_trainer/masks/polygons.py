@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 Point = tuple[int, int]
@@ -84,20 +83,13 @@ def crosses_itself(part: Sequence[float]) -> bool:
 
     Polygons of more than 3000 points are not checked and count as not crossing.
     """
-    points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
-    if not 4 <= len(points) <= _MAX_POINTS:
+    points = np.asarray(part, dtype=np.float64)
+    count = len(points) // 2
+    if not 4 <= count <= _MAX_POINTS:
         return False
-    ends = np.roll(points, -1, axis=0)
-    side = _side(
-        points[:, None], ends[:, None], points[None]
-    )  # (n, n): the side of the line through edge i on which point j lies
-    crosses_line = side * np.roll(side, -1, axis=1) < 0  # edge j has its ends on both sides of the line through edge i
+    x, y = (np.append(values, values[0]) for values in (points[::2], points[1::2]))  # (n + 1,): closed
+    from_x, from_y = x - x[:-1, None], y - y[:-1, None]  # (n, n + 1): the vector from the start of edge i to point j
+    left = np.diff(x)[:, None] * from_y > np.diff(y)[:, None] * from_x  # sides of the line through edge i
+    right = np.diff(x)[:, None] * from_y < np.diff(y)[:, None] * from_x
+    crosses_line = (left[:, :-1] & right[:, 1:]) | (right[:, :-1] & left[:, 1:])  # edge j has an end on each side
     return bool((crosses_line & crosses_line.T).any())
-
-
-def _side(
-    start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], point: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """The sign of the cross product of an edge with the vector from its start to a point: 0 on the line."""
-    edge, offset = end - start, point - start
-    return np.asarray(np.sign(edge[..., 0] * offset[..., 1] - edge[..., 1] * offset[..., 0]))

@@ -60,3 +60,23 @@ def test_facts_of_an_image_are_mode_and_orientation_and_errors_have_a_kind(tmp_p
         with pytest.raises(ImageError) as error:
             read_facts({"path": str(tmp_path / name), "bytes": None}, "a", (9, 9))
         assert kind_of(error.value) == kind
+
+
+def test_many_equal_or_similar_images_are_compared_once_each():
+    """700 copies of one image and 700 slightly different ones: each is a duplicate of the first only."""
+    rng = np.random.default_rng(0)
+    first = stored(Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)))
+    similar = []
+    for k in range(700):
+        noise = first.thumbnail + rng.normal(0, 0.001, 256)
+        unit = (noise / np.linalg.norm(noise)).astype(np.float32)
+        similar.append(ImageFacts("L", 1, k.to_bytes(16, "big"), unit))
+    images = [first, *[first] * 700, *similar]
+    assert list(find_duplicates(images)) == [(0, j) for j in range(1, 1401)]
+
+
+def test_a_duplicate_belongs_to_its_first_look_alike_in_any_block():
+    rng = np.random.default_rng(0)
+    faces = [stored(Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))) for _ in range(600)]
+    again = [ImageFacts("L", 1, bytes([k % 256, k // 256]), faces[k].thumbnail) for k in (599, 0, 300)]
+    assert list(find_duplicates([*faces, *again])) == [(599, 600), (0, 601), (300, 602)]

@@ -1,7 +1,9 @@
 """The dataset doctor finds every planted fault, reports nothing else, and goes on after each."""
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,3 +383,15 @@ def test_a_name_cut_in_the_middle_of_a_character_is_an_error(changes, kind, tmp_
     assert r"\ud83d" in next(one.message for one in findings if one.kind == kind)
     with pytest.raises(DataError, match=r"\\ud83d"):
         load_coco(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_a_terminal_shows_the_progress_and_a_file_does_not(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    root = write_sample(tmp_path / "set", images=(5, 2, 0))
+    for stream, progress, shown in ((Terminal(), True, True), (io.StringIO(), True, False), (Terminal(), False, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        examine(root, progress=progress)
+        assert ("0/7" in stream.getvalue()) is shown
