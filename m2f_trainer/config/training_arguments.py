@@ -3,6 +3,10 @@
 `checkpointing_steps` sets the interval of saving and of evaluation, which are always done together.
 """
 
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +18,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, get_scheduler
+from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
 from m2f_trainer.distributed import init_restartable, leave_at_exit
 from m2f_trainer.errors import RecipeError
+
+logger = logging.getLogger(__name__)
 
 MUON = "muon"
 UNKNOWN = 10**9
@@ -338,6 +345,8 @@ class TrainArguments(TrainingArguments):
         optim = self._optimizer()
         self.optim = TrainingArguments.default_optim if optim == MUON else optim  # transformers doesn't know muon
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.tf32 is None and not self.use_cpu and is_torch_tf32_available():
+            enable_tf32(True)  # what bfloat16 autocast leaves in float32: the sampling places of the pixel decoder
         self.optim = MUON if optim == MUON else self.optim
         self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
@@ -367,6 +376,9 @@ class TrainArguments(TrainingArguments):
         backend = self.ddp_backend or ("gloo" if self.use_cpu else None)
         init_restartable(backend, self.ddp_timeout_delta)
         device: torch.device = TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
+        if self._n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which splits the masks of a batch
+            logger.warning(one_of_several_gpus(self._n_gpu, sys.argv[1:]))
+            self._n_gpu = 1
         leave_at_exit()
         return device
 
@@ -447,6 +459,12 @@ class TrainArguments(TrainingArguments):
                         f"together. Leave {name} out, or set checkpointing_steps to a number of steps or 'epoch'."
                     )
                 setattr(self, name, derived)
+
+
+def one_of_several_gpus(count: int, arguments: Sequence[str]) -> str:
+    """What a process that was started without a launcher says where it sees several GPUs; `arguments` are m2f's."""
+    command = f"torchrun --nproc_per_node {count} -m m2f_trainer {shlex.join(arguments)}".strip()
+    return f"1 of {count} GPUs used. To use all, start with:\n  {command}"
 
 
 def parse_checkpointing_steps(value: str | int) -> int | str:

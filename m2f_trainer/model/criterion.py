@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compact_masks import CompactMasks, chunks
-from .deformable_attention import ALIGN_CORNERS, BILINEAR, ZEROS
+from .deformable_grid import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
 from .quality import best_overlaps

@@ -1,64 +1,162 @@
 """Multi-scale deformable attention (Zhu et al. 2021, https://arxiv.org/abs/2010.04159, eq. 3) with low memory.
 
 transformers' version keeps every sampled value for the backward pass. Here samples are recomputed in backward, so that
-only the inputs are kept, and levels are sampled one after another. A CPU samples whole rows
-instead of single channels (deformable_cpu.py). On CUDA, M2F_TRITON=1 in the environment selects our own kernels instead
-of torch's `grid_sample` (deformable_triton.py); they are off by default until a GPU has measured them.
+only the inputs are kept. The operation is an operator registered with torch, which `torch.compile` leaves whole. It has
+three implementations: on a CPU, whole rows are sampled instead of single channels (deformable_cpu.py); on CUDA, Triton
+kernels (deformable_triton.py), once they have given the reference's numbers faster than it on this device; everywhere
+else torch's `grid_sample` (deformable_grid.py), which is the reference. `M2F_TRITON=0` in the environment turns the
+Triton kernels off.
 """
 
+import logging
 import os
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .deformable_cpu import RowSampling
+from .deformable_cpu import attend_rows, attend_rows_backward
+from .deformable_grid import attend_grid, attend_grid_backward
 
-BILINEAR, ZEROS, ALIGN_CORNERS = 0, 0, False
+logger = logging.getLogger(__name__)
 
+OPERATORS = re.sub(r"\W", "_", __name__)
+"""Namespace of the operators. A copy of this file that is loaded from a saved folder registers its own."""
 
-class DeformableSampling(torch.autograd.Function):
-    """The weighted sum of samples as one differentiable step; samples exist for one level at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, grid: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Value (N, D, S), grid (N, S, L, P, 2) in [-1, 1], weights (N, S, L, P) -> (N, D, S); N = batch x heads."""
-        ctx.save_for_backward(value, grid, weights)
-        ctx.shapes = shapes
-        output = torch.zeros_like(value)
-        for level, plane in enumerate(_planes(value, shapes)):
-            samples = F.grid_sample(
-                plane, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False
-            )
-            output += torch.einsum("ndsp,nsp->nds", samples, weights[:, :, level])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Recompute the samples; return the gradients of value, grid and weights, in their shapes."""
-        value, grid, weights = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        grad_grid, grad_weights = torch.empty_like(grid), torch.empty_like(weights)
-        grad_planes = []
-        for level, plane in enumerate(_planes(value, ctx.shapes)):
-            points = grid[:, :, level].contiguous()
-            samples = F.grid_sample(plane, points, mode="bilinear", padding_mode="zeros", align_corners=False)
-            grad_weights[:, :, level] = torch.einsum("ndsp,nds->nsp", samples, grad_output)
-            grad_samples = grad_output.unsqueeze(-1) * weights[:, :, level].unsqueeze(1)
-            grad_plane, grad_points = torch.ops.aten.grid_sampler_2d_backward(
-                grad_samples, plane, points, BILINEAR, ZEROS, ALIGN_CORNERS, [True, True]
-            )
-            grad_planes.append(grad_plane.flatten(2))
-            grad_grid[:, :, level] = grad_points
-        return torch.cat(grad_planes, dim=2), grad_grid, grad_weights, None
+Shapes = Sequence[tuple[int, int]]
+Forward = Callable[[Tensor, Tensor, Tensor, Shapes], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Shapes], tuple[Tensor, Tensor, Tensor]]
 
 
-def _planes(value: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(N, D, S) -> one (N, D, h, w) a level."""
-    parts = value.split([height * width for height, width in shapes], dim=2)
-    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+def deformable_attention(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
+    """Return the attended values (B, S, heads x D), in the type of `value`.
+
+    value (B, S, heads, D); places (B, S, heads, L, P, 2) as (x, y) in pixels of each level, 0 being the first one's
+    centre; weights (B, S, heads, L, P), summing to 1 over L x P. S runs over all positions of all levels, in the order
+    of `shapes`. An exported model holds torch's `grid_sample`, because other runtimes lack the operator.
+    """
+    if _exporting():
+        return attend_grid(value, places, weights, shapes)
+    output: Tensor = attend(value, places, weights, [side for shape in shapes for side in shape])
+    return output
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces the model. Before torch 2.7 torch.compile can't be told from it."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+@torch.library.custom_op(f"{OPERATORS}::attend", mutates_args=())
+def attend(value: Tensor, places: Tensor, weights: Tensor, sides: Sequence[int]) -> Tensor:
+    """`deformable_attention` as an operator; `sides` are height and width of each level in turn."""
+    forward, _ = implementation(value.device)
+    return forward(value, places, weights, _shapes(sides))
+
+
+@torch.library.custom_op(f"{OPERATORS}::attend_backward", mutates_args=())
+def attend_backward(
+    value: Tensor, places: Tensor, weights: Tensor, grad_output: Tensor, sides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, places and weights, in their shapes and types, from that of the output."""
+    _, backward = implementation(value.device)
+    return backward(value, places, weights, grad_output, _shapes(sides))
+
+
+def _shapes(sides: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+@attend.register_fake
+def _output_like(value: Tensor, places: Tensor, weights: Tensor, sides: Sequence[int]) -> Tensor:
+    return value.new_empty(*value.shape[:2], value.shape[2] * value.shape[3])
+
+
+@attend_backward.register_fake
+def _gradients_like(*tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in tensors[:3])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sides = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    return *attend_backward(*ctx.saved_tensors, grad_output, ctx.sides), None
+
+
+attend.register_autograd(_backward_of, setup_context=_keep_inputs)
+
+
+@lru_cache
+def implementation(device: torch.device) -> tuple[Forward, Backward]:
+    """The fastest correct implementation on a device. On CUDA the first call checks and times the Triton kernels."""
+    if device.type == "cpu":
+        return attend_rows, attend_rows_backward
+    reference = attend_grid, attend_grid_backward
+    if device.type != "cuda" or os.environ.get("M2F_TRITON") == "0":
+        return reference
+    try:
+        from .deformable_triton import attend_triton, attend_triton_backward
+
+        kernels = attend_triton, attend_triton_backward
+        check_equal(kernels, reference, device)
+        ratio = _milliseconds(reference, device) / _milliseconds(kernels, device)
+    except Exception as error:  # whatever a compiler or a driver raises: training goes on with the reference
+        logger.warning(
+            f"deformable attention on {device} uses torch's grid_sample, not the Triton kernels, which are usually "
+            f"several times as fast. They failed here: {type(error).__name__}: {str(error)[:300]}"
+        )
+        return reference
+    logger.info(
+        f"deformable attention on {device}: Triton kernels are {ratio:.1f} times as fast as torch's grid_sample"
+    )
+    return kernels if ratio > 1 else reference
+
+
+def check_equal(kernels: tuple[Forward, Backward], reference: tuple[Forward, Backward], device: torch.device) -> None:
+    """Compare outputs and gradients in float32, with places inside and outside of uneven levels.
+
+    Raises AssertionError when they differ by more than float32's rounding.
+    """
+    inputs, grad_output, shapes = _example(((5, 7), (1, 9), (6, 2)), 1, device)
+    inputs[1][:, 1::7] = torch.nan
+    tensors = [kernels[0](*inputs, shapes), *kernels[1](*inputs, grad_output, shapes)]
+    inputs[1].nan_to_num_(-9.0)  # outside, where grid_sample reads zeros too
+    expected = [reference[0](*inputs, shapes), *reference[1](*inputs, grad_output, shapes)]
+    for mine, theirs in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _example(shapes: Shapes, batch: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Shapes]:
+    """Random inputs with the original's 8 heads of 32 channels and 4 points, 4 pixels around each level at most."""
+    generator = torch.Generator().manual_seed(0)
+    length, heads, points = sum(height * width for height, width in shapes), 8, 4
+    value = torch.randn(batch, length, heads, 32, generator=generator)
+    sizes = torch.tensor([[width, height] for height, width in shapes]).unsqueeze(1) + 8.0
+    places = torch.rand(batch, length, heads, len(shapes), points, 2, generator=generator) * sizes - 4.5
+    weights = torch.rand(places.shape[:-1], generator=generator)
+    grad_output = torch.randn(batch, length, heads * 32, generator=generator)
+    return (value.to(device), places.to(device), weights.to(device)), grad_output.to(device), shapes
+
+
+def _milliseconds(functions: tuple[Forward, Backward], device: torch.device) -> float:
+    """Median time of forward and backward on an image of 512 x 512."""
+    inputs, grad_output, shapes = _example(((16, 16), (32, 32), (64, 64)), 2, device)
+    times = []
+    for _ in range(8):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record(torch.cuda.current_stream(device))
+        functions[0](*inputs, shapes)
+        functions[1](*inputs, grad_output, shapes)
+        events[1].record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+        times.append(events[0].elapsed_time(events[1]))
+    return float(statistics.median(times[2:]))
 
 
 class SmallSoftmax(torch.autograd.Function):
@@ -86,28 +184,3 @@ def small_softmax(logits: Tensor) -> Tensor:
         output: Tensor = SmallSoftmax.apply(logits)  # type: ignore[no-untyped-call]
         return output
     return logits.softmax(-1)
-
-
-def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
-    """Return the attended values (B, S, heads x D).
-
-    value (B, S, heads, D); places (B, S, heads, L, P, 2) as (x, y) in pixels of each level, 0 being the first one's
-    centre; weights (B, S, heads, L, P), summing to 1 over L x P. S runs over all positions of all levels, in the order
-    of `shapes`.
-    """
-    output: Tensor
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        output = RowSampling.apply(value, places, weights, shapes)  # type: ignore[no-untyped-call]
-        return output
-    if value.is_cuda and os.environ.get("M2F_TRITON") == "1" and not torch.compiler.is_compiling():
-        from .deformable_triton import TritonSampling
-
-        output = TritonSampling.apply(value, places, weights, shapes)  # type: ignore[no-untyped-call]
-        return output
-    batch, length, heads, dim = value.shape
-    flat_value = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, length)
-    sizes = torch.stack([torch.stack([value.new_full((), side) for side in shape[::-1]]) for shape in shapes])
-    grid = ((2 * places + 1) / sizes.unsqueeze(1) - 1).transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P, 2)
-    flat_weights = weights.transpose(1, 2).flatten(0, 1)  # (B x heads, S, L, P)
-    output = DeformableSampling.apply(flat_value, grid, flat_weights, shapes)  # type: ignore[no-untyped-call]
-    return output.view(batch, heads, dim, length).permute(0, 3, 1, 2).reshape(batch, length, heads * dim)

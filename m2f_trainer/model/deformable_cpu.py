@@ -7,7 +7,6 @@ of the values, its transpose, is a product with a sparse matrix. On a CPU this i
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,46 +23,46 @@ QUERIES_AT_ONCE = 512
 Shapes = Sequence[tuple[int, int]]
 
 
-class RowSampling(torch.autograd.Function):
-    """The weighted sum of samples as one differentiable step that keeps only its inputs."""
+def attend_rows(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """Value (B, S, H, D), places (B, S, H, L, P, 2) in pixels, weights (B, S, H, L, P) -> (B, S, H x D)."""
+    wide = _at_least_float32(value)
+    output = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+    grid = Grid(shapes, places.shape[2], places.shape[4])
+    for image in range(len(value)):
+        table = with_border(wide[image], shapes).flatten(0, 1)  # (rows x H, D)
+        for part in _parts(value.shape[1]):
+            rows, x, y = grid.corners(places[image, part])
+            into = output[image, part].flatten(0, 1)
+            for row, share in zip(rows, _shares(weights[image, part], x, y), strict=True):
+                into += F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
+    return output.flatten(2).to(value.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
-        """Value (B, S, H, D), places (B, S, H, L, P, 2) in pixels, weights (B, S, H, L, P) -> (B, S, H x D)."""
-        ctx.save_for_backward(value, places, weights)
-        ctx.shapes = shapes
-        output = torch.zeros_like(value, memory_format=torch.contiguous_format)
-        grid = Grid(shapes, places.shape[2], places.shape[4])
-        for image in range(len(value)):
-            table = with_border(value[image], shapes).flatten(0, 1)  # (rows x H, D)
-            for part in _parts(value.shape[1]):
-                rows, x, y = grid.corners(places[image, part])
-                into = output[image, part].flatten(0, 1)
-                for row, share in zip(rows, _shares(weights[image, part], x, y), strict=True):
-                    into += F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
-        return output.flatten(2)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of value, places and weights, in their shapes."""
-        value, places, weights = ctx.saved_tensors
-        grads = torch.empty_like(value), torch.empty_like(places), torch.empty_like(weights)
-        grad_output = grad_output.view_as(value).contiguous()
-        grid = Grid(ctx.shapes, places.shape[2], places.shape[4])
-        for image in range(len(value)):
-            table = with_border(value[image], ctx.shapes).flatten(0, 1)
-            all_rows, all_shares = [], []
-            for part in _parts(value.shape[1]):
-                rows, x, y = grid.corners(places[image, part])
-                weight, vectors = weights[image, part], grad_output[image, part].flatten(0, 1)
-                dots = [_dots(table, row, vectors) for row in rows]
-                grads[1][image, part], grads[2][image, part] = _gradients(dots, weight, x, y)
-                all_rows.append(torch.cat(rows, dim=1))
-                all_shares.append(torch.cat(_shares(weight, x, y), dim=1))
-            spread = _spread(torch.cat(all_rows), torch.cat(all_shares), grad_output[image].flatten(0, 1), len(table))
-            grads[0][image] = without_border(spread.unflatten(0, (-1, value.shape[2])), ctx.shapes)
-        return *grads, None
+def attend_rows_backward(
+    value: Tensor, places: Tensor, weights: Tensor, grad_output: Tensor, shapes: Shapes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, places and weights, in their shapes and types, given that of the output, (B, S, H x D)."""
+    wide = _at_least_float32(value)
+    grads = torch.empty_like(wide), torch.empty_like(places), torch.empty_like(weights)
+    grad_output = grad_output.to(wide.dtype).reshape(value.shape).contiguous()
+    grid = Grid(shapes, places.shape[2], places.shape[4])
+    for image in range(len(value)):
+        table = with_border(wide[image], shapes).flatten(0, 1)
+        all_rows, all_shares = [], []
+        for part in _parts(value.shape[1]):
+            rows, x, y = grid.corners(places[image, part])
+            weight, vectors = weights[image, part], grad_output[image, part].flatten(0, 1)
+            dots = [_dots(table, row, vectors) for row in rows]
+            grads[1][image, part], grads[2][image, part] = _gradients(dots, weight, x, y)
+            all_rows.append(torch.cat(rows, dim=1))
+            all_shares.append(torch.cat(_shares(weight, x, y), dim=1))
+        spread = _spread(torch.cat(all_rows), torch.cat(all_shares), grad_output[image].flatten(0, 1), len(table))
+        grads[0][image] = without_border(spread.unflatten(0, (-1, value.shape[2])), shapes)
+    return grads[0].to(value.dtype), grads[1], grads[2]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Grid:

@@ -78,6 +78,8 @@ class M2FTrainer(Trainer):
         arguments = copy(args)
         arguments.save_total_limit = None  # `rotate` takes its place: the Trainer's rotation goes by file times
         arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
+        arguments.torch_compile = False  # the Trainer would compile the losses too, anew for each number of objects
+        arguments.torch_compile_backend = arguments.torch_compile_mode = None
         keep_float32(arguments)
         super().__init__(
             model=model,
@@ -89,6 +91,8 @@ class M2FTrainer(Trainer):
             **kwargs,
         )
         autocast_sharded(model, arguments)
+        if args.torch_compile:
+            model.model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self.scorer = compute_metrics

@@ -6,6 +6,7 @@ import sys
 from functools import cached_property
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainingArguments
 
@@ -60,3 +61,20 @@ def test_the_private_parts_of_transformers_are_as_we_override_them() -> None:
 def test_the_device_is_transformers_own() -> None:
     assert TrainArguments(use_cpu=True, report_to="none").device == torch.device("cpu")
     assert TrainArguments(report_to="none").device == TrainingArguments(report_to="none").device
+
+
+def test_a_process_without_a_launcher_uses_one_of_several_gpus_and_says_how_to_use_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With two, transformers' Trainer would wrap the model in `nn.DataParallel`, which splits the masks of a batch."""
+
+    def sees_eight(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 8
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments._setup_devices, "func", sees_eight)
+    monkeypatch.setattr("sys.argv", ["m2f", "train", "--dataset_name", "my pets"])
+    arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments.start_process_group()
+    assert arguments.n_gpu == 1
+    assert "torchrun --nproc_per_node 8 -m m2f_trainer train --dataset_name 'my pets'" in caplog.text

@@ -1,6 +1,7 @@
 """Deformable attention beside transformers' own: values and gradients in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +47,19 @@ def assert_nan_reads_nothing(attention: Attention) -> None:
     """A location that is not a number gives zeros, not NaN and no read outside the map."""
     value, locations, weights = inputs()
     assert attention(value, torch.full_like(locations, torch.nan), weights).eq(0).all()
+
+
+def attention_of(forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]) -> Attention:
+    """A differentiable function of one implementation's forward and backward."""
+
+    class Attended(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+            ctx.save_for_backward(*tensors)
+            return forward(*tensors, SHAPES)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+            return backward(*ctx.saved_tensors, *grad_outputs, SHAPES)
+
+    return Attended.apply  # type: ignore[no-any-return]

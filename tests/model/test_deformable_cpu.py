@@ -1,27 +1,27 @@
 """Deformable attention on CPUs against transformers' own."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 
 from m2f_trainer.model import deformable_cpu
-from m2f_trainer.model.deformable_attention import deformable_attention
-from m2f_trainer.model.deformable_cpu import with_border, without_border
-from tests.model.attention_reference import LENGTH, SHAPES, assert_equal_to_transformers, assert_nan_reads_nothing
+from m2f_trainer.model.deformable_cpu import attend_rows, attend_rows_backward, with_border, without_border
+from tests.model.attention_reference import (
+    LENGTH,
+    SHAPES,
+    assert_equal_to_transformers,
+    assert_nan_reads_nothing,
+    attention_of,
+)
 
 
 @pytest.mark.parametrize("queries_at_once", [16, 512])
 def test_row_sampling_and_its_gradients_are_transformers(queries_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deformable_cpu, "QUERIES_AT_ONCE", queries_at_once)
-    with patch("m2f_trainer.model.deformable_attention.DeformableSampling.apply", side_effect=AssertionError):
-        assert_equal_to_transformers(
-            lambda value, places, weights: deformable_attention(value, SHAPES, places, weights)
-        )
+    assert_equal_to_transformers(attention_of(attend_rows, attend_rows_backward))
 
 
 def test_places_that_are_not_numbers_read_nothing() -> None:
-    assert_nan_reads_nothing(lambda value, places, weights: deformable_attention(value, SHAPES, places, weights))
+    assert_nan_reads_nothing(attention_of(attend_rows, attend_rows_backward))
 
 
 def test_removing_the_border_undoes_adding_it() -> None:

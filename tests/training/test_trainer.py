@@ -1,11 +1,14 @@
 """The Trainer's seams, used from a notebook."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import register_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
 from transformers import Trainer
 
@@ -15,7 +18,7 @@ from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.hub.loopback import hub_of_this_process
-from tests.model.tiny import tiny_model
+from tests.model.tiny import images, tiny_model
 
 
 def trainer_of(folder: Path, **fields: Any) -> M2FTrainer:
@@ -53,6 +56,32 @@ def test_the_trainers_own_upload_is_refused_with_the_command_to_use_instead(
     legal = {"LICENSE", "NOTICE", "DINOV3_LICENSE.md"}
     assert set(hub.files) - code == {"README.md", "config.json", "model.safetensors"} | legal
     assert not any(b"stays here" in body for body in hub.bodies)
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code
+def test_compiled_training_is_not_compiled_again_for_other_numbers_of_objects(tmp_path: Path) -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    register_backend(graphs, name="counted")
+    trainer = trainer_of(tmp_path, torch_compile=True, torch_compile_backend="counted")
+    model = trainer.model.train()
+    compiled = []
+    for step in range(50):
+        counts = step * 7 % 61, step * 13 % 61
+        model(**scene_of(counts)).loss.backward()
+        compiled.append(graphs.frame_count)
+    assert compiled[0] >= 1
+    assert compiled[-1] == compiled[0]
+    assert all(one.grad is not None for one in model.model.parameters() if one.requires_grad)
+
+
+def scene_of(counts: Sequence[int]) -> dict[str, Any]:
+    """A batch of noise with so many square objects in each image."""
+    objects = [torch.zeros(count, 64, 64) for count in counts]
+    for masks in objects:
+        for k, mask in enumerate(masks):
+            mask[k % 50 : k % 50 + 9, k // 2 : k // 2 + 9] = 1
+    classes = [torch.arange(count) % 2 for count in counts]
+    return {"pixel_values": images(len(counts)), "mask_labels": objects, "class_labels": classes}
 
 
 EMPTY = inspect.Parameter.empty
