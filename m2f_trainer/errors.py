@@ -116,8 +116,9 @@ MEMORY_ADVICE = (
 
 
 def mistyped_path(name: str) -> str:
-    """Says that there is no such path on this machine, and which name is nearest; "" where there is one, and where the
-    name may be one on the Hub: `user/name` whose first part is no folder here, with nothing of a similar name.
+    """A message that the path does not exist, with the nearest existing name; "" if it exists or may be a Hub id.
+
+    A name may be a Hub id if it has the form `user/name`, `user` is no folder here, and no similar path exists.
     """
     path = Path(name)
     if not name or os.path.exists(name):  # noqa: PTH110 (False, not an error, for a name that is too long)

@@ -241,7 +241,7 @@ class DataArguments:
         "Width that images are resized and padded to, in pixels; a multiple of the patch size.",
         "data",
         at_least=1,
-        at_most=LIMITS["image_height"],
+        at_most=LIMITS["image_width"],
         changes_results=True,
     )
     tile_size: int | None = option(
@@ -270,7 +270,7 @@ class DataArguments:
     )
     tiles_per_image: int | None = option(
         None,
-        "Maximum tiles with objects that an epoch shows of one image; over the epochs all are shown. Default: all.",
+        "Maximum tiles with objects that an epoch uses of one image; over the epochs all are used. Default: all.",
         "data",
         at_least=1,
         changes_results=True,

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MUON = "muon"
 UNKNOWN = 10**9
-"""Steps that the Trainer is asked for where the clock ends the run."""
+"""The Trainer's max_steps in a run with max_minutes, which the clock ends."""
 
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
 """Mask2Former's learning rate schedule, as arguments of transformers' `polynomial`."""
@@ -418,7 +418,7 @@ class TrainArguments(TrainingArguments):
                 )
 
     def _optimizer(self) -> str:
-        """The optimizer that was asked for, or the default."""
+        """The optimizer of the recipe, or the default."""
         sharded = self.fsdp or self.deepspeed
         if sharded and self.optim == MUON:
             raise RecipeError(

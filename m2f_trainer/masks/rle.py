@@ -215,9 +215,9 @@ def brief(value: object) -> str:
 
 
 def runs_of_changes(positions: NDArray[np.int64], pixels: int) -> NDArray[np.int64]:
-    """The runs of a mask of `pixels` pixels from the sorted indices at which it changes, column-major.
+    """The runs of a mask of `pixels` pixels from the sorted indices, column-major, at which its value changes.
 
-    An index that occurs twice, where one run ends and another begins, is no change. No run but the first is empty.
+    An index that occurs twice, where one run ends and the next begins, is not a change. No run but the first is empty.
     """
     repeated = np.flatnonzero(positions[1:] == positions[:-1])
     kept = np.delete(positions, np.concatenate([repeated, repeated + 1])) if len(repeated) else positions

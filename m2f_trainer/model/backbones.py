@@ -71,8 +71,9 @@ def read_config(
     """Return the backbone's configuration, set to output the feature maps that the neck needs.
 
     `backbone` is a table name, a Hub id, a folder, or the configuration itself as a dictionary with `model_type`.
-    `taps` are 1-based depths of a ViT whose maps are used (default: the end of each quarter, as DINOv2's and DINOv3's
-    papers read them for dense tasks); the layers after the last of them are left out. A ConvNeXt gives its four stages.
+    `taps` are 1-based depths of a ViT whose maps are used (default: the end of each quarter, as in DINOv2's and
+    DINOv3's papers for dense tasks); the layers after the last of them are left out. A ConvNeXt outputs its four
+    stages.
 
     `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
 

@@ -207,7 +207,7 @@ class PointLosses(torch.autograd.Function):
             share = grad_dice[some].unsqueeze(1) / (union + 1)
             slope = share * ((overlap + 1) / (union + 1) - 2 * target)  # dice, to the probability
             slope = torch.addcmul(entropy * (within - target), slope, within * (1 - within))  # to the logit
-            grad_logits = _spread(slope, chosen[some], features.shape[-2:])  # (m, h x w)
+            grad_logits = _scatter_gradients(slope, chosen[some], features.shape[-2:])  # (m, h x w)
             grad_pairs[some] = grad_logits @ features[image].flatten(1).T
             grad_features[image].flatten(1).addmm_(pairs[some].T, grad_logits)
         return grad_pairs, grad_features, None, None, None, None
@@ -229,7 +229,7 @@ def _overlap(inside: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * torch.linalg.vecdot(inside, truth), inside.sum(1) + truth.sum(1)
 
 
-def _spread(slope: Tensor, points: Tensor, size: torch.Size) -> Tensor:
+def _scatter_gradients(slope: Tensor, points: Tensor, size: torch.Size) -> Tensor:
     """The transpose of `sample_logits`: gradients (m, P) at points (m, P, 2) -> gradients of the maps, (m, h x w)."""
     grid, maps = 2 * points.unsqueeze(2) - 1, slope.new_empty(len(slope), 1, *size)
     spread: Tensor = torch.ops.aten.grid_sampler_2d_backward(

@@ -223,7 +223,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         if isinstance(module, M2FModel):
             init_class_head(module.class_predictor)
             if module.quality_predictor is not None:
-                module.quality_predictor.start()
+                module.quality_predictor.initialize()
             for buffer, values in ((self.pixel_mean, self.config.image_mean), (self.pixel_std, self.config.image_std)):
                 init.copy_(buffer, torch.tensor(values).view(1, 3, 1, 1))
         elif isinstance(module, NECK_LAYERS):

@@ -33,7 +33,7 @@ class QualityHead(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(MEASURES, WIDTH), nn.Linear(WIDTH, WIDTH)])
         self.score = nn.Linear(WIDTH, 1)
 
-    def start(self) -> None:
+    def initialize(self) -> None:
         """Initialise as torch does, and the last layer with 0: a new head in a trained model keeps the ranking."""
         for layer in self.layers:
             init_class_head(cast(nn.Linear, layer))
@@ -106,14 +106,14 @@ def overlaps(embeddings: Tensor, features: Tensor, masks: CompactMasks, targets:
     found = embeddings.new_empty(len(embeddings))
     for some in chunks(len(embeddings), max(features[0].numel(), GRID**2), features.device):
         logits = (embeddings[some] @ features.flatten(1)).view(-1, *features.shape[1:])
-        points = grid(around(logits > 0, masks.boxes[targets[some]], masks.size)).to(features)
+        points = grid_points(enclosing_boxes(logits > 0, masks.boxes[targets[some]], masks.size)).to(features)
         predicted = F.grid_sample(logits.unsqueeze(1), 2 * points.unsqueeze(2) - 1, align_corners=False)[:, 0, :, 0] > 0
         target = masks.sample(targets[some], points) >= 0.5
         found[some] = (predicted & target).sum(1) / (predicted | target).sum(1).clamp(min=1)
     return found
 
 
-def around(inside: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def enclosing_boxes(inside: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """The smallest box (m, 4) around each mask (m, h, w) and box (m, 4) in pixels of `size`: x0, y0, x1, y1 in [0, 1].
 
     A cell of a mask extends to the centres of its neighbours, as far as bilinear interpolation of its value does.
@@ -129,7 +129,7 @@ def around(inside: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([x0, y0, x1, y1], 1).clamp(0, 1)
 
 
-def grid(boxes: Tensor) -> Tensor:
+def grid_points(boxes: Tensor) -> Tensor:
     """The centres of `GRID` x `GRID` cells of each box (m, 4) -> points (m, P, 2), x and y."""
     steps = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID
     places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)  # (P, 2)

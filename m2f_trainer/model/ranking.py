@@ -8,7 +8,7 @@ predicted IoU of its mask (see `quality`), and the decay of Matrix NMS where a m
 import torch
 from torch import Tensor
 
-LEAST = 1e-6
+EPSILON = 1e-6
 """Lower bound of divisors and factors, so that logits stay finite."""
 
 
@@ -23,7 +23,7 @@ def rank(class_logits: Tensor, mask_logits: Tensor, quality_logits: Tensor | Non
     with torch.autocast(class_logits.device.type, enabled=False):
         ranked = class_logits.float()
         if quality_logits is not None:
-            ranked = rescaled(ranked, quality_logits.float().sigmoid().clamp(min=LEAST))
+            ranked = rescaled(ranked, quality_logits.float().sigmoid().clamp(min=EPSILON))
         if nms:
             ranked = rescaled(ranked, objectness(class_logits.float()).rsqrt())
             ranked = rescaled(ranked, matrix_nms(ranked, mask_logits.float()))
@@ -31,8 +31,8 @@ def rank(class_logits: Tensor, mask_logits: Tensor, quality_logits: Tensor | Non
 
 
 def objectness(class_logits: Tensor) -> Tensor:
-    """The probability (...) of any class, at least `LEAST`, of logits (..., K + 1) with "no object" last."""
-    return class_logits.softmax(-1)[..., :-1].sum(-1).clamp(min=LEAST)
+    """The probability (...) of any class, at least `EPSILON`, of logits (..., K + 1) with "no object" last."""
+    return class_logits.softmax(-1)[..., :-1].sum(-1).clamp(min=EPSILON)
 
 
 def rescaled(class_logits: Tensor, factor: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def rescaled(class_logits: Tensor, factor: Tensor) -> Tensor:
     logs = class_logits.log_softmax(-1)
     objects = logs[..., :-1] + factor.log().unsqueeze(-1)
     nothing = 1 - objects.logsumexp(-1, keepdim=True).exp()
-    return torch.cat([objects, nothing.clamp(min=LEAST**2).log()], -1)
+    return torch.cat([objects, nothing.clamp(min=EPSILON**2).log()], -1)
 
 
 def matrix_nms(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
@@ -67,5 +67,5 @@ def matrix_nms(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     )
     better = first & (label.unsqueeze(2) == label.unsqueeze(1))  # i is better than j
     covered = overlap.masked_fill(~better, 0).amax(1)  # c, (B, Q)
-    decay = (1 - overlap) / (1 - covered).clamp(min=LEAST).unsqueeze(2)
-    return decay.masked_fill(~better, 1).amin(1).clamp(min=LEAST)
+    decay = (1 - overlap) / (1 - covered).clamp(min=EPSILON).unsqueeze(2)
+    return decay.masked_fill(~better, 1).amin(1).clamp(min=EPSILON)

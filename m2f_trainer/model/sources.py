@@ -1,7 +1,7 @@
-"""Read configurations and weights of model folders and Hub ids, which strangers may have written.
+"""Read configurations and weights of model folders and Hub ids, which are not trusted.
 
-No code of theirs runs, numbers in a configuration are bounded, and a model that lacks a tensor is refused, which would
-otherwise stay random.
+No code from them is run, numbers in a configuration are bounded, and a model that lacks a tensor is refused, because
+the tensor would stay random.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ LIMITS: Mapping[str, int] = {
     "train_num_points": 2**20,
     "oversample_ratio": 100,
 }
-"""Largest value of each field of a configuration, far above that of every published model."""
+"""Largest accepted value of each configuration field, far above those of published models."""
 
 
 class ModelError(ValueError):
@@ -43,7 +43,7 @@ class ModelError(ValueError):
 
 
 def check_limits(fields: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError where a field of a configuration, or of one inside it, is beyond `LIMITS`."""
+    """Raise ModelError if a field of a configuration, or of a nested one, is beyond `LIMITS`."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             check_limits(value, where)
@@ -56,12 +56,12 @@ def check_limits(fields: Mapping[str, Any], where: str) -> None:
 def load_config(source: str) -> PreTrainedConfig:
     """The configuration of a folder or Hub id.
 
-    An implementation of attention that it names is ignored: transformers would fetch a kernel of that name and run it.
+    Its `attn_implementation` is ignored: transformers would download a kernel of that name and run it.
 
     Raises:
         OSError: there is none.
-        ModelError: it needs code of its own, or a field is beyond `LIMITS`.
-        ValueError, KeyError: transformers rejects it.
+        ModelError: the model needs its own code, or a field is beyond `LIMITS`.
+        ValueError, KeyError: transformers rejects the configuration.
     """
     fields, _ = PreTrainedConfig.get_config_dict(source)
     check_limits(fields, f"config.json of {source!r}")
@@ -74,7 +74,7 @@ def load_config(source: str) -> PreTrainedConfig:
 
 
 def without_kernels(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same configuration, at every depth without an implementation of attention: transformers chooses one."""
+    """Remove `attn_implementation` from a configuration and its nested ones; transformers then chooses one."""
     config._attn_implementation = None
     for inner in vars(config).values():
         if isinstance(inner, PreTrainedConfig):
