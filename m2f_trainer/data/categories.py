@@ -81,7 +81,7 @@ class _Matcher:
     def _find(self, name: str, taken: set[int], others: set[str]) -> int | None:
         """The class of this name, exact first, then without regard to case, among those not `taken` by the split.
 
-        `others` are names of the split's own classes, which an inexact match must not take away from them.
+        `others` are the names of the split's own classes, which only an exact match may use.
         """
         exact = [key for key, known in self.names.items() if known.strip() == name.strip() and key not in taken]
         if exact:
@@ -112,7 +112,7 @@ class _Matcher:
                 self._report("repeated-category-name", split.name, ids, message)
 
     def _is_renamed(self, split: SplitAnnotations, key: int) -> bool:
-        """Whether the id may be a class found before, under a new name; that is reported."""
+        """Whether the id may be a known class with a new name; if so, it is reported."""
         first = self.names.get(key)
         if first is None or key not in self._used:
             return False

@@ -121,7 +121,7 @@ class SplitAnnotations(ABC):
         try:
             return masks.to_counts(segmentation, height, width, "")
         except MaskError:
-            pass  # the annotation's name is only put together, which takes time, where it is needed
+            pass  # tried again below with the annotation's name, which takes time to build
         usual = usual_segmentation(segmentation, height, width, entry.get("bbox"))
         if usual is not None:
             try:
@@ -141,7 +141,7 @@ class SplitAnnotations(ABC):
 
     @cached_property
     def _scale_hint(self) -> str:
-        """What to do about outlines outside of their images; where most reach beyond, the images seem rescaled."""
+        """Advice for outlines outside of their images; if most are, the images were probably rescaled."""
         ratios = [
             max(right / image["width"], bottom / image["height"])
             for image in self.images
@@ -181,7 +181,7 @@ def _outline_boxes(entry: Entry) -> list[tuple[float, float, float, float]]:
 
 
 def _reach(entry: Entry, image: Entry) -> str:
-    """Where the polygons of an annotation lie, "" where they touch their image."""
+    """The extent of an annotation's polygons for messages; "" if they touch their image."""
     for left, top, right, bottom in _outline_boxes(entry):
         if right <= 0 or bottom <= 0 or left >= image["width"] or top >= image["height"]:
             size = f"{image['width']}x{image['height']}"
@@ -318,7 +318,7 @@ def coco_contents(files: SplitFiles) -> Iterator[bytes]:
 
 def _parse(path: Path) -> Mapping[str, Any]:
     collecting = gc.isenabled()
-    gc.disable()  # of millions of new objects none is garbage; looking for some would take a fifth of the time
+    gc.disable()  # none of the millions of new objects is garbage; searching them takes a fifth of the time
     try:
         content = json.loads(b"".join(file_parts(path)).decode("utf-8-sig"), object_hook=pack_polygons)
     except OSError as error:
@@ -391,10 +391,10 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
 
 
 def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[list[Entry], dict[int, Path], Path]:
-    """The image entries under the names of their files, the path of each that has a safe name, and the image folder.
+    """The image entries with their actual file names, the path of each entry with a safe name, and the image folder.
 
-    A name that no file has is looked for under other spellings. What may be two files, or one file for two names, is
-    reported and left out.
+    A name that no file has is searched with other spellings. A name that fits two files, and a file that fits two
+    names, are reported and left out.
     """
     name, places = str(files.annotations), ImageNames(files.image_folders, files.annotations, files.split)
     named = [text for image in images if (text := usual_name(image)) is not None]
@@ -441,9 +441,9 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
 
 
 def _sized(images: list[Entry], paths: Mapping[int, Path], name: str, report: Report) -> list[Entry]:
-    """The image entries with whole numbers as height and width; those that aren't there are read from the files.
+    """The image entries with integers as height and width; missing ones are read from the files.
 
-    An image that viewers turn by its EXIF orientation has two sizes, so its own must be given.
+    The size of an image that viewers turn by its EXIF orientation is ambiguous, so it must be given.
     """
     if all(type(image.get(key)) is int and image[key] > 0 for image in images for key in ("height", "width")):
         return images
@@ -481,7 +481,7 @@ def _sized(images: list[Entry], paths: Mapping[int, Path], name: str, report: Re
 def _merged(
     images: list[Entry], paths: Mapping[int, Path], name: str, report: Report
 ) -> tuple[list[Entry], dict[int, int]]:
-    """One entry for each file, the first, and the id of the first entry by that of each further one."""
+    """The first entry of each file, and a map: id of each further entry -> id of the first."""
     first_of: dict[str, Entry] = {}
     merged: dict[int, int] = {}
     for image in images:
@@ -501,7 +501,7 @@ def _merged(
 
 
 def _check_categories(categories: list[Entry], used: set[int | None], name: str, report: Report) -> dict[int, str]:
-    """Names by category id; an id that no annotation uses may have several."""
+    """Names by category id; several names for one id are an error only if annotations use it."""
     names: dict[int, str] = {}
     repeated = []
     for category in categories:
@@ -551,7 +551,7 @@ def _check_annotations(
 
 
 def _with_ids(entries: list[Entry], ids: Ids, kind: str, name: str, report: Report) -> list[Entry]:
-    """The entries under their numbers in `ids`, without those that have no usable id."""
+    """The entries with integers as ids, see `Ids`, without those that have no usable id."""
     valid = []
     for i, entry in enumerate(entries):
         number = ids.number_of(entry.get("id"))
@@ -584,7 +584,7 @@ def _with_annotation_ids(entries: list[Entry], name: str, report: Report) -> lis
 
 
 def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, name: str, report: Report) -> list[Entry]:
-    """The annotation entries with the numbers of their images and categories; what no entry has is left as it is."""
+    """The annotation entries with integers as references; a reference to an unknown id is left unchanged."""
     valid = []
     for entry in entries:
         changed: Entry = {}

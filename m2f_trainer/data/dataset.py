@@ -1,4 +1,4 @@
-"""A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, built once per content of its annotations.
+"""A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, rebuilt only when its annotations change.
 
 A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), and `objects`, one per
 annotation: `id`, `category_id` (the annotation file's own), `bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).
@@ -119,7 +119,7 @@ def load_coco(
         root: a folder in one of the formats of `m2f_trainer.data.formats`, an annotation file or a data.yaml
         cache_dir: where the rows are cached; datasets' own cache by default
         annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
-        hold_out: whether a fifth of the training images becomes the valid split where there is none; default: unless
+        hold_out: use a fifth of the training images as valid split if there is none; default: true unless
             `annotations` are given
 
     Raises:
@@ -146,7 +146,7 @@ def load_coco(
 
 
 def describe_files(layout: Layout, splits: Mapping[str, datasets.Dataset]) -> str:
-    """Which files and folders the splits were read from, and which were left aside."""
+    """Text for the user: the files and folders that the splits were read from, and those that are not used."""
     folders = {}
     for name, rows in splits.items():
         paths = pc.struct_field(rows.data["image"], "path").to_pylist()
@@ -205,7 +205,7 @@ def unwrap_data_errors() -> Iterator[None]:
 
 @dataclass
 class CocoConfig(datasets.BuilderConfig):  # type: ignore[misc]
-    """What a build reads, and whether it may hold out validation images."""
+    """The files that a build reads, and whether it holds out validation images."""
 
     layout: tuple[SplitFiles, ...] = field(default=())
     hold_out: bool = False
@@ -241,10 +241,10 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 def used_categories(
     splits: Mapping[str, Annotations], report: Report = raise_problem
 ) -> tuple[dict[str, Annotations], list[Category]]:
-    """The splits with one id for each class name, and the categories with an annotation in any of them, by id;
-    Roboflow's super-category has none and is left out.
+    """The splits with one id for each class name, and the categories with an annotation in any of them, by id.
 
-    Reports what `match_categories` does, and a dataset without annotations.
+    Roboflow's super-category has no annotations and so is left out. Reports the problems of `match_categories`, and a
+    dataset without annotations.
     """
     matched, names = match_categories(splits, report)
     if not names:
@@ -261,8 +261,8 @@ def used_categories(
 def held_out(names: Sequence[str], annotated: Sequence[bool] | None = None) -> list[int]:
     """The indices of the images to hold out, in order: the fifth with the smallest SHA-256 of the name.
 
-    Images with objects, those that are `annotated`, have their share in it, and at least one if there are two. The
-    choice of an image hardly depends on the others, and not on their order. Of fewer than five images none is held out.
+    Images with objects (`annotated`) are held out in the same proportion, at least one if there are two. The choice of
+    an image hardly depends on the other images, and not on their order. Of fewer than five images none is held out.
     """
     digests = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
     ranked = sorted(range(len(names)), key=lambda index: digests[index])
@@ -274,12 +274,12 @@ def held_out(names: Sequence[str], annotated: Sequence[bool] | None = None) -> l
 
 
 def lacks_validation(splits: Mapping[str, object]) -> bool:
-    """Whether images of the training split are to be held out."""
+    """Whether there is a training split but no validation split."""
     return "train" in splits and "valid" not in splits
 
 
 def with_validation(splits: Mapping[str, Annotations]) -> dict[str, Annotations]:
-    """The splits, with a `valid` held out of `train` where there is none."""
+    """The splits; if there is no `valid`, it is held out of `train`."""
     if not lacks_validation(splits):
         return dict(splits)
     images, annotations = splits["train"].images, splits["train"].annotations
@@ -297,7 +297,7 @@ def _part(split: Annotations, chosen: set[int], *, inside: bool) -> Annotations:
 
 
 def rows_with_validation(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
-    """The same for the rows of a Hub dataset, chosen by the file names that `m2f check` gives to their images."""
+    """`with_validation` for rows of a Hub dataset; images are chosen by the file names that `m2f check` gives them."""
     if not lacks_validation(splits):
         return datasets.DatasetDict(splits)
     names = [f"{number}.png" for number in splits["train"]["image_id"]]

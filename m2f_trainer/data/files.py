@@ -35,7 +35,7 @@ JSON_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether systems put it there and not the user: dot files, `._photo.jpg` of macOS, and the folder `__MACOSX`."""
+    """Whether it is a dot file (also `._photo.jpg` of macOS) or the folder `__MACOSX`."""
     return path.name.startswith(".") or path.name == "__MACOSX"
 
 
@@ -76,7 +76,7 @@ def file_parts(path: Path) -> Iterator[bytes]:
 
     Raises:
         OSError: it can't be read, or isn't gzip
-        DataError: it unpacks to so much more than its own size that no annotations can be in it
+        DataError: it unpacks to much more than annotations could (a decompression bomb)
     """
     if path.suffix.lower() != ".gz":
         with path.open("rb") as file:
@@ -106,7 +106,7 @@ def kind_of_json(path: Path) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _kind_of_json(path: Path, size: int, modified: int) -> str:
-    """The same, kept for a file of this size and time of modification."""
+    """The same, cached for a file of this size and time of modification."""
     missing = {key.encode() for _, keys in JSON_KINDS for key in keys}
     found: set[str] = set()
     tail = b""

@@ -1,6 +1,6 @@
-"""The formats of dataset folders: how the splits of each are found and read, and what other formats are converted with.
+"""The formats of dataset folders: how their splits are found and read, and advice on converting other formats.
 
-`find_splits` is the one place that decides which files a dataset consists of; `Layout.describe` says what it decided.
+Only `find_splits` decides which files a dataset consists of; `Layout.describe` describes them for the user.
 """
 
 import os
@@ -46,7 +46,7 @@ class Format(NamedTuple):
     Attributes:
         find: the splits of a folder, in the order train, valid, test; none if it isn't of this format
         read: read and check one split
-        contents: everything that the rows of a split depend on, as bytes, images apart
+        contents: everything that the rows of a split depend on, as bytes, except image contents
     """
 
     find: Callable[[Path], tuple[SplitFiles, ...]]
@@ -95,7 +95,7 @@ OTHER_FORMATS: Mapping[str, str] = {
     "DOTA": f"Its oriented boxes aren't masks. {_SAM}",
     "archive": "Unpack it and name its folder",
 }
-"""Formats that are recognised but not read -> what converts them."""
+"""Formats that are recognised but not read -> how to convert them."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Layout:
     splits: tuple[SplitFiles, ...]
 
     def describe(self, folders: Mapping[str, Collection[Path]]) -> str:
-        """Which files and folders each split is read from, and what lies beside them and is not used.
+        """Text for the user: the files and folders of each split, and those beside them that are not used.
 
         `folders` has the folders in which the images of each split were found.
         """
@@ -200,7 +200,7 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:
-    """Everything that the rows of a split depend on, as bytes, images apart. Raises OSError, DataError."""
+    """Everything that the rows of a split depend on, as bytes, except image contents. Raises OSError, DataError."""
     return FORMATS[files.format].contents(files)
 
 
@@ -215,7 +215,7 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
         return found
     lone = [file for file in json_files(path) if kind_of_json(file) == NO_CATEGORIES]
     if len(lone) == 1:
-        return (coco_file(lone[0]),)  # its reader says what is wrong with it
+        return (coco_file(lone[0]),)  # its reader reports what is wrong with it
     other = other_format(path)
     if other is not None:
         raise _not_read(*other)
@@ -246,7 +246,7 @@ def _find_file(path: Path) -> tuple[SplitFiles, ...]:
 
 
 def _search(path: Path) -> tuple[SplitFiles, ...]:
-    """The splits of a folder in the first format that is found; one with a training split goes before one without."""
+    """The splits of a folder in the first format that is found; formats with a training split have priority."""
     first: tuple[SplitFiles, ...] = ()
     for form in FORMATS.values():
         splits = _search_deeper(path, form, 2)
@@ -257,7 +257,7 @@ def _search(path: Path) -> tuple[SplitFiles, ...]:
 
 
 def _search_deeper(folder: Path, form: Format, levels: int) -> tuple[SplitFiles, ...]:
-    """The splits of one format in a folder, or else in the one subfolder that has some.
+    """The splits of one format in a folder, or else in the only subfolder that has some.
 
     Raises:
         DataError: several subfolders have some
@@ -309,7 +309,7 @@ def _is_archive(path: Path) -> bool:
 def other_format(folder: Path) -> tuple[str, Path] | None:
     """The format of a folder that is recognised but not read, and the file that shows it; None if there is none.
 
-    Files are looked for three levels deep.
+    Searches three levels of folders.
     """
     inside = [folder, *subfolders(folder)[:50]]
     places = [*inside, *(deeper for one in inside[1:] for deeper in subfolders(one)[:50])]

@@ -1,7 +1,7 @@
 """Crop and resize images and masks in one step, computing only the pixels that are kept.
 
-Frames: *original* is the stored image, *resized* is it scaled with its aspect ratio kept, *padded* is the input size of
-the model, with the resized image in the top left corner.
+Frames: *original* is the stored image; *resized* is the image scaled with its aspect ratio kept; *padded* is the input
+of the model, with the resized image in the top left corner.
 """
 
 import math
@@ -25,7 +25,7 @@ class Crop:
     rotated anticlockwise by `quarter_turns` times 90 degrees.
 
     An object is left out if less than the fraction `least_visible` of it is in the window, unless its visible part
-    fills at least a hundredth of the window: of a large object, a window never shows much.
+    fills at least a hundredth of the window, since a window shows only a small part of a very large object.
     """
 
     original: Size
@@ -52,8 +52,8 @@ def crop_image(image: Image.Image, crop: Crop, colors: tuple[float, ...] | None 
     """The window of the resized image (h, w, 3), resized from that part of the original with Pillow's bilinear filter.
 
     `colors` are the 12 coefficients of `Image.convert("RGB", ...)`. `fast` takes two thirds of the time and may differ
-    by one level of 255: enough for training, while predictions must be the same wherever an image is resized with the
-    exported constants.
+    by one level of 255. It is for training only; predictions must equal those of exported models, which use Pillow's
+    filter.
     """
     x0, y0, x1, y1 = crop.window
     shrink_x, shrink_y = crop.original[1] / image.width, crop.original[0] / image.height
@@ -81,7 +81,7 @@ def _resize_whole(pixels: Pixels, size: Size) -> Pixels:
 
 
 def crop_mask(counts: str, crop: Crop) -> tuple[Box, rle.Bitmap] | None:
-    """An object's box in the frame of the crop, and its bitmap in that box; None where nothing of it is in the crop."""
+    """An object's box in the frame of the crop, and its bitmap in that box; None if no part of it is in the crop."""
     height, width = crop.original
     runs = rle.read_runs(counts, height, width)
     window = _visible_window(rle.box_of(runs, height), crop)
@@ -127,7 +127,7 @@ def orient(pixels: Pixels, crop: Crop) -> Pixels:
 
 
 def _visible_window(box: Box, crop: Crop) -> Box | None:
-    """The part of the crop's window that a box of the original frame covers; None where it covers nothing."""
+    """The part of the crop's window that a box of the original frame covers; None if there is none."""
     sy, sx = crop.scale
     x0, y0 = max(crop.window[0], math.floor(box[0] * sx)), max(crop.window[1], math.floor(box[1] * sy))
     x1, y1 = min(crop.window[2], math.ceil(box[2] * sx)), min(crop.window[3], math.ceil(box[3] * sy))

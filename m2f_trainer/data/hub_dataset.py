@@ -1,6 +1,7 @@
-"""Datasets on the Hub: those that `DatasetDict.push_to_hub` made of our rows, others with image and objects columns.
+"""Datasets on the Hub: rows of `load_coco` uploaded by `DatasetDict.push_to_hub`, and others with image and objects
+columns.
 
-Rows of ours are used as they are, after a check. Other rows are converted to ours and kept in datasets' cache.
+Rows of `load_coco` ("ours") are checked and used unchanged. Other rows are converted and kept in datasets' cache.
 """
 
 import re
@@ -86,7 +87,7 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
     for split, rows in splits.items():
         reader = _row_reader(name, split, rows, categories)
         if reader.ours:
-            deque(convert_rows(rows.remove_columns("image"), reader), maxlen=0)  # for the check alone
+            deque(convert_rows(rows.remove_columns("image"), reader), maxlen=0)  # only checks the rows
             kept[split] = _known_columns(rows)
         else:
             with unwrap_data_errors():
@@ -212,7 +213,7 @@ def _label_names(rows: datasets.Dataset) -> dict[int, str]:
 
 
 def _row_reader(name: str, split: str, rows: datasets.Dataset, categories: Iterable[Category]) -> "RowReader":
-    """The reader of a split, whose objects may have any class that its features name, or else `categories`."""
+    """The reader of a split. Its objects may have the classes named in its features or, without names, `categories`."""
     ours = is_ours(rows)
     names = {} if ours else _label_names(rows)
     return RowReader(f"{name}, split {split!r}", ours, names or {category.id: category.name for category in categories})
@@ -252,7 +253,7 @@ class HubSplit(SplitAnnotations):
         return dict(self.stored[self.row_of_image[image["id"]]].get("image") or {})
 
     def annotation_name(self, entry: Entry, image: Entry) -> str:
-        """An object in messages, by its id, or by its row and index where it has no id of its own."""
+        """An object in messages: its id, or its row and index if the dataset has no ids."""
         if self.ours:
             return f"annotation {entry['id']} of image {image['id']}"
         row, index = divmod(entry["id"] - 1, _IDS_PER_ROW)
@@ -302,7 +303,7 @@ class RowReader:
         return self._split(list(found.values()), stored, row_of_image)
 
     def repeated_id_message(self, image_id: int, number: int) -> str:
-        """What is reported of an image id that an earlier row has."""
+        """The message for an image id that an earlier row has."""
         return f"{self.name}, row {number}: image_id {image_id} is used twice. Renumber the images."
 
     def _split(

@@ -27,7 +27,7 @@ def is_inside(name: str) -> bool:
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an address with a scheme, such as s3:// or https://."""
+    """Whether a name is a URL with a scheme, such as s3:// or https://."""
     return _ADDRESS.match(name) is not None
 
 
@@ -72,10 +72,10 @@ class ImageNames:
         return best
 
     def find(self, name: str) -> list[Path]:
-        """The files below the folders that a name may mean: one where it is certain.
+        """The files below the folders that a name may refer to; a single one if it is unambiguous.
 
-        The name may be an address, have other folders, another case, percent-encoding or another Unicode form. Of files
-        with the same last part, those are taken that share the most folders with the name, if they share any.
+        The name may be a URL, or differ in folders, case, percent-encoding or Unicode form. Among files with the same
+        last part, those that share the most folders with the name are returned, if they share any.
         """
         parts = _parts(name)
         if not parts:
@@ -149,13 +149,13 @@ def image_paths(folder: Path) -> Iterator[Path]:
 
 
 def usual_name(image: dict[str, Any]) -> str | None:
-    """The name of an image entry: its `file_name`, or else the address that LVIS and others give."""
+    """The name of an image entry: its `file_name`, or else a URL as in LVIS."""
     names = (image.get(key) for key in ("file_name", "coco_url", "path"))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Folders and name of a file name or an address; () for one that leads out of its folder."""
+    """Folders and name of a file name or a URL; () for one that leads out of its folder."""
     if is_address(name):
         try:
             parts = [part for part in unquote(urlsplit(name).path).split("/") if part]
@@ -166,7 +166,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _key(name: str) -> str:
-    """What the spellings of one name have in common: percent-encoding, Unicode form, case and spaces around it."""
+    """A key that is equal for names that differ in percent-encoding, Unicode form, case or surrounding spaces."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(unquote(name))).casefold()).strip()
 
 

@@ -1,9 +1,9 @@
 """Open images safely, as 8-bit RGB: only regular files, of known formats, up to a limit of pixels.
 
-Annotations refer to stored pixels, or to the image as viewers show it, turned by its EXIF orientation: their size says
-which, where it can. Photos without annotations are read as viewers show them. Alpha is dropped, of an animation the
-first frame is read, 16-bit greys are scaled to 8 bits. What has no single right conversion to RGB is rejected, with the
-fix.
+Annotations refer to the stored pixels, or to the image as viewers show it, turned by its EXIF orientation. The
+annotated size decides which, unless both have the same size; then the stored pixels are used. Photos without
+annotations are read as viewers show them. Alpha is dropped, only the first frame of an animation is read, and 16-bit
+greys are scaled to 8 bits. Images without an unambiguous conversion to RGB are rejected, with the fix.
 """
 
 import io
@@ -53,8 +53,8 @@ def open_image(
         source: a path, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or (H, W, 3) of uint8
         where: the image's name in messages
         size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
-        shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
-            is not smaller
+        shrink_to: the smallest size that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not
+            smaller
         displayed: whether a file is returned as viewers show it, turned by its EXIF orientation
 
     Raises:
@@ -190,7 +190,7 @@ def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
 
 
 def _guess_content(file: Path | io.BytesIO) -> str:
-    """What a file that isn't an image probably is."""
+    """A description of a file that isn't an image, from its first bytes."""
     try:
         with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as opened:
             head = opened.read(64)
@@ -222,7 +222,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     if image.mode in _MODES_TO_RGB:
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     raise ImageError(
-        f"{where}: images of mode {image.mode} have no single right conversion to 8-bit RGB."
+        f"{where}: expected an image with an unambiguous conversion to 8-bit RGB, got mode {image.mode}."
         " Convert it with the scale that fits your data, and save it as PNG."
     )
 

@@ -1,7 +1,7 @@
-"""Read labelme folders: one JSON file an image with `shapes`, `imagePath`, `imageHeight` and `imageWidth`.
+"""Read labelme folders: one JSON file for each image with `shapes`, `imagePath`, `imageHeight` and `imageWidth`.
 
 Shapes become objects as in labelme's own converter (labelme/examples/instance_segmentation/labelme2coco.py): polygons,
-rectangles, circles and masks are areas, shapes with the same label and `group_id` are one object.
+rectangles, circles and masks are areas; shapes with the same label and `group_id` are one object.
 """
 
 import base64
@@ -31,7 +31,7 @@ from m2f_trainer.masks.rle import MAX_PIXELS, brief
 _LABEL = re.compile(rb'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _LARGEST = 1e6  # pixels; a coordinate beyond is a mistake
-_CORNERS_OF_CIRCLE = 12  # at least; labelme's own number is used for large ones
+_MIN_CORNERS = 12  # of a circle; larger circles have as many as labelme gives them
 
 
 def find_labelme(root: Path) -> tuple[SplitFiles, ...]:
@@ -106,8 +106,10 @@ class ImageFinder:
             self._by_name.setdefault(path.name, []).append(path)
 
     def __call__(self, written: str, beside: Path) -> str:
-        """The name, relative to the folder, of the image `written` relative to the file `beside`; else of the only
-        image with that base name. Where there is none, the name as it would be beside the file.
+        """The path of an image relative to the folder.
+
+        `written` is relative to the annotation file `beside`. If no image is there, the only image with that base name
+        is returned; without one, the path as written.
         """
         inside = os.path.normpath(beside.parent / written.replace("\\", "/"))
         named = self._by_name.get(PureWindowsPath(written).name, [])
@@ -190,7 +192,7 @@ def _segmentation(shape: dict[str, Any], image: Entry, where: str) -> list[float
 def _circle(center: Sequence[float], edge: Sequence[float]) -> list[float]:
     """A polygon that stays within a pixel of the circle."""
     radius = math.dist(center, edge)
-    corners = max(_CORNERS_OF_CIRCLE, int(math.pi / math.acos(max(1 - 1 / radius, -1.0)))) if radius else 3
+    corners = max(_MIN_CORNERS, int(math.pi / math.acos(max(1 - 1 / radius, -1.0)))) if radius else 3
     angles = [2 * math.pi * k / corners for k in range(corners)]
     return [
         value
@@ -200,7 +202,7 @@ def _circle(center: Sequence[float], edge: Sequence[float]) -> list[float]:
 
 
 def _mask(shape: dict[str, Any], image: Entry, where: str) -> Entry:
-    """The RLE of a mask, which is stored as a PNG of its box."""
+    """The RLE of a mask that is stored as a PNG of its box."""
     (x0, y0), (x1, y1) = ([round(value) for value in point] for point in shape["points"])
     height, width = image["height"], image["width"]
     try:

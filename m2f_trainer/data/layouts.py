@@ -70,7 +70,7 @@ def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
     """The splits of a COCO folder, in the order train, valid, test; none if there is no COCO file.
 
     Args:
-        named: whether a file counts by its name alone, so that its reader can say what is wrong with it
+        named: accept a file by its name alone, so that its reader can report what is wrong with it
 
     Raises:
         DataError: two files for one split, or one whose split isn't known beside others
@@ -294,8 +294,8 @@ def in_order(found: Sequence[SplitFiles]) -> tuple[SplitFiles, ...]:
 def _ambiguous(files: Sequence[Path], problem: str) -> DataError:
     names = ", ".join(map(str, files[:8])) + (", ..." if len(files) > 8 else "")
     return DataError(
-        f"{problem}: {names}. Keep one for each split, or say which is meant: --annotations SPLIT=FILE, such as"
-        f" --annotations train={files[0].name}."
+        f"{problem}: {names}. Keep one for each split, or name the file of each split: --annotations SPLIT=FILE, such"
+        f" as --annotations train={files[0].name}."
     )
 
 

@@ -6,8 +6,8 @@
     a/images/a.png      a/masks/{1,2,3}.png             one mask for each object (Data Science Bowl 2018)
     images/a.png        masks/a/{1,2,3}.png             the same
 
-An image of ids has no classes; its objects are of one class, "object". Values that may as well be classes of pixels
-(semantic segmentation) are refused, unless a folder or file name says that they are instances.
+An image of ids has no classes; its objects get the class "object". Values that may also be class ids of a semantic
+segmentation are refused, unless a folder or file is named as instances.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _IMAGE_ENDING = re.compile(r"[_-](leftimg8bit|image|img|raw)$", re.IGNORECASE)
 _CITYSCAPES = re.compile(r"_gt(fine|coarse)_instanceids$", re.IGNORECASE)
 _SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of masks: formats that keep values
 _EXAMINED = 50  # masks that decide whether values are objects
-_MANY = 20  # classes of pixels that a dataset hardly has more of
+_MANY = 20  # semantic datasets rarely have more classes
 _CLASS = 1  # the id of the only class where masks have none
 
 CITYSCAPES = {
@@ -124,8 +124,9 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
 
 
 def _category(value: int) -> tuple[int, int] | None:
-    """(category id, iscrowd) of a value of Cityscapes, None for classes without instances; a class without a number is
-    a group of objects.
+    """(category id, iscrowd) of a value of Cityscapes; None for classes without instances.
+
+    A value of class and number is an object; a class alone is a group of objects, which is a crowd region.
     """
     category = value // 1000 if value >= 1000 else value
     return (category, int(value < 1000)) if category in CITYSCAPES else None
@@ -134,7 +135,7 @@ def _category(value: int) -> tuple[int, int] | None:
 def _pair(
     masks: Sequence[Path], images: Sequence[Path], root: Path, name: str, report: Report
 ) -> dict[Path, tuple[list[Path], bool]]:
-    """The masks of each image, and whether each of them is one object; what has no partner is reported.
+    """The masks of each image, and whether each mask is one object; images and masks without a partner are reported.
 
     Raises:
         DataError: two masks have the name of one image
@@ -176,7 +177,7 @@ def _words(name: str) -> set[str]:
 
 
 def _place(folder: Path, root: Path) -> tuple[str, ...]:
-    """A folder below the root without the words by which masks and images are kept apart."""
+    """A folder's path below the root without words such as "masks" and "images", equal for an image and its mask."""
     rest = (
         "_".join(word for word in re.split(r"[^a-z0-9]+", part.lower()) if word not in _MASK_WORDS | _IMAGE_WORDS)
         if _words(part) & (_MASK_WORDS | _IMAGE_WORDS)
@@ -187,7 +188,7 @@ def _place(folder: Path, root: Path) -> tuple[str, ...]:
 
 
 def _mask_stem(mask: Path) -> str:
-    """The name of a mask without what distinguishes it from that of its image."""
+    """The name of a mask without endings such as "_mask", equal to that of its image."""
     stem = _CITYSCAPES.sub("", mask.stem)
     return _MASK_ENDING.sub("", stem) if stem == mask.stem else stem
 
@@ -234,7 +235,7 @@ def _objects_of(
 
 
 def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
-    """The values of a mask, (H, W) or (H, W, C); of a palette its indices.
+    """The values of a mask, (H, W) or (H, W, C); the indices of a palette image.
 
     Raises:
         ImageError: it can't be read, or a link leads out of the dataset folder
@@ -249,7 +250,7 @@ def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: the image data is damaged ({error}). Replace the file.") from error
     if several:
-        raise ImageError(f"{path}: expected one mask, got a file of several. Save each as a file of its own.")
+        raise ImageError(f"{path}: expected one mask, got a file of several. Save each in its own file.")
     if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
         raise ImageError(f"{path}: expected whole numbers as values, got {values.dtype}. Save it as PNG.")
     alpha = image.mode in ("RGBA", "LA")

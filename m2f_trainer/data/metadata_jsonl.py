@@ -1,7 +1,8 @@
-"""Read imagefolder datasets: a metadata.jsonl beside the images, a line `{"file_name": ..., "objects": ...}` an image.
+"""Read imagefolder datasets: a metadata.jsonl beside the images, with a line `{"file_name": ..., "objects": ...}` for
+each image.
 
-`objects` is a list of objects or an object of lists, as Hugging Face datasets have them: a category (a number or a
-name), and a segmentation as of COCO.
+`objects` is a list of objects or an object of lists, as in Hugging Face datasets. An object has a category (a number or
+a name) and a segmentation in COCO's form.
 """
 
 import json
@@ -48,7 +49,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _class_names(path: Path) -> Iterator[str]:
-    """The categories that are names."""
+    """The categories that are given by name."""
     for _, row in _rows(path):
         try:
             objects = split_objects(row["objects"], "") if isinstance(row, Mapping) and "objects" in row else []

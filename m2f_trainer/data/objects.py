@@ -11,7 +11,7 @@ MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 
 
 def category_of(one: Mapping[str, Any]) -> int | None:
-    """The category id of an object, None where it has no integer of 64 bits as category."""
+    """The category id of an object; None if it has no integer of 64 bits as category."""
     numbers = (one[key] for key in CATEGORY_KEYS if type(one.get(key)) is int)
     return next((int(number) for number in numbers if abs(number) < 2**63), None)
 

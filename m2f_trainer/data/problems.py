@@ -1,8 +1,8 @@
 """The kinds of problems that a dataset can have: title, reason, remedy, and what `m2f check --fix` does about each.
 
-Readers of annotations pass every problem to a `Report` and then leave the faulty part out. What is certain in spite of
-an unusual spelling is used, and reported as a note. For training, the report is
-`TrainingReport`, which raises at the first error; for `m2f check` it is `Findings`, which collects all of them.
+Readers of annotations pass every problem to a `Report` and then leave the faulty part out. A value in an unusual
+notation with an unambiguous meaning is used, and reported as a note. For training, the report is `TrainingReport`,
+which raises at the first error; for `m2f check` it is `Findings`, which collects all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError,
 
 Key: TypeAlias = int | str
 Severity: TypeAlias = Literal["error", "warning", "note"]
-"""An error stops training, a warning deserves a look, a note names a certain value that was used instead."""
+"""An error stops training; a warning should be looked at; a note reports a value that was converted."""
 
 LISTED = 10  # ids or images that a message names
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of problem. `fix` says what `m2f check --fix` does to each case; "" where a person has to decide.
+    """One kind of problem. `fix` describes what `m2f check --fix` does with each case; "" if the user has to decide.
 
     `raises` is the error that training raises for it.
     """

@@ -1,6 +1,6 @@
 """A synthetic, seeded COCO dataset: circles, squares and triangles of different colours on textured backgrounds.
 
-A model learns it in minutes on a CPU. It has what real datasets have: overlaps, objects in two parts, polygons and both
+A model learns it in minutes on a CPU. Like real datasets it contains overlaps, objects in two parts, polygons and both
 kinds of RLE, crowd regions, images without objects, sparse category ids and an unused super-category.
 """
 

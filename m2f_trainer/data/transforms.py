@@ -92,7 +92,7 @@ class EvalTransform:
         self.size: Size = (image_height, image_width)
 
     def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
-        """The sample of one row; `epoch`, `index` and `rows` are ignored, and have the meaning of `TrainTransform`'s.
+        """The sample of one row; `epoch`, `index` and `rows`, which `TrainTransform` uses, are ignored.
 
         Raises:
             ImageError: the image can't be read or isn't of the row's size

@@ -1,7 +1,7 @@
 """Checks before training and evaluation: splits with objects, images that can be decoded, categories of the same names.
 
-Annotations are checked when the dataset is built. Images are decoded once per content of the dataset: a marker file
-beside the cached rows stands for the images as they are, by path, size and modification time of each file.
+Annotations are checked when the dataset is built. Images are decoded only if they have changed since the last check: a
+marker file beside the cached rows records path, size and modification time of each image file.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ _ROWS_AT_ONCE = 1024
 def check_dataset(
     splits: datasets.DatasetDict, *, train: str = "train", evaluation: Sequence[str] = ("valid",)
 ) -> None:
-    """Every split to use exists with images that can be read, and train and valid have objects: without them, every AP
-    would be -1, and no checkpoint better than another. With several ranks, all must call this.
+    """Check that every split to use exists, that its images can be read, and that train and valid have objects.
+
+    Without objects every AP would be -1, and no checkpoint would be best. With several ranks, all must call this.
 
     Args:
         train: the split to train on, "" for none
@@ -52,7 +53,7 @@ def check_dataset(
 
 
 def check_split(splits: datasets.DatasetDict, name: str) -> None:
-    """The split exists, and all its images can be read and have the size that their annotations say.
+    """Check that the split exists, and that all its images can be read and have the annotated size.
 
     With several ranks, all must call this.
 
@@ -74,9 +75,9 @@ def check_split(splits: datasets.DatasetDict, name: str) -> None:
 
 
 def check_images_once(rows: datasets.Dataset) -> list[str]:
-    """A message for each image that can't be decoded or has another size than its annotations say, on every rank.
+    """A message for each image that can't be decoded or doesn't have the annotated size, on every rank.
 
-    The main rank looks whether the images were found good before, as they are now. If not, each rank decodes its share.
+    The main rank checks whether these images have already passed. If not, each rank decodes its share.
     """
     marker: Path | None = from_main(lambda: _marker(rows))
     if from_main(lambda: marker is not None and marker.is_file()):
@@ -91,10 +92,10 @@ def check_images_once(rows: datasets.Dataset) -> list[str]:
 
 
 def _marker(rows: datasets.Dataset) -> Path | None:
-    """The file that exists once these images were found good; None for rows that aren't cached on disk.
+    """The marker file, which exists once these images have passed; None for rows that aren't cached on disk.
 
-    Its name is a hash of the cache files, of the image ids and sizes, and of path, size and
-    modification time of the image files.
+    Its name is a hash of the cache files, of the image ids and sizes, and of path, size and modification time of the
+    image files.
     """
     cache_files = [file["filename"] for file in rows.cache_files]
     if not cache_files:
@@ -121,7 +122,7 @@ def _file_state(path: str | None) -> tuple[int, int] | None:
 
 
 def image_problems(rows: datasets.Dataset) -> Iterator[str]:
-    """A message for each image that can't be decoded or has another size than its annotations say."""
+    """A message for each image that can't be decoded or doesn't have the annotated size."""
     light = rows.select_columns(["image", "image_id", "height", "width"])
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(light), _ROWS_AT_ONCE):

@@ -29,8 +29,8 @@ _MARGIN = 1.0  # a fraction may lie this far outside 0..1; further out it is a m
 
 
 def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
-    """The splits that a data.yaml names: `path`, or the one in `root`; without one, those of Label Studio's classes.txt
-    beside images/ and labels/. None if there is neither.
+    """The splits of a data.yaml: `path`, or the one in `root`; without one, those of Label Studio's classes.txt beside
+    images/ and labels/. Empty if there is neither.
 
     Raises:
         DataError: an image folder doesn't exist, or isn't inside `root`
@@ -208,7 +208,7 @@ def label_folder(images: Path, root: Path) -> Path:
 
 
 def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
-    """What the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
+    """All content that the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
     yield files.annotations.read_bytes()
     folder = files.image_folders[0]
     labels = label_folder(folder, files.annotations.parent)
@@ -243,12 +243,12 @@ def _label_objects(
 
 
 def _numbers(line: str) -> list[float]:
-    """The numbers of a line, NaN for a word that isn't one."""
+    """The numbers of a line; NaN for a word that is not a number."""
     return [float(word) if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", word) else math.nan for word in line.split()]
 
 
 def _line_problem(category: float, fractions: list[float]) -> str:
-    """What is wrong with a line, "" for nothing."""
+    """A message about an invalid line; "" for a valid one."""
     if math.isnan(category) or category % 1 or category < 0:
         return "expected a class number first. Correct the line."
     if len(fractions) == 4:

@@ -1,7 +1,7 @@
 """Charts as matplotlib figures, written as SVG for pages and as PNG for folders.
 
-Figures are made without pyplot, so drawing changes no global state and needs no display. Labels may come from the files
-of strangers: they are drawn as plain text, never parsed as mathematics. matplotlib is imported when a chart is made.
+Figures are made without pyplot, so drawing changes no global state and needs no display. Labels may come from untrusted
+files: they are drawn as plain text, never parsed as mathematics. matplotlib is imported when a chart is made.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def to_svg(figure: Figure, key: str = "") -> str:
     """An `<svg>` element for a page, equal for equal figures.
 
     Args:
-        key: what the ids inside are derived from; give each chart of a page another one.
+        key: the ids inside are derived from it; each chart of a page needs a different one.
     """
     buffer = io.StringIO()
     with _style({"svg.hashsalt": f"m2f_trainer {key}"}):
@@ -152,7 +152,7 @@ def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
 
 @contextmanager
 def _style(more: Mapping[str, Any]) -> Iterator[None]:
-    """matplotlib's defaults with our `STYLE`, whatever the user's matplotlibrc says."""
+    """matplotlib's defaults with our `STYLE`; the user's matplotlibrc is ignored."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():

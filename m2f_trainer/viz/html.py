@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain values; `sortable` gives its head the buttons that the sorting script listens to."""
+    """A table of plain values; if `sortable`, its column heads are buttons that sort it."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -65,7 +65,7 @@ def photo(image: Image.Image, name: str, caption: Sequence[str]) -> Photo:
 
 
 def template_environment(**options: Any) -> Environment:
-    """Jinja2 for this package's templates: values are escaped, and a name that no value was given for is an error."""
+    """Jinja2 for this package's templates: values are escaped, and an undefined name is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -84,7 +84,7 @@ def render_page(template: str, *, sortable: bool = False, **values: Any) -> str:
     Args:
         template: a file of m2f_trainer/templates that extends page.html.
         sortable: add the script that sorts tables by the buttons in their heads.
-        values: what the template shows; `title` is the title of the window.
+        values: the variables of the template; `title` is the title of the window.
     """
     from markupsafe import Markup
 

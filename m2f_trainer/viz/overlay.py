@@ -1,8 +1,8 @@
-"""Objects drawn on their image: tinted masks with outlines, labels where they hide nothing, or a legend of the classes.
+"""Draw objects on their image: tinted masks with outlines, and either labels or a legend of the classes.
 
-Colour shows what the text does not. Where the objects have labels with their class, and where there is one class only,
-each object has a colour of its own, so that neighbours are separate. Where labels would hide the objects, colour is the
-class, and a legend names it; touching objects of one class are still separated by their outlines.
+If the objects have labels, or if there is one class only, each object has its own colour, so that neighbours can be
+told apart. If labels would hide the objects, the colour shows the class, and a legend names it; touching objects of one
+class are still separated by their outlines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rectangle: TypeAlias = tuple[float, float, float, float]
 
 TINT = 0.45  # share of the colour inside a mask; its outline has the colour alone
 GOLDEN_RATIO = 0.618033988749895
-MOST_LABELS = 20  # objects of an image that has labels
+MAX_LABELS = 20  # images with more objects have no labels
 
 
 class Shape(NamedTuple):
@@ -45,12 +45,12 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """Colours and labels of the n objects of one image, and the legend that the colours need.
+    """Colours and labels of the n objects of one image, and the legend of the colours.
 
     Attributes:
         colors: n colours.
-        labels: n labels; all empty where they would hide the objects.
-        legend: class name -> colour, where the colour is the class; else empty.
+        labels: n labels; all empty if they would hide the objects.
+        legend: class name -> colour, if the colour shows the class; otherwise empty.
     """
 
     colors: Sequence[Color]
@@ -59,7 +59,7 @@ class Style:
 
 
 def color(index: int) -> Color:
-    """The index-th of an endless row of bright colours; neighbours in the row are far apart in hue."""
+    """The index-th colour of an endless sequence of bright colours; successive ones differ strongly in hue."""
     hue = (0.58 + index * GOLDEN_RATIO) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.9, 0.6)[index % 3], (1.0, 0.9)[index % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -72,17 +72,17 @@ def choose_style(
     scores: Sequence[float],
     names: Mapping[int, str],
 ) -> Style:
-    """How to draw the n objects of an image.
+    """Choose colours and labels for the n objects of an image.
 
-    Labels (class, where there are several, and score, where there is one) are for at most `MOST_LABELS` objects whose
-    median box is larger than the median label.
+    Labels contain the class, if there are several classes, and the score, if there is one. They are used for at most
+    `MAX_LABELS` objects whose median box is larger than the median label.
 
     Args:
         size: (H, W) of the image.
         boxes: (n, 4) x, y, width, height.
         category_ids: n ids; an id that `names` lacks is written as it is.
         scores: n scores; NaN for an object without one, such as ground truth.
-        names: category id -> name, of all classes that the image could show.
+        names: category id -> name, of all classes of the dataset or model.
     """
     classes = sorted({*names, *category_ids})
     several = len(classes) > 1
@@ -101,7 +101,7 @@ def choose_style(
 
 
 def _labels_fit(size: Size, boxes: NDArray[np.float64], labels: Sequence[str]) -> bool:
-    if not labels or len(labels) > MOST_LABELS:
+    if not labels or len(labels) > MAX_LABELS:
         return False
     font = _font(size)
     areas = [width * height for width, height in (_label_size(label, font) for label in labels)]
@@ -147,7 +147,7 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
 
 
 def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
-    """The image with a strip below it that names the colours; as it is where there are none."""
+    """The image with a strip below it that names the colours; the image itself if the legend is empty."""
     if not legend:
         return image
     font = ImageFont.load_default(size=float(np.clip(image.width / 50, 11, 18)))
@@ -222,7 +222,7 @@ def _write_labels(draw: ImageDraw.ImageDraw, objects: Sequence[tuple[Box, Color,
 
 
 def _label_places(box: Box, label: tuple[float, float], size: Size) -> list[Rectangle]:
-    """Where a label of this width and height may go: above the box, below it, or at its top, within the image."""
+    """Candidate positions of a label of this width and height: above the box, below it, or at its top, in the image."""
     x0, y0, _, y1 = box
     left = max(0.0, min(x0, size[1] - label[0] - 1))
     return [
