@@ -1,4 +1,4 @@
-"""Find duplicate images: equal pixels, or thumbnails that correlate, whatever their size and format."""
+"""Find duplicate images, by equal pixels or by correlating thumbnails, regardless of size and format."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ _MAX_DIFFERENCE = 10.0  # grey levels; JPEG quality 10 or half the size stay bel
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of one image file: Pillow's mode, EXIF orientation, a hash of its pixels, a grey thumbnail."""
+    """One image file: Pillow's mode, EXIF orientation, a hash of its pixels, and a grey thumbnail."""
 
     mode: str
     orientation: int
@@ -34,7 +34,7 @@ class ImageFacts:
 
 
 def read_facts(source: Mapping[str, Any], where: str, size: Size) -> ImageFacts:
-    """Read and decode an image; `size` is the size that its annotations say.
+    """Read and decode an image; `size` is its annotated size.
 
     Raises:
         MissingImageError, ImageSizeError, ImageError: as `open_image`
@@ -76,8 +76,10 @@ def find_duplicates(images: Sequence[ImageFacts]) -> Iterator[tuple[int, int]]:
 
 
 def same_in_detail(first: Image.Image, second: Image.Image) -> bool:
-    """Whether two images that look the same don't differ by what could be an object: after brightness and contrast are
-    matched, no cell of a grid differs by `_MAX_DIFFERENCE`. Frames of a fixed camera look the same but fail this.
+    """Whether two similar images have no difference that could be an object.
+
+    After brightness and contrast are matched, no cell of a grid may differ by `_MAX_DIFFERENCE`. Frames of a fixed
+    camera have similar thumbnails but fail this test.
     """
     size = min(first.width, second.width, _DETAIL_SIDE), min(first.height, second.height, _DETAIL_SIDE)
     cells = [_cell_means(image.convert("L").resize(size, Image.Resampling.BILINEAR)) for image in (first, second)]

@@ -1,4 +1,4 @@
-"""`m2f check`: read all of a dataset and collect every problem, continuing after each where that is possible."""
+"""`m2f check`: read a whole dataset and collect all problems, continuing after each one if possible."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,8 +93,8 @@ def examine(
 def _read_splits(
     name: str, annotations: Sequence[str] | None, images: Sequence[str] | None, report: Report
 ) -> tuple[Mapping[str, SplitAnnotations], str]:
-    """The splits that can be read, with a validation split held out where training would hold one out, and which files
-    they were read from.
+    """The readable splits, with a validation split held out if training would hold one out, and a text about the files
+    that they were read from.
     """
     splits: dict[str, SplitAnnotations] = {}
     folders: dict[str, set[Path]] = {}
@@ -126,7 +126,7 @@ def _folders(split: SplitAnnotations) -> Iterator[Path]:
 
 
 def _hold_out(splits: Mapping[str, SplitAnnotations], report: Report) -> dict[str, SplitAnnotations]:
-    """The splits, with a validation split held out where there is none; that is reported."""
+    """The splits; if there is no validation split, one is held out, which is reported."""
     found = with_validation(splits)
     if len(found) > len(splits):
         ids, total = [image["id"] for image in found["valid"].images], len(splits["train"].images)
@@ -138,7 +138,7 @@ def _hold_out(splits: Mapping[str, SplitAnnotations], report: Report) -> dict[st
 def _check_splits(
     name: str, splits: Mapping[str, SplitAnnotations], scans: Mapping[str, list[Scan]], report: Report
 ) -> None:
-    """Train and valid have images, and objects to train and evaluate on."""
+    """Report a missing train or valid split, and splits without objects."""
     for split in ("train", "valid"):
         if not scans.get(split):
             found = ", ".join(key for key in scans if scans[key]) or "none"
@@ -150,7 +150,7 @@ def _check_splits(
 
 
 def _check_class_names(splits: Mapping[str, SplitAnnotations], categories: list[Category], report: Report) -> None:
-    """No two categories have names that differ only in case and spaces."""
+    """Report categories whose names differ only in case and spaces."""
     declared_in = _declared_categories(splits)
     by_name: dict[str, list[Category]] = {}
     for category in categories:
@@ -168,7 +168,7 @@ def _check_class_use(
     categories: list[Category],
     report: Report,
 ) -> None:
-    """Every class has objects in every split, and every category has annotations."""
+    """Report classes that a split lacks, and categories without annotations."""
     for split, annotations in splits.items():
         present = {one["category_id"] for scan in scans[split] for one in scan.targets}
         missing = [category for category in categories if category.id not in present]

@@ -1,6 +1,6 @@
-"""`m2f check --fix`: write a corrected copy of a dataset and a list of every change. The original is only read.
+"""`m2f check --fix`: write a corrected copy of a dataset and a list of all changes. The original is only read.
 
-The copy is examined before it appears: where it has an error, nothing is written.
+The copy is examined in a temporary folder first; if it has an error, nothing is written.
 """
 
 import json
@@ -34,12 +34,12 @@ Change: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Repair:
-    """What a corrected copy is.
+    """The changes in a corrected copy.
 
     Attributes:
-        changes: every change, also in the file changes.json
-        counts: by split, for "images", "objects" and "classes", how many the original has and how many the copy has
-        left_out: by split, the ids of the annotations that the copy lacks
+        changes: all changes, as in the file changes.json
+        counts: split -> "images", "objects" or "classes" -> their number in the original and in the copy
+        left_out: split -> ids of the annotations that the copy lacks
         dropped: splits without a usable image, which the copy lacks
     """
 
@@ -64,7 +64,7 @@ def repair(examination: Examination, target: Path, remove_leaked: bool = False) 
     """Write `target`/<split>/_annotations.coco.json with images beside it, and `target`/changes.json.
 
     Args:
-        remove_leaked: whether an image that is in two splits is removed from all but the last of train, valid, test
+        remove_leaked: keep an image that is in several splits only in the last of train, valid and test
 
     Raises:
         DataError: `target` is not empty, or lies inside the dataset; or an error remains that can't be corrected
@@ -121,7 +121,7 @@ def _refuse(findings: Sequence[Finding], examination: Examination | None = None)
 
 
 class _Plan:
-    """The content of the copy: images and annotations by split, categories, and the changes that no finding names."""
+    """The content of the copy: images and annotations by split, categories, and the changes without a finding."""
 
     def __init__(self, examination: Examination, remove_leaked: bool) -> None:
         self.changes: list[Change] = []
@@ -140,7 +140,7 @@ class _Plan:
         self.categories = [{"id": one.id, "name": one.name} for one in examination.categories if one.id in used]
 
     def _hold_out(self) -> None:
-        """Choose the validation images among those that are left, where none with an object is left in it."""
+        """Choose the validation images again if no remaining one has an object."""
         train, valid = self.contents["train"], self.contents["valid"]
         if any(not entry["iscrowd"] for entry in valid["annotations"]):
             return
@@ -226,7 +226,7 @@ def _same_in_detail(first: Scan, second: Scan) -> bool:
 
 
 def _leaked_images(examination: Examination) -> dict[ImageKey, ImageKey]:
-    """Images that are in a split that goes before theirs in `_KEEP_ORDER`, each with the one that is kept."""
+    """Image to remove -> the same image in another split, which is kept (by `_KEEP_ORDER`)."""
     scans = {(split, int(scan.entry["id"])): scan for split, found in examination.scans.items() for scan in found}
     removed: dict[ImageKey, ImageKey] = {}
     for group in examination.duplicates:
@@ -290,7 +290,7 @@ def _finding_changes(examination: Examination) -> Iterator[Change]:
 
 
 def _compared(examination: Examination, plan: _Plan, changes: list[Change]) -> Repair:
-    """The copy compared with the original: what each split had and has, and what it lacks."""
+    """Compare the copy with the original by split."""
     counts: dict[str, dict[str, tuple[int, int]]] = {}
     left_out: dict[str, list[int | str]] = {}
     written: dict[str, set[int]] = {}  # of each file: a held-out split is of the same file as the training split

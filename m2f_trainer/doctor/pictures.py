@@ -21,7 +21,7 @@ def draw_objects(
 ) -> Image.Image:
     """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels.
 
-    `size` is the size that its annotations say, by default that of the stored image.
+    `size` is the annotated size, by default that of the stored image.
     """
     image = open_image(source, "picture", size=size)
     full = image.size
@@ -38,7 +38,7 @@ def draw_objects(
 
 
 def preview(examination: Examination, count: int, transform: TrainTransform, folder: Path) -> list[Path]:
-    """Draw `count` training samples: those of epoch 0, then of the following epochs where there are fewer images."""
+    """Draw `count` training samples of epoch 0 and, if there are fewer images, of the following epochs."""
     rows = _Rows(examination.scans.get("train") or next(iter(examination.scans.values())))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -50,7 +50,7 @@ def preview(examination: Examination, count: int, transform: TrainTransform, fol
 
 
 class _Rows(Sequence[Mapping[str, Any]]):
-    """Scans as rows, each made when it is read, because rows of a Hub dataset hold the image data."""
+    """Scans as rows, built when they are accessed, because rows of a Hub dataset contain the image data."""
 
     def __init__(self, scans: Sequence[Scan]) -> None:
         self._scans = scans

@@ -60,7 +60,7 @@ class Facts:
     object_side  median over instances of the square root of their area, in pixels of the original image
     large_side   the same for the class whose objects are largest
     image_side   median over images of the longer side, in pixels of the original image
-    pixels       the images' pixels in all
+    pixels       total number of pixels of the images
     """
 
     images: int
@@ -223,7 +223,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
         return [
             Choice("tune", "lora" if facts.images < FEW_IMAGES else "full", f"{facts.images:,} training images"),
             Choice("num_train_epochs", "auto", "depends on the number of images"),
-            Choice("learning_rate", "auto", "depends on the images of an optimiser step"),
+            Choice("learning_rate", "auto", "depends on the images of an optimizer step"),
         ]
     return [
         Choice("tune", "frozen", "no GPU: only neck and head are trained"),

@@ -1,4 +1,4 @@
-"""Inspect every image of a split with its annotations, and report what is wrong or doubtful about each."""
+"""Inspect every image of a split with its annotations, and report errors and doubtful cases."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +135,7 @@ def _measured(objects: Sequence[Entry], image: Entry) -> list[Entry]:
 
 
 def _report_repeated_objects(objects: list[Entry], image: Entry, report: Report, split: SplitAnnotations) -> None:
-    """Report objects whose mask another object of the image has, too."""
+    """Report objects that have the same mask as another object of the image."""
     first_of: dict[tuple[str, bool], dict[int, int]] = {}  # mask and crowd flag -> category id -> annotation id
     for one in objects:
         if not one["mask_area"]:

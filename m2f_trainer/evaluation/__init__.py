@@ -1,1 +1,1 @@
-"""From logits to Instances, and from Instances to the official COCO figures, tables and pictures."""
+"""Score Instances: the official COCO figures, diagnostics, reports and pictures."""

@@ -52,7 +52,7 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
 
 
 def percent(value: float | None) -> str:
-    """Format a share as percent; "-" if it was not scored (None) or there was nothing to score (-1)."""
+    """Format a share as percent; "-" if it was not scored (None) or there are no objects to score (-1)."""
     return "-" if value is None or value < 0 else f"{100 * value:.1f}"
 
 
@@ -150,7 +150,7 @@ class CocoMap:
         for item in instances:
             if item.image_id not in self.sizes:
                 raise DataError(
-                    f"Expected predictions for the dataset's {len(self.sizes)} images alone, found image_id "
+                    f"Expected predictions for the dataset's {len(self.sizes)} images only, found image_id "
                     f"{item.image_id}. Score against the split that was predicted."
                 )
             size = self.sizes[item.image_id]

@@ -1,4 +1,4 @@
-"""Ground truth beside prediction: pictures for reports, cards and loggers."""
+"""Pictures of ground truth and prediction side by side, for reports, model cards and loggers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GAP = 6  # pixels between the two images
 
 
 def rows_of_run(run: Run) -> Dataset | None:
-    """The valid split that the run was scored on; None where its dataset can't be loaded here."""
+    """The valid split that the run was scored on; None if its dataset can't be loaded on this machine."""
     name = run.recipe.get("dataset_name")
     if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
         return None
@@ -48,7 +48,7 @@ def side_by_side(
     Args:
         found: the prediction; None draws nothing on the right.
         names: category id -> name.
-        longest: pixels of the longer side of each image, at most.
+        longest: maximum length of the longer side of each image in pixels.
 
     Raises:
         ImageError: the image can't be read, or is no longer of the size that was predicted.

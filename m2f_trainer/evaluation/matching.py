@@ -85,9 +85,9 @@ def candidates(
 def greedy_match(
     rows: dict[int, list[tuple[int, float]]], threshold: float, out: NDArray[np.bool_], crowd: NDArray[np.bool_]
 ) -> dict[int, int]:
-    """Match greedily by falling score: prediction -> object. Only a crowd region can be matched more than once.
+    """Match greedily by descending score: prediction -> object. Only a crowd region can be matched more than once.
 
-    As in pycocotools, objects outside `out` (the ignored ones) come first, and of equal overlaps the later object wins.
+    As in pycocotools, objects that are not ignored come first, and of equal overlaps the later object is matched.
 
     Args:
         rows: what `candidates` returns.

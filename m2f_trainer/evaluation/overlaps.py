@@ -74,7 +74,7 @@ MATCH_IOU = 0.5  # the lowest IoU of a match
 
 @dataclass(frozen=True, eq=False)
 class ImageOverlaps:
-    """One image: n predictions sorted by falling score, m objects, and the p pairs of them that overlap.
+    """One image: n predictions sorted by descending score, m objects, and the p pairs of them that overlap.
 
     Attributes:
         predicted: (n,) int64 class of each prediction; class k is the k-th of the scorer's categories.

@@ -1,6 +1,6 @@
-"""Charts of one evaluation, or of several side by side: for reports, and as PNG beside evaluation.json.
+"""Charts of one evaluation, or of several in one chart: for reports, and as PNG beside evaluation.json.
 
-Each function takes what evaluation.json holds (`details`), or such values by the name of their run.
+Each function takes the content of an evaluation.json (`details`), or several such contents by name of the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def class_precision_recall(details: Details) -> Figure:
 
 
 def reliability(runs: Mapping[str, Details]) -> Figure:
-    """Share of correct predictions over their mean score, of each tenth of the scores (a reliability diagram)."""
+    """Reliability diagram: share of correct predictions over mean score, in ten score bins."""
     series = {}
     for name, details in runs.items():
         bins = details["calibration"]
@@ -56,12 +56,12 @@ def score_histogram(details: Details) -> Figure:
 
 
 def error_costs(details: Details) -> Figure:
-    """AP50, in points, that each error type costs."""
+    """The cost of each error type in points of AP50."""
     return bar_chart([(name, 100 * error["cost"]) for name, error in details["errors"].items()], "{:.1f}")
 
 
 def confusion_chart(details: Details) -> Figure:
-    """Confusion matrix with the background as its last class; of many classes, the 20 largest confusions of two."""
+    """Confusion matrix with the background as its last class; with many classes, the 20 most frequent confusions."""
     names = [row["name"] for row in details["classes"]]
     if len(names) > MATRIX_CLASSES:
         pairs = [

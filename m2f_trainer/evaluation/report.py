@@ -1,4 +1,4 @@
-"""`m2f report`: one self-contained page about a run, or about several runs side by side."""
+"""`m2f report`: one self-contained page about a run, or comparing several runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOGGED = {
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write the page about these runs; return its path. Raises ModelFolderError where a folder has no evaluation."""
+    """Write the page about these runs; return its path. Raises ModelFolderError if a folder has no evaluation."""
     runs = load_runs(folders)
     heading = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     details = {run.name: run.details for run in runs}
@@ -147,7 +147,7 @@ def _gallery(run: Run, count: int) -> Gallery:
     rows = rows_of_run(run)
     if rows is None:
         name = run.recipe.get("dataset_name")
-        problem = f"the dataset {name} is not here." if name else "the run's recipe names no dataset."
+        problem = f"the dataset {name} is not on this machine." if name else "the run's recipe names no dataset."
         return Gallery(run.name, problem=problem)
     categories = [Category(row["id"], row["name"]) for row in run.details["classes"]]
     try:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
 from m2f_trainer.evaluation.tide import HIT, IGNORED, ImageErrors, ScoredPredictions
+from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 
 BINS = 10
-UNKNOWN = 0.5  # the threshold of a class without correct predictions
 BACKGROUND_CLASS = -1  # the predicted class of a missed object, and the object class of a false positive
 
 
@@ -49,13 +49,13 @@ def best_thresholds(predictions: ScoredPredictions) -> list[ThresholdStats]:
 
 
 def class_thresholds(details: Mapping[str, Any]) -> list[float] | None:
-    """The best threshold of each class from the details of an evaluation; 0.5 for a class of which nothing was found.
+    """The best threshold of each class from the details of an evaluation; 0.5 for a class without correct predictions.
 
-    The next lower value of four decimals, so that a prediction with exactly the best score is above it. None without
-    details.
+    Rounded down to four decimals and below the best score itself, since predictions must score above a threshold. None
+    without details.
     """
     rows = details.get("classes", [])
-    return [(math.ceil(1e4 * row["threshold"]) - 1) / 1e4 if row["kept"] else UNKNOWN for row in rows] or None
+    return [(math.ceil(1e4 * row["threshold"]) - 1) / 1e4 if row["kept"] else DEFAULT_THRESHOLD for row in rows] or None
 
 
 def _best(predictions: ScoredPredictions, one: int, truths: int) -> ThresholdStats:
@@ -89,7 +89,7 @@ def calibration(predictions: ScoredPredictions) -> dict[str, Any]:
 def confusion_counts(image: ImageOverlaps, errors: ImageErrors, kept: NDArray[np.bool_]) -> Counter[tuple[int, int]]:
     """(object's class, predicted class) -> count over the kept predictions; `BACKGROUND_CLASS` on either side.
 
-    A correct prediction is counted with its object. Each other prediction, by falling score, is counted with the
+    A correct prediction is counted with its object. Each other prediction, by descending score, is counted with the
     unassigned object of another class that it overlaps most, if their IoU is at least 0.5, and otherwise with the
     background. The remaining objects are counted with the background as predicted class.
     """

@@ -2,7 +2,7 @@
 
 The graph takes unnormalised uint8 pixels, normalises them and returns the logits. It contains only standard operators
 (deformable attention becomes GridSample). With dynamic height and width the graph is traced on a frame that is neither
-square nor of the model's size, so that the tracer takes no side for a constant.
+square nor of the model's size, so that the tracer treats no side as a constant.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from m2f_trainer.errors import ModelFolderError, needs
+from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import check_no_links, write_json
@@ -166,7 +167,7 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
             "score": "class probability x mean of sigmoid(resized logit) inside the mask",
             "top_k": 100,
             "mask_threshold": 0.0,
-            "thresholds": config.thresholds or [0.5] * len(config.categories or []),
+            "thresholds": config.thresholds or [DEFAULT_THRESHOLD] * len(config.categories or []),
             "categories": config.categories or [],
         },
     }

@@ -150,9 +150,8 @@ class ProgramRunner(Runner):
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         super().__init__(config)
-        self.programs = (
-            torch.export.load(path).module(),
-        )  # in a tuple, so that it is no submodule: train() and eval() would raise
+        # in a tuple, so that it is no submodule: train() and eval() would raise
+        self.programs = (torch.export.load(path).module(),)
 
     def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         classes, masks = self.programs[0](pixel_values, pixel_mask)
@@ -248,7 +247,7 @@ def check_export(
 
 
 def recorded_dataset(folder: Path) -> list[Any] | None:
-    """The arguments of `load_dataset` that a run's recipe records; None if there is no such folder or file."""
+    """The arguments of `load_dataset` in a run's recipe; None if the dataset is not on this machine."""
     recipe = read_json(folder / RECIPE)
     name = recipe.get("dataset_name")
     return [str(name), recipe.get("annotations"), recipe.get("images")] if name and Path(name).exists() else None

@@ -25,7 +25,7 @@ def render_markdown(template: str, **values: Any) -> str:
 
 
 def verbatim(text: str) -> Markup:
-    """Text that a template takes as it is: Markdown of ours, or text that is escaped already."""
+    """Text that a template inserts unchanged: our own Markdown, or text that is already escaped."""
     from markupsafe import Markup
 
     return Markup(text)
@@ -40,7 +40,7 @@ def escape(text: str, code: bool = False) -> str:
 
 
 def json_block(values: Mapping[str, Any]) -> Markup:
-    """JSON for a code block, which nothing in it can end: JSON has escapes for every character."""
+    """JSON for a code block. Characters that could end the block are written as JSON escapes."""
     text = json.dumps(values, indent=2)
     return verbatim(re.sub(r"[<>&`(]", lambda found: f"\\u{ord(found[0]):04x}", text))
 

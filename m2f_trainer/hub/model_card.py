@@ -1,8 +1,8 @@
 """The model card: training data and settings, metrics, use with and without this package, limits and licences.
 
-The text is the template m2f_trainer/templates/model_card.md. Names of datasets and classes come from the files of
-strangers, so every value is escaped before it enters Markdown; the metadata goes through huggingface_hub's YAML writer.
-A card ends with its own digest: where the digest doesn't match, someone has edited the card, and it is kept.
+The text is the template m2f_trainer/templates/model_card.md. Names of datasets and classes come from untrusted files,
+so every value is escaped before it enters Markdown; the metadata is written by huggingface_hub's YAML writer. A card
+ends with its own digest: if the digest doesn't match, a user has edited the card, and it is not overwritten.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ LOCAL_FIELDS = {
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card is written for.
+    """The contents of a card that depend on its use.
 
     Attributes:
-        model_id: what its examples load; by default the name of the folder.
+        model_id: the model that its examples load; by default the name of the folder.
         pictures: show the images that `draw_pictures` wrote.
         adapter_only: describe an upload of the LoRA adapter, neck and head without the backbone's own weights.
     """
@@ -78,12 +78,12 @@ class CardOptions:
 
 
 def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
-    """Write README.md into a model's folder from the files beside it. Raises SharingError where there is no model."""
+    """Write README.md into a model's folder from the files beside it. Raises SharingError if there is no model."""
     return write_atomically(Path(folder, CARD), render_card(Path(folder), options))
 
 
 def render_card(folder: Path, options: CardOptions | None = None) -> str:
-    """The text of the card. Raises SharingError where the folder holds no model."""
+    """The text of the card. Raises SharingError if the folder contains no model."""
     options = options or CardOptions()
     config = read_json(folder / "config.json")
     if not config:
@@ -178,7 +178,7 @@ def eval_results(metrics: Mapping[str, Any], dataset: str) -> Iterator[EvalResul
 
 
 def backbone_title(config: Mapping[str, Any]) -> str:
-    """The backbone as the card's title names it, without the folders above it."""
+    """The name of the backbone for the card's title, without folders."""
     architecture = (config.get("backbone_config") or {}).get("model_type", "backbone")
     return str(config.get("backbone_name") or f"a randomly initialised {architecture}").rsplit("/", 1)[-1]
 
@@ -283,7 +283,7 @@ def picture_entries(folder: Path, details: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def data_lines(fingerprint: Mapping[str, Any], dataset: str) -> Iterator[str]:
-    """The training data, with the digests of its annotations that anyone who has the data can compare."""
+    """The training data, with digests of its annotations, which users with the same data can compare."""
     if fingerprint:
         images = fingerprint.get("train_images")
         count = "streamed images" if images is None else f"{images:,} images"
@@ -312,9 +312,9 @@ def duration(seconds: float) -> str:
 
 
 def model_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's fields that affect the model: all that this package defines, and others that were set.
+    """The recipe's fields that affect the model: all that this package defines, and transformers' that were set.
 
-    Without `backbone` where `backbone_config` replaces it by a randomly initialised one.
+    `backbone` is left out if `backbone_config` replaces it by a randomly initialised one.
     """
     kept = {}
     for one in (one for group in GROUPS for one in fields(group) if one.init and one.name not in LOCAL_FIELDS):
@@ -331,5 +331,5 @@ def model_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_name(source: str) -> str:
-    """A Hub id as it is; of a folder its name alone, so that the card doesn't show local paths."""
+    """A Hub id unchanged, or the name of a folder, so that the card shows no local paths."""
     return Path(source).name if Path(source).is_absolute() else source

@@ -233,7 +233,7 @@ def commit_operations(folder: Path, adapter_only: bool = False, pictures: bool =
 def own_code(folder: Path) -> dict[str, bytes | str]:
     """The package's own code that a model's configuration refers to; nothing where it refers to none.
 
-    The files of the folder itself are not sent: whoever gave it to the user may have changed them.
+    Code files in the folder are not uploaded, since they may have been modified.
 
     Raises:
         SharingError: one of them differs from the package's, or the configuration refers to other code.

@@ -1,1 +1,1 @@
-"""A trained model at work on images without annotations."""
+"""Prediction: instances of images without annotations."""

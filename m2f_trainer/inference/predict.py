@@ -26,7 +26,7 @@ from m2f_trainer.viz.overlay import save_image
 logger = logging.getLogger(__name__)
 PARTS, DRAWN = ".parts", ".instances"
 LARGEST_PICTURE = 2**25
-"""The most pixels of an image that gets an overlay."""
+"""Larger images, in pixels, get no overlay."""
 
 
 @dataclass(frozen=True)

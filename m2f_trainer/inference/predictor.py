@@ -25,8 +25,8 @@ from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.mask2former import M2FModel, load_model
 
-UNKNOWN = 0.5
-"""The threshold of a class where the model holds none."""
+DEFAULT_THRESHOLD = 0.5
+"""The score threshold of a model without its own."""
 
 
 class Predictor:
@@ -35,7 +35,7 @@ class Predictor:
     A model that was trained on tiles predicts in tiles; set `tiling` to change them, or to None for whole images.
 
     Args:
-        model: a model of this package; put into evaluation mode and moved to `device` where one is given.
+        model: a model of this package; it is set to evaluation mode and, if `device` is given, moved there.
         device: "cuda", "cuda:1", "cpu", ...; by default the model stays on its device.
 
     >>> from m2f_trainer import Predictor, build_model
@@ -80,7 +80,7 @@ class Predictor:
     ) -> list[Instances]:
         """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
 
-        "auto" takes the best threshold of each class on the validation images, which trained models hold, else 0.5.
+        "auto" uses the best threshold of each class on the validation images, which trained models store, or 0.5.
 
         Raises:
             ImageError: an image can't be read.
@@ -109,8 +109,8 @@ class Predictor:
                     yield whole.above(lowest)
 
     def thresholds(self) -> dict[int, float]:
-        """Category id -> the score of the highest F1 on the validation images; 0.5 where the model holds none."""
-        stored = self.model.config.thresholds or [UNKNOWN] * len(self.category_ids)
+        """Category id -> the threshold of the highest F1 on the validation images; 0.5 if the model stores none."""
+        stored = self.model.config.thresholds or [DEFAULT_THRESHOLD] * len(self.category_ids)
         return dict(zip(self.category_ids, stored, strict=True))
 
     def _frames(self, images: Iterable[ImageSource]) -> Iterator[Frame]:

@@ -5,7 +5,7 @@ Complete pieces are objects; of two that overlap, the one with the higher score 
 piece that lies in such an object is part of it and is dropped. The remaining cut pieces of neighbouring tiles that
 agree inside the overlap of the tiles form one object, which no tile contains whole: it is stitched from each tile's
 mask inside the tile's core. A cut piece without a partner is kept, at a lower score, if most of it lies in its tile's
-core; elsewhere a neighbour contains more of the place and found nothing.
+core; otherwise it is dropped, since a neighbouring tile contains more of it and found nothing.
 
 Pieces are packed bitmaps of one bit per pixel, cropped to their boxes: memory grows with the objects, not N x H x W.
 """

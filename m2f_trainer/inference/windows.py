@@ -125,7 +125,7 @@ def windows_of(image: ImageSource, where: str) -> Windows:
 
 
 def open_windows(path: Path) -> Windows:
-    """The image of a file, by windows where it is a TIFF that tifffile reads, else decoded whole.
+    """The image of a file, by windows if it is a TIFF that tifffile reads, else decoded whole.
 
     Raises:
         ImageError: it can't be read, or is too large to be decoded whole.

@@ -156,7 +156,7 @@ def test_both_engines_give_the_same_numbers_to_the_last_bit() -> None:
 def test_predictions_of_an_unknown_image_are_an_error() -> None:
     coco, predictions = synthetic(3, seed=9)
     unknown = instances_from(123456, (10, 10), [])
-    with pytest.raises(DataError, match=r"3 images alone, found image_id 123456\. Score against the split"):
+    with pytest.raises(DataError, match=r"3 images only, found image_id 123456\. Score against the split"):
         CocoMap(rows_of(coco), categories_in(coco))([*predictions, unknown])
 
 

@@ -113,7 +113,7 @@ def test_a_page_without_the_dataset_reports_that_it_is_missing(data: Path, tmp_p
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": str(tmp_path / "gone")}))
     reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
     assert "img" not in reader.tags
-    assert any("is not here" in word for word in reader.words)
+    assert any("is not on this machine" in word for word in reader.words)
 
 
 def test_a_randomly_initialised_backbone_is_not_called_by_the_default_name(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Licences follow from what the weights started from."""
+"""Licences follow from the origins of the weights."""
 
 from pathlib import Path
 
