@@ -8,7 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
+
+
+def read_rgb(path, pixel_range):
+    """The image as viewers show it, as 8-bit RGB; grey values of more than 8 bits are scaled from `pixel_range`."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":
+        values = np.asarray(image).astype(np.float64)
+        low, high = np.quantile(values, (0.001, 0.999)) if pixel_range == "image" else pixel_range or (0, 65535)
+        scaled = np.rint(np.clip((values - low) * 255 / max(high - low, 1e-30), 0, 255))
+        image = Image.fromarray(scaled.astype(np.uint8))
+    return image.convert("RGB")
 
 
 def prepare(image, height, width):
@@ -53,7 +64,7 @@ if __name__ == "__main__":
     session = onnxruntime.InferenceSession(sys.argv[1], providers=onnxruntime.get_available_providers())
     constants = json.loads(Path(sys.argv[1]).with_name("model.json").read_text())
     for path in map(Path, sys.argv[2:]):
-        pixels = np.array(image := Image.open(path).convert("RGB"))
+        pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
         for number, (category, score, inside) in enumerate(predict(session, constants, image)):
             print(json.dumps({"file": str(path), **category, "score": round(score, 4), "pixels": int(inside.sum())}))
             pixels[inside] = pixels[inside] // 2 + np.random.default_rng(number).integers(0, 128, 3, np.uint8)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2f_trainer.cli.console import add_dataset_options, dataset_options, positive_int, say, suggest
+from m2f_trainer.cli.console import add_dataset_options, add_range_option, dataset_options, positive_int, say, suggest
 
 if TYPE_CHECKING:
     from m2f_trainer.doctor.examine import Examination
@@ -26,6 +26,7 @@ EXAMPLES = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_dataset_options(parser)
+    add_range_option(parser, "that of the training images")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
     output.add_argument("--html", type=Path, metavar="FILE", help="also write a page with histograms and images")
@@ -61,14 +62,21 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
 
-    settings = Settings(arguments.image_height, arguments.image_width, arguments.num_queries)
+    settings = Settings(
+        arguments.image_height,
+        arguments.image_width,
+        arguments.num_queries,
+        arguments.exif_frame,
+        arguments.pixel_range or "auto",
+    )
     result = examine(arguments.dataset, settings, arguments.annotations, arguments.images, progress=True)
     say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
     messages = write_outputs(arguments, result)
     if not arguments.json:
         say("\n".join(messages))
         fixed = arguments.fix if result.status != UNUSABLE else None
-        files = "" if fixed else dataset_options(arguments.annotations, arguments.images)
+        places = (None, None) if fixed else (arguments.annotations, arguments.images)
+        files = dataset_options(*places, exif_frame=arguments.exif_frame, pixel_range=arguments.pixel_range)
         dataset = shlex.quote(str(fixed or arguments.dataset)) + files
         if fixed or not result.status:
             recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from m2f_trainer.errors import escape_controls
+from m2f_trainer.errors import M2FError, escape_controls
 
 
 def say(text: str, stream: str = "output") -> None:
@@ -43,11 +43,41 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         metavar="SPLIT=FOLDER",
         help="image folder of splits, relative to the dataset folder [those found]",
     )
+    parser.add_argument(
+        "--exif_frame",
+        choices=["auto", "stored", "displayed"],
+        default="auto",
+        help="where masks of photos with an EXIF rotation lie: on the stored pixels, or on the photo as viewers "
+        "display it [as the sizes in the annotations say]",
+    )
 
 
-def dataset_options(annotations: Sequence[str] | None, images: Sequence[str] | None) -> str:
-    """The options of `add_dataset_options` as part of a command, "" for none."""
-    given = (("annotations", annotations), ("images", images))
+def add_range_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """How values of more than 8 bits are scaled; `default` says what happens without the option."""
+    parser.add_argument(
+        "--pixel_range",
+        type=pixel_range,
+        metavar="LOW,HIGH",
+        help="for images of more than 8 bits: the values that become black and white; image: percentiles of each image "
+        f"[{default}]",
+    )
+
+
+def pixel_range(text: str) -> str:
+    """An argparse type: auto, image, or two numbers as of the recipe field."""
+    from m2f_trainer.config.arguments import parse_pixel_range
+
+    try:
+        parse_pixel_range(text)
+    except M2FError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def dataset_options(annotations: Sequence[str] | None, images: Sequence[str] | None, **others: str | None) -> str:
+    """The options of `add_dataset_options` and others as part of a command, "" for none; "auto" is left out."""
+    words = {name: [value] for name, value in others.items() if value and value != "auto"}
+    given = (("annotations", annotations), ("images", images), *words.items())
     return "".join(f" --{name} {shlex.join(values)}" for name, values in given if values)
 
 

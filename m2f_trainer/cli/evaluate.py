@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f_trainer.cli.console import add_dataset_options, positive_int, say, suggest
+from m2f_trainer.cli.console import add_dataset_options, add_range_option, positive_int, say, suggest
 
 SUMMARY = "COCO mask and box AP of a model on a dataset"
 DESCRIPTION = "Evaluate a model against a dataset's unmodified annotations, with the numbers of pycocotools."
@@ -18,6 +18,7 @@ EXAMPLES = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a model")
     add_dataset_options(parser)
+    add_range_option(parser, "as in the model's training")
     parser.add_argument(
         "--split", default="valid", choices=["train", "valid", "test"], help="split to evaluate on [%(default)s]"
     )
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.batch_size,
         arguments.annotations,
         arguments.images,
+        arguments.exif_frame,
+        arguments.pixel_range,
     )
     say(metrics_table(metrics, "eval_"))
     suggest(f"m2f predict {shlex.quote(arguments.model)} IMAGES")

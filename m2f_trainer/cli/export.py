@@ -30,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--validation", metavar="DATASET", help="compare on the valid split of this dataset [the run's own dataset]"
     )
     parity.add_argument(
+        "--exif_frame", default="auto", choices=["auto", "stored", "displayed"], help="of --validation [%(default)s]"
+    )
+    parity.add_argument(
         "--images", type=positive_int, default=16, metavar="N", help="number of images to compare on [%(default)s]"
     )
 
@@ -42,7 +45,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     check_model_path(arguments.model)
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
-    dataset = [arguments.validation] if arguments.validation else recorded_dataset(Path(arguments.model))
+    named = {"dataset_name": arguments.validation, "exif_frame": arguments.exif_frame}
+    dataset = named if arguments.validation else recorded_dataset(Path(arguments.model))
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )

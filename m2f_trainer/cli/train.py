@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
 
     train(recipe)
     folder, dataset = shlex.quote(str(recipe.train.output_dir)), shlex.quote(str(recipe.data.dataset_name))
-    files = dataset_options(recipe.data.annotations, recipe.data.images)
+    files = dataset_options(recipe.data.annotations, recipe.data.images, exif_frame=recipe.data.exif_frame)
     suggest(f"m2f evaluate {folder} {dataset}{files}", f"m2f predict {folder} IMAGES")
 
 
@@ -58,11 +58,11 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe fields for the dataset and this machine, where no recipe is named. Raises DataError, RecipeError."""
     if not given.get("dataset_name"):
         return {}
-    from m2f_trainer.data.hub_dataset import load_dataset
+    from m2f_trainer.data.hub_dataset import load_recipe_dataset
     from m2f_trainer.data.validate import check_split
     from m2f_trainer.doctor.recommend import as_recipe, choices_text, facts_of, images_of_rows, recommend, this_machine
 
-    splits = load_dataset(str(given["dataset_name"]), given.get("annotations"), given.get("images"))
+    splits = load_recipe_dataset(given)
     check_split(splits, "train")
     choices = recommend(facts_of(images_of_rows(splits["train"])), this_machine(), given)
     say(f"No recipe is named. Chosen for this dataset and machine:\n{choices_text(choices)}")

@@ -1,11 +1,45 @@
 """Recipe fields of the model and the data: two of the three dataclasses of a recipe."""
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from m2f_trainer.config.fields import check_ranges, option
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.sources import LIMITS
+
+ExifFrame: TypeAlias = Literal["auto", "stored", "displayed"]
+
+PixelRange: TypeAlias = tuple[float, float] | Literal["image"] | None
+"""Values that become 0 and 255, or percentiles of each image; None: the full range of the format."""
+
+
+def parse_pixel_range(text: str) -> PixelRange | Literal["auto"]:
+    """`auto`, `image`, or two numbers such as `0,4095`. Raises RecipeError.
+
+    >>> parse_pixel_range("0,4095")
+    (0.0, 4095.0)
+    """
+    if text in ("auto", "image"):
+        return "auto" if text == "auto" else "image"
+    parts = re.split(r"[,\s]+", text.strip("[]() "))
+    try:
+        low, high = map(float, parts)
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise RecipeError(
+            f"pixel_range: expected auto, image, or the values of black and white such as 0,4095, got {text!r}."
+        )
+    return low, high
+
+
+def pixel_range_text(pixel_range: PixelRange) -> str:
+    """The inverse of `parse_pixel_range`; None is auto, which finds the range where one is needed."""
+    if pixel_range is None or pixel_range == "image":
+        return pixel_range or "auto"
+    return ",".join(f"{value:.15g}" for value in pixel_range)
 
 
 @dataclass
@@ -228,6 +262,21 @@ class DataArguments:
         "Image folder of splits as SPLIT=FOLDER, with paths relative to the dataset folder. Default: those found.",
         "data",
     )
+    exif_frame: ExifFrame = option(
+        "auto",
+        "Whether masks of photos with an EXIF rotation lie on the stored pixels or on the photo as viewers display it. "
+        "auto: as the sizes in the annotations say, and an error where they don't.",
+        "data",
+        changes_results=True,
+    )
+    pixel_range: str = option(
+        "auto",
+        "For images of more than 8 bits: the values that become black and white, such as 0,4095; image: the 0.1th and "
+        "99.9th percentile of each image; auto: those of the training images. Stored in the model.",
+        "data",
+        json_type=list,
+        changes_results=True,
+    )
     image_height: int = option(
         1024,
         "Height that images are resized and padded to, in pixels; a multiple of the patch size.",
@@ -336,6 +385,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        parse_pixel_range(self.pixel_range)
         augment = self.augment()
         if augment["lsj_min_scale"] > augment["lsj_max_scale"]:
             raise RecipeError(

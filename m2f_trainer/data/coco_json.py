@@ -12,18 +12,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import file_parts
 from m2f_trainer.data.image_names import ImageNames, image_paths, is_address, is_inside, outermost, usual_name
-from m2f_trainer.data.images import exif_orientation, open_stored
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, usual_segmentation, whole_number
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
+from m2f_trainer.data.reading import Photo, Reading, size_in_frame
 from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import rle
 from m2f_trainer.masks import segmentation as masks
@@ -45,6 +46,7 @@ class SplitAnnotations(ABC):
         annotations: COCO annotation entries by image id
         categories: names by category id, whether used or not
         left_out: ids of the annotations of images that were reported and left out
+        reading: how its images are read
     """
 
     name: str
@@ -52,6 +54,7 @@ class SplitAnnotations(ABC):
     annotations: Mapping[int, list[Entry]]
     categories: Mapping[int, str]
     left_out: Sequence[int] = field(default=(), kw_only=True)
+    reading: Reading = field(default=Reading(), kw_only=True)
 
     @abstractmethod
     def source(self, image: Entry) -> Entry:
@@ -77,8 +80,16 @@ class SplitAnnotations(ABC):
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
+                **self.reading.columns(),
                 "objects": self.objects(image, report),
             }
+
+    def photos(self) -> Iterator[Photo]:
+        """The image files."""
+        for image in self.images:
+            size, annotated = (image["height"], image["width"]), bool(self.annotations.get(image["id"]))
+            source = partial(self.source, image)
+            yield Photo(self.name, image["id"], image["file_name"], source, size, annotated)
 
     def objects(self, image: Entry, report: Report = raise_problem) -> list[Entry]:
         """The annotations of one image as a row's `objects`, each with its mask as a valid RLE."""
@@ -292,7 +303,8 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
     image_ids, category_ids = (Ids(one.get("id") for one in group) for group in (images, categories))
     images = _unique(_with_ids(images, image_ids, "image", name, report), "image", name, report)
     images, paths, folder = _locate(images, files, report)
-    images, first_entry = _merged(check_images(_sized(images, paths, name, report), name, report), paths, name, report)
+    sized = _sized(images, paths, files.exif_frame, name, report)
+    images, first_entry = _merged(check_images(sized, name, report), paths, name, report)
     categories = _with_ids(categories, category_ids, "category", name, report)
     used = {category_ids.number_of(one.get("category_id")) for one in entries}
     names = _check_categories(categories, used, name, report)
@@ -440,11 +452,10 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
     return located, paths, folder
 
 
-def _sized(images: list[Entry], paths: Mapping[int, Path], name: str, report: Report) -> list[Entry]:
-    """The image entries with integers as height and width; missing ones are read from the files.
-
-    The size of an image that viewers turn by its EXIF orientation is ambiguous, so it must be given.
-    """
+def _sized(
+    images: list[Entry], paths: Mapping[int, Path], exif_frame: ExifFrame, name: str, report: Report
+) -> list[Entry]:
+    """The image entries with whole numbers as height and width; those that aren't there are read from the files."""
     if all(type(image.get(key)) is int and image[key] > 0 for image in images for key in ("height", "width")):
         return images
     sized = []
@@ -458,18 +469,11 @@ def _sized(images: list[Entry], paths: Mapping[int, Path], name: str, report: Re
         elif image["id"] in paths:
             where = f"{name}: image {image['id']} ({paths[image['id']]})"
             try:
-                stored = open_stored(paths[image["id"]], where)
+                found = size_in_frame(paths[image["id"]], where, exif_frame, name, report)
             except ImageError as error:
                 report(kind_of(error), name, [image["id"]], str(error))
                 continue
-            if exif_orientation(stored) > 4:
-                problem = "expected `height` and `width`: the file has an EXIF rotation, so it could be either frame."
-                report("bad-image-entry", name, [image["id"]], f"{where}: {problem} Add them.")
-                continue
-            sides = [
-                side if side is not None and side > 0 else own
-                for side, own in zip(sides, (stored.height, stored.width), strict=True)
-            ]
+            sides = [side if side is not None and side > 0 else own for side, own in zip(sides, found, strict=True)]
             message = f"{where}: size {sides[1]}x{sides[0]}."
             report("size-from-file", name, [image["id"]], message)
         else:

@@ -1,7 +1,8 @@
 """A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, rebuilt only when its annotations change.
 
-A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), and `objects`, one per
-annotation: `id`, `category_id` (the annotation file's own), `bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).
+A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), `displayed` and `pixel_range`
+(how it is read, see `Reading`), and `objects`, one per annotation: `id`, `category_id` (the annotation file's own),
+`bbox`, `area`, `iscrowd`, `counts` (compressed COCO RLE).
 The used categories are part of the features: the names of a `ClassLabel` column called `categories`.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import pyarrow as pa
@@ -22,11 +24,13 @@ import pyarrow.compute as pc
 from datasets import Value
 from datasets.exceptions import DatasetGenerationError
 
+from m2f_trainer.config.arguments import ExifFrame, PixelRange
 from m2f_trainer.data.categories import Annotations, match_categories
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.formats import Layout, contents, find_splits, read_split
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import KINDS, Report, TrainingReport, raise_problem
+from m2f_trainer.data.reading import find_reading
 from m2f_trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,8 @@ FEATURES = datasets.Features(
         "image_id": Value("int64"),
         "height": Value("int32"),
         "width": Value("int32"),
+        "displayed": Value("bool"),
+        "pixel_range": datasets.List(Value("float64")),
         "objects": datasets.List(
             {
                 "id": Value("int64"),
@@ -50,7 +56,7 @@ FEATURES = datasets.Features(
     }
 )
 _ROWS_PER_TABLE = 1000
-_ROW_FORMAT = "4"  # raise it when rows change, so that caches of older versions are not used
+_ROW_FORMAT = "5"  # raise it when rows change, so that caches of older versions are not used
 _HELD_OUT = 5  # one image of this many is held out for validation
 
 
@@ -110,6 +116,8 @@ def load_coco(
     annotations: Mapping[str, str | Path] | None = None,
     images: Mapping[str, str | Path] | None = None,
     hold_out: bool | None = None,
+    exif_frame: ExifFrame = "auto",
+    pixel_range: PixelRange | Literal["auto"] = "auto",
 ) -> datasets.DatasetDict:
     """The splits of a dataset on this machine, under the names train, valid and test.
 
@@ -121,19 +129,23 @@ def load_coco(
         annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
         hold_out: use a fifth of the training images as valid split if there is none; default: true unless
             `annotations` are given
+        exif_frame: the frame of annotations whose sizes don't say it; an error where it is needed and "auto"
+        pixel_range: for images of more than 8 bits; "auto": that of the training images
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
     """
-    layout = find_splits(root, annotations, images)
+    layout = find_splits(root, annotations, images, exif_frame)
     hold_out = not annotations if hold_out is None else hold_out
     builder = CocoBuilder(
         cache_dir=None if cache_dir is None else str(cache_dir),
         dataset_name="coco",
         config_id=_cache_name(root),
-        hash=_fingerprint(layout.splits, hold_out),
+        hash=_fingerprint(layout.splits, f"{hold_out} {exif_frame} {pixel_range}"),
         layout=layout.splits,
         hold_out=hold_out,
+        exif_frame=exif_frame,
+        pixel_range=pixel_range,
     )
     with unwrap_data_errors():
         builder.download_and_prepare()
@@ -174,9 +186,9 @@ def _cache_name(root: str | Path) -> str:
     return name[:40] or "coco"
 
 
-def _fingerprint(layout: tuple[SplitFiles, ...], hold_out: bool) -> str:
+def _fingerprint(layout: tuple[SplitFiles, ...], settings: str) -> str:
     """A hash of everything that the rows depend on: annotation contents, and the paths of annotations and images."""
-    digest = hashlib.sha256(f"{_ROW_FORMAT} {hold_out}".encode())
+    digest = hashlib.sha256(f"{_ROW_FORMAT} {settings}".encode())
     for files in layout:
         paths = [
             files.split,
@@ -205,10 +217,12 @@ def unwrap_data_errors() -> Iterator[None]:
 
 @dataclass
 class CocoConfig(datasets.BuilderConfig):  # type: ignore[misc]
-    """The files that a build reads, and whether it holds out validation images."""
+    """What a build reads, whether it may hold out validation images, and how the images are read."""
 
     layout: tuple[SplitFiles, ...] = field(default=())
     hold_out: bool = False
+    exif_frame: ExifFrame = "auto"
+    pixel_range: PixelRange | Literal["auto"] = "auto"
 
 
 class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
@@ -225,6 +239,7 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         self.report = TrainingReport()
         splits = {files.split: read_split(files, self.report) for files in self.config.layout}
         splits, categories = used_categories(splits, self.report)
+        splits = with_reading(splits, self.config.exif_frame, self.config.pixel_range, self.report)
         splits = with_validation(splits) if self.config.hold_out else splits
         self.info.features = row_features(categories)
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": split}) for name, split in splits.items()]
@@ -253,6 +268,15 @@ def used_categories(
             "no-objects", everywhere, [], f"expected annotated objects, found none in {everywhere}. Add annotations."
         )
     return matched, [Category(key, name) for key, name in names.items()]
+
+
+def with_reading(
+    splits: Mapping[str, Annotations], exif_frame: ExifFrame, pixel_range: PixelRange | Literal["auto"], report: Report
+) -> dict[str, Annotations]:
+    """The splits with how their images are read; reports photos whose frame is not known."""
+    photos = [photo for split in splits.values() for photo in split.photos()]
+    reading = find_reading(photos, exif_frame, pixel_range, report)
+    return {name: replace(split, reading=reading) for name, split in splits.items()}
 
 
 # holding out a validation split

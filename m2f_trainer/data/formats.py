@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import FolderSplit, coco_contents, read_annotations
 from m2f_trainer.data.files import (
     NO_CATEGORIES,
@@ -163,12 +164,14 @@ def find_splits(
     root: str | Path,
     annotations: Mapping[str, str | Path] | None = None,
     images: Mapping[str, str | Path] | None = None,
+    exif_frame: ExifFrame = "auto",
 ) -> Layout:
     """The splits of a dataset: a folder, one annotation file or a data.yaml.
 
     Args:
         root: the folder or file; a folder is also searched two levels deeper, as unpacked archives have it
         annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
+        exif_frame: the frame of annotations that don't say the sizes of their images
 
     Raises:
         DataError: nothing is found, or more than one file for a split; the message names what is there
@@ -179,7 +182,7 @@ def find_splits(
         splits = given_layout(base, annotations, images)
     else:
         splits = _with_images(path, _find(path), images or {})
-    return Layout(path, splits)
+    return Layout(path, tuple(replace(files, exif_frame=exif_frame) for files in splits))
 
 
 def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:

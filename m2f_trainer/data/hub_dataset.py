@@ -8,12 +8,14 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from m2f_trainer.config.arguments import ExifFrame, PixelRange, parse_pixel_range
 from m2f_trainer.data.coco_json import Entry, SplitAnnotations, check_images, pack_polygons, type_name
 from m2f_trainer.data.dataset import (
     FEATURES,
@@ -25,18 +27,25 @@ from m2f_trainer.data.dataset import (
     unwrap_data_errors,
     warn_held_out,
 )
-from m2f_trainer.data.images import image_size
+from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.reading import Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.errors import DataError, ImageError, mistyped_path
 from m2f_trainer.masks.rle import brief
 
+_SAMPLED = 1000  # images of which it is asked whether their values have more than 8 bits
 _IDS_PER_ROW = 100_000  # annotation ids that are reserved for the objects of one row
 
 
 def load_dataset(
-    name: str | Path, annotations: Sequence[str] | None = None, images: Sequence[str] | None = None
+    name: str | Path,
+    annotations: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
+    *,
+    exif_frame: ExifFrame = "auto",
+    pixel_range: PixelRange | Literal["auto"] = "auto",
 ) -> datasets.DatasetDict:
     """The rows of a dataset on this machine, or of one on the Hub (`user/name`) or its downloaded folder.
 
@@ -45,15 +54,34 @@ def load_dataset(
     Args:
         name: a folder or file as of `load_coco`, or `user/name`
         annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
+        exif_frame, pixel_range: how images are read, as of `load_coco`
 
     Raises:
         DataError: there is none, or it can't be used; the message names what is wrong and the remedy
     """
     files, folders = split_paths(annotations, "annotations"), split_paths(images, "images")
     if not is_hub_dataset(name):
-        return load_coco(name, annotations=files, images=folders, hold_out=True)
+        return load_coco(
+            name,
+            annotations=files,
+            images=folders,
+            hold_out=True,
+            exif_frame=exif_frame,
+            pixel_range=pixel_range,
+        )
     check_no_files(name, files, folders)
-    return load_hub(str(name))
+    return load_hub(str(name), exif_frame, pixel_range)
+
+
+def load_recipe_dataset(recipe: Mapping[str, Any]) -> datasets.DatasetDict:
+    """The dataset that the fields of a recipe name, as of `load_dataset`; fields that it lacks have their defaults."""
+    return load_dataset(
+        str(recipe["dataset_name"]),
+        recipe.get("annotations"),
+        recipe.get("images"),
+        exif_frame=recipe.get("exif_frame", "auto"),
+        pixel_range=parse_pixel_range(str(recipe.get("pixel_range", "auto"))),
+    )
 
 
 def check_no_files(name: str | Path, *given: Mapping[str, str]) -> None:
@@ -76,8 +104,16 @@ def is_hub_name(name: str | Path) -> bool:
     )
 
 
-def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
+def load_hub(
+    name: str,
+    exif_frame: ExifFrame = "auto",
+    pixel_range: PixelRange | Literal["auto"] = "auto",
+    **options: Any,
+) -> datasets.DatasetDict:
     """The splits of a Hub dataset as rows with embedded images; `options` go to `datasets.load_dataset`.
+
+    Photos with an EXIF rotation in rows of ours are read as the rows say, unless `exif_frame` says it; in other rows
+    `exif_frame` must be given.
 
     Raises:
         DataError: it can't be loaded, or has no image and objects columns that describe masks
@@ -85,7 +121,7 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
     splits = _load_splits(name, **options)
     categories, kept = _all_categories(name, splits), {}
     for split, rows in splits.items():
-        reader = _row_reader(name, split, rows, categories)
+        reader = _row_reader(name, split, rows, categories, exif_frame)
         if reader.ours:
             deque(convert_rows(rows.remove_columns("image"), reader), maxlen=0)  # only checks the rows
             kept[split] = _known_columns(rows)
@@ -96,13 +132,47 @@ def load_hub(name: str, **options: Any) -> datasets.DatasetDict:
                     features=row_features(categories),
                     gen_kwargs={"rows": _known_columns(rows), "reader": reader},
                 )
-    found = rows_with_validation(kept)
+    found = rows_with_validation(_with_reading(kept, exif_frame, pixel_range))
     if len(found) > len(kept):
         warn_held_out(name, found)
     return found
 
 
-def read_hub(name: str, report: Report, **options: Any) -> "dict[str, HubSplit]":
+def _with_reading(
+    splits: Mapping[str, datasets.Dataset], exif_frame: ExifFrame, pixel_range: PixelRange | Literal["auto"]
+) -> dict[str, datasets.Dataset]:
+    """The splits with the columns that say how their images are read."""
+    first = splits.get("train", next(iter(splits.values())))
+    known = [key for key in Reading().columns() if key in first.column_names]
+    stored = reading_of(first.select_columns(known)[0] if known else {})
+    if pixel_range == "auto":
+        images = first.select_columns(["image"])
+        deep = [number for number in spaced(len(images), _SAMPLED) if _is_deep(images[number]["image"])]
+        found = common_range([partial(_image_of, images, number) for number in deep])
+        pixel_range = stored.pixel_range or found
+    displayed = stored.displayed if exif_frame == "auto" else exif_frame == "displayed"
+    columns = Reading(displayed, pixel_range).columns()
+    read = {}
+    for split, rows in splits.items():
+        rest = rows.remove_columns([key for key in columns if key in rows.column_names])
+        for key, value in columns.items():
+            rest = rest.add_column(key, [value] * len(rest), feature=FEATURES[key])
+        read[split] = rest
+    return read
+
+
+def _image_of(rows: datasets.Dataset, number: int) -> Mapping[str, Any]:
+    return dict(rows[number]["image"] or {})
+
+
+def _is_deep(image: Mapping[str, Any] | None) -> bool:
+    try:
+        return image_header(image or {}, "image").deep
+    except ImageError:  # reported when the images are checked
+        return False
+
+
+def read_hub(name: str, report: Report, exif_frame: ExifFrame = "auto", **options: Any) -> "dict[str, HubSplit]":
     """The splits of a Hub dataset for `m2f check`; problems of its rows are reported. Images are read when needed.
 
     Raises:
@@ -111,7 +181,7 @@ def read_hub(name: str, report: Report, **options: Any) -> "dict[str, HubSplit]"
     splits = _load_splits(name, **options)
     categories, found = _all_categories(name, splits), {}
     for split, stored in splits.items():
-        reader, rows = _row_reader(name, split, stored, categories), _known_columns(stored)
+        reader, rows = _row_reader(name, split, stored, categories, exif_frame), _known_columns(stored)
         without_images = rows.remove_columns("image") if reader.ours else rows
         found[split] = reader.read_split(without_images, rows.select_columns(["image"]), report)
     return found
@@ -177,7 +247,7 @@ def is_ours(rows: datasets.Dataset) -> bool:
 
 def _known_columns(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with the columns that are read, and images as stored bytes or paths."""
-    ours = ("image", "image_id", "height", "width", "objects", "categories")
+    ours = ("image", "image_id", "height", "width", *Reading().columns(), "objects", "categories")
     known = ours if is_ours(rows) else ("image", "image_id", "objects")
     kept = rows.select_columns([key for key in known if key in rows.column_names])
     return kept.cast_column("image", datasets.Image(decode=False))
@@ -212,11 +282,14 @@ def _label_names(rows: datasets.Dataset) -> dict[int, str]:
     return {one.id: one.name for one in stored_categories(rows)}
 
 
-def _row_reader(name: str, split: str, rows: datasets.Dataset, categories: Iterable[Category]) -> "RowReader":
-    """The reader of a split. Its objects may have the classes named in its features or, without names, `categories`."""
+def _row_reader(
+    name: str, split: str, rows: datasets.Dataset, categories: Iterable[Category], exif_frame: ExifFrame
+) -> "RowReader":
+    """The reader of a split, whose objects may have any class that its features name, or else `categories`."""
     ours = is_ours(rows)
     names = {} if ours else _label_names(rows)
-    return RowReader(f"{name}, split {split!r}", ours, names or {category.id: category.name for category in categories})
+    names = names or {category.id: category.name for category in categories}
+    return RowReader(f"{name}, split {split!r}", ours, names, exif_frame)
 
 
 def convert_rows(rows: Iterable[Mapping[str, Any]], reader: "RowReader") -> Iterator[Entry]:
@@ -268,11 +341,13 @@ class RowReader:
         name: dataset and split in messages
         ours: whether the rows were built by `load_coco`
         categories: names by id of the categories that objects may have
+        exif_frame: the frame of the annotations of rows that aren't ours
     """
 
     name: str
     ours: bool
     categories: Mapping[int, str]
+    exif_frame: ExifFrame = "auto"
 
     def convert(self, row: Mapping[str, Any], number: int) -> Entry:
         """The row as one of ours.
@@ -333,7 +408,8 @@ class RowReader:
         else:
             image_id = image_id if type(image_id) is int else number
             try:
-                height, width = image_size(row["image"] or {}, f"{self.name}, row {number}")
+                where = f"{self.name}, row {number}"
+                height, width = size_in_frame(row["image"] or {}, where, self.exif_frame, self.name, report)
             except ImageError as error:
                 report("bad-image", self.name, [image_id], str(error))
                 return None

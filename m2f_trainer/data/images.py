@@ -1,22 +1,26 @@
 """Open images safely, as 8-bit RGB: only regular files, of known formats, up to a limit of pixels.
 
-Annotations refer to the stored pixels, or to the image as viewers show it, turned by its EXIF orientation. The
-annotated size decides which, unless both have the same size; then the stored pixels are used. Photos without
-annotations are read as viewers show them. Alpha is dropped, only the first frame of an animation is read, and 16-bit
-greys are scaled to 8 bits. Images without an unambiguous conversion to RGB are rejected, with the fix.
+Annotations refer to stored pixels, or to the image as viewers show it, turned by its EXIF orientation: their size says
+which, where it can. Photos without annotations are read as viewers show them. Alpha is dropped, of an animation the
+first frame is read. Values of more than 8 bits, grey or colour, are scaled to 8 bits from a range of values. What has
+no single right conversion to RGB is rejected, with the fix.
 """
 
 import io
 import os
 import stat
+import struct
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
+from PIL import Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
 
+from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError
 from m2f_trainer.masks.rle import MAX_PIXELS, Size
 
@@ -26,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 _CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
 _ORIENTATION = 0x0112  # the EXIF tag
+_METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of a PNG, where Pillow finds it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +41,17 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation; Pillow turns TIFF files itself
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
-_MODES_OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # TIFF tags
+_WIDE = (";16B", ";16L", ";16N")  # how Pillow names 16-bit values in a file
+_CHANNELS = (
+    "expected one image of one channel, or of three or four (RGB, alpha is dropped), got {}. Save one"
+    " of them as a grey image, or the three that show the objects best as an RGB image."
+)
+_OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the fraction above it
+
+FULL_RANGE = (0, 65535)
+"""The range of values of an image of more than 8 bits where none is given."""
 
 
 def open_image(
@@ -46,6 +61,7 @@ def open_image(
     size: Size | None = None,
     shrink_to: Size | None = None,
     displayed: bool = False,
+    pixel_range: PixelRange = None,
 ) -> Image.Image:
     """The image as 8-bit RGB, decoded.
 
@@ -53,9 +69,12 @@ def open_image(
         source: a path, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or (H, W, 3) of uint8
         where: the image's name in messages
         size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
-        shrink_to: the smallest size that suffices; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not
-            smaller
-        displayed: whether a file is returned as viewers show it, turned by its EXIF orientation
+        shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
+            is not smaller
+        displayed: whether a file is returned as viewers show it, turned by its EXIF orientation, unless `size` says
+            which of the two it is
+        pixel_range: for images of more than 8 bits, the values that become 0 and 255, or "image" for percentiles of
+            the image itself; by default `FULL_RANGE`
 
     Raises:
         MissingImageError: the file does not exist
@@ -66,10 +85,12 @@ def open_image(
     check_pixels(image.size, where)
     turned = displayed and not isinstance(source, Image.Image)
     if size is not None:
-        turned = is_turned(image, size)
-        check_annotated_size((image.height, image.width), size[::-1] if turned else size, where)
+        turned = is_turned(image, size, displayed)
     orientation = exif_orientation(image) if turned else 1
+    if size is not None:
+        check_annotated_size((image.height, image.width), size[::-1] if orientation > 4 else size, where)
     try:
+        low_bytes = _low_bytes(image)
         if shrink_to is not None:
             image.draft("RGB", shrink_to if orientation > 4 else shrink_to[::-1])
         image.load()
@@ -77,18 +98,35 @@ def open_image(
         raise ImageError(
             f"{where}: the image data is damaged ({error}). Replace the file, or remove it from the set."
         ) from error
-    rgb = _to_rgb(image, where)
+    rgb = _to_rgb(image, low_bytes, where, pixel_range)
     return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
 
 
-def is_turned(image: Image.Image, size: Size) -> bool:
-    """Whether `size` is that of the image as viewers show it and not that of its stored pixels."""
+def is_turned(image: Image.Image, size: Size, displayed: bool = False) -> bool:
+    """Whether annotations of this size are drawn on the image as viewers show it and not on its stored pixels.
+
+    `displayed` decides where both have the same size.
+    """
     stored = (image.height, image.width)
-    return stored != size and stored == size[::-1] and exif_orientation(image) > 4
+    if stored != size:
+        return stored == size[::-1] and exif_orientation(image) > 4
+    if not displayed:
+        return False
+    orientation = exif_orientation(image)
+    return orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)
 
 
-def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
-    """The size of the stored image, read from the header of the file.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header of an image file says: size as stored, EXIF orientation, whether values have more than 8 bits."""
+
+    size: Size
+    orientation: int
+    deep: bool
+
+
+def image_header(source: Mapping[str, Any] | str | Path, where: str) -> ImageHeader:
+    """Read the header of an image file.
 
     Raises:
         MissingImageError: the file does not exist
@@ -96,13 +134,20 @@ def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
     """
     with _identify(_file_of(source, where), where) as image:
         check_pixels(image.size, where)
-        return image.height, image.width
+        return ImageHeader((image.height, image.width), exif_orientation(image), is_deep(image))
+
+
+def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
+    """The size of the stored image, read from the header of the file. Raises as `image_header`."""
+    return image_header(source, where).size
 
 
 def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation of an image, 1 where there is none; 5 to 8 show it with width and height swapped."""
     if image.format == "TIFF":
         return 1  # Pillow turns it
+    if image.format == "PNG" and _METADATA.isdisjoint(image.info):
+        return 1  # Image.getexif would decode the whole image to look for more
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (ValueError, TypeError, OSError, SyntaxError, KeyError):
@@ -179,14 +224,53 @@ def _regular_file(path: Path, where: str) -> Path:
 
 def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and (problem := _problem_of_tiff(image)):
+            image.close()
+            raise ImageError(f"{where}: {problem}")
+        return image
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). {_CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if (samples := _samples_of_tiff(file)) > 4:
+            raise ImageError(f"{where}: {_CHANNELS.format(f'{samples} channels')}") from error
         raise ImageError(
             f"{where}: not an image of a known format ({', '.join(FORMATS)}): {_guess_content(file)}."
             " Replace the file, or remove it from the set."
         ) from error
+
+
+def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
+    """Why Pillow would read the first channel of a TIFF file only, or halves of its values; "" where it doesn't."""
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
+    most = max(bits if isinstance(bits, tuple) else (bits,))
+    if most > 8 and image.mode in ("RGB", "RGBA", "CMYK", "LA") and not _raw_mode(image).endswith(_WIDE):
+        return (
+            f"{image.mode} channels of {most} bits are stored one after the other, which is not read. Save the file"
+            " with interleaved channels, or as PNG."
+        )
+    size = image.size
+    if image.is_animated:  # it has several pages
+        image.seek(1)
+        same = image.size == size
+        image.seek(0)
+        if same:
+            return _CHANNELS.format("several pages of one size, such as the channels or slices of a stack")
+    return ""
+
+
+def _samples_of_tiff(file: Path | io.BytesIO) -> int:
+    """The number of channels of a TIFF file, 0 for other files."""
+    try:
+        with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as opened:
+            directory = TiffImagePlugin.ImageFileDirectory_v2(opened.read(8))
+            opened.seek(directory.next)
+            directory.load(opened)
+        return int(directory.get(_SAMPLES_PER_PIXEL, 0))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
+        return 0
 
 
 def _guess_content(file: Path | io.BytesIO) -> str:
@@ -214,24 +298,99 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+def is_deep(image: Image.Image) -> bool:
+    """Whether the values of an image have more than 8 bits; its pixels need not be decoded yet."""
+    return image.mode in _DEEP_MODES or _raw_mode(image).endswith(_WIDE)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels of a file are stored, as Pillow's decoders name it; "" for an image that is decoded."""
+    tiles = getattr(image, "tile", None)
+    if not tiles:
+        return ""
+    found = tiles[0].args
+    return str(found[0] if isinstance(found, tuple) else found)
+
+
+def _low_bytes(image: Image.Image) -> npt.NDArray[np.int64] | None:
+    """The low bytes (H, W, C) of an image of 16-bit colours, of which Pillow decodes the high bytes only; else None.
+
+    The file is decoded a second time in the other byte order.
+    """
+    mode = _raw_mode(image)
+    if not (isinstance(image, ImageFile.ImageFile) and mode.endswith(_WIDE) and mode[:2] != "I;"):
+        return None
+    if not isinstance(image.fp, io.BytesIO) or image.tell():
+        return None
+    native = "L" if sys.byteorder == "little" else "B"
+    order = mode[-1] if mode[-1] != "N" else native
+    wanted = mode[:-1] + ("B" if order == "L" else "L")
+    with Image.open(io.BytesIO(image.fp.getvalue()), formats=[str(image.format)]) as other:
+        other.tile = [
+            tile._replace(args=(wanted, *tile.args[1:]) if isinstance(tile.args, tuple) else wanted)
+            for tile in other.tile
+        ]
+        return np.asarray(other).astype(np.int64)
+
+
+def _to_rgb(
+    image: Image.Image, low_bytes: npt.NDArray[np.int64] | None, where: str, pixel_range: PixelRange
+) -> Image.Image:
+    if low_bytes is not None:
+        values = (np.asarray(image).astype(np.int64) << 8) | low_bytes
+        return Image.fromarray(scaled(values[..., :3], where, pixel_range))
     if image.mode == "RGB":
         return image
-    if image.mode in _MODES_OF_16_BITS:
-        return _from_16_bits(image, where)
+    if image.mode in _DEEP_MODES and not (image.mode == "F" and pixel_range is None):
+        return Image.fromarray(scaled(np.asarray(image), where, pixel_range)).convert("RGB")
     if image.mode in _MODES_TO_RGB:
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    remedy = "Convert it with the scale that fits your data, and save it as PNG"
+    if image.mode == "F":
+        remedy = "Give the values of black and white as pixel_range, such as 0,1"
     raise ImageError(
-        f"{where}: expected an image with an unambiguous conversion to 8-bit RGB, got mode {image.mode}."
-        " Convert it with the scale that fits your data, and save it as PNG."
+        f"{where}: expected an image with an unambiguous conversion to 8-bit RGB, got mode {image.mode}. {remedy}."
     )
 
 
-def _from_16_bits(image: Image.Image, where: str) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise ImageError(
-            f"{where}: expected greys of 0 to 65535, got {values.min()} to {values.max()}. Scale the image to 16 bits."
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+def scaled(values: npt.NDArray[Any], where: str, pixel_range: PixelRange) -> npt.NDArray[np.uint8]:
+    """Values of any range scaled to 0 to 255; by default those of `FULL_RANGE`."""
+    if pixel_range is None:
+        if values.min(initial=0) < FULL_RANGE[0] or values.max(initial=0) > FULL_RANGE[1]:
+            raise ImageError(
+                f"{where}: expected values of 0 to 65535, got {values.min()} to {values.max()}. Give the values of"
+                " black and white as pixel_range."
+            )
+        return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+    low, high = range_of(values) if pixel_range == "image" else pixel_range
+    steps = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / max(high - low, 1e-30))
+    return np.rint(np.clip(steps, 0, 255)).astype(np.uint8)
+
+
+def range_of(values: npt.NDArray[Any]) -> tuple[float, float]:
+    """The range of values that all but one in a thousand lie above, and all but one in a thousand below.
+
+    Whole numbers for whole values.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    whole = np.issubdtype(values.dtype, np.integer)
+    quantiles = np.quantile(finite, (_OUTSIDE, 1 - _OUTSIDE), method="nearest" if whole else "linear")
+    low, high = map(float, quantiles)
+    return (low, high) if high > low else (low, low + 1)
+
+
+def sampled_values(source: Mapping[str, Any], where: str, count: int) -> npt.NDArray[Any]:
+    """About `count` evenly spaced values of an image of more than 8 bits, in its own units. Raises ImageError."""
+    image = open_stored(source, where)
+    check_pixels(image.size, where)
+    try:
+        low_bytes = _low_bytes(image)
+        values = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"{where}: the image data is damaged ({error}). Replace the file.") from error
+    if low_bytes is not None:
+        values = ((values.astype(np.int64) << 8) | low_bytes)[..., :3]
+    flat = values.reshape(-1)
+    return flat[:: max(1, flat.size // count)]

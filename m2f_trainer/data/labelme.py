@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, kind_of_json
-from m2f_trainer.data.images import SUFFIXES, image_size
+from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.layouts import SplitFiles, by_split
 from m2f_trainer.data.problems import Report, listed, raise_problem
+from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import segmentation as masks
 from m2f_trainer.masks.rle import MAX_PIXELS, brief
@@ -69,7 +71,9 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
     number = 0
     for path in files.files:
         content = _read(path, name, report)
-        image = None if content is None else _image(content, path, find, len(images) + 1, partial(report, file=name))
+        image = (
+            None if content is None else _image(content, path, find, len(images) + 1, files.exif_frame, name, report)
+        )
         if content is None or image is None:
             continue
         images.append(image)
@@ -117,21 +121,30 @@ class ImageFinder:
         return os.path.relpath(path, self.folder)
 
 
-def _image(content: dict[str, Any], path: Path, find: ImageFinder, image_id: int, report: Any) -> Entry | None:
+def _image(
+    content: dict[str, Any],
+    path: Path,
+    find: ImageFinder,
+    image_id: int,
+    exif_frame: ExifFrame,
+    name: str,
+    report: Report,
+) -> Entry | None:
     written = content.get("imagePath")
     sides: list[Any] = [content.get("imageHeight"), content.get("imageWidth")]
     if not written or not is_text(written) or "\0" in written:
         message = f"{path}: expected the name of the image as `imagePath`, got {brief(written)}. Correct it."
-        report("bad-image-entry", ids=[path.name], message=message)
+        report("bad-image-entry", name, [path.name], message)
         return None
-    name = find(written, path)
+    file_name = find(written, path)
     if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
         try:
-            sides = list(image_size(find.folder / name, f"image {image_id} ({name})"))
+            where = f"image {image_id} ({file_name})"
+            sides = list(size_in_frame(find.folder / file_name, where, exif_frame, name, report))
         except ImageError as error:
-            report("bad-image", ids=[name], message=str(error))
+            report("bad-image", name, [file_name], str(error))
             return None
-    return {"id": image_id, "file_name": name, "height": sides[0], "width": sides[1]}
+    return {"id": image_id, "file_name": file_name, "height": sides[0], "width": sides[1]}
 
 
 def _objects(shapes: Sequence[Any], image: Entry, path: Path, report: Any) -> Iterator[tuple[str, Any]]:

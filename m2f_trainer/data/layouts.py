@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import NO_ANNOTATIONS, NO_CATEGORIES, json_files, kind_of_json, stem, subfolders, visible
 from m2f_trainer.errors import DataError
 
@@ -56,6 +57,7 @@ class SplitFiles:
         format: a name in `m2f_trainer.data.formats.FORMATS`
         files: its annotation files where it has several
         classes: class names in the order of their ids from 1, of all splits, where the files don't number them
+        exif_frame: the frame of annotations that don't say the sizes of their images
     """
 
     split: str
@@ -64,6 +66,7 @@ class SplitFiles:
     format: str = "COCO"
     files: tuple[Path, ...] = ()
     classes: tuple[str, ...] = ()
+    exif_frame: ExifFrame = "auto"
 
 
 def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:

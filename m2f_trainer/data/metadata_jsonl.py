@@ -12,10 +12,10 @@ from typing import Any
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text, pack_polygons, type_name
 from m2f_trainer.data.files import files_below
-from m2f_trainer.data.images import image_size
 from m2f_trainer.data.layouts import SplitFiles, by_split
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief
 
@@ -78,7 +78,7 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     for path in files.files:
         for line, row in _rows(path):
             where = f"{path}, line {line}"
-            image = _image(row, path, root, len(images) + 1, where, name, report)
+            image = _image(row, path, files, len(images) + 1, where, report)
             if image is None:
                 continue
             images.append(image)
@@ -94,7 +94,8 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     return FolderSplit(name, tuple(images), groups, names, root)
 
 
-def _image(row: Any, path: Path, root: Path, image_id: int, where: str, name: str, report: Report) -> Entry | None:
+def _image(row: Any, path: Path, files: SplitFiles, image_id: int, where: str, report: Report) -> Entry | None:
+    root, name = files.image_folders[0], str(files.annotations)
     written = row.get("file_name") if isinstance(row, Mapping) else None
     if not isinstance(row, Mapping) or not written or not is_text(written):
         message = f"{where}: expected an object with a `file_name`, got {brief(row)}. Correct the line."
@@ -105,7 +106,7 @@ def _image(row: Any, path: Path, root: Path, image_id: int, where: str, name: st
     image = {"id": image_id, "file_name": file_name}
     try:
         source = FolderSplit(name, (), {}, {}, root).source(image)
-        image["height"], image["width"] = image_size(source, f"{where} ({written})")
+        image["height"], image["width"] = size_in_frame(source, f"{where} ({written})", files.exif_frame, name, report)
     except ImageError as error:
         report("bad-image", name, [file_name], str(error))
         return None

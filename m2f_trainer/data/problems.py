@@ -157,6 +157,11 @@ KINDS: Mapping[str, Kind] = {
         "removed",
         ImageSizeError,
     ),
+    "exif-frame": _error(
+        "photo with an EXIF rotation whose annotations fit both frames",
+        "Its masks would be turned against its objects.",
+        "Give --exif_frame displayed if the photos were annotated as viewers show them, else --exif_frame stored.",
+    ),
     "renamed-category": _error(
         "category id with two names",
         "The splits disagree on the name of a class, or use its id for another class.",
@@ -266,13 +271,19 @@ KINDS: Mapping[str, Kind] = {
     "exif-rotation": _warning(
         "image with an EXIF rotation",
         "Image viewers rotate it; masks are applied to the stored pixels, without the rotation.",
-        "Look at its picture on the page of `m2f check --html`. If the mask is misplaced, save the image rotated,"
-        " without the EXIF tag.",
+        "Look at its picture on the page of `m2f check --html`. If the mask is misplaced, give --exif_frame displayed.",
     ),
     "converted-image": _warning(
         "image that isn't 8-bit grey or RGB",
-        "It is converted: 16-bit values are scaled to 8 bits, transparency is dropped, CMYK and palettes become RGB.",
+        "It is converted: values of more than 8 bits are scaled by pixel_range, transparency is dropped, CMYK and"
+        " palettes become RGB.",
         "Look at its picture on the page of `m2f check --html`. If the conversion is wrong, convert it yourself.",
+    ),
+    "few-levels": _warning(
+        "image with fewer than 64 grey levels after conversion to 8 bits",
+        "What differs by less than a level can't be seen by the model.",
+        "Give --pixel_range LOW,HIGH with the values that become black and white, or --pixel_range image to scale each"
+        " image by itself.",
     ),
     "unused-category": _warning(
         "category without annotations",
@@ -332,9 +343,10 @@ KINDS: Mapping[str, Kind] = {
         "RLE with swapped size or counts as Python bytes", "Its mask has the annotation's box.", "written as COCO RLE"
     ),
     "turned-image": _note(
-        "image turned by its EXIF orientation",
-        "Its annotations have the size of the image as viewers show it.",
-        "",
+        "image turned by its EXIF orientation", "Its annotations lie on the image as viewers show it.", ""
+    ),
+    "pixel-range": _note(
+        "values of more than 8 bits scaled to 8 bits", "The full range of the format would leave few grey levels.", ""
     ),
     "renumbered-category": _note(
         "category id that differs between splits",

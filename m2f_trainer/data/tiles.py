@@ -268,7 +268,7 @@ class EvalTiles(InstanceDataset):
     def __init__(self, rows: datasets.Dataset, tiling: Tiling, categories: Sequence[Category]) -> None:
         super().__init__(rows, self._show, categories)
         self.tiling = tiling
-        self._images = rows.select_columns(["image", "image_id", "height", "width"])
+        self._images = rows.remove_columns("objects")
         self._tiles = [tiling.lay(size) for size in zip(rows["height"], rows["width"], strict=True)]
         self._cached: tuple[int, Pixels] | None = None
         self.shard(0, 1, 1)

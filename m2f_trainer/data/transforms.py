@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, crop_mask, in_crop, orient, resize_to_fit, trim
 from m2f_trainer.data.images import ImageSource, open_image
+from m2f_trainer.data.reading import reading_of
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Box, Size
 
@@ -88,8 +90,10 @@ Row: TypeAlias = Mapping[str, Any]
 class EvalTransform:
     """Resize and pad without augmentation, for evaluation, prediction and export."""
 
-    def __init__(self, image_height: int, image_width: int) -> None:
+    def __init__(self, image_height: int, image_width: int, pixel_range: PixelRange = None) -> None:
+        """`pixel_range` is that of `prepare`; rows have their own."""
         self.size: Size = (image_height, image_width)
+        self.pixel_range = pixel_range
 
     def __call__(self, row: Row, epoch: int = 0, index: int = 0, rows: Sequence[Row] = ()) -> Sample:
         """The sample of one row; `epoch`, `index` and `rows`, which `TrainTransform` uses, are ignored.
@@ -106,7 +110,7 @@ class EvalTransform:
         Raises:
             ImageError: the image can't be read
         """
-        opened = open_image(image, where, displayed=True)
+        opened = open_image(image, where, displayed=True, pixel_range=self.pixel_range)
         frames = resize_to_fit((opened.height, opened.width), self.size)
         crop = _whole(frames)
         return *pad(crop_image(opened, crop), crop, self.size), frames
@@ -222,7 +226,15 @@ def _whole(frames: Frames) -> Crop:
 
 def read_image(row: Row, shrink_to: Size | None = None) -> Image.Image:
     """The image of a row, of at least `shrink_to`. Raises ImageError if it can't be read or isn't of the row's size."""
-    return open_image(row["image"], image_name(row), size=(row["height"], row["width"]), shrink_to=shrink_to)
+    reading = reading_of(row)
+    return open_image(
+        row["image"],
+        image_name(row),
+        size=(row["height"], row["width"]),
+        shrink_to=shrink_to,
+        displayed=reading.displayed,
+        pixel_range=reading.pixel_range,
+    )
 
 
 def image_name(row: Row) -> str:

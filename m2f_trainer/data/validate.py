@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.dataset import Category, categories_of, row_features
-from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import LISTED
-from m2f_trainer.data.transforms import image_name
+from m2f_trainer.data.transforms import read_image
 from m2f_trainer.distributed import from_every_rank, from_main, rank_and_world_size
 from m2f_trainer.errors import DataError, ImageError
 
@@ -122,8 +121,8 @@ def _file_state(path: str | None) -> tuple[int, int] | None:
 
 
 def image_problems(rows: datasets.Dataset) -> Iterator[str]:
-    """A message for each image that can't be decoded or doesn't have the annotated size."""
-    light = rows.select_columns(["image", "image_id", "height", "width"])
+    """A message for each image that can't be decoded or has another size than its annotations say."""
+    light = rows.remove_columns("objects")
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(light), _ROWS_AT_ONCE):
             batch = [light[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(light)))]
@@ -132,7 +131,7 @@ def image_problems(rows: datasets.Dataset) -> Iterator[str]:
 
 def _image_problem(row: Mapping[str, Any]) -> str | None:
     try:
-        open_image(row["image"], image_name(row), size=(row["height"], row["width"]))
+        read_image(row)
     except ImageError as error:
         return str(error)
     return None

@@ -16,9 +16,10 @@ import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, subfolders, visible
-from m2f_trainer.data.images import SUFFIXES, image_size
+from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.layouts import SplitFiles, split_of
 from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
 
@@ -162,7 +163,8 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
             )
             continue
         try:
-            height, width = image_size(path, f"image {image_id} ({path})")
+            where = f"image {image_id} ({path})"
+            height, width = size_in_frame(path, where, files.exif_frame, str(labels), report)
         except ImageError as error:
             report("bad-image", labels, [name], str(error))
             continue

@@ -9,11 +9,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from m2f_trainer.data.images import exif_orientation, is_turned, open_image, open_stored
+from m2f_trainer.data.images import (
+    exif_orientation,
+    is_deep,
+    is_turned,
+    open_image,
+    open_stored,
+    sampled_values,
+    scaled,
+)
+from m2f_trainer.data.reading import Reading
 from m2f_trainer.masks.rle import Size
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
+_SAMPLED_VALUES = 1 << 16  # of an image of more than 8 bits
 _THUMBNAIL_SIDE = 16
 _MIN_CORRELATION = 0.997  # of the thumbnails of two duplicates
 _MIN_CONTRAST = 1.0  # standard deviation of a thumbnail in grey levels; below it, the image is taken as blank
@@ -24,26 +34,39 @@ _MAX_DIFFERENCE = 10.0  # grey levels; JPEG quality 10 or half the size stay bel
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One image file: Pillow's mode, EXIF orientation, a hash of its pixels, and a grey thumbnail."""
+    """What is known of one image file: Pillow's mode, EXIF orientation, a hash of its pixels, a grey thumbnail.
+
+    Of an image of more than 8 bits, also how many different values a sample of it has, and how many grey levels are
+    left of them after conversion to 8 bits.
+    """
 
     mode: str
     orientation: int
     digest: bytes
     thumbnail: Vector  # (256,), zero mean and unit length; all zeros for a blank image
     turned: bool = False  # whether its annotations are in the frame that viewers show
+    values: int = 0
+    levels: int | None = None
 
 
-def read_facts(source: Mapping[str, Any], where: str, size: Size) -> ImageFacts:
-    """Read and decode an image; `size` is its annotated size.
+def read_facts(source: Mapping[str, Any], where: str, size: Size, reading: Reading) -> ImageFacts:
+    """Read and decode an image; `size` is the size that its annotations say.
 
     Raises:
         MissingImageError, ImageSizeError, ImageError: as `open_image`
     """
     stored = open_stored(source, where)
-    mode, turned = stored.mode, is_turned(stored, size)
-    image = open_image(stored, where, size=size)
+    mode, turned, deep = stored.mode, is_turned(stored, size, reading.displayed), is_deep(stored)
+    image = open_image(stored, where, size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
-    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image), turned)
+    counts = _counts_of_values(source, where, reading) if deep else (0, None)
+    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image), turned, *counts)
+
+
+def _counts_of_values(source: Mapping[str, Any], where: str, reading: Reading) -> tuple[int, int]:
+    """The number of different values in a sample of an image, and that of the grey levels that become of them."""
+    values = sampled_values(source, where, _SAMPLED_VALUES)
+    return len(np.unique(values)), len(np.unique(scaled(values, where, reading.pixel_range)))
 
 
 def thumbnail(image: Image.Image) -> Vector:

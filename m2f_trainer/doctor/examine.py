@@ -1,6 +1,7 @@
 """`m2f check`: read a whole dataset and collect all problems, continuing after each one if possible."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +9,22 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
+from m2f_trainer.config.arguments import ExifFrame, parse_pixel_range, pixel_range_text
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
     Category,
     used_categories,
+    with_reading,
     with_validation,
 )
 from m2f_trainer.data.formats import find_splits, read_split
 from m2f_trainer.data.hub_dataset import check_no_files, is_hub_dataset, read_hub
+from m2f_trainer.data.images import FULL_RANGE
 from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.doctor.duplicates import find_duplicates
-from m2f_trainer.doctor.scan import Scan, Settings, scan_split
+from m2f_trainer.doctor.scan import FEWEST_LEVELS, Scan, Settings, scan_split
 from m2f_trainer.errors import DataError
 
 CLEAN, ERRORS, UNUSABLE = 0, 1, 2
@@ -75,8 +79,12 @@ def examine(
     All problems become findings; none is raised. `progress`: whether to show a bar on a terminal.
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
-    splits, files = _read_splits(name, annotations, images, report)
+    splits, files = _read_splits(name, annotations, images, settings.exif_frame, report)
     splits, categories = used_categories(splits, report) if splits else ({}, [])
+    chosen = parse_pixel_range(settings.pixel_range)
+    splits = with_reading(splits, settings.exif_frame, chosen, report)
+    if chosen == "auto":
+        _report_found_range(name, splits, report)
     total = sum(len(annotations.images) for annotations in splits.values())
     with tqdm(total=total, desc="check", unit=" images", leave=False, disable=None if progress else True) as bar:
         scans = {split: scan_split(one, settings, report, bar.update) for split, one in splits.items()}
@@ -91,7 +99,11 @@ def examine(
 
 
 def _read_splits(
-    name: str, annotations: Sequence[str] | None, images: Sequence[str] | None, report: Report
+    name: str,
+    annotations: Sequence[str] | None,
+    images: Sequence[str] | None,
+    exif_frame: ExifFrame,
+    report: Report,
 ) -> tuple[Mapping[str, SplitAnnotations], str]:
     """The readable splits, with a validation split held out if training would hold one out, and a text about the files
     that they were read from.
@@ -102,8 +114,8 @@ def _read_splits(
         given = split_paths(annotations, "annotations"), split_paths(images, "images")
         if is_hub_dataset(name):
             check_no_files(name, *given)
-            return _hold_out(read_hub(name, report), report), ""
-        layout = find_splits(name, *given)
+            return _hold_out(read_hub(name, report, exif_frame), report), ""
+        layout = find_splits(name, *given, exif_frame)
     except DataError as error:
         report("unusable", name, [], str(error))
         return {}, ""
@@ -116,6 +128,21 @@ def _read_splits(
             report("unusable", files.annotations, [], str(error))
     read_from = layout.describe(folders)
     return _hold_out(splits, report) if len(splits) == len(layout.splits) else splits, read_from
+
+
+def _report_found_range(name: str, splits: Mapping[str, SplitAnnotations], report: Report) -> None:
+    """Report the range of values that was found, where the full range of 16 bits would leave few grey levels."""
+    for found in {split.reading.pixel_range for split in splits.values()}:
+        if found is None or found == "image":
+            continue
+        levels = math.floor((found[1] - found[0]) / (FULL_RANGE[1] - FULL_RANGE[0]) * 256) + 1
+        if levels < FEWEST_LEVELS:
+            message = (
+                f"the values of its images lie between {found[0]:g} and {found[1]:g}, of which the full range of 16"
+                f" bits would leave {levels} grey levels. They are scaled as by --pixel_range"
+                f" {pixel_range_text(found)}, which m2f train finds in the same way and stores in the model."
+            )
+            report("pixel-range", name, [], message)
 
 
 def _folders(split: SplitAnnotations) -> Iterator[Path]:

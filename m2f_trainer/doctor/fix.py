@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import Entry
 from m2f_trainer.data.dataset import held_out
-from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import KINDS, Finding, listed
+from m2f_trainer.data.transforms import read_image
 from m2f_trainer.doctor.duplicates import same_in_detail
 from m2f_trainer.doctor.examine import CLEAN, UNUSABLE, Examination, ImageKey, examine
 from m2f_trainer.doctor.scan import Scan
@@ -222,7 +222,7 @@ def _relative_box(one: Entry, scan: Scan) -> list[float]:
 
 
 def _same_in_detail(first: Scan, second: Scan) -> bool:
-    return same_in_detail(*(open_image(scan.source, f"image {scan.entry['id']}") for scan in (first, second)))
+    return same_in_detail(*(read_image(scan.row()) for scan in (first, second)))
 
 
 def _leaked_images(examination: Examination) -> dict[ImageKey, ImageKey]:

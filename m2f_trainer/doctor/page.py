@@ -115,5 +115,7 @@ def _picture(split: str, scan: Scan, problems: Sequence[str]) -> Photo:
     count = f"{len(scan.objects)} annotation{'s' * (len(scan.objects) != 1)}"
     caption = (f"{split}, image {scan.entry['id']}: {name}", f"{size}, {count}", *problems)
     return photo(
-        draw_objects(scan.source, scan.objects, 480, (scan.entry["height"], scan.entry["width"])), name, caption
+        draw_objects(scan.source, scan.objects, 480, (scan.entry["height"], scan.entry["width"]), scan.split.reading),
+        name,
+        caption,
     )

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from m2f_trainer.data.images import open_image
+from m2f_trainer.data.reading import Reading
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
@@ -17,13 +18,17 @@ from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes, save
 
 
 def draw_objects(
-    source: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], longest: int, size: Size | None = None
+    source: Mapping[str, Any],
+    objects: Iterable[Mapping[str, Any]],
+    longest: int,
+    size: Size | None = None,
+    reading: Reading = Reading(),  # noqa: B008 (it is frozen)
 ) -> Image.Image:
     """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels.
 
     `size` is the annotated size, by default that of the stored image.
     """
-    image = open_image(source, "picture", size=size)
+    image = open_image(source, "picture", size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     full = image.size
     image.thumbnail((longest, longest))
     box = (0, 0, image.width, image.height)

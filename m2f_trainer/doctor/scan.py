@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import Report, kind_of
@@ -18,6 +19,9 @@ _THREADS = 8  # Pillow decodes without Python's global lock
 _IMAGES_AT_ONCE = 64  # whose data is in memory
 _MASKS_AT_ONCE = 255  # pycocotools' area fails for more
 _MASK_STRIDE = 4  # input pixels per cell of the mask logits
+FEWEST_LEVELS = 64
+"""Grey levels after conversion to 8 bits, below which a finding proposes another range of values."""
+
 _USUAL_MODES = ("L", "RGB", "1")
 
 
@@ -28,6 +32,8 @@ class Settings:
     image_height: int = 1024
     image_width: int = 1024
     num_queries: int = 100
+    exif_frame: ExifFrame = "auto"
+    pixel_range: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Scan:
     def row(self) -> Entry:
         """The image as a dataset row."""
         size = {"height": self.entry["height"], "width": self.entry["width"]}
-        return {"image": self.source, "image_id": self.entry["id"], **size, "objects": self.objects}
+        how = self.split.reading.columns()
+        return {"image": self.source, "image_id": self.entry["id"], **size, **how, "objects": self.objects}
 
 
 def scan_split(
@@ -86,6 +93,9 @@ def scan_split(
         if facts.mode not in _USUAL_MODES:
             message = f"{where}: stored in Pillow's mode {facts.mode}."
             report("converted-image", split.name, [image_id], message, image_id)
+        if facts.levels is not None and facts.levels < FEWEST_LEVELS <= facts.values:
+            message = f"{where}: of at least {facts.values} different values, {facts.levels} grey levels are left."
+            report("few-levels", split.name, [image_id], message, image_id)
         scan = Scan(entry, split, facts, objects)
         if len(scan.targets) > settings.num_queries:
             message = f"{where}: {len(scan.targets)} instances, but the model has {settings.num_queries} queries."
@@ -101,7 +111,7 @@ def _read_images(split: SplitAnnotations, report: Report) -> Iterator[tuple[Entr
         entry, source = image
         where = f"image {entry['id']} ({source.get('path') or entry['file_name']})"
         try:
-            return read_facts(source, where, (entry["height"], entry["width"]))
+            return read_facts(source, where, (entry["height"], entry["width"]), split.reading)
         except ImageError as error:
             return error
 

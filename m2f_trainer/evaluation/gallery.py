@@ -10,8 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from m2f_trainer.data.dataset import Category
-from m2f_trainer.data.hub_dataset import load_dataset
-from m2f_trainer.data.images import open_image
+from m2f_trainer.data.hub_dataset import load_recipe_dataset
+from m2f_trainer.data.transforms import read_image
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.run_folder import Run
@@ -26,7 +26,7 @@ def rows_of_run(run: Run) -> Dataset | None:
     if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
         return None
     try:
-        return load_dataset(str(name), run.recipe.get("annotations"), run.recipe.get("images")).get("valid")
+        return load_recipe_dataset(run.recipe).get("valid")
     except (DataError, OSError):
         return None
 
@@ -54,7 +54,7 @@ def side_by_side(
         ImageError: the image can't be read, or is no longer of the size that was predicted.
     """
     where, truth = f"image {row['image_id']}", ground_truth(row)
-    image = open_image(row["image"], where, size=truth.size)
+    image = read_image(row)
     if found is not None and found.size != truth.size:
         raise ImageError(
             f"{where}: predicted at {found.size[1]}x{found.size[0]} pixels, and now has {image.width}x{image.height}:"

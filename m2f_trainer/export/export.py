@@ -150,6 +150,10 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
             "backbone's strides",
         },
         "preprocessing": {
+            "pixel_range": config.pixel_range,
+            "scale": "images of more than 8 bits only: round(255 (value - low) / (high - low)), clipped to 0 and 255, "
+            "with [low, high] = pixel_range; [0, 65535] if it is null; the 0.1th and 99.9th percentile of each image "
+            'if it is "image"',
             "image_height": height,
             "image_width": width,
             "resize": "scale = min(image_height / h, image_width / w); each side round(side x scale), at least 1; "

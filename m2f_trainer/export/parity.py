@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.config.arguments import pixel_range_text
+from m2f_trainer.data.hub_dataset import load_recipe_dataset
+from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.validate import check_split
 from m2f_trainer.evaluation.coco import CocoMap
@@ -227,27 +229,28 @@ def best_ious(reference: Instances, other: Instances) -> NDArray[np.float64]:
 def check_export(
     model: M2FModel,
     path: Path,
-    dataset: Sequence[Any] | None,
+    dataset: Mapping[str, Any] | None,
     images: int,
     limits: ParityLimits,
     fixed_size: bool,
 ) -> Parity:
     """`measure_parity` on the first `images` of a dataset's valid split, by default of the synthetic sample dataset.
 
-    `dataset` holds the arguments of `load_dataset`.
+    `dataset` holds the fields of a recipe that name a dataset; images are read with the model's `pixel_range`.
 
     Raises:
         DataError: the dataset can't be read, or has no valid split.
     """
     with tempfile.TemporaryDirectory() as folder:
-        splits = load_dataset(*(dataset or [str(write_sample(folder, images=(1, images, 0)))]))
+        fields = dataset or {"dataset_name": str(write_sample(folder, images=(1, images, 0)))}
+        splits = load_recipe_dataset({**fields, "pixel_range": pixel_range_text(model_range(model.config.pixel_range))})
         check_split(splits, "valid")
         rows = splits["valid"].select(range(min(images, len(splits["valid"]))))
         return measure_parity(model, path, rows, limits, fixed_size)
 
 
-def recorded_dataset(folder: Path) -> list[Any] | None:
-    """The arguments of `load_dataset` in a run's recipe; None if the dataset is not on this machine."""
+def recorded_dataset(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a run records; None if there is none, or its dataset is not here."""
     recipe = read_json(folder / RECIPE)
     name = recipe.get("dataset_name")
-    return [str(name), recipe.get("annotations"), recipe.get("images")] if name and Path(name).exists() else None
+    return recipe if name and Path(name).exists() else None

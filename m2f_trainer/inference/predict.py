@@ -13,6 +13,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
+from m2f_trainer.config.arguments import parse_pixel_range
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.errors import DataError
@@ -36,6 +37,7 @@ class PredictOptions:
     threshold  minimum score of an instance; "auto": the model's own for each class
     tile       side of the tiles in pixels, 0 for whole images; None: as in the model's training
     overlap    fraction of a side that neighbouring tiles share; None: as in the model's training
+    pixel_range  the recipe field; None: the model's own
     dataset    also write the predictions as a COCO dataset
     """
 
@@ -44,6 +46,7 @@ class PredictOptions:
     batch_size: int = 4
     tile: int | None = None
     overlap: float | None = None
+    pixel_range: str | None = None
     dataset: bool = False
 
 
@@ -71,6 +74,8 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     jobs = [Job(path, output_dir, name, _job_key(model, path, options)) for path, name in named]
     predictor = Predictor.from_pretrained(model)
     predictor.tiling = tiling_for(predictor, options)
+    chosen = parse_pixel_range(options.pixel_range or "auto")
+    predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
     left = [job for job in jobs if load_records(job.part, job.key) is None]
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), disable=None) as bar:
         for _ in run_jobs(predictor, left, options):
@@ -103,7 +108,7 @@ class Job:
 def _job_key(model: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
     weights = Path(model, "model.safetensors")
     changed = [stat.st_mtime_ns for file in (weights, path) if file.is_file() and (stat := file.stat())]
-    return (model, str(path), *changed, options.threshold, options.tile, options.overlap)
+    return (model, str(path), *changed, options.threshold, options.tile, options.overlap, options.pixel_range)
 
 
 def tiling_for(predictor: Predictor, options: PredictOptions) -> Tiling | None:
@@ -130,7 +135,7 @@ def run_jobs(predictor: Predictor, jobs: Sequence[Job], options: PredictOptions)
 def _finish_image(job: Job, instances: Instances, predictor: Predictor) -> None:
     height, width = instances.size
     if height * width <= LARGEST_PICTURE:
-        pixels = windows_of(job.path, str(job.path)).read((0, 0, width, height))
+        pixels = windows_of(job.path, str(job.path), predictor.pixel_range).read((0, 0, width, height))
         save_image(instances.overlay(Image.fromarray(pixels), predictor.names), job.folder / job.name)
     save_records(job.part, job.key, [record_of(str(job.path), instances)])
 

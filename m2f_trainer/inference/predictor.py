@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m2f_trainer.data.geometry import Frames
 from m2f_trainer.data.images import ImageSource
+from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.errors import check_model_path
@@ -33,6 +34,7 @@ class Predictor:
     """Predict as evaluation does, for images without annotations: `Predictor(model)(images)`.
 
     A model that was trained on tiles predicts in tiles; set `tiling` to change them, or to None for whole images.
+    Images of more than 8 bits are scaled by the `pixel_range` of the model's training, which can be set, too.
 
     Args:
         model: a model of this package; it is set to evaluation mode and, if `device` is given, moved there.
@@ -56,7 +58,7 @@ class Predictor:
         self.names = {int(category["id"]): str(category["name"]) for category in categories}
         self.padded_size = (model.config.image_height, model.config.image_width)
         self.tiling = tiling_of(model.config)
-        self._transform = EvalTransform(*self.padded_size)
+        self.pixel_range = model_range(model.config.pixel_range)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, device: str | torch.device | None = None) -> Predictor:
@@ -117,10 +119,11 @@ class Predictor:
         """The model's input for each image: the whole image, or its tiles in order."""
         for position, image in enumerate(images):
             if self.tiling is None:
-                values, valid, frames = self._transform.prepare(image, _name(position, image))
+                transform = EvalTransform(*self.padded_size, self.pixel_range)
+                values, valid, frames = transform.prepare(image, _name(position, image))
                 yield Frame(position, frames.original, 0, values, valid, frames)
                 continue
-            windows = windows_of(image, _name(position, image))
+            windows = windows_of(image, _name(position, image), self.pixel_range)
             for number, tile in enumerate(self.tiling.lay(windows.size)):
                 yield Frame(position, windows.size, number, *self.tiling.prepare(windows.read(tile.box)))
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Pixels
 from m2f_trainer.data.images import ImageSource, open_image
 from m2f_trainer.errors import ImageError, needs
@@ -117,15 +118,17 @@ class TiffWindows:
         return pixels
 
 
-def windows_of(image: ImageSource, where: str) -> Windows:
+def windows_of(image: ImageSource, where: str, pixel_range: PixelRange = None) -> Windows:
     """An image of any kind by windows. Raises as `open_windows` does; `where` names the image in messages."""
     if isinstance(image, (str, Path)):
-        return open_windows(Path(image))
-    return ArrayWindows(np.asarray(open_image(image, where, displayed=True)))
+        return open_windows(Path(image), pixel_range)
+    return ArrayWindows(np.asarray(open_image(image, where, displayed=True, pixel_range=pixel_range)))
 
 
-def open_windows(path: Path) -> Windows:
-    """The image of a file, by windows if it is a TIFF that tifffile reads, else decoded whole.
+def open_windows(path: Path, pixel_range: PixelRange = None) -> Windows:
+    """The image of a file, by windows where it is a TIFF that tifffile reads, else decoded whole.
+
+    `pixel_range` is as of `open_image`.
 
     Raises:
         ImageError: it can't be read, or is too large to be decoded whole.
@@ -138,7 +141,7 @@ def open_windows(path: Path) -> Windows:
         except ImageError as error:
             refused = error
     try:
-        return ArrayWindows(np.asarray(open_image(path, str(path), displayed=True)))
+        return ArrayWindows(np.asarray(open_image(path, str(path), displayed=True, pixel_range=pixel_range)))
     except ImageError as error:
         if refused is not None:
             raise refused from error

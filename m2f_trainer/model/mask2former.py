@@ -50,6 +50,8 @@ class M2FConfig(Mask2FormerConfig):
     tile_size, tile_overlap
                     side of the square tiles in original pixels, and the fraction of it that neighbours share; tiles
                     are resized to the frame. None for whole images
+    pixel_range     for images of more than 8 bits: the values [low, high] that become 0 and 255, or "image" for
+                    percentiles of each image; None: 0 to 65535
     quality_weight  loss weight of the mask quality head, whose IoUs rescore queries (see `quality`); 0: no such head
     matrix_nms      whether Matrix NMS lowers the class logits of duplicates (see `ranking`)
     thresholds      score of the highest F1 of each class on the validation images; None before an evaluation
@@ -68,6 +70,7 @@ class M2FConfig(Mask2FormerConfig):
     discrimination_weight: float = 0.0
     tile_size: int | None = None
     tile_overlap: float = 0.3
+    pixel_range: list[float] | tuple[float, float] | str | None = None
     quality_weight: float = 0.0
     matrix_nms: bool = False
     thresholds: list[float] | None = None

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from m2f_trainer.config.arguments import PixelRange, pixel_range_text
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -63,6 +65,19 @@ def resolve(
     values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
     logger.warning("auto: %s", "; ".join([values, *reasons]))
     return Recipe(model, recipe.data, train)
+
+
+def with_checkpoint_range(recipe: Recipe, checkpoint: Path | None) -> Recipe:
+    """The recipe with the pixel_range of its checkpoint where its own is "auto"."""
+    if checkpoint is None or recipe.data.pixel_range != AUTO or not (checkpoint / RECIPE).is_file():
+        return recipe
+    before = load_recipe([str(checkpoint / RECIPE)])
+    return replace(recipe, data=replace(recipe.data, pixel_range=before.data.pixel_range))
+
+
+def with_pixel_range(recipe: Recipe, found: PixelRange) -> Recipe:
+    """The recipe with the range of the dataset's values; it stays "auto" where no image has more than 8 bits."""
+    return recipe if found is None else replace(recipe, data=replace(recipe.data, pixel_range=pixel_range_text(found)))
 
 
 def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:

@@ -4,9 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2f_trainer.config.arguments import ExifFrame, parse_pixel_range
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.plots import write_plots
@@ -37,11 +39,14 @@ def evaluate_folder(
     batch_size: int = 4,
     annotations: Sequence[str] | None = None,
     images: Sequence[str] | None = None,
+    exif_frame: ExifFrame = "auto",
+    pixel_range: str | None = None,
 ) -> dict[str, float]:
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form). `annotations` and `images` are as of `load_dataset`.
+    predictions.json (COCO results form). `annotations`, `images` and `exif_frame` are as of `load_dataset`;
+    `pixel_range` is the recipe field, by default the model's own.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -51,7 +56,8 @@ def evaluate_folder(
         raise RecipeError(f"{output_dir} holds a run, whose own figures would be replaced. Give another output_dir.")
     check_model_path(model)
     loaded = load_model(model)
-    splits = load_dataset(dataset, annotations, images)
+    chosen = model_range(loaded.config.pixel_range) or "auto" if pixel_range is None else parse_pixel_range(pixel_range)
+    splits = load_dataset(dataset, annotations, images, exif_frame=exif_frame, pixel_range=chosen)
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
     rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)

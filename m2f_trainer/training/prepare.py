@@ -11,12 +11,20 @@ import numpy as np
 from datasets import Dataset
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from m2f_trainer.config.arguments import HEADS, DataArguments, ModelArguments
+from m2f_trainer.config.arguments import (
+    HEADS,
+    DataArguments,
+    ModelArguments,
+    PixelRange,
+    parse_pixel_range,
+    pixel_range_text,
+)
 from m2f_trainer.config.recipe import Recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of
-from m2f_trainer.data.hub_dataset import load_dataset
+from m2f_trainer.data.hub_dataset import load_recipe_dataset
+from m2f_trainer.data.reading import reading_of
 from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
@@ -35,12 +43,15 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Data:
-    """The checked rows of a run by split, and the categories of the training split, of which class k is the k-th."""
+    """The checked rows of a run by split, the categories of the training split, of which class k is the k-th, and the
+    range of the values of its images.
+    """
 
     train: Dataset
     valid: Dataset
     test: Dataset | None
     categories: tuple[Category, ...]
+    pixel_range: PixelRange
 
 
 def load_data(data: DataArguments) -> Data:
@@ -48,12 +59,15 @@ def load_data(data: DataArguments) -> Data:
 
     Raises DataError before any model is built.
     """
-    splits = load_dataset(str(data.dataset_name), data.annotations, data.images)
+    splits = load_recipe_dataset(vars(data))
     scored = [split for split in ("valid", "test") if split == "valid" or split in splits]
     check_dataset(splits, train="train", evaluation=scored)
     train = first_rows(splits["train"], data.max_train_samples)
     test = first_rows(splits["test"], data.max_eval_samples) if "test" in splits else None
-    return Data(train, first_rows(splits["valid"], data.max_eval_samples), test, categories_of(train))
+    pixel_range = reading_of(train[0]).pixel_range
+    if data.pixel_range == "auto" and pixel_range is not None:
+        logger.warning("auto: pixel_range = %s, found in the training images", pixel_range_text(pixel_range))
+    return Data(train, first_rows(splits["valid"], data.max_eval_samples), test, categories_of(train), pixel_range)
 
 
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
@@ -115,6 +129,7 @@ def augmentation_seed(train: TrainArguments) -> int:
 
 def build_recipe_model(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
     """The model of a recipe; its backbone is frozen, has LoRA layers or trains in full, as `tune` says."""
+    pixel_range = parse_pixel_range(data.pixel_range)
     built = build_model(
         model.backbone_config or model.backbone,
         [vars(category) for category in categories],
@@ -126,6 +141,7 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
         num_queries=model.num_queries,
         tile_size=data.tile_size,
         tile_overlap=data.tile_overlap,
+        pixel_range=None if pixel_range == "auto" else pixel_range,
         drop_path=model.drop_path,
         rope_rescale=model.rope_rescale,
         **head_settings(model),

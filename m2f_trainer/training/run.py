@@ -33,7 +33,7 @@ from m2f_trainer.run_folder import (
     write_json,
     write_metrics,
 )
-from m2f_trainer.training.auto import images_per_device, resolve
+from m2f_trainer.training.auto import images_per_device, resolve, with_checkpoint_range, with_pixel_range
 from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
@@ -76,7 +76,9 @@ def train(recipe: Recipe) -> dict[str, float]:
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
         checkpoint = from_main(partial(find_checkpoint, recipe.train))
+        recipe = with_checkpoint_range(recipe, checkpoint)
         data = load_data(recipe.data)
+        recipe = with_pixel_range(recipe, data.pixel_range)
         require_figure(recipe.train.metric_for_best_model, data.valid)
         samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
         recipe = resolve_auto(recipe, samples, checkpoint)
@@ -100,6 +102,7 @@ def dry_run(recipe: Recipe) -> str:
     recipe.train.start_process_group()
     set_seed(recipe.train.seed)
     data = load_data(recipe.data)
+    recipe = with_pixel_range(recipe, data.pixel_range)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
     recipe = resolve_auto(recipe, samples, None)
     model = build_recipe_model(recipe.model, recipe.data, data.categories)

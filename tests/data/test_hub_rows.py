@@ -115,7 +115,7 @@ def test_an_uploaded_set_of_ours_that_was_changed_is_refused_and_told(field, tmp
     one = {"id": 3, "category_id": 5, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0, "iscrowd": False}
     whole = load_coco(write_sample(tmp_path / "set", images=(1, 0, 0)), cache_dir=tmp_path / "coco")["train"]
     counts = whole[0]["objects"][0]["counts"]
-    row = {key: whole[0][key] for key in ("image", "height", "width")}
+    row = {key: whole[0][key] for key in ("image", "height", "width", "displayed", "pixel_range")}
     row |= {"image_id": 0, "categories": None, "objects": [{**one, "counts": counts, field: value}]}
     rows = datasets.Dataset.from_list([row], features=row_features([Category(5, "cell")]))
     folder = as_pushed(datasets.DatasetDict({"train": rows, "valid": rows}), tmp_path / "pushed")
@@ -148,11 +148,11 @@ def test_images_of_the_hub_are_read_when_looked_at_and_not_kept(tmp_path, monkey
     monkeypatch.setattr(
         type(files["train"]), "source", lambda self, image: held.append(image["id"]) or source(self, image)
     )
-    monkeypatch.setattr("m2f_trainer.doctor.examine.read_hub", lambda name, report: files)
+    monkeypatch.setattr("m2f_trainer.doctor.examine.read_hub", lambda name, report, exif_frame: files)
     examination = examine(folder, Settings(64, 64))
-    assert len(held) == 93
+    assert len(held) == 93 * 2  # header, then pixels
     assert not any("source" in vars(scan) for scan in examination.scans["train"])
     render(examination)
-    assert len(held) == 93 + 24  # the pictures of the page are read again
+    assert len(held) == 93 * 2 + 24  # the pictures of the page are read again
     repair(examination, tmp_path / "copy")
     assert examine(tmp_path / "copy").status == 0

@@ -71,7 +71,7 @@ def test_exif_orientation_is_left_alone_as_annotations_are_in_stored_pixels(orie
 )
 def test_pixels_without_one_right_conversion_are_refused(array, tmp_path):
     path = save(Image.fromarray(array), tmp_path / "a.tif")
-    with pytest.raises(ImageError, match=r"unambiguous conversion|expected greys of 0 to 65535"):
+    with pytest.raises(ImageError, match=r"unambiguous conversion|expected values of 0 to 65535"):
         open_image(path, "a.tif")
 
 

@@ -156,7 +156,7 @@ def test_a_size_is_not_guessed_for_a_photo_with_an_exif_rotation(orientation, tm
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (20, 16)).save(root / "images/img_0.png", exif=exif)
-    with pytest.raises(DataError, match=r"EXIF rotation, so it could be either frame\. Add them"):
+    with pytest.raises(DataError, match=r"turn this photo by its EXIF orientation, .* Give --exif_frame displayed"):
         objects(root, tmp_path / "cache")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from m2f_trainer.data import validate
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.hub_dataset import load_hub
+from m2f_trainer.data.transforms import image_name
 from m2f_trainer.data.validate import check_dataset, match_rows
 from m2f_trainer.errors import DataError, ImageError
 from tests.data.folders import REAL, annotation, content, needs_real_data, write
@@ -91,10 +92,8 @@ def test_a_validation_split_without_objects_is_refused(root):
 def decoded(monkeypatch):
     """The names of the images that are decoded."""
     names = []
-    original = validate.open_image
-    monkeypatch.setattr(
-        validate, "open_image", lambda source, where, **size: names.append(where) or original(source, where, **size)
-    )
+    original = validate.read_image
+    monkeypatch.setattr(validate, "read_image", lambda row: names.append(image_name(row)) or original(row))
     return names
 
 
@@ -130,8 +129,8 @@ def one_rank(rank: int, port: int, root: str, cache: str, results: "multiprocess
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import PartialState
 
-    count, original = [], validate.open_image
-    validate.open_image = lambda source, where, **size: count.append(where) or original(source, where, **size)
+    count, original = [], validate.read_image
+    validate.read_image = lambda row: count.append(image_name(row)) or original(row)
     state, message = PartialState(cpu=True), ""
     try:
         check_dataset(load_coco(root, cache_dir=cache))

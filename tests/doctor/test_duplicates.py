@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.problems import kind_of
+from m2f_trainer.data.reading import Reading
 from m2f_trainer.doctor.duplicates import ImageFacts, find_duplicates, read_facts, same_in_detail
 from m2f_trainer.errors import ImageError
 from tests.data.folders import REAL, needs_real_data
@@ -17,7 +18,7 @@ from tests.data.folders import REAL, needs_real_data
 def stored(image: Image.Image, form: str = "PNG", **options: object) -> ImageFacts:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
-    return read_facts({"path": None, "bytes": buffer.getvalue()}, "image", (image.height, image.width))
+    return read_facts({"path": None, "bytes": buffer.getvalue()}, "image", (image.height, image.width), Reading())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_facts_of_an_image_are_mode_and_orientation_and_errors_have_a_kind(tmp_p
     expected = {"none": "missing-image", "empty.png": "bad-image", "small.png": "wrong-image-size"}
     for name, kind in expected.items():
         with pytest.raises(ImageError) as error:
-            read_facts({"path": str(tmp_path / name), "bytes": None}, "a", (9, 9))
+            read_facts({"path": str(tmp_path / name), "bytes": None}, "a", (9, 9), Reading())
         assert kind_of(error.value) == kind
 
 

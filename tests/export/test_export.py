@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from m2f_trainer.config.arguments import PixelRange
+from m2f_trainer.data.images import open_image
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import MissingPackageError
 from m2f_trainer.export.export import export_model
@@ -63,6 +65,18 @@ def example() -> object:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("pixel_range", [None, (0.0, 4095.0), "image"])
+def test_the_example_scales_values_of_more_than_8_bits_as_the_predictor_does(
+    pixel_range: PixelRange, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    values = np.linspace(100, 3000, 48 * 64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    expected = open_image(tmp_path / "a.png", "a", displayed=True, pixel_range=pixel_range)
+    found = example().read_rgb(tmp_path / "a.png", pixel_range)  # type: ignore[attr-defined]
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.slow

@@ -3,9 +3,21 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.training.prepare import augmentation_seed, eval_samples, load_data, report_overfull, train_samples
+from m2f_trainer.export.export import export_constants
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.training.auto import with_pixel_range
+from m2f_trainer.training.prepare import (
+    augmentation_seed,
+    build_recipe_model,
+    eval_samples,
+    load_data,
+    report_overfull,
+    train_samples,
+)
+from tests.data.test_reading import deep_dataset, ramp
 from tests.training.runs import write_tiny
 
 
@@ -45,3 +57,36 @@ def test_images_with_more_objects_than_queries_are_named(tmp_path: Path, caplog:
     (message,) = caplog.messages
     assert message.startswith(f"{counts.count(max(counts))} of {len(counts)} training samples hold more objects than")
     assert f"(sample {counts.index(max(counts))})" in message
+
+
+@pytest.mark.parametrize("tile_size", [None, 32])
+def test_the_range_of_16_bit_images_is_stored_in_the_model_and_used_for_new_files(
+    tile_size: int | None, tmp_path: Path
+) -> None:
+    deep_dataset(tmp_path / "set", [ramp(0, 4000 + k) for k in range(10)])
+    tiny = str(write_tiny(tmp_path / "tiny"))
+    options = [tiny, "--dataset_name", str(tmp_path / "set")]
+    if tile_size:
+        options += ["--tile_size", str(tile_size), "--image_height", "64", "--image_width", "64"]
+    recipe = load_recipe(options)
+    assert recipe.data.pixel_range == "auto"
+    data = load_data(recipe.data)
+    recipe = with_pixel_range(recipe, data.pixel_range)
+    low, high = map(float, recipe.data.pixel_range.split(","))
+    assert low < 50
+    assert 3900 < high < 4010
+    model = build_recipe_model(recipe.model, recipe.data, data.categories)
+    assert list(model.config.pixel_range) == [low, high]
+    assert export_constants(model.config, "onnx", half=False, fixed_size=False)["preprocessing"]["pixel_range"]
+    sample = eval_samples(data.valid, recipe.data, data.categories)[0]
+    (frame,) = Predictor(model)._frames([data.valid[0]["image"]["path"]])
+    assert torch.equal(frame.pixel_values, sample["pixel_values"])
+    assert len(sample["pixel_values"].unique()) > 90
+
+
+def test_a_dataset_of_8_bit_images_leaves_the_range_open(tmp_path: Path) -> None:
+    recipe = load_recipe([str(write_tiny(tmp_path))])
+    data = load_data(recipe.data)
+    assert data.pixel_range is None
+    assert with_pixel_range(recipe, data.pixel_range) == recipe
+    assert build_recipe_model(recipe.model, recipe.data, data.categories).config.pixel_range is None

@@ -12,6 +12,7 @@ from datasets import Dataset
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import Recipe, rows
 from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.reading import Reading
 
 FIXED = {*(name for name, row in rows().items() if row.defines_model), "categories", "engine"}
 """A checkpoint cannot be resumed with another value of these: a new run can start from its weights, with init_from."""
@@ -36,9 +37,9 @@ def fingerprint(
 
 
 def annotations_digest(rows: Dataset) -> str:
-    """SHA-256 of a split's annotations; it does not depend on the path of its folder."""
+    """SHA-256 of a split's annotations; it does not depend on the path of its folder, or on how images are read."""
     total = hashlib.sha256()
-    columns = [name for name in rows.column_names if name != "image"]
+    columns = [name for name in rows.column_names if name not in ("image", *Reading().columns())]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
