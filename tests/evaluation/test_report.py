@@ -131,7 +131,7 @@ def test_a_report_on_a_streamed_run_downloads_nothing_and_has_no_pictures(
     folder = write_run(tmp_path / "run", data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
     opened: list[str] = []
-    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_dataset", opened.append)
+    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_recipe_dataset", opened.append)
     assert "img" not in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
     assert opened == []
 
