@@ -26,7 +26,7 @@ def test_the_next_step_depends_on_what_was_found(
 ) -> None:
     findings = [Finding(kind, "a.json", "message")] if kind else []
     result = SimpleNamespace(status=status, files="", findings=findings)
-    monkeypatch.setattr(examine, "examine", lambda *_: result)
+    monkeypatch.setattr(examine, "examine", lambda *_, **__: result)
     monkeypatch.setattr(summary, "summary_text", lambda result: f"status {result.status}")
     assert main(["check", "my coco"]) == status
     out = capsys.readouterr().out
