@@ -30,7 +30,7 @@ def _nothing(module: nn.Module) -> None:
 
 
 def trainer_groups(model: nn.Module, args: Any) -> Optimizer:
-    """An optimiser with the Trainer's own two groups: one learning rate, weight decay on all but norms and biases."""
+    """An optimizer with the Trainer's own two groups: one learning rate, weight decay on all but norms and biases."""
     factory, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     groups: list[dict[str, Any]] = [

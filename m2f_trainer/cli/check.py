@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SUMMARY = "examine a dataset before training on it, and repair a copy"
 DESCRIPTION = (
     "Examine a dataset and all its images. Prints statistics, then errors, which training would reject, and warnings, "
-    "which deserve a look. Exit status: 0 no errors, 1 errors, 2 nothing usable found."
+    "which should be looked at. Exit status: 0 no errors, 1 errors, 2 nothing usable found."
 )
 EXAMPLES = (
     "m2f check my_coco",
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[str]:
-    """Write the page, the corrected copy and the preview that were asked for; return one message for each."""
+    """Write the requested page, recipe, corrected copy and preview; return one message for each."""
     from m2f_trainer.doctor.examine import CLEAN, UNUSABLE
     from m2f_trainer.doctor.fix import repair
     from m2f_trainer.doctor.page import render

@@ -1,4 +1,4 @@
-"""What the commands share: messages, next steps, and an argument type."""
+"""Shared by the commands: messages, next steps, dataset options, and argument types."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def suggest(*commands: str) -> None:
 
 
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
-    """The dataset of a command, and where its annotations and images are if that can't be found."""
+    """Add the dataset argument, and options for its annotation files and image folders."""
     parser.add_argument(
         "dataset", help="folder of a dataset, its annotation file or data.yaml, or user/name on the Hub"
     )

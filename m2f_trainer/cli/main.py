@@ -103,7 +103,7 @@ def escape_unprintable_output() -> None:
 
 
 class EscapedControls(logging.Formatter):
-    """Formats a log record with its control characters as escapes: names of files and classes come from strangers."""
+    """Formats a log record with control characters escaped, since names of files and classes are not trusted."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """The line of a record, without its traceback."""

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         default="auto",
         help="minimum score of an instance; auto: the best of each class on the validation images of the training, or "
-        "0.5 where the model holds none [%(default)s]",
+        "0.5 if the model has none [%(default)s]",
     )
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     add_range_option(parser, "as in the model's training")

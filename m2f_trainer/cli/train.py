@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The recipe and its fields are not argparse's: `config.recipe.load_recipe` reads them from what is left."""
+    """Only --help and --dry_run: recipe and fields are parsed by `config.recipe.load_recipe` from the other arguments."""
     parser.usage = "m2f train [RECIPE.json] [--field value ...]"
     parser.add_argument("-h", "--help", action="store_true", help="show this help and every recipe field")
     parser.add_argument(
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
 
 
 def choose(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe fields for the dataset and this machine, where no recipe is named. Raises DataError, RecipeError."""
+    """Recipe fields for the dataset and this machine, used without a recipe. Raises DataError, RecipeError."""
     if not given.get("dataset_name"):
         return {}
     from m2f_trainer.data.hub_dataset import load_recipe_dataset
@@ -65,5 +65,5 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     splits = load_recipe_dataset(given)
     check_split(splits, "train")
     choices = recommend(facts_of(images_of_rows(splits["train"])), this_machine(), given)
-    say(f"No recipe is named. Chosen for this dataset and machine:\n{choices_text(choices)}")
+    say(f"No recipe is given. Chosen for this dataset and machine:\n{choices_text(choices)}")
     return as_recipe(choices)

@@ -81,14 +81,17 @@ def with_pixel_range(recipe: Recipe, found: PixelRange) -> Recipe:
 
 
 def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
-    """Queries for the objects of each training sample, and why: what 99 of 100 samples hold, rounded up to tens."""
+    """Number of queries that 99 % of the training samples need, rounded up to tens, and the reason.
+
+    `objects`: number of objects of each training sample, (n,).
+    """
     enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
     queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
     return queries, f"99 % of the training samples have at most {enough} objects, one has {most}"
 
 
 def rate_for(images: int) -> float:
-    """1e-4 for 16 images per optimiser step, scaled with the square root of their number.
+    """1e-4 for 16 images per optimizer step, scaled with the square root of their number.
 
     The square-root rule for Adam: Malladi et al. 2022, https://arxiv.org/abs/2205.10287.
     """

@@ -39,7 +39,7 @@ class Watched(Dataset[dict[str, Any]]):
         self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample. Raises TrainingError that names the image where the dataset raises an error without advice."""
+        """The sample. An error that is not an M2FError is raised as TrainingError with the name of the image."""
         worker = get_worker_info()
         slot = worker.id if worker else 0
         self.loading[slot] = index
@@ -67,9 +67,8 @@ def watch(loader: DataLoader[Any], timeout: int) -> DataLoader[Any]:
         inner = loader.base_dataloader if isinstance(loader, DataLoaderShard) else loader  # accelerate wraps it
         inner.timeout = timeout
         inner.worker_init_fn = QuietWorker(inner.worker_init_fn)
-        multiprocessing.util.Finalize(
-            None, end_workers, exitpriority=100
-        )  # Python itself would send SIGTERM once, and wait
+        # at exit Python itself would send SIGTERM once, and wait
+        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
     return loader
 
 

@@ -24,7 +24,7 @@ from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates
 ADAM_MOMENTS = 2
 GIGA, MEGA = 1e9, 1e6
 PATIENCE = 5.0
-"""Seconds that the measurement of a step may take."""
+"""Maximum seconds for the measurement of a step."""
 POINTS = (
     0.0,
     0.02,
@@ -118,9 +118,9 @@ def example_inputs(size: Sequence[int], instances: int, device: torch.device, im
 
 
 def seconds_per_step(model: M2FModel, train: TrainArguments, instances: int) -> float:
-    """Time of an optimiser step on this machine, measured with grey images; without loading of data and the update.
+    """Time of an optimizer step on this machine, measured with grey images, without data loading and the update.
 
-    One image is measured first. Where a batch would take longer than `PATIENCE`, its time is that of one image times
+    One image is measured first. If a batch would take longer than `PATIENCE`, the time of one image is multiplied by
     the number of images.
     """
     device, size = train.device, (model.config.image_height, model.config.image_width)
@@ -148,7 +148,7 @@ def seconds_per_step(model: M2FModel, train: TrainArguments, instances: int) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. `groups` are the optimiser's, with the number of values of each under "params"."""
+    """The plan of a run. `groups` are the optimizer's, with the number of values of each under "params"."""
 
     groups: list[dict[str, Any]]
     parameters: int
@@ -200,11 +200,11 @@ def steps_text(plan: Plan) -> str:
         train.world_size,
     )
     length = (
-        f"{plan.steps:,} optimiser steps, {plan.steps_per_epoch:,} per epoch: "
+        f"{plan.steps:,} optimizer steps, {plan.steps_per_epoch:,} per epoch: "
         f"{plan.steps / plan.steps_per_epoch:.1f} epochs of {plan.images:,} images"
     )
     if train.max_minutes is not None:
-        per_epoch = f"{plan.steps_per_epoch:,} optimiser steps per epoch of {plan.images:,} images"
+        per_epoch = f"{plan.steps_per_epoch:,} optimizer steps per epoch of {plan.images:,} images"
         length = f"{train.max_minutes:g} minutes; {per_epoch}"
     return (
         f"{length}\n"
@@ -240,11 +240,11 @@ def memory_text(plan: Plan) -> str:
     """The lines on memory: the estimate, its parts, and how it was made."""
     memory, images = plan.memory, plan.train.per_device_train_batch_size
     parts = [
-        ("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimizer),
+        ("weights", memory.weights), ("gradients", memory.gradients), ("optimizer", memory.optimizer),
         (f"activations, {images} x {memory.activations / GIGA:.2f}", images * memory.activations),
     ]  # fmt: skip
     rows = [(name, f"{size / GIGA:.2f} GB") for name, size in parts]
-    shared = "weights, gradients and optimiser" if plan.train.fsdp else "gradients and optimiser (ZeRO 2)"
+    shared = "weights, gradients and optimizer" if plan.train.fsdp else "gradients and optimizer (ZeRO 2)"
     sharded = f"\nUnsharded: each of N devices will hold about 1/N of {shared}."
     return (
         f"about {memory.total(images) / GIGA:.1f} GB of memory per device\n{aligned_columns(rows)}\n"

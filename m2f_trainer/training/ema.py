@@ -1,8 +1,8 @@
 """An exponential moving average (EMA) of the weights, which is evaluated, saved and kept as the final model.
 
-The average of each trained weight is stored in the optimiser's state beside its moments, so it is sharded, saved and
+The average of each trained weight is stored in the optimizer's state beside its moments, so it is sharded, saved and
 restored bit-exactly as they are. While a model is evaluated or saved, weights and averages are swapped: the model of a
-checkpoint is the averaged one, and its optimiser state holds the raw weights from which training continues.
+checkpoint is the averaged one, and its optimizer state holds the raw weights from which training continues.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def update_averages(optimizer: Optimizer, decay: float) -> None:
 
 @torch.no_grad()
 def add_averages(optimizer: Optimizer, *_: Any) -> None:
-    """Add averages to the optimiser's state. A hook of its step, so that FSDP expects them when it loads a state."""
+    """Add averages to the optimizer's state. A hook of its step, so that FSDP expects them when it loads a state."""
     for weight, slots in _trained(optimizer):
         if slots and AVERAGE not in slots:
             slots[AVERAGE] = weight.clone()
@@ -85,7 +85,7 @@ def drop_averages(optimizer: Optimizer) -> None:
 
 @contextmanager
 def averaged(optimizer: Optimizer | None) -> Iterator[None]:
-    """Within the block, the model holds the averages, if the optimiser keeps any."""
+    """Context manager in which the model has the averaged weights, if the optimizer keeps averages."""
     if optimizer is not None:
         swap_averages(optimizer)
     try:
@@ -96,7 +96,7 @@ def averaged(optimizer: Optimizer | None) -> Iterator[None]:
 
 
 def _trained(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Each weight with its entries in the optimiser's state, which are empty before the first update."""
+    """Each weight with its entries in the optimizer's state, which are empty before the first update."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             yield weight.detach(), optimizer.state.get(weight, {})

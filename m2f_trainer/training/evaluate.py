@@ -28,7 +28,7 @@ from m2f_trainer.run_folder import (
 from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 
-WORTH_WORKERS = 64  # images; for fewer, starting and ending worker processes takes longer than reading
+WORTH_WORKERS = 64  # images; with fewer, starting and ending worker processes takes longer than reading
 
 
 def evaluate_folder(

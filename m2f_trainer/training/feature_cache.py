@@ -1,8 +1,8 @@
 """Feature maps of a frozen backbone, computed once for a fixed set of views of each image and then read from disk.
 
 View k of an image is its augmentation in epoch k, a function of (seed, k, index); with K views, epoch e trains on view
-e mod K. A step then only runs neck and head. The price: only K views of an image are ever seen, where training without
-the cache sees a new one each epoch; maps are rounded to bfloat16; and disk space.
+e mod K. A step then only runs neck and head. In return, training uses only K views of an image instead of a new one in
+each epoch, the maps are rounded to bfloat16, and they take disk space.
 """
 
 import hashlib
@@ -119,7 +119,7 @@ class AllViews(Dataset[dict[str, Any]]):
 
 
 def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArguments) -> CachedViews:
-    """The dataset with its backbone maps, which are computed and stored in the run's folder unless they are there.
+    """The dataset with its backbone maps, which are computed and stored in the run's folder if they are absent.
 
     `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
     """
@@ -184,7 +184,7 @@ def allocate(maps: MapFile) -> None:
 def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: TrainArguments) -> None:
     """Run the backbone over this rank's share of all views, and write the maps.
 
-    In bfloat16, which the file has anyway, where the recipe or the CPU's units say so; small images many at a time.
+    In bfloat16, the type of the file, if the recipe has bf16 or the CPU supports it. Small images are batched together.
     """
     state = PartialState()
     todo = AllViews(dataset, maps.views, slice(state.process_index, None, state.num_processes))

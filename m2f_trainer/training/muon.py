@@ -1,4 +1,4 @@
-"""AdamW, with the updates of weight matrices made orthogonal.
+"""Muon: AdamW with orthogonalised updates for weight matrices.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled to AdamW's size of update so that both
 share one learning rate (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2).
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 NEWTON_SCHULZ, STEPS = (3.4445, -4.7750, 2.0315), 5
 MOMENTUM = 0.95
 RATE, SIZE = 4.0, 0.2
-"""A matrix's rate, in learning rates: heads learnt fastest at 2 to 4 (benchmarks/accuracy). And the root mean square of
-an AdamW update, which Liu et al. give Muon's."""
+"""RATE: learning rate of matrices as a multiple of the group's; heads learn fastest at 2 to 4 (benchmarks/accuracy).
+SIZE: the root mean square of an AdamW update, to which Liu et al. scale Muon's."""
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Each matrix (M, n, m) with its singular values brought near to 1, as float32.
+    """Matrices (M, n, m) with their singular values moved close to 1, in float32.
 
-    The odd polynomials of Newton and Schulz, as `torch.optim.Muon` has them. All but two of the products are of the
-    smaller side squared: the polynomials of X X' are multiplied first.
+    By the Newton-Schulz iteration of `torch.optim.Muon`. The polynomials of X X' are multiplied first, so that all but
+    two of the products are of square matrices with the smaller side.
     """
     x = matrices.float()
     tall = x.shape[1] > x.shape[2]
@@ -42,10 +42,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Steps the named matrices by Muon, as `torch.optim.Muon` at `RATE` times the group's rate, and the rest by AdamW.
+    """Updates `matrices` like `torch.optim.Muon`, at `RATE` times the learning rate of the group, and the rest by
+    AdamW.
 
-    `matrices` says of each of Muon's parameters into how many matrices, one above the other, it falls: 3 for a packed
-    attention's. A convolution's kernel (out, in, h, w) is a matrix (out, in x h x w).
+    `matrices` maps each parameter of Muon to the number of matrices stacked in it: 3 for a packed attention weight. The
+    kernel (out, in, h, w) of a convolution is used as a matrix (out, in x h x w).
     """
 
     def __init__(self, params: Iterable[Any], *, matrices: Mapping[nn.Parameter, int], **settings: Any) -> None:
@@ -86,7 +87,7 @@ class MuonAdamW(torch.optim.AdamW):
         """The gradient with Nesterov's momentum, in the parameter's shape."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
-        if not state:  # AdamW wants a count of steps when it loads a checkpoint
+        if not state:  # AdamW expects a step count when it loads a checkpoint
             state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(parameter))
         momentum: Tensor = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - MOMENTUM)

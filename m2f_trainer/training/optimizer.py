@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate schedule.
+"""The optimizer and the learning rate schedule.
 
 Parameter groups follow the original Mask2Former: a slower backbone, no weight decay on norms, biases and embeddings.
 The schedule is one of transformers', multiplied with the recipe's own factors by group and step.
@@ -29,8 +29,8 @@ UNDECAYED_NAMES = (
 )  # fmt: skip
 NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
 LARGEST = 256
-"""What Muon leaves to AdamW: layers that start at zero, the first and the last one, as its author advises; and matrices
-whose smaller side is above this, which take a large part of a step to make orthogonal."""
+"""Muon does not update `NOT_MATRICES`, layers initialised with zero and the first and last layer (as its author advises),
+and matrices whose smaller side is above `LARGEST`, whose orthogonalisation would take a large part of a step."""
 BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
 STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
 
@@ -57,9 +57,9 @@ def rates_of(arguments: TrainingArguments) -> Rates:
 
 
 def build_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-    """The optimiser that `optim` names, Muon or one of transformers, over our parameter groups."""
+    """The optimizer that `optim` names, Muon or one of transformers, over our parameter groups."""
     groups, stock = parameter_groups(model, rates_of(arguments)), copy(arguments)
-    if arguments.optim == MUON:  # the fused AdamW would skip fp16's overflows by itself, and Muon would not
+    if arguments.optim == MUON:  # the fused AdamW skips steps with fp16 overflows by itself, Muon does not
         stock.optim = OptimizerNames.ADAMW_TORCH if arguments.fp16 else OptimizerNames.ADAMW_TORCH_FUSED
     factory, settings = Trainer.get_optimizer_cls_and_kwargs(stock, model)  # type: ignore[arg-type]
     if arguments.optim == MUON:
@@ -87,8 +87,8 @@ def undecayed(model: nn.Module) -> set[str]:
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     """Trainable parameters in groups of equal name, learning rate and weight decay; neck and head come first.
 
-    LoRA factors train at the full rate because they are new layers. Raises RecipeError where `layer_decay` is set and
-    the backbone has no layers.
+    LoRA factors train at the full rate because they are new layers. Raises RecipeError if `layer_decay` is set and the
+    backbone has no layers.
     """
     plain, trained = undecayed(model), trainable(model)
     top = top_block(model) if rates.layer_decay is not None else 0
@@ -109,7 +109,7 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 
 
 def matrices(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Neck and head's parameters that Muon steps, and how many matrices each is: 3 where attention's are packed."""
+    """Parameters of neck and head that Muon updates -> number of matrices in each (3 in a packed attention weight)."""
     plain, found = undecayed(model), {}
     for name, parameter in trainable(model).items():
         if BACKBONE in name or name in plain or any(word in name for word in NOT_MATRICES):
@@ -173,7 +173,7 @@ class RateShape:
 
 
 def rate_shape(arguments: TrainArguments, total: int) -> RateShape:
-    """The shape for a run of `total` optimiser steps; recipe fields below 1 are shares of it."""
+    """The shape for a run of `total` optimizer steps; recipe fields below 1 are shares of it."""
     first = arguments.head_first_steps
     steps = int(first if first >= 1 else first * total)
     milestones = tuple(round(share * total) for share in arguments.lr_milestones or ())
@@ -181,9 +181,9 @@ def rate_shape(arguments: TrainArguments, total: int) -> RateShape:
 
 
 def with_rate_shape(schedule: LRScheduler, arguments: TrainingArguments, total: int) -> LRScheduler:
-    """A schedule of transformers with the recipe's shape multiplied in, for a run of `total` optimiser steps.
+    """A schedule of transformers multiplied with the recipe's shape, for a run of `total` optimizer steps.
 
-    It is returned as it is where the recipe has no shape, or where it is not defined by factors (ReduceLROnPlateau).
+    It is returned unchanged if the recipe has no shape, or if it is not defined by factors (ReduceLROnPlateau).
     """
     if not isinstance(arguments, TrainArguments) or not isinstance(schedule, LambdaLR):
         return schedule

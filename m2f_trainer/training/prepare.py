@@ -38,7 +38,7 @@ from m2f_trainer.training.feature_cache import with_cached_maps
 
 logger = logging.getLogger(__name__)
 NAMED = 5
-"""Samples that a message names at most."""
+"""Maximum number of samples that a message names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Data:
 
 
 def load_data(data: DataArguments) -> Data:
-    """Load and check the dataset of a recipe; train and valid must be there.
+    """Load and check the dataset of a recipe; it must have the splits train and valid.
 
     Raises DataError before any model is built.
     """
@@ -123,12 +123,12 @@ def train_transform(data: DataArguments, seed: int) -> TrainTransform:
 
 
 def augmentation_seed(train: TrainArguments) -> int:
-    """`data_seed` where it is set, else `seed`."""
+    """`data_seed` if it is set, else `seed`."""
     return train.seed if train.data_seed is None else train.data_seed
 
 
 def build_recipe_model(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
-    """The model of a recipe; its backbone is frozen, has LoRA layers or trains in full, as `tune` says."""
+    """The model of a recipe, with its backbone frozen, with LoRA layers or fully trainable according to `tune`."""
     pixel_range = parse_pixel_range(data.pixel_range)
     built = build_model(
         model.backbone_config or model.backbone,
@@ -159,23 +159,22 @@ def head_settings(model: ModelArguments) -> dict[str, Any]:
 
 
 def require_figure(name: str | None, rows: Dataset) -> None:
-    """Raise RecipeError where evaluations have no figure of that name.
-
-    The Trainer would notice only at the first evaluation.
+    """Raise RecipeError if evaluations have no metric of that name; the Trainer notices it at the first evaluation
+    only.
     """
     figures = [f"eval_{figure}" for figure in Evaluator(rows.select([0]))([])]
     wanted = f"eval_{str(name).removeprefix('eval_')}"
     if name is not None and wanted not in figures:
         nearest = difflib.get_close_matches(wanted, figures, n=1, cutoff=0.0)[0]
         raise RecipeError(
-            f"metric_for_best_model={name}: no such figure; the nearest is {nearest}. There are {', '.join(figures)}."
+            f"metric_for_best_model={name}: unknown metric; the nearest is {nearest}. Known: {', '.join(figures)}."
         )
 
 
 class SavedWithModel:
     """Files saved with the weights in every folder: the recipe, and the configuration of transformers' processor.
 
-    It takes the place of a processor in the Trainer, which calls `save_pretrained` at every save.
+    It is passed to the Trainer as `processing_class`, whose `save_pretrained` is called at every save.
     """
 
     def __init__(self, recipe: Recipe, config: M2FConfig) -> None:

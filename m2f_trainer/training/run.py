@@ -1,4 +1,4 @@
-"""A training run from recipe to model card. `train` names its steps; each takes values and returns values."""
+"""A training run from recipe to model card. `train` calls its steps in order; each takes values and returns values."""
 
 import logging
 import shutil
@@ -151,7 +151,7 @@ def make_trainer(
 
 
 def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:
-    """The callbacks of a run besides those of `M2FTrainer`; `callbacks.order` says in which order they run."""
+    """The callbacks of a run besides those of `M2FTrainer`; `callbacks.order` defines their order."""
     stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience is not None else []
     return [EvaluateAtEverySave(), ClassTable(), Cost(), *stopping, *upload_callbacks(args)]
 
@@ -194,7 +194,7 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
 
 
 def illustrate(output: Path, rows: Dataset) -> None:
-    """Draw the card's pictures. An image that cannot be read leaves them out; it does not fail a finished run."""
+    """Draw the card's pictures. If an image can't be read they are left out; the finished run does not fail."""
     try:
         draw_pictures(output, rows, read_details(output))
     except ImageError as error:

@@ -14,11 +14,11 @@ from m2f_trainer.model.lora import lora_layers
 
 
 def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:
-    """Raise RecipeError where FSDP or DeepSpeed would not do what the recipe says."""
+    """Raise RecipeError if FSDP or DeepSpeed would ignore or break a setting of the recipe."""
     if (arguments.fsdp or arguments.deepspeed) and lora_layers(model):
         raise RecipeError(
-            "tune lora trains too little to be worth sharding, and its checkpoints would not load again: leave fsdp "
-            "and deepspeed out, torchrun alone spreads the images"
+            "tune lora has too few trained weights to be worth sharding, and its checkpoints would not load again: leave "
+            "fsdp and deepspeed out; torchrun alone distributes the images"
         )
     if arguments.fsdp:
         _require_whole_checkpoints(arguments)
@@ -28,11 +28,11 @@ def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:
 
 
 def require_accelerators(arguments: TrainingArguments) -> None:
-    """Raise RecipeError where a recipe asks for FSDP and accelerate would silently run without it."""
+    """Raise RecipeError if accelerate would silently run without FSDP."""
     if arguments.world_size < 2 or arguments.device.type == "cpu":
         raise RecipeError(
-            "fsdp shards over several accelerators under torchrun, and here there is one process, or only CPUs: leave "
-            "fsdp out, or start with bash recipes/torchrun_single_node.sh GPUS RECIPE.json"
+            "fsdp needs several accelerators under torchrun; this run has one process, or only CPUs: leave fsdp out, or "
+            "start it with bash recipes/torchrun_single_node.sh GPUS RECIPE.json"
         )
 
 
@@ -42,7 +42,7 @@ def _require_whole_checkpoints(arguments: TrainingArguments) -> None:
     changed = [f"{name}: {settings[name]}" for name, value in wanted.items() if settings.get(name, value) != value]
     if changed:
         raise RecipeError(
-            f"fsdp_config: {', '.join(changed)} would leave checkpoints without a model that loads anywhere. Leave out "
+            f"fsdp_config: with {', '.join(changed)} checkpoints would have no model that loads without FSDP. Leave out "
             "version and state_dict_type: FSDP2 and full state dicts are the defaults"
         )
 
@@ -54,25 +54,26 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
     own = [name for name in ("optimizer", "scheduler") if name in config]
     if stage == 3:
         raise RecipeError(
-            "deepspeed: ZeRO 3 gathers a layer's weights when the layer is called, and the decoders read weights of "
-            "layers that are not called; --fsdp true shards weights too"
+            "deepspeed: ZeRO 3 is not supported, since it gathers a layer's weights when the layer is called, and the "
+            "decoders use weights of layers that are not called. Use --fsdp true, which shards weights too"
         )
     if own:
         raise RecipeError(
-            f"deepspeed: leave {' and '.join(own)} out of its file, or the recipe's groups, rates and schedule are lost"
+            f"deepspeed: remove {' and '.join(own)} from its file; it would replace the recipe's groups, rates and schedule"
         )
     if arguments.bf16 or arguments.fp16:
         raise RecipeError(
-            'deepspeed: bf16 and fp16 would take the weights\' float32 from them; "torch_autocast" in its file does not'
+            "deepspeed: bf16 and fp16 would convert the weights from float32 to half precision. Leave them out, and set "
+            '"torch_autocast" in its file'
         )
     if arguments.lr_scheduler_type == "polynomial":
         raise RecipeError(
-            "deepspeed: transformers' polynomial schedule cannot read ZeRO's optimiser. --lr_scheduler_type linear is "
-            "nearly the same: power 1, where the recipe's is 0.9"
+            "deepspeed: transformers' polynomial schedule does not work with ZeRO's optimizer. Use --lr_scheduler_type "
+            "linear, which is nearly the same: power 1 instead of 0.9"
         )
     if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
         raise RecipeError(
-            "deepspeed: leave ema_decay out: ZeRO does not give access to the weights to average; FSDP does"
+            "deepspeed: leave ema_decay out, since ZeRO gives no access to the weights to average; or use --fsdp true"
         )
 
 
@@ -87,7 +88,7 @@ def autocast_sharded(model: nn.Module, arguments: TrainingArguments) -> None:
     """Run a model to be sharded with FSDP2 under autocast, as accelerate runs all other models.
 
     accelerate would instead have FSDP2 cast all weights to bfloat16, but pixel decoder and losses compute in float32.
-    FSDP2 warns about outputs that are views because gradients are lost where they are written to; no code here does so.
+    FSDP2 warns about outputs that are views, since writing to them would lose gradients; no code here writes to them.
     """
     if not arguments.fsdp:
         return

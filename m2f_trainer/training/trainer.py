@@ -76,7 +76,7 @@ class M2FTrainer(Trainer):
         require_engine(args, model)
         refuse_stock_upload(args)
         arguments = copy(args)
-        arguments.save_total_limit = None  # `rotate` takes its place: the Trainer's rotation goes by file times
+        arguments.save_total_limit = None  # `rotate` replaces the Trainer's rotation, which uses file times
         arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
         arguments.torch_compile = False  # the Trainer would compile the losses too, anew for each number of objects
         arguments.torch_compile_backend = arguments.torch_compile_mode = None
@@ -118,7 +118,7 @@ class M2FTrainer(Trainer):
         self.callback_handler.callbacks.sort(key=position)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The recipe's optimiser over our parameter groups, unless one was given to the constructor."""
+        """The recipe's optimizer over our parameter groups, unless one was given to the constructor."""
         own: Any = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.optimizer = build_optimizer(own, self.args)
@@ -241,7 +241,7 @@ def tile_loader(watched: Watched, tiles: EvalTiles, batch_size: int, args: Train
 
 
 def unwatched(dataset: Dataset[Any]) -> Dataset[Any]:
-    """The dataset itself."""
+    """The dataset inside a `Watched`; any other dataset is returned unchanged."""
     return dataset.dataset if isinstance(dataset, Watched) else dataset
 
 

@@ -58,7 +58,7 @@ def test_without_a_recipe_the_fields_are_chosen_for_the_dataset_and_printed(
     assert seen[0].train.max_minutes == 3
     assert (seen[0].model.num_queries, seen[0].model.tune) == ("auto", "frozen")
     out = capsys.readouterr().out
-    assert out.startswith("No recipe is named. Chosen for this dataset and machine:\n")
+    assert out.startswith("No recipe is given. Chosen for this dataset and machine:\n")
     assert "num_queries" in out
     assert "max_minutes" not in out
 

@@ -44,7 +44,7 @@ def test_the_lock_of_a_killed_run_is_taken_over_although_its_workers_live(data: 
     second = train(tmp_path / "second", options(data, output, dataloader_num_workers=2, overwrite_output_dir=True))
     first.join()
     assert second.status == 0, second.text[-2000:]
-    assert "took over from a run that is gone" in second.text
+    assert "took over the lock of a run that has ended" in second.text
 
 
 def test_another_runs_checkpoints_are_neither_mixed_nor_lost(data: Path, whole: Path) -> None:

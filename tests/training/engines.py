@@ -25,7 +25,7 @@ GRADIENTS = "gradients.pt"
 
 
 class KeepGradients(TrainerCallback):
-    """Writes the gradients of the latest step, as the optimiser gets them: reduced over the ranks, and clipped."""
+    """Writes the gradients of the latest step, as the optimizer gets them: reduced over the ranks, and clipped."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Run under torchrun: one optimiser step of M2FTrainer on four images, whose gradients rank 0 writes to a file.
+"""Run under torchrun: one optimizer step of M2FTrainer on four images, whose gradients rank 0 writes to a file.
 
 torchrun --nproc_per_node N -m tests.training.gradients_of_one_step OUT PER_DEVICE_BATCH ACCUMULATION
 """
@@ -42,7 +42,7 @@ class FourImages(Dataset[dict[str, Any]]):
 
 
 class KeepGradients(TrainerCallback):
-    """Writes the gradients just before the first optimiser step."""
+    """Writes the gradients just before the first optimizer step."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -26,7 +26,7 @@ def test_a_dry_run_shows_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     text = "\n".join(lines)
-    assert "100 optimiser steps, 2 per epoch: 50.0 epochs of 4 images" in text
+    assert "100 optimizer steps, 2 per epoch: 50.0 epochs of 4 images" in text
     assert "2 images per step: 2 per device x 1 accumulated x 1 devices" in text
     (each, whole) = re.findall(r"about ([\d.e-]+) s a step on this machine, (\S+) in all", text)[0]
     minutes, seconds = whole.split(":")[-2:]

@@ -36,7 +36,7 @@ def test_the_average_is_that_of_the_formula_and_changes_places_with_the_weight()
     assert not torch.allclose(raw, expected)
 
 
-def test_without_averages_or_optimiser_nothing_changes() -> None:
+def test_without_averages_or_optimizer_nothing_changes() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     with ema.averaged(torch.optim.AdamW([weight])), ema.averaged(None):
         assert torch.equal(weight, torch.ones(2))

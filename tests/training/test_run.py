@@ -29,7 +29,7 @@ from tests.training.runs import m2f, write_tiny
 def test_a_best_figure_that_no_evaluation_has_is_refused_before_the_model_is_made(tmp_path: Path) -> None:
     recipe = str(write_tiny(tmp_path, backbone_config=None, metric_for_best_model="map50"))
     with pytest.raises(
-        RecipeError, match=r"metric_for_best_model=map50: no such figure; the nearest is eval_map_50. The"
+        RecipeError, match=r"metric_for_best_model=map50: unknown metric; the nearest is eval_map_50. Known"
     ):
         train(load_recipe([recipe, "--image_height", "64", "--image_width", "64"]))
 

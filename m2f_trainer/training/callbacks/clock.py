@@ -48,14 +48,14 @@ class Clock(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the recipe's minutes, which may have changed since the checkpoint."""
+        """Use the recipe's minutes, which may have changed since the checkpoint."""
         if isinstance(args, TrainArguments) and args.max_minutes is not None:
             self.minutes = args.max_minutes
             self.head, self.backbone = rate_factors(args, TICKS)
         self.first = (state.global_step, self.share())
         if self.first[1] >= 1:
             state.max_steps = state.global_step  # a finished run that is resumed; `M2FTrainer` makes no step of it
-            control.should_evaluate = control.should_save = False  # the checkpoint was made while they were set
+            control.should_evaluate = control.should_save = False  # they were set when the checkpoint was saved
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +68,7 @@ class Clock(TrainerCallback, ExportableState):
         kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in groups]  # the Trainer logs these
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Forecast the number of steps anew, or stop the run."""
+        """Update the forecast of the number of steps, or stop the run."""
         step, share = self.first
         now = self.share()
         left = (1 - now) / max(now - share, 1e-9) * (state.global_step - step)

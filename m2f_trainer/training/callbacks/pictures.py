@@ -1,4 +1,4 @@
-"""Pictures for the loggers: augmented training samples at the start, predictions and truth at each evaluation."""
+"""Pictures for the loggers: augmented training samples at the start, predictions beside annotations at each evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ NamedPictures: TypeAlias = Mapping[str, NDArray[np.uint8]]
 
 
 class Pictures(TrainerCallback):
-    """Sends pictures wherever the Trainer's own callbacks send figures; draws none without such a callback.
+    """Sends pictures to the loggers of `report_to`; without a logger that accepts them none are drawn.
 
     `predictions` returns those of the latest evaluation, `callbacks` all callbacks of the Trainer.
     """
@@ -49,7 +49,7 @@ class Pictures(TrainerCallback):
             self._send(lambda: {f"train/sample_{k}": np.asarray(draw_sample(samples[k])) for k in shown}, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Send the first validation images, the truth on the left."""
+        """Send the first validation images with annotations on the left and predictions on the right."""
         samples = self.valid
         if isinstance(samples, InstanceDataset):
             self._send(lambda: self._predictions(samples), state)

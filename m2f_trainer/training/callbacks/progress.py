@@ -33,7 +33,7 @@ EARLY_STEP = 5
 class SeedEveryStep(TrainerCallback):
     """Seeds each step from (seed, step, rank), and sets the dataset's epoch, on which its augmentation depends.
 
-    A resumed run therefore draws the same random numbers as the uninterrupted one. The Trainer's own means are not
+    A resumed run therefore draws the same random numbers as the uninterrupted one. The Trainer's own seeding is not
     enough: it restores the generators only after a batch was drawn, and accelerate sets a dataset's epoch only on one
     process and at the start of an epoch.
     """
@@ -155,7 +155,7 @@ class Bars(ProgressCallback):
 class Lines(TrainerCallback):
     """Prints the size of the run, the rate of its first steps, and one line for each training log; on the main process.
 
-    The first step is slower than the others, so that it doesn't count in the rate of the first steps.
+    The first step is slower than the others, so it doesn't count in the rate of the first steps.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def hub_target(args: TrainArguments) -> Target:
-    """The repository that a recipe names, by default one named as the output folder."""
+    """The repository of a recipe, by default one with the name of the output folder."""
     return Target(
         args.hub_model_id or Path(str(args.output_dir)).name,
         private=bool(args.hub_private_repo),
@@ -51,7 +51,7 @@ class NoStockUpload(TrainerCallback):
 
 
 def refuse_stock_upload(args: TrainingArguments) -> None:
-    """Raise RecipeError where arguments ask the Trainer to upload: its constructor would create the repository."""
+    """Raise RecipeError if push_to_hub is set for the Trainer: its constructor would create the repository."""
     if args.push_to_hub:
         raise RecipeError(_upload_advice(args))
 

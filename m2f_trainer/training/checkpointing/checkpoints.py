@@ -61,13 +61,13 @@ def _manifest_text(files: Mapping[str, Any]) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, with the file's name; None if it is as it was written."""
+    """A description of a checkpoint's damage, with the file's name; None if it is intact."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
         whole = bool(files) and text == _manifest_text(files)
     except FileNotFoundError:
-        return f"{MANIFEST} is missing: its writing was cut short"
+        return f"{MANIFEST} is missing: the checkpoint was not completed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     if not whole:
@@ -260,7 +260,7 @@ def run_lock(output_dir: Path, held: bool = True) -> Iterator[None]:
         _acquire(file, output_dir)
         former = _lock_holder(file)
         if former is not None:
-            logger.warning("%s: took over from a run that is gone (%s)", output_dir, former)
+            logger.warning("%s: took over the lock of a run that has ended (%s)", output_dir, former)
         _replace_content(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         try:
             yield
@@ -273,7 +273,7 @@ def _acquire(file: TextIO, output_dir: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (EACCES, EAGAIN):
-            logger.warning("%s: no locks here (%s), so a second run would not be noticed", output_dir, error)
+            logger.warning("%s: this file system has no locks (%s), so a second run is not detected", output_dir, error)
             return
         raise TrainingError(
             f"{output_dir} is in use by another run ({_lock_holder(file) or 'just starting'}). Wait for it, stop "

@@ -63,7 +63,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def updates_per_epoch(facts: Mapping[str, Any]) -> int:
-    """Optimiser steps per epoch, counted as the Trainer does."""
+    """Optimizer steps per epoch, counted as the Trainer does."""
     batches = facts["train_images"] / facts["per_device_train_batch_size"]
     rounded: Callable[[float], int] = math.floor if facts["dataloader_drop_last"] else math.ceil
     of_a_rank = rounded(rounded(batches) / facts["world_size"])
@@ -71,7 +71,7 @@ def updates_per_epoch(facts: Mapping[str, Any]) -> int:
 
 
 def step_samples(facts: Mapping[str, Any]) -> int:
-    """Samples per optimiser step."""
+    """Samples per optimizer step."""
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
     return int(math.prod(facts[name] for name in sizes))
 

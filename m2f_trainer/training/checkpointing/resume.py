@@ -120,9 +120,9 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool)
 
 
 def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> Path | None:
-    """The folder that the Trainer resumes from: the checkpoint, or an adapted copy where settings have changed.
+    """The folder that the Trainer resumes from: the checkpoint, or an adapted copy if settings have changed.
 
-    Raises CheckpointError where they must not change, see `check_changes`.
+    Raises CheckpointError if they must not change, see `check_changes`.
     """
     if checkpoint is not None and check_changes(checkpoint, facts, arguments.allow_changes):
         return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts)
@@ -130,7 +130,7 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
 
 
 def with_checkpoint_taps(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
-    """The model's fields with `pyramid_taps` of the checkpoint where the recipe names none.
+    """The model's fields, with `pyramid_taps` from the checkpoint if the recipe has none.
 
     Earlier versions had other defaults; the checkpoint's weights were trained on the layers that it names.
     """
@@ -151,8 +151,8 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
 def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
     """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
-    Where the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is
-    dropped too, also when the validation images have changed.
+    If the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is
+    dropped if the step or the validation images have changed.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -198,16 +198,16 @@ class Resumed(TrainerCallback):
 
 
 class NewSettings(TrainerCallback):
-    """Applies changed learning rates and weight decay, and drops the average of the weights where ema_decay is unset.
+    """Applies changed learning rates and weight decay, and drops the average of the weights if ema_decay is unset.
 
-    Loading a checkpoint's optimiser restores the former values. Without the average, training continues from the raw
+    Loading a checkpoint's optimizer restores the former values. Without the average, training continues from the raw
     weights.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Set the optimiser's groups and the schedule as they are at this step in a new run with these settings."""
+        """Set the optimizer's groups and the schedule as they are at this step in a new run with these settings."""
         if isinstance(args, TrainArguments) and args.ema_decay is None:
             swap_averages(kwargs["optimizer"])
             drop_averages(kwargs["optimizer"])

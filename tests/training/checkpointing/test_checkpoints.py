@@ -55,7 +55,7 @@ def test_a_damaged_manifest_is_no_manifest(folder: Path, text: str) -> None:
 
 def test_without_a_manifest_the_writing_was_cut_short(folder: Path) -> None:
     (folder / MANIFEST).unlink()
-    assert damage(folder) == "manifest.json is missing: its writing was cut short"
+    assert damage(folder) == "manifest.json is missing: the checkpoint was not completed"
 
 
 def test_checkpoints_go_by_step_and_only_by_their_name(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_lock_that_nobody_holds_is_taken_over_with_a_warning(
 ) -> None:
     (tmp_path / LOCK).write_text('{"pid": 1, "host": "elsewhere"}')
     with run_lock(tmp_path):
-        assert "took over from a run that is gone (process 1 on elsewhere)" in caplog.text
+        assert "took over the lock of a run that has ended (process 1 on elsewhere)" in caplog.text
     assert (tmp_path / LOCK).read_text() == ""
 
 
