@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Only --help and --dry_run: recipe and fields are parsed by `config.recipe.load_recipe` from the other arguments."""
+    """Only --help and --dry_run; `config.recipe.load_recipe` parses the recipe and its fields."""
     parser.usage = "m2f train [RECIPE.json] [--field value ...]"
     parser.add_argument("-h", "--help", action="store_true", help="show this help and every recipe field")
     parser.add_argument(

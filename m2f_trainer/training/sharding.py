@@ -17,8 +17,8 @@ def require_engine(arguments: TrainingArguments, model: nn.Module) -> None:
     """Raise RecipeError if FSDP or DeepSpeed would ignore or break a setting of the recipe."""
     if (arguments.fsdp or arguments.deepspeed) and lora_layers(model):
         raise RecipeError(
-            "tune lora has too few trained weights to be worth sharding, and its checkpoints would not load again: leave "
-            "fsdp and deepspeed out; torchrun alone distributes the images"
+            "tune lora has too few trained weights to be worth sharding, and its checkpoints would not load again: "
+            "leave fsdp and deepspeed out; torchrun alone distributes the images"
         )
     if arguments.fsdp:
         _require_whole_checkpoints(arguments)
@@ -31,8 +31,8 @@ def require_accelerators(arguments: TrainingArguments) -> None:
     """Raise RecipeError if accelerate would silently run without FSDP."""
     if arguments.world_size < 2 or arguments.device.type == "cpu":
         raise RecipeError(
-            "fsdp needs several accelerators under torchrun; this run has one process, or only CPUs: leave fsdp out, or "
-            "start it with bash recipes/torchrun_single_node.sh GPUS RECIPE.json"
+            "fsdp needs several accelerators under torchrun; this run has one process, or only CPUs: leave fsdp out, "
+            "or start it with bash recipes/torchrun_single_node.sh GPUS RECIPE.json"
         )
 
 
@@ -42,8 +42,8 @@ def _require_whole_checkpoints(arguments: TrainingArguments) -> None:
     changed = [f"{name}: {settings[name]}" for name, value in wanted.items() if settings.get(name, value) != value]
     if changed:
         raise RecipeError(
-            f"fsdp_config: with {', '.join(changed)} checkpoints would have no model that loads without FSDP. Leave out "
-            "version and state_dict_type: FSDP2 and full state dicts are the defaults"
+            f"fsdp_config: with {', '.join(changed)} checkpoints would have no model that loads without FSDP. Leave "
+            "out version and state_dict_type: FSDP2 and full state dicts are the defaults"
         )
 
 
@@ -59,12 +59,12 @@ def _require_plain_zero(arguments: TrainingArguments) -> None:
         )
     if own:
         raise RecipeError(
-            f"deepspeed: remove {' and '.join(own)} from its file; it would replace the recipe's groups, rates and schedule"
+            f"deepspeed: remove {' and '.join(own)} from its file; it would replace the recipe's groups and schedule"
         )
     if arguments.bf16 or arguments.fp16:
         raise RecipeError(
-            "deepspeed: bf16 and fp16 would convert the weights from float32 to half precision. Leave them out, and set "
-            '"torch_autocast" in its file'
+            "deepspeed: bf16 and fp16 would convert the weights from float32 to half precision. Leave them out, and "
+            'set "torch_autocast" in its file'
         )
     if arguments.lr_scheduler_type == "polynomial":
         raise RecipeError(

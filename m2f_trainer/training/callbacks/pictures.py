@@ -1,4 +1,4 @@
-"""Pictures for the loggers: augmented training samples at the start, predictions beside annotations at each evaluation."""
+"""Pictures for the loggers: augmented training samples at the start, predictions at each evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
