@@ -1,4 +1,4 @@
-"""One thread a process: tests work on tensors too small to share, and their subprocesses inherit it."""
+"""One thread for each process: the tensors of tests are too small for more, and subprocesses inherit the setting."""
 
 import os
 

@@ -29,8 +29,8 @@ UNDECAYED_NAMES = (
 )  # fmt: skip
 NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
 LARGEST = 256
-"""Muon does not update `NOT_MATRICES`: layers initialised with zero, and the first and last layer (its author's advice).
-Nor matrices whose smaller side is above `LARGEST`: orthogonalising them would take a large part of a step."""
+"""Muon leaves `NOT_MATRICES` to AdamW: layers initialised with zero, the first and the last layer, as its author advises.
+So it does matrices whose smaller side is above `LARGEST`, whose orthogonalisation would take much of a step."""
 BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
 STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
 

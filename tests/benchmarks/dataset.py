@@ -13,7 +13,7 @@ def square(image_id: int, x: int, y: int, side: int = 8, category: int = 3) -> d
 
 
 def write_squares(folder: Path, objects: list[dict[str, Any]]) -> Path:
-    """Two images of 128 x 128 (no files: nothing here opens them) with these objects as train and valid split."""
+    """Write a train and a valid split, both with two images of 128 x 128 (without files) and these objects."""
     images = [{"id": k, "file_name": f"{k}.png", "height": 128, "width": 128} for k in (1, 2)]
     annotations = [{"id": k, **one} for k, one in enumerate(objects, start=1)]
     content = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "square"}]}

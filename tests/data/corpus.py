@@ -1,7 +1,7 @@
-"""Malformed datasets and images, one fault each, and how each is tried: in a process of its own, with a time limit.
+"""Malformed datasets and images with one fault each, and a runner that tries each in its own process with a time limit.
 
-Run as a module it reads cases as JSON lines `[kind, argument]` and writes, for each, `[outcome, message]`: it imports
-everything once, then forks for each case, so that a crash or a hang is the case's alone.
+Run as a module it reads cases as JSON lines `[kind, argument]` and writes `[outcome, message]` for each. It imports
+everything once, then forks for each case, so that a crash or a hang affects only that case.
 """
 
 import io
@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.data.folders import annotation, content, write
 
-LIMIT = 5.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # seconds, more where others use the machine
+LIMIT = 5.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # seconds, more on a busy machine
 
 SEGMENTATIONS: dict[str, Any] = {
     "null": None,
@@ -205,7 +205,7 @@ NAMES: dict[str, str] = {
 
 
 def set_with(folder: Path, coco: object) -> Path:
-    """A sound validation split beside a training split of this content."""
+    """A valid validation split, and a training split with this content."""
     write(folder, content(), split="valid")
     return write(folder, coco)
 
@@ -245,7 +245,7 @@ def with_name(folder: Path, name: str) -> Path:
 
 
 def try_dataset(root: str) -> None:
-    """What a training run does with its data first."""
+    """Load and check the dataset as a training run does."""
     from m2f_trainer.data.dataset import load_coco
     from m2f_trainer.data.validate import check_dataset
 
@@ -253,7 +253,7 @@ def try_dataset(root: str) -> None:
 
 
 def try_check(root: str) -> None:
-    """`m2f check`: its text is the message."""
+    """Run `m2f check`; its text is the message."""
     from m2f_trainer.doctor.examine import examine
     from m2f_trainer.doctor.summary import summary_text
     from m2f_trainer.errors import DataError

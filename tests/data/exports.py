@@ -1,6 +1,6 @@
-"""What annotation tools write, by hand and tiny: one function a tool, which returns the dataset's folder.
+"""Tiny imitations of the exports of annotation tools: one function for each tool, which returns the dataset's folder.
 
-Each has five images or more of 20 x 16 pixels where its name isn't about too few, with one object each.
+Each has at least five images of 20 x 16 pixels with one object each.
 """
 
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 SQUARE = [2.0, 3.0, 12.0, 3.0, 12.0, 11.0, 2.0, 11.0]
 COUNTS = [35, *([8, 8] * 9), 8, 133]  # of the same square, column by column
 EXPORTS: dict[str, Callable[[Path], Path]] = {}
-"""Tool -> what writes its export; the object of every image is the square."""
+"""Tool -> function that writes its export; the object of every image is the square."""
 
 
 def export(function: Callable[[Path], Path]) -> Callable[[Path], Path]:
@@ -24,7 +24,7 @@ def export(function: Callable[[Path], Path]) -> Callable[[Path], Path]:
 
 
 def pictures(folder: Path, names: Sequence[str]) -> None:
-    """Images that look unlike one another."""
+    """Write images that are not duplicates of each other."""
     for name in names:
         noise = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 255, size=(4, 5, 3), dtype=np.uint8)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def fiftyone_with_labels_apart(root: Path) -> Path:
 
 @export
 def supervisely(root: Path) -> Path:
-    """Export to COCO: a project with one folder a dataset."""
+    """Export to COCO: a project with one folder for each dataset."""
     names = [f"IMG_{k}.png" for k in range(6)]
     pictures(root / "123_cells/ds0/images", names)
     dump(root / "123_cells/ds0/annotations/instances.json", coco(names))
@@ -277,7 +277,7 @@ def hugging_face_imagefolder(root: Path) -> Path:
 
 @export
 def ultralytics(root: Path) -> Path:
-    """A data.yaml, and a text file an image."""
+    """A data.yaml, and a text file for each image."""
     line = " ".join(f"{value / (16 if k % 2 else 20):.6f}" for k, value in enumerate(SQUARE))
     for split, numbers in (("train", range(5)), ("val", range(5, 7))):
         names = [f"{k}.png" for k in numbers]
@@ -293,7 +293,7 @@ def ultralytics(root: Path) -> Path:
 
 
 def vgg_own(root: Path) -> Path:
-    """The annotator's own project file, which is no COCO."""
+    """The annotator's own project file, which is not COCO."""
     pictures(root, ["a.png"])
     shape = {"name": "polygon", "all_points_x": [2, 12, 12], "all_points_y": [3, 3, 11]}
     region = {"shape_attributes": shape, "region_attributes": {"type": "cell"}}

@@ -1,4 +1,4 @@
-"""Small COCO folders for tests, and where the real ones are."""
+"""Small COCO folders for tests, and the path of the real datasets."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The dataset of the field cases: six images of 20 x 16 pixels with one square each, and changes of its spelling."""
+"""A valid dataset, six images of 20 x 16 pixels with one square each, and variants of how it is written."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ COUNTS = [35, *([8, 8] * 9), 8, 133]  # of the same square, column by column
 
 
 def picture(path: Path, size: tuple[int, int] = (20, 16), **options: Any) -> None:
-    """An image that looks unlike others of another name."""
+    """Write an image whose pixels depend on its name, so that images are not duplicates of each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = zlib.crc32(str(path.name).encode("utf-8", "surrogateescape"))
     noise = np.random.default_rng(seed).integers(0, 255, size=(4, 5, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""One image of vertical bars, evaluated: small enough to calculate by hand."""
+"""One image of vertical bars and its evaluation: small enough to calculate the results by hand."""
 
 from __future__ import annotations
 

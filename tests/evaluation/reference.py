@@ -1,4 +1,4 @@
-"""The slow, literal route that the fast one is held against, and the logits that both are given."""
+"""A slow, literal implementation of Mask2Former's postprocessing as a reference, and logits to test with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small ground truths, as dataset rows and as the untouched COCO dictionary they come from."""
+"""Small ground truths, as dataset rows and as the COCO dictionary that they were made from."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def counts_of(segmentation: Any, height: int, width: int) -> str:
 
 
 def rows_of(coco: dict[str, Any]) -> datasets.Dataset:
-    """What `load_coco` makes of an annotation file, less the images."""
+    """The rows that `load_coco` makes of an annotation file, without the images."""
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in coco["images"]}
     sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     for item in coco["annotations"]:
@@ -75,7 +75,7 @@ def instances_from(image_id: int, size: tuple[int, int], found: list[tuple[int, 
 
 
 def perfect(rows: datasets.Dataset) -> list[Instances]:
-    """Every object that is no crowd, predicted exactly with score 1."""
+    """Every object except crowd regions, predicted exactly with score 1."""
     return [
         instances_from(
             row["image_id"],

@@ -1,4 +1,4 @@
-"""What the fault tests share: a data set, and the runs on it that nothing happened to."""
+"""Shared by the fault tests: a dataset, and undisturbed runs on it."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from tests.faults.tiny import CANARY, Started, dataset, options, train
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set."""
+    """A small dataset."""
     return dataset(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")
 def whole(data: Path) -> Path:
-    """A run of six steps that nothing happened to, with checkpoints at 2, 4 and 6, and a Hub token at hand."""
+    """An undisturbed run of six steps with checkpoints at 2, 4 and 6, and a Hub token in its environment."""
     output = data.parent / "whole"
     ran = train(data.parent / "whole.log", options(data, output), HF_TOKEN=CANARY)
     assert ran.status == 0, ran.text[-3000:]

@@ -1,7 +1,7 @@
-"""Tiny runs of `train`, each in a process of its own that can be killed.
+"""Tiny runs of `train`, each in its own process that can be killed.
 
-They come from a server process that has imported everything and has done nothing else: so they start in no time, and
-none of them inherits a thread or a lock from whatever the tests' process did before.
+The processes are forked from a server process that has imported everything and done nothing else. So they start quickly
+and inherit no thread or lock from the process of the tests.
 """
 
 import contextlib
@@ -37,19 +37,21 @@ BASE: dict[str, Any] = {
     "dataloader_num_workers": 0, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "color_jitter": 0.2,
     "load_best_model_at_end": False, "learning_rate": 1e-3, "save_total_limit": None, "max_eval_samples": 2,
 }  # fmt: skip
-CANARY = "hf_canaryCANARYcanaryCANARYcanary00"  # a Hub token that must turn up nowhere
-Prepare = Callable[[], object]  # runs first in the process; importable, or a partial of what is
+CANARY = "hf_canaryCANARYcanaryCANARYcanary00"  # a Hub token that must appear in no file or log
+Prepare = Callable[
+    [], object
+]  # called first in the process; must be picklable: importable, or a partial of one that is
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.tiny"])
 
 
 def dataset(folder: Path, images: int = 7) -> Path:
-    """A small data set; an odd number of images, so that an epoch ends with half a batch."""
+    """A small dataset; an odd number of images, so that an epoch ends with half a batch."""
     return write_sample(folder / "data", images=(images, 2, 0))
 
 
 def options(data: Path, output: Path, **fields: Any) -> list[str]:
-    """What the command line gets."""
+    """Write a recipe, and return the arguments of `m2f` that train it."""
     recipe = output.with_name(f"{output.name}.json")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(json.dumps({**BASE, "dataset_name": str(data), "output_dir": str(output), **fields}))
@@ -58,14 +60,14 @@ def options(data: Path, output: Path, **fields: Any) -> list[str]:
 
 @dataclass
 class Ran:
-    """A process's end: its exit status (negative for a signal) and what it said."""
+    """The exit status of a process (negative for a signal, None if it hung) and its output."""
 
     status: int | None
     text: str
 
 
 class Started:
-    """`m2f train` in a process of its own, or in one for each rank."""
+    """`m2f train` in its own process, or in one for each rank."""
 
     def __init__(
         self, log: Path, arguments: Sequence[str], prepare: Prepare | None = None, ranks: int = 1, **environment: str
@@ -84,7 +86,7 @@ class Started:
             process.start()
 
     def wait_for(self, text: str, timeout: float = 240) -> None:
-        """Until the text is in the log."""
+        """Wait until the text is in the log."""
         end = time.monotonic() + timeout
         while text not in self.text() and any(process.is_alive() for process in self.processes):
             assert time.monotonic() < end, self.text()[-3000:]
@@ -100,7 +102,7 @@ class Started:
             os.kill(pid, number)
 
     def join(self, timeout: float = 240) -> list[Ran]:
-        """All ranks' ends; what hangs is killed and has the status None."""
+        """Wait for all ranks; a rank that hangs is killed and has the status None."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -118,7 +120,7 @@ class Started:
 def train(
     log: Path, arguments: Sequence[str], prepare: Prepare | None = None, timeout: float = 240, **environment: str
 ) -> Ran:
-    """One run, to its end."""
+    """One run from start to end."""
     return Started(log, arguments, prepare, **environment).join(timeout)[0]
 
 
@@ -155,7 +157,7 @@ def _child(log: Path, arguments: list[str], prepare: Prepare | None, environment
 
 
 def at_step(step: int, act: Callable[[], object], event: str = "on_step_begin") -> None:
-    """Have runs of this process act at an event once that many steps are done."""
+    """Make runs of this process call `act` at an event, once `step` steps are done."""
     from transformers import TrainerCallback
 
     class Act(TrainerCallback):

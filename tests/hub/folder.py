@@ -1,4 +1,4 @@
-"""A model folder as training leaves it, without a model: cards and uploads look at its files only."""
+"""A folder with the files of a trained model and placeholder weights, for tests of cards and uploads."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ CLASSES = {"eval_map_class/cat": 0.25, "eval_map_class/dog": 0.75}
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
-    """Everything `m2f train` leaves, and things beside it that must stay at home."""
+    """Write the files of `m2f train`, and other files that must not be uploaded."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"dataset_name": "/home/someone/secret/pets", "tune": "frozen", "output_dir": str(folder.resolve())}
     write_json(folder / "config.json", {**CONFIG, **changes})

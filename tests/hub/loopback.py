@@ -1,4 +1,4 @@
-"""A small Hub on the loopback interface: as much of its API as an upload through huggingface_hub needs."""
+"""A small Hub on the loopback interface, with the part of its API that uploads through huggingface_hub need."""
 
 import base64
 import hashlib
@@ -18,15 +18,15 @@ CUT, SILENT, STALLED, HALF_HEARD, LATE, TRICKLE = 0, -1, -2, -3, -4, -5
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what was uploaded in `files`; fails first as queued in `failures` for each path.
+    """Stores uploads in `files`; requests first fail as queued in `failures` by path.
 
-    A failure is a status, or
-    CUT         the connection is closed in the midst of an answer
-    SILENT      no answer comes for as long as the Hub stands
-    STALLED     half of an answer comes, and no more
-    HALF_HEARD  the connection is closed when half of the request's body has come
-    LATE        the right answer, after a while
-    TRICKLE     the right answer, byte by byte
+    A failure is an HTTP status, or
+    CUT         the connection is closed in the middle of a response
+    SILENT      no response is sent until the Hub is closed
+    STALLED     half of a response is sent, and nothing more
+    HALF_HEARD  the connection is closed after half of the request's body was read
+    LATE        the correct response, after a delay
+    TRICKLE     the correct response, byte by byte
     """
 
     daemon_threads = True
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def parts(self, body: bytes) -> Iterator[bytes]:
-        """The body as the fault in hand has it sent."""
+        """The parts of the body that are sent, according to the current fault."""
         if self.fault == STALLED:
             yield body[: len(body) // 2]
             self.stay_silent()
@@ -123,12 +123,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.route(path, body)
 
     def stay_silent(self) -> None:
-        """Send nothing until the client is gone."""
+        """Send nothing until the Hub is closed."""
         self.close_connection = True
         self.server.released.wait(30)
 
     def cut(self) -> None:
-        """Promise an answer, send the half of it, and hang up."""
+        """Announce a response of 1000 bytes, send one, and close the connection."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{")
         self.wfile.flush()
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"error": "not found"}, 404)
 
     def resolve(self, name: str) -> None:
-        """A file that was uploaded, as a download asks for it."""
+        """Answer the download of an uploaded file."""
         if name not in self.server.files:
             return self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         body = self.server.files[name]
@@ -182,15 +182,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.objects[value["oid"]]
-        told = {"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40}
+        commit = {"commitUrl": f"{self.server.address}/me/model/commit/1", "commitOid": "1" * 40}
         proposed = "create_pr=1" in self.path
-        self.answer(told | ({"pullRequestUrl": f"{self.server.address}/me/model/discussions/1"} if proposed else {}))
+        self.answer(commit | ({"pullRequestUrl": f"{self.server.address}/me/model/discussions/1"} if proposed else {}))
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
 
 def upload_mode(path: str) -> dict[str, object]:
-    """The Hub's word on how a file is to be sent: weights by LFS."""
+    """The Hub's answer on how to upload a file: weights by LFS."""
     mode = "lfs" if path.endswith(".safetensors") else "regular"
     return {"path": path, "uploadMode": mode, "shouldIgnore": False}

@@ -1,12 +1,13 @@
-"""A device that isn't there: tensors that compute on the CPU, say that they lie elsewhere, and count what would wait.
+"""A simulated accelerator: tensors that compute on the CPU but report another device, and a counter of
+synchronisations.
 
-On an accelerator the host runs ahead of the device until it asks for a value or copies without `non_blocking`; then it
-waits. `Waits` counts the operations that do so by what they are: reading a value (`item`, `bool`, `tolist`), copying to
-the host, copying from the host in the blocking way, and results whose size depends on values (`nonzero`, a boolean
-index, `unique`, `masked_select`, `repeat_interleave`).
+On an accelerator the host runs ahead of the device until it reads a value or copies without `non_blocking`; then it
+waits. `Waits` counts the operations that do so: reading a value (`item`, `bool`, `tolist`), copies to the host,
+blocking copies from the host, and results whose size depends on values (`nonzero`, a boolean index, `unique`,
+`masked_select`, `repeat_interleave`).
 
-It can't see what happens below PyTorch's operators (allocations, waits within a library's kernel) nor whether a copy
-said not to block really comes from pinned memory; `benchmarks.train_step --device cuda` counts on a real device.
+It doesn't see what happens below PyTorch's operators (allocations, waits within a library's kernel), nor whether a
+non-blocking copy really comes from pinned memory; `benchmarks.train_step --device cuda` counts on a real device.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-DEVICE = torch.device("mps", 0)  # any type that autocast and checkpointing know, and that this machine lacks
+DEVICE = torch.device("mps", 0)  # any type that autocast and checkpointing support, and that this machine lacks
 aten = torch.ops.aten
 
 WAITING = {
@@ -28,7 +29,7 @@ WAITING = {
 
 
 class Pretended(Tensor):
-    """A tensor said to lie on `DEVICE`; its numbers are in `held`, on the CPU."""
+    """A tensor that reports `DEVICE`; its values are in `held`, on the CPU."""
 
     held: Tensor
     device = DEVICE  # type: ignore[assignment]
@@ -47,7 +48,7 @@ class Pretended(Tensor):
 
 
 class Waits(TorchDispatchMode):
-    """Runs everything on the CPU, and counts in `seen` the operations for which the host would wait."""
+    """Runs all operations on the CPU, and counts in `seen` those for which the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ def _is_boolean(index: Any) -> bool:
 
 
 def moved(module: nn.Module) -> nn.Module:
-    """The module with its parameters and buffers on the pretended device."""
+    """The module with its parameters and buffers on the simulated device."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -111,6 +112,6 @@ def moved(module: nn.Module) -> nn.Module:
 
 
 def sent(value: Any) -> Any:
-    """A batch on the pretended device."""
+    """A batch on the simulated device."""
     to: Callable[[Any], Any] = lambda one: Pretended(one) if isinstance(one, Tensor) else one  # noqa: E731
     return tree_map(to, value)

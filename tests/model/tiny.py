@@ -25,7 +25,7 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
 
 
 def tiny_model(backbone: Any = None, **fields: Any) -> M2FModel:
-    """A model whose images are 64x64 unless told otherwise."""
+    """A model for images of 64 x 64 pixels by default."""
     torch.manual_seed(0)
     given = {"image_size": (64, 64), **HEAD, **fields}
     return build_model(backbone or VIT, given.pop("categories", CATEGORIES), **given)

@@ -1,4 +1,4 @@
-"""A small model, data set and run, and the `m2f` command as a function."""
+"""A small model, dataset and recipe, and the `m2f` command as a function."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def _dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(_dataset: Path) -> Path:
-    """A data set of four training and two validation images; tests don't change it."""
+    """A dataset of four training and two validation images; tests don't change it."""
     return _dataset
 
 

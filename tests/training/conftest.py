@@ -1,4 +1,4 @@
-"""Finished runs that many tests read and none changes."""
+"""Finished runs that many tests read; no test changes them."""
 
 from pathlib import Path
 

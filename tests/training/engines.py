@@ -35,7 +35,7 @@ class KeepGradients(TrainerCallback):
 
 @contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Make runs comparable, and have accelerate take an engine that it keeps for accelerators."""
+    """Make runs comparable, and make accelerate use on CPUs an engine that it restricts to accelerators."""
     callbacks = run.run_callbacks
     with ExitStack() as stack:
         stack.enter_context(patch("torch.rand", same_points))
@@ -50,7 +50,7 @@ def engine(name: str) -> Iterator[None]:
 
 
 def sharding_start(original: Any) -> Any:
-    """accelerate's start, but sharding over CPUs as over accelerators; all else is its own code, and torch's."""
+    """accelerate's own initialisation, except that FSDP is also used on CPUs."""
 
     def begin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)

@@ -16,7 +16,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.model.tiny import images, tiny_model
 
-COUNTS = (3, 0, 1, 2)  # objects an image, one image without any
+COUNTS = (3, 0, 1, 2)  # objects of each image
 
 
 class FourImages(Dataset[dict[str, Any]]):
@@ -61,7 +61,7 @@ class NoSave(TrainerCallback):
 
 
 def same_points(*shape: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
-    """In torch.rand's place: the same points for every image, however images are spread over batches and ranks."""
+    """A replacement of torch.rand: the same points for every image, in any distribution over batches and ranks."""
     sizes = shape[0] if isinstance(shape[0], tuple) else shape
     points = torch.from_numpy(np.random.default_rng(0).random((1, *sizes[1:]))).to(dtype or torch.float32)
     return points.expand(*sizes)

@@ -36,7 +36,7 @@ def write_tiny(folder: Path, images: tuple[int, int, int] = (4, 3, 2), **fields:
 def m2f(
     *arguments: object, ranks: int = 0, launcher: str = "torchrun", module: str = "m2f_trainer", timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
-    """Run `m2f ...` in a process of its own, or in `ranks` processes."""
+    """Run `m2f ...` in its own process, or in `ranks` processes."""
     launch = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)],
         "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(ranks)],

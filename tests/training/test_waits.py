@@ -1,4 +1,4 @@
-"""How often a training step makes the host wait for the device, counted on a pretended one (pretend_device.py)."""
+"""How often a training step makes the host wait for the device, counted on a simulated one (pretend_device.py)."""
 
 from types import SimpleNamespace
 from typing import Any
