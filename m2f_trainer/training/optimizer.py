@@ -29,8 +29,8 @@ UNDECAYED_NAMES = (
 )  # fmt: skip
 NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
 LARGEST = 256
-"""Muon leaves `NOT_MATRICES` to AdamW: layers initialised with zero, the first and the last layer, as its author advises.
-So it does matrices whose smaller side is above `LARGEST`, whose orthogonalisation would take much of a step."""
+"""Muon leaves two kinds of matrices to AdamW. `NOT_MATRICES` are layers initialised with zero, and the first and last
+layer, as its author advises. Matrices whose smaller side is above `LARGEST` take too long to orthogonalise."""
 BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
 STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
 

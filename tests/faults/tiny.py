@@ -38,9 +38,7 @@ BASE: dict[str, Any] = {
     "load_best_model_at_end": False, "learning_rate": 1e-3, "save_total_limit": None, "max_eval_samples": 2,
 }  # fmt: skip
 CANARY = "hf_canaryCANARYcanaryCANARYcanary00"  # a Hub token that must appear in no file or log
-Prepare = Callable[
-    [], object
-]  # called first in the process; must be picklable: importable, or a partial of one that is
+Prepare = Callable[[], object]  # called first in the process; picklable
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.tiny"])
 
