@@ -144,6 +144,13 @@ class ModelArguments:
         defines_model=True,
         before=0.0,
     )
+    class_weights: dict[str, Any] | str | None = option(
+        None,
+        'Weights of classes in the class loss, for rare or important ones: {"name": weight}, 1 for those not named; or '
+        "balanced: proportional to 1 / sqrt(objects), 1 on average over the objects. Default: 1 each.",
+        "model",
+        changes_results=True,
+    )
     matrix_nms: bool = option(
         True,
         "Predictions that overlap better ones of their class lose score (Matrix NMS), in the model's class logits.",
@@ -186,6 +193,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self._check_class_weights()
         if self.feature_cache is not None and self.tune != "frozen":
             raise RecipeError(
                 f"feature_cache={self.feature_cache} stores the features of a frozen backbone, but tune={self.tune} "
@@ -199,6 +207,16 @@ class ModelArguments:
         if self.head_checkpoint and self.init_from:
             raise RecipeError(
                 "head_checkpoint and init_from are both set, and both initialise the head. Keep one of them."
+            )
+
+    def _check_class_weights(self) -> None:
+        given = self.class_weights
+        weights = list(given.values()) if isinstance(given, dict) else []
+        valid = isinstance(given, dict) and all(type(weight) in (int, float) and weight > 0 for weight in weights)
+        if given is not None and given != "balanced" and not valid:
+            raise RecipeError(
+                'class_weights: expected "balanced", or an object of class names and numbers above 0 such as '
+                f'{{"name": 2}}, got {given!r}.'
             )
 
 
@@ -329,6 +347,15 @@ class DataArguments:
         "Drop training instances with fewer pixels than this at the input size.",
         "data",
         at_least=1,
+        changes_results=True,
+    )
+    repeat_factor_threshold: float | None = option(
+        None,
+        "Repeat training images or tiles with rare classes: a class in less than this fraction of them is shown "
+        "sqrt(threshold / fraction) times as often (repeat-factor sampling of LVIS, which uses 0.001). Default: off.",
+        "data",
+        at_least=0,
+        at_most=1,
         changes_results=True,
     )
     max_train_samples: int | None = option(None, "Train on the first N images only.", "data", at_least=1)

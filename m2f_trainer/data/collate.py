@@ -54,10 +54,30 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def objects(self) -> npt.NDArray[np.int64]:
         """The number of objects of each sample, (len,), before augmentation."""
+        return np.bincount(self.labels()[:, 0], minlength=len(self.rows)).astype(np.int64)
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Row number and class of every object of the split, without crowd regions, (N, 2)."""
         lists = self.rows.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
-        crowd = pc.struct_field(pc.list_flatten(lists), "iscrowd").to_numpy(zero_copy_only=False).astype(bool)
-        images = pc.list_parent_indices(lists).to_numpy()
-        return np.bincount(images[~crowd], minlength=len(lists)).astype(np.int64)
+        crowd, ids = (
+            pc.struct_field(pc.list_flatten(lists), name).to_numpy(zero_copy_only=False)
+            for name in ("iscrowd", "category_id")
+        )
+        images = pc.list_parent_indices(lists).to_numpy()[~crowd.astype(bool)]
+        classes = [self.class_of[key] for key in ids[~crowd.astype(bool)].tolist()]
+        return np.column_stack([images, classes]).astype(np.int64)
+
+    def class_places(self) -> npt.NDArray[np.int64]:
+        """Place and class of every class that a place has objects of, (P, 2): places are rows, or tiles of them."""
+        return np.unique(self.labels(), axis=0)
+
+    def places(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The place of each sample of an epoch, (len,)."""
+        return np.arange(len(self))
+
+    def shares(self) -> npt.NDArray[np.float64]:
+        """How often an epoch shows each place, on average."""
+        return np.ones(len(self.rows))
 
     def name(self, index: int) -> str:
         """A sample in messages."""

@@ -22,7 +22,7 @@ from m2f_trainer.config.arguments import DataArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, in_crop
-from m2f_trainer.data.transforms import Row, Sample, TrainTransform, pad, read_image, target_boxes
+from m2f_trainer.data.transforms import Row, Sample, TrainTransform, pad, read_image, target_boxes, targets
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.masks.rle import Box, Size
 from m2f_trainer.model.mask2former import M2FConfig
@@ -122,9 +122,16 @@ class TileGrid:
         image, rows, columns, row, column = self.cells[place].tolist()
         return Cell(image, rows, columns, row, column, bool(self.counts[place]))
 
-    def objects(self) -> NDArray[np.int64]:
-        """The number of objects in each tile of the first epoch, before the grid is shifted."""
-        return np.concatenate([self.counts[cycle.places[: cycle.per_epoch]] for cycle in self.cycles])
+    def places(self, epoch: int) -> NDArray[np.int64]:
+        """The number of each tile of an epoch, among all tiles of all images: those of `cell`."""
+        return np.concatenate([cycle.of_epoch(epoch) for cycle in self.cycles])
+
+    def shares(self) -> NDArray[np.float64]:
+        """The average number of times that an epoch has each tile of all images."""
+        shares = np.zeros(len(self.cells))
+        for cycle in self.cycles:
+            shares[cycle.places] = cycle.per_epoch / max(len(cycle.places), 1)
+        return shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +143,10 @@ class _Cycle:
 
     def place(self, index: int, epoch: int) -> int:
         return int(self.places[(epoch * self.per_epoch + index) % len(self.places)])
+
+    def of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The `per_epoch` tile numbers of an epoch."""
+        return self.places[(epoch * self.per_epoch + np.arange(self.per_epoch)) % max(len(self.places), 1)]
 
 
 def _by_image(places: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -213,6 +224,7 @@ class TrainTiles(InstanceDataset):
         limit: int | None = None,
     ) -> None:
         super().__init__(rows, transform, categories)
+        self.side = transform.side
         self.grid = TileGrid(rows, transform.side, empty, limit)
 
     def __len__(self) -> int:
@@ -224,8 +236,30 @@ class TrainTiles(InstanceDataset):
         return {**self.rows[cell.image], "cell": cell}
 
     def objects(self) -> NDArray[np.int64]:
-        """The number of objects in each tile, as in `InstanceDataset`."""
-        return self.grid.objects()
+        """The number of objects in each tile of the first epoch, before the grid is shifted."""
+        return self.grid.counts[self.grid.places(0)]
+
+    def class_places(self) -> NDArray[np.int64]:
+        """Tile and class of every class that a tile of the unshifted grid has objects of, (P, 2)."""
+        columns = self.rows.select_columns(["height", "width", "objects"]).with_format(None)
+        starts = np.searchsorted(self.grid.cells[:, 0], np.arange(len(self.rows)))
+        found = [np.zeros((0, 2), np.int64)]
+        for row, start in zip(columns, starts.tolist(), strict=True):
+            boxes, classes = target_boxes(row), np.array([self.class_of[one["category_id"]] for one in targets(row)])
+            size, (down, across) = (row["height"], row["width"]), self.grid.cells[start, 1:3].tolist()
+            for k in np.unique(classes).tolist():
+                inside = count_inside(boxes[classes == k], size, self.side, (down, across)).reshape(-1)
+                tiles = start + np.flatnonzero(inside)
+                found.append(np.column_stack([tiles, np.full(len(tiles), k)]))
+        return np.concatenate(found)
+
+    def places(self, epoch: int) -> NDArray[np.int64]:
+        """The tile of each sample of an epoch."""
+        return self.grid.places(epoch)
+
+    def shares(self) -> NDArray[np.float64]:
+        """How often an epoch shows each tile, on average."""
+        return self.grid.shares()
 
 
 # evaluation and prediction

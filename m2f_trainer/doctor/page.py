@@ -17,6 +17,7 @@ from m2f_trainer.doctor.summary import (
     image_sizes,
     instances_per_image,
     object_sides,
+    rarest_classes,
     relative_file,
     verdict,
 )
@@ -68,6 +69,8 @@ def _histograms(examination: Examination) -> Iterator[Chart]:
         yield _bars(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
     totals = {name: sum(counts.values()) for name, counts in class_counts(examination).items()}
     yield _bars("Objects of each class", sorted(totals.items(), key=lambda item: -item[1]))
+    rarest = [(f"{name} ({count} objects)", images) for name, count, images in rarest_classes(examination)[:MOST_BARS]]
+    yield _bars("Training images of each class, the rarest first", rarest)
     yield _bars("Image sizes", image_sizes(examination))
 
 

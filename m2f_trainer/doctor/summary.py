@@ -14,6 +14,9 @@ from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 
 _SHOWN_CLASSES = 30
+_RAREST = 10
+_RARE = 0.01
+"""A class in less than this fraction of the training images is rare."""
 
 
 def figures(examination: Examination) -> dict[str, Any]:
@@ -22,6 +25,7 @@ def figures(examination: Examination) -> dict[str, Any]:
     return {
         "splits": splits,
         "classes": class_counts(examination),
+        "rarest_classes": rarest_classes(examination),
         "instances_per_image": _percentiles(instances_per_image(examination)),
         "num_queries": examination.settings.num_queries,
         "input_size": [examination.settings.image_height, examination.settings.image_width],
@@ -58,10 +62,27 @@ def image_sizes(examination: Examination) -> list[tuple[str, int]]:
     return Counter(f"{scan.entry['width']}x{scan.entry['height']}" for scan in every_image(examination)).most_common()
 
 
+def rarest_classes(examination: Examination) -> list[tuple[str, int, int]]:
+    """(class name, objects, images with it) in the training split, the classes in the fewest images first."""
+    objects, images = Counter[int](), Counter[int]()
+    for scan in examination.scans.get("train", ()):
+        ids = [one["category_id"] for one in scan.targets]
+        objects.update(ids)
+        images.update(set(ids))
+    label = _labels(examination)
+    rows = [(label[one.id], objects[one.id], images[one.id]) for one in examination.categories]
+    return sorted(rows, key=lambda row: (row[2], row[1]))
+
+
+def _labels(examination: Examination) -> dict[int, str]:
+    """Category id -> its name, with the id where two have the same."""
+    names = Counter(category.name for category in examination.categories)
+    return {one.id: one.name if names[one.name] == 1 else f"{one.name} [{one.id}]" for one in examination.categories}
+
+
 def class_counts(examination: Examination) -> dict[str, dict[str, int]]:
     """Class name -> split -> instances without crowd regions; where two classes have the same name, ids are added."""
-    names = Counter(category.name for category in examination.categories)
-    label = {one.id: one.name if names[one.name] == 1 else f"{one.name} [{one.id}]" for one in examination.categories}
+    label = _labels(examination)
     table = {label[one.id]: dict.fromkeys(examination.scans, 0) for one in examination.categories}
     for split, scans in examination.scans.items():
         for category_id, count in Counter(one["category_id"] for scan in scans for one in scan.targets).items():
@@ -123,6 +144,21 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
         yield f"  {name:{max(24, widest + 2)}}" + "  ".join(f"{split} {count}" for split, count in counts.items())
     if len(ordered) > _SHOWN_CLASSES:
         yield f"  ... and {len(ordered) - _SHOWN_CLASSES} more"
+    yield from _rarest_lines(summary["rarest_classes"], summary["splits"].get("train", {}).get("images", 0))
+
+
+def _rarest_lines(rarest: Sequence[tuple[str, int, int]], images: int) -> Iterator[str]:
+    """The rarest classes of the training split, and what can be done about them."""
+    if len(rarest) < 2 or not images:
+        return
+    shown = [f"{printable(name)} in {of_them:,} ({objects:,} objects)" for name, objects, of_them in rarest[:_RAREST]]
+    yield f"rarest classes, in how many of {images:,} training images: {', '.join(shown)}"
+    rare = sum(of_them < _RARE * images for _, _, of_them in rarest)
+    if rare:
+        yield (
+            f"  {rare} of {len(rarest)} classes are in less than {100 * _RARE:g} % of the training images; to train"
+            f" more on them: m2f train --repeat_factor_threshold {_RARE:g}, or --class_weights balanced"
+        )
 
 
 def _finding_lines(finding: Finding, examination: Examination) -> list[str]:

@@ -39,7 +39,11 @@ class Points:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The constants of Mask2Former's loss (paper, section 4.1, and its released configurations)."""
+    """The constants of Mask2Former's loss (paper, section 4.1, and its released configurations).
+
+    class_weights: weight of each class in the cross entropy, (K,); () for 1 each. As in `torch.nn.CrossEntropyLoss`, it
+    multiplies the terms of a class, and the sum is divided by the total weight.
+    """
 
     class_weight: float = 2.0
     mask_weight: float = 5.0
@@ -50,6 +54,7 @@ class LossSettings:
     importance_sample_ratio: float = 0.75
     discrimination_weight: float = 0.0
     quality_weight: float = 0.0
+    class_weights: tuple[float, ...] = ()
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -57,16 +62,25 @@ class LossSettings:
         return {"class": self.class_weight, "mask": self.mask_weight, "dice": self.dice_weight}
 
 
-def normalizer(class_labels: Sequence[Tensor], num_queries: int, no_object_weight: float) -> Tensor:
+def normalizer(
+    class_labels: Sequence[Tensor], num_queries: int, no_object_weight: float, class_weights: Sequence[float] = ()
+) -> Tensor:
     """Return the two divisors of the loss as float64 (2,): number of masks, and total weight of the class terms.
 
-    Both follow from the number of targets alone, so they can be summed over ranks and accumulated micro-batches before
-    the first forward pass. An image has min(N, Q) matched queries of weight 1; the others weigh `no_object_weight`.
+    Both follow from the targets alone, so they can be summed over ranks and accumulated micro-batches before the first
+    forward pass. An image has min(N, Q) matched queries of the weight of their class, which is 1 without
+    `class_weights`; the others weigh `no_object_weight`. With more objects than queries, a matched one counts with the
+    mean weight of the image's objects.
     """
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, num_queries) for count in counts)
+    weight = float(matched)
+    if class_weights:
+        table = torch.tensor(class_weights, dtype=torch.float64)
+        means = [float(table[labels.cpu()].mean()) if len(labels) else 0.0 for labels in class_labels]
+        weight = sum(mean * min(count, num_queries) for mean, count in zip(means, counts, strict=True))
     unmatched = num_queries * len(counts) - matched
-    return torch.tensor([float(sum(counts)), matched + no_object_weight * unmatched], dtype=torch.float64)
+    return torch.tensor([float(sum(counts)), weight + no_object_weight * unmatched], dtype=torch.float64)
 
 
 class Criterion(nn.Module):
@@ -107,19 +121,26 @@ class Criterion(nn.Module):
                 shape = (features.shape[0], self.settings.num_points, 2)
                 points = Points(torch.rand(shape, device=features.device, dtype=features.dtype))
             if divisors is None:
-                divisors = normalizer(class_labels, class_logits.shape[2], self.settings.no_object_weight)
+                divisors = normalizer(
+                    class_labels,
+                    class_logits.shape[2],
+                    self.settings.no_object_weight,
+                    self.settings.class_weights,
+                )
             divisors = divisors.to(features, non_blocking=True)
             counts = [len(labels) for labels in class_labels]
             learnt = features if self.settings.discrimination_weight else features.detach()
             sampled = sample_features(learnt, points.matching)
             targets = masks.sample_images(counts, points.matching)
             matches = match(embeddings, sampled, class_logits, targets, class_labels, self.settings.weights)
-            classes = self._class_loss(class_logits, class_labels, matches) / divisors[1]
+            classes = self._classes(class_logits, class_labels, matches)  # (L, B, Q)
+            weights = self._query_weights(classes, class_logits.dtype)
+            entropy = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none").view_as(classes)
             mask, dice = self._mask_losses(embeddings, features, masks, matches, points)
             untouched = 0 * (embeddings.sum() + features.sum())  # gradients of 0 on a rank without objects
             count = divisors[0].clamp(min=1)
             terms = {
-                "loss_cross_entropy": self.settings.class_weight * classes,
+                "loss_cross_entropy": self.settings.class_weight * (entropy * weights).sum((1, 2)) / divisors[1],
                 "loss_mask": self.settings.mask_weight * mask / count + untouched,
                 "loss_dice": self.settings.dice_weight * dice / count,
             }
@@ -129,20 +150,24 @@ class Criterion(nn.Module):
             if quality_logits is not None:
                 truth = best_overlaps(embeddings[-1], features, masks, sampled, targets)
                 losses = F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
-                weights = torch.full(class_logits.shape[:3], self.settings.no_object_weight, device=losses.device)
-                weights[matches.level, matches.image, matches.query] = 1
                 quality = (losses * weights[-1]).sum() / divisors[1]
                 terms["loss_quality"] = self.settings.quality_weight * quality.unsqueeze(0)
             return terms
 
-    def _class_loss(self, class_logits: Tensor, class_labels: Sequence[Tensor], matches: Matches) -> Tensor:
-        """Summed weighted cross entropy of all queries -> (L,)."""
-        targets = torch.full(class_logits.shape[:3], self.num_labels, device=class_logits.device)
+    def _classes(self, class_logits: Tensor, class_labels: Sequence[Tensor], matches: Matches) -> Tensor:
+        """The class of each query's target, int64 (L, B, Q); K for the queries without one."""
+        classes = torch.full(class_logits.shape[:3], self.num_labels, device=class_logits.device)
         labels = torch.cat(tuple(class_labels))
-        targets[matches.level, matches.image, matches.query] = labels[matches.target]
-        losses = F.cross_entropy(class_logits.flatten(0, 2), targets.flatten(), reduction="none").view_as(targets)
-        weights = torch.ones_like(losses).masked_fill(targets == self.num_labels, self.settings.no_object_weight)
-        return (losses * weights).sum((1, 2))
+        classes[matches.level, matches.image, matches.query] = labels[matches.target]
+        return classes
+
+    def _query_weights(self, classes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight of each query by the class of its target, (L, B, Q)."""
+        if self.settings.class_weights:
+            table = [*self.settings.class_weights, self.settings.no_object_weight]
+            return torch.tensor(table, dtype=dtype, device=classes.device)[classes]
+        weights = torch.ones(classes.shape, dtype=dtype, device=classes.device)
+        return weights.masked_fill(classes == self.num_labels, self.settings.no_object_weight)
 
     def _mask_losses(
         self, embeddings: Tensor, features: Tensor, masks: CompactMasks, matches: Matches, points: Points

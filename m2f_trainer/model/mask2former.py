@@ -47,6 +47,7 @@ class M2FConfig(Mask2FormerConfig):
                     the padded frame that images are resized to fit into, multiples of the backbone's stride
     discrimination_weight
                     weight of the instance discrimination loss (see `discrimination`); 0: off
+    class_weights   weight of each class in the class loss; None for 1 each
     tile_size, tile_overlap
                     side of the square tiles in original pixels, and the fraction of it that neighbours share; tiles
                     are resized to the frame. None for whole images
@@ -68,6 +69,7 @@ class M2FConfig(Mask2FormerConfig):
     image_height: int = 1024
     image_width: int = 1024
     discrimination_weight: float = 0.0
+    class_weights: list[float] | None = None
     tile_size: int | None = None
     tile_overlap: float = 0.3
     pixel_range: list[float] | tuple[float, float] | str | None = None
@@ -128,7 +130,10 @@ class M2FModel(Mask2FormerPreTrainedModel):
         weights = (config.class_weight, config.mask_weight, config.dice_weight, config.no_object_weight)
         points = (config.train_num_points, config.oversample_ratio, config.importance_sample_ratio)
         training_only = (config.discrimination_weight, config.quality_weight)
-        self.criterion = Criterion(classes, LossSettings(*weights, *points, *training_only))
+        of_classes = tuple(config.class_weights or ())
+        if len(of_classes) not in (0, classes):
+            raise ModelError(f"class_weights: expected {classes} numbers, one a class, got {len(of_classes)}")
+        self.criterion = Criterion(classes, LossSettings(*weights, *points, *training_only, of_classes))
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         for name in ("mean", "std"):

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.imbalance import RepeatedSamples
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
@@ -157,7 +158,8 @@ def cache_key(dataset: InstanceDataset, encoder: Encoder) -> str:
     for name, tensor in encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
-    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows)]).encode())
+    repeated = dataset.threshold if isinstance(dataset, RepeatedSamples) else None
+    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows), repeated]).encode())
     return total.hexdigest()
 
 

@@ -3,7 +3,7 @@
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.hub_dataset import load_recipe_dataset
+from m2f_trainer.data.imbalance import RepeatedSamples, resolve_weights, weights_of_classes, weights_text
 from m2f_trainer.data.reading import reading_of
 from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
@@ -76,14 +77,33 @@ def first_rows(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Sequence[Category]) -> InstanceDataset:
-    """Training rows, or tiles of them, with the recipe's augmentation, a function of (seed, epoch, index)."""
+    """Training rows, or tiles of them, with the recipe's augmentation, a function of (seed, epoch, index).
+
+    Those with rare classes are repeated where the recipe has a `repeat_factor_threshold`.
+    """
     transform = train_transform(data, seed)
-    if not isinstance(transform, TileTransform):
-        return InstanceDataset(rows, transform, categories)
-    tiles = TrainTiles(rows, transform, categories, data.empty_tiles, data.tiles_per_image)
-    sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
-    logger.warning("tiles: %s per epoch, from %s images; %s", f"{len(tiles):,}", f"{len(rows):,}", sizes)
-    return tiles
+    samples = InstanceDataset(rows, transform, categories)
+    if isinstance(transform, TileTransform):
+        samples = TrainTiles(rows, transform, categories, data.empty_tiles, data.tiles_per_image)
+        sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
+        logger.warning("tiles: %s per epoch, from %s images; %s", f"{len(samples):,}", f"{len(rows):,}", sizes)
+    if data.repeat_factor_threshold:
+        samples = RepeatedSamples(samples, data.repeat_factor_threshold, seed)
+        logger.warning("%s", samples.summary())
+    return samples
+
+
+def with_class_weights(recipe: Recipe, samples: InstanceDataset) -> Recipe:
+    """The recipe with the weight of every class by its name, where it has `class_weights`.
+
+    Raises:
+        RecipeError: it names a class that the training split does not have
+    """
+    if recipe.model.class_weights is None:
+        return recipe
+    weights = resolve_weights(recipe.model.class_weights, samples)
+    logger.warning("%s", weights_text(weights, samples))
+    return replace(recipe, model=replace(recipe.model, class_weights=weights))
 
 
 def report_overfull(samples: InstanceDataset, num_queries: int) -> None:
@@ -144,6 +164,7 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
         pixel_range=None if pixel_range == "auto" else pixel_range,
         drop_path=model.drop_path,
         rope_rescale=model.rope_rescale,
+        class_weights=weights_of_classes(model.class_weights, categories),
         **head_settings(model),
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)

@@ -59,6 +59,7 @@ from m2f_trainer.training.prepare import (
     report_overfull,
     require_figure,
     train_samples,
+    with_class_weights,
     with_feature_cache,
 )
 from m2f_trainer.training.trainer import M2FTrainer
@@ -81,7 +82,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         recipe = with_pixel_range(recipe, data.pixel_range)
         require_figure(recipe.train.metric_for_best_model, data.valid)
         samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
-        recipe = resolve_auto(recipe, samples, checkpoint)
+        recipe = with_class_weights(resolve_auto(recipe, samples, checkpoint), samples)
         if recipe.train.process_index == 0:
             report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
@@ -104,7 +105,7 @@ def dry_run(recipe: Recipe) -> str:
     data = load_data(recipe.data)
     recipe = with_pixel_range(recipe, data.pixel_range)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
-    recipe = resolve_auto(recipe, samples, None)
+    recipe = with_class_weights(resolve_auto(recipe, samples, None), samples)
     model = build_recipe_model(recipe.model, recipe.data, data.categories)
     return plan_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
 

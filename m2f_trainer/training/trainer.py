@@ -143,7 +143,8 @@ class M2FTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         if not batch_samples or "class_labels" not in batch_samples[0]:
             return None
-        parts = [normalizer(b["class_labels"], config.num_queries, config.no_object_weight) for b in batch_samples]
+        settings = (config.num_queries, config.no_object_weight, config.class_weights or ())
+        parts = [normalizer(batch["class_labels"], *settings) for batch in batch_samples]
         total = torch.stack(parts).sum(0).float()
         total = (total.pin_memory() if device.type == "cuda" else total).to(device, non_blocking=True)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total

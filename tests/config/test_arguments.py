@@ -47,3 +47,13 @@ def test_a_feature_cache_needs_a_frozen_backbone() -> None:
 def test_only_one_source_initialises_the_head() -> None:
     with pytest.raises(RecipeError, match=r"both initialise the head\. Keep one of them"):
         ModelArguments(head_checkpoint="a", init_from="b")
+
+
+@pytest.mark.parametrize("weights", ["inverse", {"cell": 0}, {"cell": "2"}, {"cell": True}, {"cell": [1]}], ids=str)
+def test_class_weights_are_positive_numbers_or_balanced(weights: Any) -> None:
+    assert ModelArguments(class_weights={"cell": 2, "dust": 0.5}).class_weights == {"cell": 2, "dust": 0.5}
+    assert ModelArguments(class_weights="balanced").class_weights == "balanced"
+    with pytest.raises(
+        RecipeError, match='class_weights: expected "balanced", or an object of class names and numbers'
+    ):
+        ModelArguments(class_weights=weights)

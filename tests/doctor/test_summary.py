@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
@@ -33,3 +34,19 @@ def test_counts_of_classes_are_in_one_column_whatever_the_length_of_a_name(tmp_p
     assert len(rows) == 2
     assert len({row.index("train 1") for row in rows}) == 1
     assert re.search(rf"{name}\s+train 1", "\n".join(rows))
+
+
+def test_the_rarest_classes_are_named_with_their_images_and_what_helps(tmp_path):
+    """150 images have a cell, and the first of them has dust, too: less than 1 % of the images."""
+    coco = content(*(annotation(k, image_id=k) for k in range(1, 151)), annotation(900, category_id=6))
+    coco["categories"].append({"id": 6, "name": "dust"})
+    coco["images"] = [{**coco["images"][0], "id": k, "file_name": f"{k}.png"} for k in range(1, 151)]
+    write(tmp_path, content(), "valid")
+    write(tmp_path, coco)
+    for k in range(1, 151):
+        shutil.copy(tmp_path / "train" / "a.png", tmp_path / "train" / f"{k}.png")
+    result = examine(tmp_path)
+    assert figures(result)["rarest_classes"] == [("dust", 1, 1), ("cell", 150, 150)]
+    text = summary_text(result)
+    assert "rarest classes, in how many of 150 training images: dust in 1 (1 objects), cell in 150 (150" in text
+    assert "1 of 2 classes are in less than 1 % of the training images; to train more on them: m2f train" in text

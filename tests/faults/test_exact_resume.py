@@ -29,6 +29,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {  # fields, ste
         {"checkpointing_steps": "epoch", "early_stopping_patience": 3, "load_best_model_at_end": True, "max_steps": 12},
         (4, 8), 1,
     ),
+    "two ranks, rare classes": (
+        {"per_device_train_batch_size": 1, "repeat_factor_threshold": 0.9, "class_weights": "balanced"}, (2, 4), 2
+    ),
+    "rare classes, workers": (
+        {"dataloader_num_workers": 2, "repeat_factor_threshold": 0.9, "class_weights": "balanced"}, (2, 4), 1
+    ),
     "two ranks": ({"per_device_train_batch_size": 1}, (2, 4), 2),
     "two ranks, workers, accumulation": (
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1,

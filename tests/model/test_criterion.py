@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from m2f_trainer.model import compact_masks
+from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points
+from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points, normalizer
 from m2f_trainer.model.matcher import Matches
 from tests.model.tiny import images, labels, tiny_model
 
@@ -103,3 +104,16 @@ def test_the_same_seed_gives_the_same_loss() -> None:
         torch.manual_seed(5)
         losses.append(model(**batch).loss)
     assert torch.equal(*losses)
+
+
+def test_the_divisor_of_the_class_loss_is_the_weight_of_its_queries() -> None:
+    labels = [torch.tensor([0, 1, 1]), torch.tensor([], dtype=torch.int64)]
+    assert normalizer(labels, 4, 0.1).tolist() == pytest.approx([3, 3 + 0.5])
+    assert normalizer(labels, 4, 0.1, (2.0, 5.0)).tolist() == pytest.approx([3, 12 + 0.5])
+    assert normalizer(labels, 2, 0.1, (2.0, 5.0)).tolist() == pytest.approx([3, 8 + 0.2]), "two of mean weight 4"
+
+
+def test_class_weights_need_one_number_a_class() -> None:
+    assert tiny_model(class_weights=[2.0, 1.0]).criterion.settings.class_weights == (2.0, 1.0)
+    with pytest.raises(ModelError, match="class_weights: expected 2 numbers, one a class, got 3"):
+        tiny_model(class_weights=[2.0, 1.0, 1.0])

@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import Mask2FormerConfig, SwinConfig
@@ -13,7 +14,8 @@ from m2f_trainer.model.criterion import Criterion, LossSettings, Points
 POINTS = 256
 
 
-def test_loss_terms_and_gradients_are_transformers_given_the_same_points() -> None:
+@pytest.mark.parametrize("class_weights", [(), (0.5, 3.0, 1.0, 20.0)], ids=["equal", "weighted"])
+def test_loss_terms_and_gradients_are_transformers_given_the_same_points(class_weights: tuple[float, ...]) -> None:
     torch.manual_seed(1)
     dtype = torch.float64
     outputs, queries, channels, labels = 3, 7, 8, 4
@@ -25,13 +27,15 @@ def test_loss_terms_and_gradients_are_transformers_given_the_same_points() -> No
     config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=labels, train_num_points=POINTS)
     reference = Mask2FormerLoss(config, {}).to(dtype)
     reference.empty_weight[-1] = 0.1  # not its float32 rounding
+    if class_weights:
+        reference.empty_weight[:-1] = torch.tensor(class_weights)
     pairs = 8
     points = Points(
         torch.rand(2, POINTS, 2, dtype=dtype),
         torch.rand(outputs * pairs, POINTS * 3, 2, dtype=dtype),
         torch.rand(outputs * pairs, POINTS - int(0.75 * POINTS), 2, dtype=dtype),
     )
-    mine = Criterion(labels, LossSettings(num_points=POINTS))(
+    mine = Criterion(labels, LossSettings(num_points=POINTS, class_weights=class_weights))(
         embeddings, features, classes, CompactMasks.from_dense(truth), class_labels, points=points
     )
     gradients = torch.autograd.grad(torch.stack(list(mine.values())).sum(), (embeddings, features, classes))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.images import open_image
-from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.errors import CheckpointError, DataError, RecipeError
 from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
@@ -144,6 +144,30 @@ def test_a_resumed_run_on_tiles_ends_with_the_same_weights(tiled_run: Path, tmp_
     resumed = load_model(str(tmp_path / "checkpoint-4")).state_dict()
     for name, tensor in load_model(str(tiled_run / "run" / "checkpoint-4")).state_dict().items():
         assert torch.equal(resumed[name], tensor), name
+
+
+def test_a_run_with_repeated_samples_and_class_weights_resumes_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"repeat_factor_threshold": 0.9, "class_weights": "balanced", "max_steps": 6, "checkpointing_steps": 2}
+    recipe = str(write_tiny(tmp_path, images=(7, 2, 0), **fields))
+    train(load_recipe([recipe]))
+    (repeated,) = (line for line in caplog.messages if line.startswith("repeat_factor_threshold"))
+    assert "9 samples per epoch instead of 7; 3 of 3 classes are repeated: circle 1.3 times (in 4 of 7)" in repeated
+    (weighted,) = (line for line in caplog.messages if line.startswith("class_weights"))
+    whole = load_model(str(tmp_path / "run" / "checkpoint-6"))
+    saved = load_recipe([str(tmp_path / "run" / "checkpoint-6" / "recipe.json")]).model.class_weights
+    assert isinstance(saved, dict)
+    assert whole.config.class_weights == list(saved.values())
+    assert all(f"{name} {weight:g} (" in weighted for name, weight in saved.items())
+    options = ["--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint"]
+    train(load_recipe([recipe, *options, str(tmp_path / "run" / "checkpoint-2")]))
+    resumed = load_model(str(tmp_path / "again" / "checkpoint-6")).state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed[name], tensor), name
+    options += [str(tmp_path / "run" / "checkpoint-4"), "--class_weights", json.dumps({**saved, "circle": 9})]
+    with pytest.raises(CheckpointError, match=r"was trained with other settings: class_weights was .*circle"):
+        train(load_recipe([recipe, *options[:1], str(tmp_path / "other"), *options[2:]]))
 
 
 def test_a_lora_run_leaves_a_plain_model_and_an_adapter(tmp_path: Path) -> None:
