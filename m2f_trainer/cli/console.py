@@ -31,6 +31,11 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset", help="folder of a dataset, its annotation file or data.yaml, or user/name on the Hub"
     )
+    add_file_options(parser)
+
+
+def add_file_options(parser: argparse._ActionsContainer) -> None:
+    """Where the annotations and images of a dataset are."""
     parser.add_argument(
         "--annotations",
         nargs="+",

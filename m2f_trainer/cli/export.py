@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f_trainer.cli.console import positive_int, say, suggest
+from m2f_trainer.cli.console import add_file_options, positive_int, say, suggest
 
 SUMMARY = "one ONNX or torch file of a model, compared with it on real images"
 DESCRIPTION = (
@@ -29,24 +29,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parity.add_argument(
         "--validation", metavar="DATASET", help="compare on the valid split of this dataset [the run's own dataset]"
     )
+    add_file_options(parity)
     parity.add_argument(
-        "--exif_frame", default="auto", choices=["auto", "stored", "displayed"], help="of --validation [%(default)s]"
-    )
-    parity.add_argument(
-        "--images", type=positive_int, default=16, metavar="N", help="number of images to compare on [%(default)s]"
+        "--num_images", type=positive_int, default=16, metavar="N", help="number of images to compare on [%(default)s]"
     )
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from m2f_trainer.errors import check_model_path
+    from m2f_trainer.errors import DataError, check_model_path
     from m2f_trainer.export.export import CONSTANTS, export_model
     from m2f_trainer.export.parity import FULL, HALF, check_export, recorded_dataset
     from m2f_trainer.model.mask2former import load_model
 
     check_model_path(arguments.model)
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
-    named = {"dataset_name": arguments.validation, "exif_frame": arguments.exif_frame}
-    dataset = named if arguments.validation else recorded_dataset(Path(arguments.model))
+    dataset = recorded_dataset(Path(arguments.model))
+    if arguments.validation:
+        given = ("annotations", "images", "exif_frame")
+        dataset = {"dataset_name": arguments.validation, **{name: vars(arguments)[name] for name in given}}
+    elif arguments.annotations or arguments.images:
+        raise DataError("--annotations and --images are files of a --validation dataset. Give it, or leave them out.")
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     if dataset is None:
         say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
     reference = load_model(arguments.model)
-    parity = check_export(reference, path, dataset, arguments.images, limits, arguments.fixed_size)
+    parity = check_export(reference, path, dataset, arguments.num_images, limits, arguments.fixed_size)
     say(parity.to_text())
     if arguments.format == "onnx":
         suggest(f"python recipes/onnx_predict.py {shlex.quote(str(path))} IMAGE")

@@ -20,7 +20,15 @@ import numpy as np
 
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import file_parts
-from m2f_trainer.data.image_names import ImageNames, image_paths, is_address, is_inside, outermost, usual_name
+from m2f_trainer.data.image_names import (
+    ImageNames,
+    image_paths,
+    is_address,
+    is_inside,
+    outermost,
+    usual_name,
+    with_slashes,
+)
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, usual_segmentation, whole_number
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
@@ -409,16 +417,17 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
     names, are reported and left out.
     """
     name, places = str(files.annotations), ImageNames(files.image_folders, files.annotations, files.split)
-    named = [text for image in images if (text := usual_name(image)) is not None]
+    named = [with_slashes(text) or text for image in images if (text := usual_name(image)) is not None]
     folder = places.folder(named, report)
     paths: dict[int, Path] = {}
     found: dict[int, list[Path]] = {}
     for image in images:
         text = usual_name(image)
-        if text is None or not is_text(text) or (not is_inside(text) and not is_address(text)):
+        slashed = with_slashes(text) if text is not None and is_text(text) else None
+        if text is None or not is_text(text) or not (is_inside(text) or is_address(text) or slashed):
             continue
         path = folder / text
-        if not os.path.lexists(path):
+        if slashed or not os.path.lexists(path):
             found[image["id"]] = places.find(text)
         paths[image["id"]] = path
     exact = {os.path.normpath(path) for key, path in paths.items() if key not in found}

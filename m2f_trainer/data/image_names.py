@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +24,12 @@ def is_inside(name: str) -> bool:
     """Whether a file name is relative, with / between folders and without "..", so that it stays in its folder."""
     path = PurePosixPath(name)
     return "\\" not in name and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def with_slashes(name: str) -> str | None:
+    """A relative name that has \\ between its folders, as Windows writes it, with /; None for other names."""
+    spelled = name.replace("\\", "/")
+    return spelled if "\\" in name and is_inside(spelled) and not PureWindowsPath(name).drive else None
 
 
 def is_address(name: str) -> bool:
@@ -75,12 +81,16 @@ class ImageNames:
         """The files below the folders that a name may refer to; a single one if it is unambiguous.
 
         The name may be a URL, or differ in folders, case, percent-encoding or Unicode form. Among files with the same
-        last part, those that share the most folders with the name are returned, if they share any.
+        last part, those that share the most folders with the name are returned, if they share any. A name with \\
+        between its folders only refers to files that share its last folder.
         """
-        parts = _parts(name)
+        slashed = with_slashes(name)
+        parts = _parts(slashed or name)
         if not parts:
             return []
         found = self._by_name.get(parts[-1]) or self._by_key.get(_key(parts[-1])) or []
+        if slashed is not None:  # the file's folder must be that of the name, too
+            found = [path for path in found if _common_end(parts, path.parts) > 1]
         if len(found) < 2:
             return found
         shared = [_common_end(parts, path.parts) for path in found]

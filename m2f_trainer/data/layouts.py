@@ -85,9 +85,14 @@ def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
     return ()
 
 
+def annotated_folder(file: Path) -> Path:
+    """The dataset folder of an annotation file: its own, or the one around it where that is called annotations."""
+    return file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
+
+
 def coco_file(file: Path) -> SplitFiles:
     """One annotation file as a training split, with the folders near it that may hold its images."""
-    base = file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
+    base = annotated_folder(file)
     folders = (file.parent, *image_folders_of(base, stem(file), split_of_file(file) or "train"), *subfolders(base))
     return SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 

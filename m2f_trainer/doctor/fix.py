@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from m2f_trainer.data.categories import normalized_name
-from m2f_trainer.data.coco_json import Entry
+from m2f_trainer.data.coco_json import Entry, FolderSplit
 from m2f_trainer.data.dataset import held_out
+from m2f_trainer.data.layouts import annotated_folder
 from m2f_trainer.data.problems import KINDS, Finding, listed
 from m2f_trainer.data.transforms import read_image
 from m2f_trainer.doctor.duplicates import same_in_detail
@@ -69,11 +70,11 @@ def repair(examination: Examination, target: Path, remove_leaked: bool = False) 
     Raises:
         DataError: `target` is not empty, or lies inside the dataset; or an error remains that can't be corrected
     """
-    root = Path(examination.dataset).resolve()
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise DataError(f"{target}: expected a new or empty folder for the corrected copy. Name another one.")
-    if target.resolve().is_relative_to(root):
-        raise DataError(f"{target}: expected a folder outside the dataset {root}. Name another one.")
+    for folder in dataset_folders(examination):
+        if target.resolve().is_relative_to(folder):
+            raise DataError(f"{target}: expected a folder outside the dataset {folder}. Name another one.")
     _refuse(_without_fix(examination))
     plan = _Plan(examination, remove_leaked)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,17 @@ def repair(examination: Examination, target: Path, remove_leaked: bool = False) 
     finally:
         shutil.rmtree(staging)
     return _compared(examination, plan, changes)
+
+
+def dataset_folders(examination: Examination) -> list[Path]:
+    """The folders that a dataset consists of, absolute: no copy of it is written into them.
+
+    Of a dataset that is named by its annotation file they are the folder of that file, the one around it where it is
+    called annotations or alike, and those of the images.
+    """
+    root = Path(examination.dataset).resolve()
+    folders = [split.folder.resolve() for split in examination.splits.values() if isinstance(split, FolderSplit)]
+    return [annotated_folder(root) if root.is_file() else root, *folders]
 
 
 def can_be_corrected(examination: Examination) -> bool:

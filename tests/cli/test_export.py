@@ -32,3 +32,29 @@ def test_the_exit_status_is_the_parity(
     assert out.startswith(f"{path}: 1.5 MB. {tmp_path / 'model.json'} describes how to use it.\n")
     assert "compared on synthetic images" in out
     assert "largest difference: 1e-6" in out
+
+
+def test_the_files_of_a_validation_dataset_can_be_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"")
+    asked: list[object] = []
+    parity = SimpleNamespace(met=True, to_text=str)
+    stand_in(monkeypatch, "m2f_trainer.export.export", CONSTANTS="model.json", export_model=lambda *_, **__: path)
+    stand_in(
+        monkeypatch,
+        "m2f_trainer.export.parity",
+        FULL=1,
+        HALF=2,
+        check_export=lambda *given: (asked.append(given[2:4]), parity)[1],
+        recorded_dataset=lambda _: None,
+    )
+    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
+    files = ["--annotations", "valid=a.json", "--images", "valid=photos"]
+    assert main(["export", "user/model", "--validation", "coco", *files, "--num_images", "3"]) == 0
+    expected = {"annotations": ["valid=a.json"], "images": ["valid=photos"], "exif_frame": "auto"}
+    assert asked == [({"dataset_name": "coco", **expected}, 3)]
+    assert main(["export", "user/model", *files]) == 1
+    assert "files of a --validation dataset. Give it, or leave them out." in capsys.readouterr().err

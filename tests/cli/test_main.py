@@ -118,7 +118,7 @@ def test_characters_that_the_encoding_of_stdout_lacks_are_escaped(monkeypatch: p
 @pytest.mark.parametrize(
     "argv",
     [
-        "predict m in --batch_size 0", "evaluate m d --batch_size -1", "export m --images 0",
+        "predict m in --batch_size 0", "evaluate m d --batch_size -1", "export m --num_images 0",
         "check d --preview 0", "check d --num_queries 0", "check d --image_height x",
     ],
 )  # fmt: skip

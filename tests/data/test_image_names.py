@@ -39,6 +39,8 @@ SPELLINGS = {
     "upper case": named(str.upper),
     "upper-case ending": named(lambda name: name.replace(".png", ".PNG")),
     "other folders": named(lambda name: f"set/pictures/{name}"),
+    "windows folders": named(lambda name: f"images\\{name}"),
+    "more windows folders": named(lambda name: f"set\\Images\\{name}"),
     "dots": named(lambda name: f"./././{name}"),
     "spaces around": named(lambda name: f" {name} "),
     "other folders and case": named(lambda name: f"Data/{name.upper()}"),

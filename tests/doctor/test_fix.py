@@ -68,6 +68,24 @@ def test_a_corrected_copy_never_goes_where_something_is(tmp_path):
         repair(examine(root), root / "corrected")
 
 
+@pytest.mark.parametrize("place", ["annotations.json", "annotations/train.json"])
+def test_the_copy_of_a_json_file_is_not_written_into_its_dataset(place, tmp_path):
+    root = dataset(tmp_path / "set")
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / "annotations.json").rename(root / place)
+    (tmp_path / "elsewhere").mkdir()
+    examination = examine(root / place)
+    assert examination.status == 0
+    for target in (root / "copy", root / "images" / "copy", root / "annotations" / "copy"):
+        with pytest.raises(DataError, match="expected a folder outside the dataset"):
+            repair(examination, target)
+    repair(examination, tmp_path / "copy")
+    (root / place).rename(tmp_path / "elsewhere" / "train.json")
+    examination = examine(tmp_path / "elsewhere/train.json", None, None, [f"train={root / 'images'}"])
+    with pytest.raises(DataError, match="expected a folder outside the dataset"):
+        repair(examination, root / "images" / "copy")
+
+
 def test_the_copy_is_compared_with_the_original_id_by_id(tmp_path):
     def damage(coco):
         coco["annotations"][0]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]

@@ -71,7 +71,7 @@ def test_the_command_exits_with_1_where_parity_is_not_met(
     for runner, status in ((Faulty, 1), (Faithful, 0)):
         monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
         argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
-        assert cli.main([*argv, "--images", "2", "--fixed_size"]) == status
+        assert cli.main([*argv, "--num_images", "2", "--fixed_size"]) == status
     out = capsys.readouterr().out
     assert "parity is NOT MET" in out
     assert "synthetic images, where AP is meaningless" in out
