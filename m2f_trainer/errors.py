@@ -9,6 +9,7 @@
     ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
     ├── TrainingError        a run that can't continue (non-finite loss, dead worker, full disk)
     ├── SharingError         an upload that was refused or failed
+    ├── ArgumentError        an argument of the Python API that has the wrong type; also a TypeError
     └── MissingPackageError  an optional package that isn't installed
 
 `model/` is uploaded to the Hub without the rest, so it raises its own `ModelError` (`m2f_trainer/model/backbones.py`).
@@ -63,6 +64,10 @@ class TrainingError(M2FError):
 
 class SharingError(M2FError):
     """An upload was rejected or failed; the local files are unchanged."""
+
+
+class ArgumentError(M2FError, TypeError):
+    """An argument of a function or class has the wrong type; the message names it and the types that it can have."""
 
 
 class MissingPackageError(M2FError):

@@ -13,21 +13,35 @@ import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (Pillow registers these two on import only)
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError
 from m2f_trainer.masks.rle import MAX_PIXELS, Size
 
-ImageSource: TypeAlias = Mapping[str, Any] | str | Path | Image.Image | npt.NDArray[Any]
+ImageSource: TypeAlias = Mapping[str, Any] | str | Path | bytes | Image.Image | npt.NDArray[Any]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # Pillow runs no external program for these
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "DIB", "QOI", "SGI", "PCX",
+           "DCX", "PSD", "ICO", "CUR", "ICNS", "DDS", "BLP", "XBM", "XPM", "MSP", "SUN", "FITS", "FLI", "FTEX",
+           "GBR", "PIXAR")  # fmt: skip
+"""Pillow's formats that need no external program."""
+
+_BY_SUFFIX = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA", ".spider": "SPIDER", ".spi": "SPIDER"}
+"""Formats that have no signature: any file might be one."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jpe", ".jfif", ".avif",
+            ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".mpo", ".apng", ".pbm", ".pnm", ".pfm", ".dib",
+            ".qoi", ".sgi", ".rgb", ".rgba", ".bw", ".pcx", ".dcx", ".psd", ".ico", ".cur", ".icns", ".dds", ".blp",
+            ".xbm", ".xpm", ".msp", ".ras", ".fits", ".fit", ".fli", ".flc", ".ftc", ".ftu", ".gbr", ".pxr",
+            *_BY_SUFFIX)  # fmt: skip
+"""The endings of image files, in lower case."""
+
 _CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
 _ORIENTATION = 0x0112  # the EXIF tag
 _METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of a PNG, where Pillow finds it
@@ -66,7 +80,8 @@ def open_image(
     """The image as 8-bit RGB, decoded.
 
     Args:
-        source: a path, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or (H, W, 3) of uint8
+        source: a path, the bytes of a file, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or
+            (H, W, C) of 1, 3 or 4 channels; its values are 0 to 255, or of more bits where it isn't uint8
         where: the image's name in messages
         size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
         shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
@@ -81,6 +96,8 @@ def open_image(
         ImageSizeError: the image has another size than `size`
         ImageError: it is not a regular file, damaged, too large, or not convertible to RGB
     """
+    if isinstance(source, np.ndarray) and source.dtype != np.uint8:
+        return _from_deep_array(source, where, pixel_range)
     image = open_stored(source, where)
     check_pixels(image.size, where)
     turned = displayed and not isinstance(source, Image.Image)
@@ -191,15 +208,17 @@ def open_stored(source: ImageSource, where: str) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
-        return _from_array(source, where)
+        return Image.fromarray(_checked_array(source, where))
     file = _file_of(source, where)
     try:  # the file is read at once: Pillow keeps files of some formats open
-        return _identify(io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file, where)
+        return _identify(file, where, whole=True)
     except OSError as error:
         raise ImageError(f"{where}: the file {file} can't be read ({error}). Check its permissions.") from error
 
 
-def _file_of(source: Mapping[str, Any] | str | Path, where: str) -> Path | io.BytesIO:
+def _file_of(source: Mapping[str, Any] | str | Path | bytes, where: str) -> Path | io.BytesIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     if not isinstance(source, Mapping):
         return _regular_file(Path(source), where)
     data, path = source.get("bytes"), source.get("path")
@@ -222,9 +241,20 @@ def _regular_file(path: Path, where: str) -> Path:
     return path
 
 
-def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
+@cache
+def _installed_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this version of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _identify(file: Path | io.BytesIO, where: str, whole: bool = False) -> Image.Image:
+    """The image of a file; `whole`: the file is read at once."""
+    by_suffix = _BY_SUFFIX.get(file.suffix.lower()) if isinstance(file, Path) else None
+    if whole and isinstance(file, Path):
+        file = io.BytesIO(file.read_bytes())
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=(*_installed_formats(), *([by_suffix] if by_suffix else [])))
         if isinstance(image, TiffImagePlugin.TiffImageFile) and (problem := _problem_of_tiff(image)):
             image.close()
             raise ImageError(f"{where}: {problem}")
@@ -237,7 +267,7 @@ def _identify(file: Path | io.BytesIO, where: str) -> Image.Image:
         if (samples := _samples_of_tiff(file)) > 4:
             raise ImageError(f"{where}: {_CHANNELS.format(f'{samples} channels')}") from error
         raise ImageError(
-            f"{where}: not an image of a known format ({', '.join(FORMATS)}): {_guess_content(file)}."
+            f"{where}: not an image of a known format: {_guess_content(file)}."
             " Replace the file, or remove it from the set."
         ) from error
 
@@ -286,16 +316,39 @@ def _guess_content(file: Path | io.BytesIO) -> str:
         return "it is a Git LFS pointer: run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page: the download failed"
+    if head[4:8] == b"ftyp":
+        return "it may be HEIC, which Pillow opens with the package pillow-heif only: save it as JPEG"
+    if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        return "it is EPS, which is not read: save it as PNG"
+    if b"<svg" in head or head.startswith(b"<?xml"):
+        return "it may be SVG, which is not read: save it as PNG"
     return f"it starts with {head[:8]!r}"
 
 
-def _from_array(array: npt.NDArray[Any], where: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+def _checked_array(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    """The array as (H, W) or (H, W, 3); a single channel and alpha are dropped."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        return array[..., 0]
+    if array.ndim == 3 and array.shape[2] == 4:
+        return np.ascontiguousarray(array[..., :3])
+    if array.ndim in (2, 3) and array.shape[2:] in ((), (3,)) and array.size:
+        return np.ascontiguousarray(array)
+    if array.ndim == 3 and array.shape[2] > 4 and array.shape[0] > 4:
+        raise ImageError(f"{where}: {_CHANNELS.format(f'{array.shape[2]} channels')}")
+    raise ImageError(
+        f"{where}: expected an array (H, W) or (H, W, 3), got {array.shape} of {array.dtype}. Make colour the last"
+        " axis."
+    )
+
+
+def _from_deep_array(array: npt.NDArray[Any], where: str, pixel_range: PixelRange) -> Image.Image:
+    kind = array.dtype.kind
+    if kind not in "uif" or (kind == "f" and pixel_range is None):
         raise ImageError(
             f"{where}: expected an array (H, W) or (H, W, 3) of uint8, got {array.shape} of {array.dtype}."
-            " Scale it to 0..255 and make colour the last axis."
+            " Scale it to 0..255 and convert it, or give the values of black and white as pixel_range."
         )
-    return Image.fromarray(array)
+    return Image.fromarray(scaled(_checked_array(array, where), where, pixel_range)).convert("RGB")
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from m2f_trainer.config.arguments import parse_pixel_range
+from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.tiles import Tiling
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageError
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.inference.results import Record, load_records, record_of, save_records, write_dataset, write_results
@@ -53,22 +56,25 @@ class PredictOptions:
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: PredictOptions | None = None) -> Path:
     """Predict every image and video, write `<name>.instances.png` or `.mp4` for each; return the folder.
 
+    An input that can't be read stops nothing: the others are predicted, then an error lists those that failed.
+
     predictions.json is in COCO results form, with the dataset's own category ids; `image_id` counts the images (and
     frames), and each result also has its `file_name`. predictions.csv holds the boxes. Inputs that were predicted
     before by the same model with the same options are not predicted again.
 
     Raises:
         DataError: an input doesn't exist or contains no image
-        ImageError: an image can't be read
-        MissingPackageError: a video without PyAV, or a very large TIFF without tifffile
+        ImageError: inputs can't be read, after the others were predicted; it names each with its reason
     """
     options = options or PredictOptions()
-    paths = [path for source in inputs for path in find_inputs(source, options.recursive)]
+    passed_over: Counter[str] = Counter()
+    paths = [path for source in inputs for path in find_inputs(source, options.recursive, passed_over)]
+    left_aside = describe_passed_over(passed_over)
     if not paths:
-        raise DataError(
-            f"no image found in {', '.join(map(str, inputs))} (looked for {', '.join((*SUFFIXES, *VIDEOS))}"
-            f"{'' if options.recursive else '; --recursive includes subfolders'})"
-        )
+        where = ", ".join(map(str, inputs))
+        raise DataError(f"{where}: expected images or videos, found none{left_aside and f' ({left_aside})'}.")
+    if left_aside:
+        logger.warning("Passed over: %s.", left_aside)
     output_dir.mkdir(parents=True, exist_ok=True)
     named = zip(paths, picture_names(paths), strict=True)
     jobs = [Job(path, output_dir, name, _job_key(model, path, options)) for path, name in named]
@@ -77,17 +83,31 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     chosen = parse_pixel_range(options.pixel_range or "auto")
     predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
     left = [job for job in jobs if load_records(job.part, job.key) is None]
+    failed: dict[Path, M2FError] = {}
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), disable=None) as bar:
-        for _ in run_jobs(predictor, left, options):
+        for job, error in run_jobs(predictor, left, options):
             bar.update()
+            if error is not None:
+                failed[job.path] = error
     records = [record for job in jobs for record in load_records(job.part, job.key) or ()]
-    if not any(record.instances for record in records):
+    if records and not any(record.instances for record in records):
         lowest = min(predictor.thresholds().values()) if options.threshold == "auto" else options.threshold
         logger.warning("Nothing scored above %g: try a lower --threshold.", lowest)
     write_results(records, output_dir, predictor.names)
     if options.dataset:
         write_dataset(records, output_dir, predictor.names)
+    if failed:
+        raise ImageError(_failures(failed, len(jobs), output_dir))
     return output_dir
+
+
+def _failures(failed: Mapping[Path, M2FError], total: int, folder: Path) -> str:
+    """The message about inputs that can't be read."""
+    lines = [str(error) if str(path) in str(error) else f"{path}: {error}" for path, error in failed.items()]
+    shown = "\n  ".join(lines[:LISTED]) + (f"\n  ... and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
+    done = total - len(failed)
+    rest = f"; the predictions of the other {done} are in {folder}" if done else ""
+    return f"{len(failed)} of {total} inputs can't be read{rest}:\n  {shown}"
 
 
 @dataclass(frozen=True)
@@ -119,17 +139,37 @@ def tiling_for(predictor: Predictor, options: PredictOptions) -> Tiling | None:
     return Tiling(side, overlap, predictor.padded_size) if side else None
 
 
-def run_jobs(predictor: Predictor, jobs: Sequence[Job], options: PredictOptions) -> Iterator[Job]:
-    """Predict images, then videos; yield each job when its files are written."""
+def run_jobs(
+    predictor: Predictor, jobs: Sequence[Job], options: PredictOptions
+) -> Iterator[tuple[Job, M2FError | None]]:
+    """Predict images, then videos; yield each job when its files are written, or with the error of its input."""
     images = [job for job in jobs if not is_video(job.path)]
-    found = predictor.stream((job.path for job in images), batch_size=options.batch_size, threshold=options.threshold)
-    for job, instances in zip(images, found, strict=True):
-        _finish_image(job, instances, predictor)
-        yield job
+    failed: dict[int, M2FError] = {}
+    found = predictor.stream(
+        (job.path for job in images),
+        batch_size=options.batch_size,
+        threshold=options.threshold,
+        unreadable=failed.__setitem__,
+    )
+    for instances in found:
+        if instances.image_id in failed:
+            continue  # a later tile of it can't be read
+        job = images[instances.image_id]
+        try:
+            _finish_image(job, instances, predictor)
+        except ImageError as error:  # the file has changed since
+            failed[instances.image_id] = error
+            continue
+        yield job, None
+    yield from ((images[position], error) for position, error in sorted(failed.items()))
     for job in jobs:
         if is_video(job.path):
-            _predict_video(job, predictor, options)
-            yield job
+            try:
+                _predict_video(job, predictor, options)
+            except (ImageError, MissingPackageError) as error:
+                yield job, error
+            else:
+                yield job, None
 
 
 def _finish_image(job: Job, instances: Instances, predictor: Predictor) -> None:
@@ -159,21 +199,41 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def _is_input(path: Path) -> bool:
-    """Whether a path is an image or video by its suffix, not hidden (macOS writes `._a.jpg`), and not an overlay."""
-    named = path.suffix.lower() in (*SUFFIXES, *VIDEOS) and not path.name.startswith(".")
-    return named and Path(path.stem).suffix != DRAWN and not path.is_dir()
+def _is_input(path: Path, passed_over: Counter[str]) -> bool:
+    """Whether a path is an image or video by its suffix; others are counted, except overlays and what `is_hidden`."""
+    if is_hidden(path) or Path(path.stem).suffix == DRAWN or path.is_dir():
+        return False
+    suffix = path.suffix.lower()
+    if suffix in (*SUFFIXES, *VIDEOS):
+        return True
+    passed_over[suffix] += 1
+    return False
 
 
-def find_inputs(source: Path, recursive: bool) -> Iterator[Path]:
-    """The image or video itself, or those of a folder or glob, sorted. Raises DataError if nothing is found."""
+def describe_passed_over(passed_over: Mapping[str, int]) -> str:
+    """How many files of which suffix are no inputs, "" for none."""
+    counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(passed_over.items()))
+    heic = "; save HEIC photos as JPEG" if {".heic", ".heif"} & passed_over.keys() else ""
+    return f"{sum(passed_over.values())} file(s) that are no images or videos by their suffix: {counts}{heic}" * bool(
+        counts
+    )
+
+
+def find_inputs(source: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:
+    """The image or video itself, or those of a folder or glob, sorted; other files are counted by suffix.
+
+    Raises:
+        DataError: nothing is found
+    """
     if source.is_dir():
         inside = source.rglob("*") if recursive else source.iterdir()
-        yield from sorted(path for path in inside if _is_input(path))
+        yield from sorted(path for path in inside if _is_input(path, passed_over))
+        if not recursive and (folders := sum(path.is_dir() and not is_hidden(path) for path in source.iterdir())):
+            logger.warning("%s: %d subfolder(s) are passed over; --recursive includes them.", source, folders)
     elif source.is_file():
         yield source
     elif matching := sorted(glob.glob(str(source), recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        yield from (path for path in map(Path, matching) if _is_input(path))
+        yield from (path for path in map(Path, matching) if _is_input(path, passed_over))
     else:
         raise DataError(f"{source}: expected an image, a folder of images or a pattern, found nothing. Check the path.")
 

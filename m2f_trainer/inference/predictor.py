@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,13 +20,19 @@ from m2f_trainer.data.images import ImageSource
 from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.data.transforms import EvalTransform
-from m2f_trainer.errors import check_model_path
+from m2f_trainer.errors import ArgumentError, DataError, ImageError, M2FError, MissingPackageError, check_model_path
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import to_instances
 from m2f_trainer.inference.tiles import Merger
 from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.mask2former import M2FModel, load_model
+
+PredictorInput: TypeAlias = ImageSource | bytearray | memoryview | BinaryIO | Tensor
+"""What `Predictor` takes as an image."""
+
+_SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, Mapping)
+_EXPECTED = "a path, bytes, a binary file object, a Pillow image, an array or a tensor"
 
 DEFAULT_THRESHOLD = 0.5
 """The score threshold of a model without its own."""
@@ -74,7 +82,7 @@ class Predictor:
 
     def __call__(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: PredictorInput | Iterable[PredictorInput],
         *,
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
@@ -82,28 +90,48 @@ class Predictor:
     ) -> list[Instances]:
         """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
 
+        An image is a path, the bytes of a file, a binary file object, a Pillow image, an array (H, W) or (H, W, C), or
+        a tensor (H, W) or (C, H, W); an array or a tensor with one more axis is a batch of them.
         "auto" uses the best threshold of each class on the validation images, which trained models store, or 0.5.
 
         Raises:
             ImageError: an image can't be read.
+            ArgumentError: an argument has the wrong type.
         """
-        several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray, Mapping)) else images
+        several = images_of(images)
         return list(self.stream(several, batch_size=batch_size, threshold=threshold, top_k=top_k))
 
     def stream(
         self,
-        images: Iterable[ImageSource],
+        images: Iterable[PredictorInput],
         *,
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
         top_k: int = 100,
+        unreadable: Callable[[int, M2FError], object] | None = None,
     ) -> Iterator[Instances]:
         """The same as an iterator over any number of images; `batch_size` images, or tiles, are in memory at a time.
 
-        `top_k` limits the instances per image, or per tile.
+        `top_k` limits the instances per image, or per tile. `unreadable` is called with the position and the error of
+        each image that can't be read, which has no instances then; by default the error is raised.
         """
+        if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+            raise ArgumentError(f'threshold: expected a number or "auto", got {threshold!r}.')
+        for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        return self._stream(images, batch_size, threshold, top_k, unreadable)
+
+    def _stream(
+        self,
+        images: Iterable[PredictorInput],
+        batch_size: int,
+        threshold: float | Literal["auto"],
+        top_k: int,
+        unreadable: Callable[[int, M2FError], object] | None,
+    ) -> Iterator[Instances]:
         lowest = self.thresholds() if threshold == "auto" else dict.fromkeys(self.category_ids, threshold)
-        frames, merger = self._frames(images), Merger(self.tiling) if self.tiling else None
+        frames, merger = self._frames(images, unreadable), Merger(self.tiling) if self.tiling else None
         while batch := list(islice(frames, batch_size)):
             for frame, instances in zip(batch, self._predict(batch, min(lowest.values()), top_k), strict=True):
                 whole = merger.add(instances, frame.tile, frame.size) if merger else instances
@@ -115,17 +143,30 @@ class Predictor:
         stored = self.model.config.thresholds or [DEFAULT_THRESHOLD] * len(self.category_ids)
         return dict(zip(self.category_ids, stored, strict=True))
 
-    def _frames(self, images: Iterable[ImageSource]) -> Iterator[Frame]:
+    def _frames(
+        self,
+        images: Iterable[PredictorInput],
+        unreadable: Callable[[int, M2FError], object] | None = None,
+    ) -> Iterator[Frame]:
         """The model's input for each image: the whole image, or its tiles in order."""
         for position, image in enumerate(images):
-            if self.tiling is None:
-                transform = EvalTransform(*self.padded_size, self.pixel_range)
-                values, valid, frames = transform.prepare(image, _name(position, image))
-                yield Frame(position, frames.original, 0, values, valid, frames)
-                continue
-            windows = windows_of(image, _name(position, image), self.pixel_range)
-            for number, tile in enumerate(self.tiling.lay(windows.size)):
-                yield Frame(position, windows.size, number, *self.tiling.prepare(windows.read(tile.box)))
+            try:
+                yield from self._frames_of(position, source_of(image, f"image {position}"))
+            except (DataError, MissingPackageError) as error:
+                if unreadable is None:
+                    raise
+                unreadable(position, error)
+
+    def _frames_of(self, position: int, image: ImageSource) -> Iterator[Frame]:
+        where = str(image) if isinstance(image, (str, Path)) else f"image {position}"
+        if self.tiling is None:
+            transform = EvalTransform(*self.padded_size, self.pixel_range)
+            values, valid, frames = transform.prepare(image, where)
+            yield Frame(position, frames.original, 0, values, valid, frames)
+            return
+        windows = windows_of(image, where, self.pixel_range)
+        for number, tile in enumerate(self.tiling.lay(windows.size)):
+            yield Frame(position, windows.size, number, *self.tiling.prepare(windows.read(tile.box)))
 
     @torch.inference_mode()
     def _predict(self, batch: Sequence[Frame], threshold: float, top_k: int) -> list[Instances]:
@@ -162,6 +203,47 @@ class Frame:
     frames: Frames
 
 
-def _name(position: int, image: ImageSource) -> str:
-    """The name of an image in error messages."""
-    return str(image) if isinstance(image, (str, Path)) else f"image {position}"
+def images_of(images: PredictorInput | Iterable[PredictorInput]) -> Iterable[PredictorInput]:
+    """One image or several as several.
+
+    Raises:
+        ArgumentError: it is neither
+    """
+    if isinstance(images, (np.ndarray, Tensor)):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, _SINGLE) or _is_file(images):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable):
+        raise ArgumentError(f"images: expected {_EXPECTED}, or several of them, got {type(images).__name__}.")
+    return images
+
+
+def source_of(image: PredictorInput, where: str) -> ImageSource:
+    """An image in a form that `open_image` reads.
+
+    Raises:
+        ArgumentError: it is of another type
+        ImageError: a file object can't be read
+    """
+    if isinstance(image, Tensor):
+        values = image.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        array: npt.NDArray[Any] = values.numpy()
+        return np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3, 4) else array
+    if isinstance(image, (bytearray, memoryview)):
+        return bytes(image)
+    if isinstance(image, (str, Path, bytes, Image.Image, Mapping, np.ndarray)):
+        return image
+    if _is_file(image):
+        try:
+            content = image.read()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{where}: the file object can't be read ({error}). Open it again.") from error
+        if isinstance(content, bytes):
+            return content
+        raise ArgumentError(f"{where}: expected a file that is opened in binary mode, as by open(path, 'rb').")
+    raise ArgumentError(f"{where}: expected {_EXPECTED}, got {type(image).__name__}.")
+
+
+def _is_file(image: object) -> bool:
+    return isinstance(image, io.IOBase) or callable(getattr(image, "read", None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.data.images import image_size
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference import predict as folder
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
@@ -199,3 +200,62 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     drawn = list(frames(out / "clip.instances.mp4"))
     assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
+
+
+def test_inputs_that_can_not_be_read_are_listed_and_the_rest_is_done(
+    predictor: type[Counting], photos: Path, tmp_path: Path
+) -> None:
+    (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:90])
+    (photos / "2.png").write_bytes(b"")
+    for tile in (None, 32):
+        out = tmp_path / f"out{tile}"
+        with pytest.raises(ImageError, match=r"2 of 4 inputs can't be read; the predictions of the other 2") as error:
+            predict_folder("m", [photos], out, PredictOptions(batch_size=3, tile=tile))
+        assert re.search(r"1\.png.*damaged.*\n.*2\.png.*the file is empty", str(error.value))
+        results = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+        assert {Path(one["file_name"]).name for one in results} == {"0.png", "3.png"}
+        assert {path.name for path in out.glob("*.png")} == {"0.instances.png", "3.instances.png"}
+    predictor.seen = 0
+    picture(80, 60).save(photos / "1.png")
+    picture(80, 60).save(photos / "2.png")
+    predict_folder("m", [photos], tmp_path / "outNone", PredictOptions(batch_size=3))
+    assert predictor.seen == 2
+
+
+def test_every_format_that_pillow_opens_is_an_input_and_other_files_are_counted(
+    predictor: type[Counting], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in/deeper").mkdir(parents=True)
+    suffixes = [
+        "jfif",
+        "jpe",
+        "avif",
+        "jp2",
+        "j2k",
+        "tga",
+        "qoi",
+        "pcx",
+        "ico",
+        "dds",
+        "sgi",
+        "dib",
+        "mpo",
+        "pbm",
+        "psd",
+    ]
+    written = []
+    for suffix in suffixes:
+        if f".{suffix}" in Image.registered_extensions() and suffix != "psd":
+            picture(80, 60).convert("1" if suffix == "pbm" else "RGB").save(tmp_path / f"in/{suffix}.{suffix}")
+            written.append(suffix)
+    for name in ("notes.txt", "more.txt", "phone.HEIC", "README", ".hidden"):
+        (tmp_path / "in" / name).write_text("text")
+    out = predict_folder("m", [tmp_path / "in"], tmp_path / "out")
+    assert {path.name for path in out.glob("*.png")} == {f"{suffix}.instances.png" for suffix in written}
+    assert len(written) >= 14
+    assert "4 file(s) that are no images or videos by their suffix: 1 without suffix, 1 .heic, 2 .txt" in caplog.text
+    assert "1 subfolder(s) are passed over; --recursive includes them" in caplog.text
+    for name in written:
+        (tmp_path / f"in/{name}.{name}").unlink()
+    with pytest.raises(DataError, match=r"expected images or videos, found none \(4 file\(s\)"):
+        predict_folder("m", [tmp_path / "in"], tmp_path / "out")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-from m2f_trainer.errors import ImageError
+from m2f_trainer.errors import ArgumentError, ImageError, MissingImageError
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FConfig
 from tests.model.tiny import tiny_model
@@ -127,3 +129,67 @@ def test_a_saved_model_predicts_with_its_own_categories(tmp_path: Path) -> None:
     assert found.size == (50, 90)
     assert set(found.category_ids.tolist()) <= {3, 17}
     assert not predictor.model.training
+
+
+def test_bytes_files_and_tensors_are_images_too(predictor: Predictor, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    content, pixels = (tmp_path / "a.png").read_bytes(), np.array(picture())
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    with (tmp_path / "a.png").open("rb") as file:
+        given = [content, bytearray(content), memoryview(content), io.BytesIO(content), file]
+        singles = [predictor(one)[0] for one in given]
+    arrays = [pixels[None], batch, batch[0], np.dstack([pixels, pixels[..., :1]]), pixels[..., :1], pixels[..., 0]]
+    found = [*singles, *(predictor(one)[0] for one in arrays[:4]), *predictor(arrays[4:])]
+    expected = predictor(picture())[0].to_coco()
+    for one in found[:9]:
+        assert one.to_coco() == expected
+    assert all(one.size == (80, 60) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (3, "images: expected a path, bytes, a binary file object, .* got int"),
+        (None, "images: .* got NoneType"),
+        ([3.5], "image 0: expected a path, .* got float"),
+        (io.StringIO("text"), "image 0: expected a file that is opened in binary mode"),
+    ],
+)
+def test_an_image_of_a_wrong_type_is_named(image: Any, message: str, predictor: Predictor) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        predictor(image)
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": "0.5"}, {"threshold": None}, {"top_k": "3"}, {"batch_size": 0}, {"batch_size": 2.0}]
+)
+def test_an_option_of_a_wrong_type_is_named(options: dict[str, Any], predictor: Predictor) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(options))}: expected") as error:
+        predictor(picture(), **options)
+    assert isinstance(error.value, TypeError)
+
+
+def test_arrays_of_more_bits_are_scaled_by_the_models_range(predictor: Predictor) -> None:
+    pixels = np.asarray(picture())
+    expected = predictor(pixels)[0].to_coco()
+    assert predictor(pixels.astype(np.uint16) * 257)[0].to_coco() == expected
+    with pytest.raises(ImageError, match=r"expected an array .* of uint8, got .* float32\. Scale it .* pixel_range"):
+        predictor(pixels / np.float32(255))
+    predictor.pixel_range = (0.0, 1.0)
+    try:
+        assert predictor(pixels / np.float32(255))[0].to_coco() == expected
+        assert predictor(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1))[0].to_coco() == expected
+        assert predictor(pixels)[0].to_coco() == expected
+    finally:
+        predictor.pixel_range = None
+
+
+def test_images_that_can_not_be_read_are_handed_over_and_the_rest_is_predicted(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    (tmp_path / "b.png").write_bytes(b"\x89PNG broken")
+    failed: dict[int, Exception] = {}
+    images: list[Any] = [picture(), tmp_path / "b.png", tmp_path / "none.png", picture()]
+    found = list(predictor.stream(images, batch_size=2, unreadable=failed.__setitem__))
+    assert [one.image_id for one in found] == [0, 3]
+    assert [(key, type(error)) for key, error in failed.items()] == [(1, ImageError), (2, MissingImageError)]
