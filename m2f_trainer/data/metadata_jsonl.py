@@ -7,12 +7,13 @@ a name) and a segmentation in COCO's form.
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text, pack_polygons, type_name
 from m2f_trainer.data.files import files_below
-from m2f_trainer.data.layouts import SplitFiles, by_split
+from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
@@ -25,12 +26,38 @@ _NAME = "metadata.jsonl"
 def find_metadata(root: Path) -> tuple[SplitFiles, ...]:
     """The splits of a folder with metadata.jsonl files: by the folders that they are in, such as `train`.
 
+    The images of a single file that is in no such folder are split by the folders in their names, where they have some.
+
     Raises:
-        DataError: some files are in folders of splits and some are not, or two are in one split
+        DataError: some files or images are in folders of splits and some are not, or two files are in one split
     """
     files = [path for path in files_below(root, (".jsonl",)) if path.name.lower() == _NAME and _has_objects(path)]
     classes = sorted({name for path in files for name in _class_names(path)}) if files else []
-    return by_split(root, files, "imagefolder", tuple(classes))
+    found = by_split(root, files, "imagefolder", tuple(classes))
+    return tuple(_by_image_names(found[0])) if len(files) == 1 else found
+
+
+def _by_image_names(files: SplitFiles) -> Iterator[SplitFiles]:
+    """The splits of one file by the first folder of its image names; the file as one split where they have none."""
+    (path,) = files.files
+    names = [row["file_name"] for _, row in _rows(path) if isinstance(row, Mapping) and is_text(row.get("file_name"))]
+    folders = {_split_folder(name): PurePosixPath(name).parts[0] for name in names}
+    if path.parent != files.image_folders[0] or len(folders) < 2:
+        yield files
+        return
+    if None in folders:
+        raise DataError(
+            f"{path}: some images are in folders of splits ({', '.join(filter(None, folders))}) and some are not, such"
+            f" as {folders[None]!r}. Move them into train, valid or test, and correct their `file_name`."
+        )
+    for split in filter(folders.__contains__, dict.fromkeys(SPLITS.values())):
+        yield replace(files, split=split, annotations=path.parent / folders[split])
+
+
+def _split_folder(name: str) -> str | None:
+    """The split that the first folder of an image name says; None where it is no split's, or the name has none."""
+    parts = PurePosixPath(name).parts
+    return split_of(parts[0]) if len(parts) > 1 else None
 
 
 def _has_objects(path: Path) -> bool:
@@ -78,6 +105,8 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     for path in files.files:
         for line, row in _rows(path):
             where = f"{path}, line {line}"
+            if not path.is_relative_to(files.annotations) and _of_another_split(row, files.split):
+                continue
             image = _image(row, path, files, len(images) + 1, where, report)
             if image is None:
                 continue
@@ -92,6 +121,12 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     if not images:
         raise DataError(f"{name}: found no usable line in {_NAME}. Correct it, or remove the split.")
     return FolderSplit(name, tuple(images), groups, names, root)
+
+
+def _of_another_split(row: Any, split: str) -> bool:
+    """Whether a line of a file with several splits has the name of an image of another split."""
+    written = row.get("file_name") if isinstance(row, Mapping) else None
+    return isinstance(written, str) and _split_folder(written) not in (None, split)
 
 
 def _image(row: Any, path: Path, files: SplitFiles, image_id: int, where: str, report: Report) -> Entry | None:

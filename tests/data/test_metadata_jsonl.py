@@ -48,6 +48,34 @@ def test_named_classes_are_numbered_over_all_splits(tmp_path, monkeypatch):
     assert splits["valid"][0]["image"]["path"].endswith("validation/x.png")
 
 
+@pytest.mark.parametrize("folders", [("train", "val"), ("Training", "test"), ("train", "validation")])
+def test_one_file_is_split_by_the_folders_in_its_image_names(folders, tmp_path):
+    root = tmp_path / "set"
+    lines = []
+    for folder, names in zip(folders, ("abc", "xy"), strict=True):
+        pictures(root / folder, [f"{name}.png" for name in names])
+        lines += [json.dumps({"file_name": f"{folder}/{name}.png", "objects": LISTS}) for name in names]
+    (root / "metadata.jsonl").write_text("\n".join([lines[3], *lines[:3], lines[4]]))
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    second = "test" if "test" in folders else "valid"
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 3, second: 2}
+    for split, folder in zip(("train", second), folders, strict=True):
+        assert all(f"/{folder}/" in row["image"]["path"] for row in splits[split])
+        assert all(len(row["objects"]) == 1 for row in splits[split])
+    if second == "valid":
+        assert {split: len(scans) for split, scans in examine(root).scans.items()} == {"train": 3, "valid": 2}
+
+
+def test_an_image_outside_the_folders_of_splits_is_refused_beside_others(tmp_path):
+    root = tmp_path / "set"
+    names = ["train/a.png", "val/b.png", "c.png"]
+    for name in names:
+        pictures((root / name).parent, [(root / name).name])
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "objects": LISTS}) for name in names))
+    with pytest.raises(DataError, match=r"some are not, such as 'c\.png'\. Move them into train, valid or test"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png", "x\\a.png"])
 def test_images_outside_the_folder_are_refused(name, tmp_path):
     root = imagefolder(tmp_path / "set", LISTS)
