@@ -26,19 +26,27 @@ def draw_objects(
 ) -> Image.Image:
     """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels.
 
-    `size` is the annotated size, by default that of the stored image.
+    Only the first `MOST_DRAWN` objects are drawn. `size` is the size that the annotations say, by default that of the
+    stored image.
     """
     image = open_image(source, "picture", size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     full = image.size
     image.thumbnail((longest, longest))
-    box = (0, 0, image.width, image.height)
+    scales = image.width / full[0], image.height / full[1]
     shapes = []
-    for number, one in enumerate(objects):
-        bitmap = masks.decode(one["counts"], full[1], full[0])
-        small = Image.fromarray(np.ascontiguousarray(bitmap) * np.uint8(255)).resize(
-            image.size, Image.Resampling.BILINEAR
-        )
-        shapes.append(Shape(box, (np.asarray(small) > 127).astype(np.uint8), color(number)))
+    for number, one in enumerate(islice(objects, MOST_DRAWN)):
+        runs = rle.read_runs_of_any_size(one["counts"])
+        x0, y0, x1, y1 = rle.box_of(runs, full[1])
+        if x1 > x0:
+            left, right = (round(x * scales[0]) for x in (x0, x1))
+            top, bottom = (round(y * scales[1]) for y in (y0, y1))
+            box = (left, top, max(right, left + 1), max(bottom, top + 1))  # an object is at least a pixel
+            bitmap = Image.fromarray(np.ascontiguousarray(rle.paint(runs, (x0, y0, x1, y1), full[1])) * np.uint8(255))
+            small = bitmap.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BOX)
+            inside = (min(box[0], image.width - 1), min(box[1], image.height - 1))
+            shift = (inside[0] - box[0], inside[1] - box[1])
+            placed = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
+            shapes.append(Shape(placed, (np.asarray(small) > 127).astype(np.uint8), color(number)))
     return draw_shapes(image, shapes)
 
 
