@@ -28,7 +28,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EISDIR
 from pathlib import Path
@@ -112,6 +113,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelFolderError(f"{path}: expected a JSON object, got a {type(values).__name__}. {REMEDY}")
     return values
+
+
+@contextmanager
+def blame_damage(folder: str | Path) -> Iterator[None]:
+    """Report an error that values of a wrong type or missing keys in a run's files cause as damage of its folder.
+
+    Raises:
+        ModelFolderError: instead of that error.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ModelFolderError(
+            f"{folder}: a value in its files is missing or of a wrong type ({type(error).__name__}: {error}). {REMEDY}"
+        ) from error
 
 
 def write_metrics(metrics: Mapping[str, float], path: str | Path) -> Path:

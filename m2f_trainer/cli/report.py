@@ -20,10 +20,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints"
     )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write [%(default)s]")
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="draw more images, from the datasets that the runs' recipes name; not for runs of people you don't trust",
+    )
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.evaluation.report import write_report
 
-    say(f"page: {write_report(arguments.runs, arguments.output)}")
+    say(f"page: {write_report(arguments.runs, arguments.output, arguments.images)}")
     suggest(f"m2f predict {shlex.quote(str(arguments.runs[0]))} IMAGES")

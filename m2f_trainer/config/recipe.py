@@ -79,8 +79,21 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
     if path is not None:
-        return build_recipe({**checked(read_object(path), f"in {path}"), **given})
+        return build_recipe({**checked(without_deletion(read_object(path), path), f"in {path}"), **given})
     return build_recipe({**(choose(given) if choose else {}), **given})
+
+
+def without_deletion(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The values of a recipe file; RecipeError where they ask for the deletion of checkpoints.
+
+    A recipe is passed on to others, and deletes nothing on their machines.
+    """
+    if values.get("overwrite_output_dir") not in (None, False):
+        raise RecipeError(
+            f"overwrite_output_dir in {path}: a recipe deletes no checkpoints. Remove it, and give "
+            "--overwrite_output_dir true on the command line."
+        )
+    return values
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -230,7 +230,10 @@ class TrainArguments(TrainingArguments):
         "checkpoints and resumption",
     )
     overwrite_output_dir: bool = option(
-        False, "Delete the checkpoints of another run in output_dir and start a new run.", "checkpoints and resumption"
+        False,
+        "Delete the checkpoints of another run in output_dir and start a new run. Only on the command line.",
+        "checkpoints and resumption",
+        saved=False,
     )
     restore_callback_states_from_checkpoint: bool = option(
         True, "Resume the state of early stopping, too.", "checkpoints and resumption"

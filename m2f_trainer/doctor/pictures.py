@@ -1,6 +1,8 @@
 """Images with their masks drawn on them, for the page of `m2f check`, and augmented training samples."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from m2f_trainer.data.reading import Reading
 from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
-from m2f_trainer.masks import segmentation as masks
+from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.viz.overlay import Shape, color, draw_sample, draw_shapes, save_image
+
+MOST_DRAWN = 5000  # objects of a picture
 
 
 def draw_objects(
@@ -32,21 +36,19 @@ def draw_objects(
     image = open_image(source, "picture", size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     full = image.size
     image.thumbnail((longest, longest))
-    scales = image.width / full[0], image.height / full[1]
+    across, down = image.width / full[0], image.height / full[1]
     shapes = []
     for number, one in enumerate(islice(objects, MOST_DRAWN)):
         runs = rle.read_runs_of_any_size(one["counts"])
-        x0, y0, x1, y1 = rle.box_of(runs, full[1])
-        if x1 > x0:
-            left, right = (round(x * scales[0]) for x in (x0, x1))
-            top, bottom = (round(y * scales[1]) for y in (y0, y1))
-            box = (left, top, max(right, left + 1), max(bottom, top + 1))  # an object is at least a pixel
-            bitmap = Image.fromarray(np.ascontiguousarray(rle.paint(runs, (x0, y0, x1, y1), full[1])) * np.uint8(255))
-            small = bitmap.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BOX)
-            inside = (min(box[0], image.width - 1), min(box[1], image.height - 1))
-            shift = (inside[0] - box[0], inside[1] - box[1])
-            placed = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
-            shapes.append(Shape(placed, (np.asarray(small) > 127).astype(np.uint8), color(number)))
+        box = rle.box_of(runs, full[1])
+        if box[2] > box[0]:
+            left, top = int(box[0] * across), int(box[1] * down)
+            right = min(image.width, math.ceil(box[2] * across))
+            bottom = min(image.height, math.ceil(box[3] * down))
+            bitmap = Image.fromarray(np.ascontiguousarray(rle.paint(runs, box, full[1])) * np.uint8(255))
+            small = bitmap.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+            shape = Shape((left, top, right, bottom), (np.asarray(small) > 127).astype(np.uint8), color(number))
+            shapes.append(shape)
     return draw_shapes(image, shapes)
 
 

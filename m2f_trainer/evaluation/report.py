@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
-from m2f_trainer.run_folder import Run, load_runs, write_atomically
+from m2f_trainer.run_folder import PICTURES, Run, blame_damage, load_runs, write_atomically
 from m2f_trainer.viz.charts import line_chart
 from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 
@@ -28,12 +29,23 @@ LOGGED = {
 }  # fmt: skip
 
 
-def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write the page about these runs; return its path. Raises ModelFolderError if a folder has no evaluation."""
-    runs = load_runs(folders)
+def write_report(folders: Sequence[Path], output: Path, load_images: bool = False) -> Path:
+    """Write the page about these runs; return its path.
+
+    Its pictures are those in the runs' folders. With `load_images`, more of them are drawn from the datasets that the
+    runs' recipes name, so only for recipes that the user trusts: they may name any dataset of this machine or the Hub.
+
+    Raises:
+        ModelFolderError: a folder has no evaluation, or a file in it is damaged.
+    """
+    with blame_damage(", ".join(map(str, folders))):
+        return write_atomically(output, _page(load_runs(folders), load_images))
+
+
+def _page(runs: Sequence[Run], load_images: bool) -> str:
     heading = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     details = {run.name: run.details for run in runs}
-    text = render_page(
+    return render_page(
         "report.html",
         sortable=True,
         title=f"m2f report: {heading}",
@@ -48,9 +60,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
             chart(f"Confusion, {name}", plots.confusion_chart(one), plots.confusion_caption(one))
             for name, one in details.items()
         ],
-        galleries=[_gallery(run, 6 if len(runs) == 1 else 3) for run in runs],
+        galleries=[_gallery(run, 6 if len(runs) == 1 else 3) if load_images else _stored_gallery(run) for run in runs],
     )
-    return write_atomically(output, text)
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
@@ -140,6 +151,23 @@ class Gallery:
     run: str
     photos: Mapping[str, Sequence[Photo]] = field(default_factory=dict)
     problem: str = ""
+
+
+def _stored_gallery(run: Run) -> Gallery:
+    """The pictures of the worst and best images in a run's folder, which a finished run has for its model card."""
+    photos: dict[str, list[Photo]] = {}
+    for kind in ("worst", "best"):
+        for number, entry in enumerate(run.details["shown"][kind], 1):
+            path = run.folder / PICTURES / f"{kind}_{number}.jpg"
+            if path.is_file() and not path.is_symlink():
+                try:
+                    image = open_image(path, str(path))
+                except ImageError as error:
+                    return Gallery(run.name, problem=str(error))
+                photos.setdefault(kind, []).append(photo(image, path.name, (f"{kind} {number}", _quality(entry))))
+    if not photos:
+        return Gallery(run.name, problem="the run's folder has none. m2f report --images draws them from the dataset.")
+    return Gallery(run.name, photos)
 
 
 def _gallery(run: Run, count: int) -> Gallery:

@@ -24,7 +24,7 @@ from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
-from m2f_trainer.run_folder import PICTURES, read_details, read_json, write_atomically
+from m2f_trainer.run_folder import PICTURES, blame_damage, read_details, read_json, write_atomically
 from m2f_trainer.viz.overlay import save_image
 
 CARD = "README.md"
@@ -83,8 +83,17 @@ def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
 
 
 def render_card(folder: Path, options: CardOptions | None = None) -> str:
-    """The text of the card. Raises SharingError if the folder contains no model."""
-    options = options or CardOptions()
+    """The text of the card.
+
+    Raises:
+        SharingError: the folder holds no model.
+        ModelFolderError: a value in its files has a wrong type.
+    """
+    with blame_damage(folder):
+        return _render(folder, options or CardOptions())
+
+
+def _render(folder: Path, options: CardOptions) -> str:
     config = read_json(folder / "config.json")
     if not config:
         raise SharingError(f"{folder} holds no model: expected config.json there. Give a run's folder or a checkpoint.")
@@ -275,7 +284,7 @@ def picture_entries(folder: Path, details: Mapping[str, Any]) -> Iterator[dict[s
         for number, entry in enumerate(details.get("shown", {}).get(kind, [])[:SHOWN_PICTURES], 1):
             path = f"{PICTURES}/{kind}_{number}.jpg"
             if (folder / path).is_file():
-                counts = f"{entry['found']} found, {entry['wrong']} wrong, {entry['missed']} missed"
+                counts = f"{int(entry['found'])} found, {int(entry['wrong'])} wrong, {int(entry['missed'])} missed"
                 yield {"title": verbatim(f"{kind.capitalize()} {number}: {counts}"), "path": verbatim(path)}
 
 
@@ -301,7 +310,7 @@ def cost_lines(state: Mapping[str, Any]) -> Iterator[str]:
     if cost:
         memory = f"peak memory of a process {cost['peak_memory'] / GIBIBYTE:.1f} GiB"
         yield verbatim(f"Time: {duration(cost['seconds'])}, evaluations included")
-        yield verbatim(f"Hardware: {cost['processes']} x {escape(cost['hardware'])}; {memory}")
+        yield verbatim(f"Hardware: {int(cost['processes'])} x {escape(cost['hardware'])}; {memory}")
         yield verbatim(f"Software: {escape(cost['software'])}")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from m2f_trainer.errors import ImageError, needs
 
+MOST_PIXELS = 8192 * 4608  # of a frame: 8K video has 7680 x 4320 or 8192 x 4320
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
@@ -31,15 +32,27 @@ def open_video(path: Path) -> Iterator[Any]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ImageError(f"{path}: the file contains no video stream.")
+            context = container.streams.video[0].codec_context
+            check_frame(context.width, context.height, path)
             yield container
     except (av.error.FFmpegError, OSError) as error:
         raise ImageError(f"{path}: the video can't be read ({error}). Convert it to MP4 first.") from error
+
+
+def check_frame(width: int, height: int, path: Path) -> None:
+    """Raise ImageError for frames of more than `MOST_PIXELS`: a file of a few kilobytes can hold thousands of them."""
+    if width * height > MOST_PIXELS:
+        raise ImageError(
+            f"{path}: expected frames of at most {MOST_PIXELS:,} pixels, got {width}x{height}. Scale the video down, "
+            "or predict its frames as images with --tile."
+        )
 
 
 def frames(path: Path) -> Iterator[Image.Image]:
     """The frames of a video in RGB, rotated as players do, one in memory at a time. Raises as `open_video`."""
     with open_video(path) as container:
         for frame in container.decode(video=0):
+            check_frame(frame.width, frame.height, path)  # a stream may change its size
             yield frame.to_image().rotate(frame.rotation, expand=True)
 
 

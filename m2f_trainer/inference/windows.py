@@ -26,6 +26,11 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """Classic and BigTIFF, little and big endian."""
 
 
+MOST_PIXELS, MOST_PIXELS_AT_ONCE = 10**11, 2**29
+"""Limits of a TIFF that is read by windows, and of its tiles or strips, which are decoded whole. The largest slides of
+pathology have 4 x 10^10 pixels."""
+
+
 class Windows(Protocol):
     """An image whose windows can be read as RGB, uint8 (h, w, 3)."""
 
@@ -67,6 +72,7 @@ class TiffWindows:
         except Exception as error:  # tifffile raises many types for a damaged header
             raise ImageError(f"{path}: the TIFF's header is damaged ({error}). Replace the file.") from error
         self.size: Size = self._checked_size()
+        self._check_pixels()
         self._decode(0)  # raises for a missing codec before any prediction
 
     def _checked_size(self) -> Size:
@@ -79,6 +85,19 @@ class TiffWindows:
                 "`vips tiffsave --tile`."
             )
         return int(shape[0]), int(shape[1])
+
+    def _check_pixels(self) -> None:
+        """Refuse sizes that no scanner writes: a sparse file of a few bytes can have any."""
+        (height, width), (rows, columns) = self.size, self._segment()
+        for what, pixels, limit in (
+            ("pixels", height * width, MOST_PIXELS),
+            ("pixels in a tile or strip", rows * columns, MOST_PIXELS_AT_ONCE),
+        ):
+            if pixels > limit:
+                raise ImageError(
+                    f"{self.path}: expected at most {limit:,} {what}, got {pixels:,} ({width}x{height} in parts of "
+                    f"{columns}x{rows}). Cut the image, or write it in tiles with `vips tiffsave --tile`."
+                )
 
     def read(self, box: Box) -> Pixels:
         """As `Windows.read`."""

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from m2f_trainer.doctor.pictures import draw_objects
+from m2f_trainer.masks import rle
 from m2f_trainer.viz.overlay import Shape, draw_shapes
 
 
@@ -22,3 +23,15 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_an_object_is_drawn_at_its_place_in_a_smaller_picture():
+    image = Image.new("RGB", (200, 100), "black")
+    mask = np.zeros((100, 200), np.uint8)
+    mask[20:80, 40:90] = 1
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], mask.T.flatten(), [0]]))), prepend=0)
+    runs = np.append(runs, mask.size - runs.sum())
+    counts = rle.write_counts(runs, 100, 200)
+    drawn = np.asarray(draw_objects({"path": None, "bytes": _png(image)}, [{"counts": counts}] * 2, 100)).any(axis=2)
+    assert drawn[10:40, 20:45].all()
+    assert drawn.sum() == 30 * 25

@@ -80,7 +80,7 @@ def write_run(folder: Path, data: Path, share: float = 1.0) -> Path:
 
 def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path, tmp_path: Path) -> None:
     text = write_report(
-        [write_run(tmp_path / EVIL.replace("/", ""), data, 0.5)], tmp_path / "out" / "page.html"
+        [write_run(tmp_path / EVIL.replace("/", ""), data, 0.5)], tmp_path / "out" / "page.html", load_images=True
     ).read_text()
     reader = Reader(text)
     assert reader.tags.count("script") == 1, "only the script that sorts tables"
@@ -100,6 +100,26 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_every_name(data: Path,
     assert "40" in chart, "in percent, as the tables"
 
 
+def test_the_dataset_is_opened_only_when_asked(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", data)
+    opened: list[object] = []
+    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_recipe_dataset", lambda *given: opened.append(given))
+    words = Reader(write_report([folder], tmp_path / "page.html").read_text()).words
+    assert any("m2f report --images draws them from the dataset" in word for word in words)
+    assert not opened
+
+
+def test_the_pictures_in_a_runs_folder_are_shown(data: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", data)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 20)).save(folder / "pictures" / "worst_1.jpg")
+    Image.new("RGB", (40, 20)).save(tmp_path / "private.jpg")
+    (folder / "pictures" / "best_1.jpg").symlink_to(tmp_path / "private.jpg")
+    reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
+    assert len(reader.addresses) == 1
+    assert "worst 1" in reader.words
+
+
 def test_several_runs_are_shown_side_by_side(data: Path, tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a" / "run", data), write_run(tmp_path / "b" / "run", data, 0.5)
     assert cli.main(["report", str(first), str(second), "--output", str(tmp_path / "page.html")]) == 0
@@ -111,7 +131,7 @@ def test_several_runs_are_shown_side_by_side(data: Path, tmp_path: Path) -> None
 def test_a_page_without_the_dataset_reports_that_it_is_missing(data: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": str(tmp_path / "gone")}))
-    reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
+    reader = Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text())
     assert "img" not in reader.tags
     assert any("is not on this machine" in word for word in reader.words)
 
@@ -120,7 +140,7 @@ def test_a_randomly_initialised_backbone_is_not_called_by_the_default_name(data:
     folder = write_run(tmp_path / "run", data)
     recipe = {"backbone": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}}
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    text = write_report([folder], tmp_path / "page.html").read_text()
+    text = write_report([folder], tmp_path / "page.html", load_images=True).read_text()
     assert "dinov3_vit, randomly initialised" in text
     assert "vits16plus" not in text
 
@@ -132,7 +152,7 @@ def test_a_report_on_a_streamed_run_downloads_nothing_and_has_no_pictures(
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
     opened: list[str] = []
     monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_recipe_dataset", opened.append)
-    assert "img" not in Reader(write_report([folder], tmp_path / "page.html").read_text()).tags
+    assert "img" not in Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text()).tags
     assert opened == []
 
 
@@ -167,7 +187,7 @@ def test_curves_leave_out_unscored_and_non_finite_values(data: Path, tmp_path: P
     folder = write_run(tmp_path / "run", data)
     history = [{"step": 2, "eval_map": -1.0, "loss": float("nan")}, {"step": 4, "eval_map": -1.0, "loss": 8.0}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    words = Reader(write_report([folder], tmp_path / "page.html").read_text()).words
+    words = Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text()).words
     assert "Training loss" in words
     assert "Mask AP" not in words
 
@@ -178,7 +198,7 @@ def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path
     folder = write_run(tmp_path / "run", changed)
     for image in (changed / "valid").glob("*.jpg"):
         Image.open(image).resize((50, 40)).save(image)
-    text = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    text = " ".join(Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text()).words)
     assert "No pictures: image" in text
     coco = json.loads((changed / "valid/_annotations.coco.json").read_text())
     coco["images"] = [{**one, "width": 50, "height": 40} for one in coco["images"]]
@@ -186,5 +206,5 @@ def test_a_dataset_that_has_changed_since_gives_no_pictures(data: Path, tmp_path
         {**one, "segmentation": {"size": [40, 50], "counts": [900, 1100]}} for one in coco["annotations"]
     ]
     (changed / "valid/_annotations.coco.json").write_text(json.dumps(coco))
-    text = " ".join(Reader(write_report([folder], tmp_path / "page.html").read_text()).words)
+    text = " ".join(Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text()).words)
     assert "and now has 50x40: the dataset has changed since" in text

@@ -41,7 +41,9 @@ def test_the_lock_of_a_killed_run_is_taken_over_although_its_workers_live(data: 
     first.wait_for("  loss ")
     first.signal(9)
     first.processes[0].join()
-    second = train(tmp_path / "second", options(data, output, dataloader_num_workers=2, overwrite_output_dir=True))
+    second = train(
+        tmp_path / "second", [*options(data, output, dataloader_num_workers=2), "--overwrite_output_dir", "true"]
+    )
     first.join()
     assert second.status == 0, second.text[-2000:]
     assert "took over the lock of a run that has ended" in second.text
