@@ -19,7 +19,7 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = {
     "hotcoco": "faster COCO evaluation",
-    "triton": "fused attention on CUDA, with M2F_TRITON=1",
+    "triton": "fused deformable attention on CUDA",
     "onnx": "m2f export",
     "onnxscript": "m2f export",
     "onnxruntime": "m2f export",

@@ -223,6 +223,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
         return [
             Choice("tune", "lora" if facts.images < FEW_IMAGES else "full", f"{facts.images:,} training images"),
             Choice("num_train_epochs", "auto", "depends on the number of images"),
+            Choice("per_device_train_batch_size", "auto", "up to 16 images per step: small batches leave a GPU idle"),
             Choice("learning_rate", "auto", "depends on the images of an optimizer step"),
         ]
     return [

@@ -122,7 +122,9 @@ def _dots(table: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
     """Inner products of table rows with each vector: rows (n, k), vectors (n, D) -> (n x k,)."""
     starts = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings(
+            "ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)"
+        )
         pattern = torch.sparse_csr_tensor(
             starts, rows.flatten(), vectors.new_zeros(rows.numel()), (len(rows), len(table)), check_invariants=False
         )

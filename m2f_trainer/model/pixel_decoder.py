@@ -100,6 +100,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
 
     def __init__(self, config: Mask2FormerConfig, feature_channels: Sequence[int]) -> None:
         super().__init__(config, feature_channels=list(feature_channels))
+        self.level_embed.requires_grad_(config.encoder_layers > 0)  # otherwise unused, which stops DDP
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor]  # transformers sets it with the flag
 

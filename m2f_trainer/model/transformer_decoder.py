@@ -88,6 +88,8 @@ class QueryDecoder(Mask2FormerTransformerModule):
 
     def __init__(self, in_features: int, config: Mask2FormerConfig) -> None:
         super().__init__(in_features=in_features, config=config)
+        for unused in (self.queries_embedder, self.level_embed) if not self.decoder.layers else ():
+            unused.requires_grad_(False)  # otherwise DDP stops
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor]  # transformers sets it with the flag
 

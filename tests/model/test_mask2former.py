@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForUniversalSegmentation
 
 from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, labels, tiny_model
 
@@ -35,15 +37,39 @@ def test_every_backbone_gives_masks_at_its_finest_stride(backbone, neck, size, s
     assert outputs(model, images(2, *size)).shape == (2, 7, *shape)
 
 
-@pytest.mark.parametrize("neck", ["pyramid", "adapter"])
-def test_all_trainable_parameters_get_a_gradient_also_without_any_object(neck: str) -> None:
-    model = tiny_model(taps=(1, 2), neck=neck).train()
-    empty = {"mask_labels": [torch.zeros(0, 64, 64)] * 2, "class_labels": [torch.zeros(0, dtype=torch.long)] * 2}
-    model(images(), **empty).loss.backward()
-    without = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
-    assert without == []
+BODIES = [
+    *((VIT, neck, taps) for neck in ("pyramid", "adapter") for taps in ((1,), (2,), (1, 2))),
+    (VIT, "plain", (1, 2)),
+    (DINOV2, "adapter", (1,)),
+    (CONVNEXT, "pyramid", ()),
+]
+HEADS = [
+    {"encoder_layers": encoder, "decoder_layers": decoder, **rest}
+    for encoder in (0, 2)
+    for decoder in (1, 3)
+    for rest in ({}, {"quality_weight": 2.0, "matrix_nms": True}, {"discrimination_weight": 5.0})
+]
+
+
+@pytest.mark.parametrize("objects", [True, False], ids=["objects", "none"])
+@pytest.mark.parametrize("tune", ["full", "lora", "frozen"])
+@pytest.mark.parametrize(("backbone", "neck", "taps"), BODIES)
+def test_every_trainable_parameter_gets_a_gradient(
+    backbone: dict[str, Any], neck: str, taps: tuple[int, ...], tune: str, objects: bool
+) -> None:
+    """With every configuration of the head, also without any object; DDP stops at the second step otherwise."""
+    if tune == "lora" and backbone == CONVNEXT:
+        pytest.skip("a ConvNeXt has no attention layers for LoRA")
+    side = 56 if backbone == DINOV2 else 64
+    for head in HEADS:
+        model = tiny_model(backbone, taps=taps, neck=neck, image_size=(side, side), **head)
+        set_tuning(model, tune)
+        targets = labels(side, side) if objects else {
+            "mask_labels": [torch.zeros(0, side, side)] * 2, "class_labels": [torch.zeros(0, dtype=torch.long)] * 2
+        }  # fmt: skip
+        model.train()(images(2, side, side), **targets).loss.backward()
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        assert [name for name, one in trained.items() if one.grad is None] == [], head
 
 
 def test_uint8_pixels_are_normalised_as_the_processor_would_and_padding_is_zero() -> None:
