@@ -225,6 +225,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
             Choice("num_train_epochs", "auto", "depends on the number of images"),
             Choice("per_device_train_batch_size", "auto", "up to 16 images per step: small batches leave a GPU idle"),
             Choice("learning_rate", "auto", "depends on the images of an optimizer step"),
+            *([Choice("per_device_eval_batch_size", 32, "tiles are small")] if chosen.get("tile_size") else []),
         ]
     return [
         Choice("tune", "frozen", "no GPU: only neck and head are trained"),

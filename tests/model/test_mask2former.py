@@ -43,11 +43,10 @@ BODIES = [
     (DINOV2, "adapter", (1,)),
     (CONVNEXT, "pyramid", ()),
 ]
+LOSSES = {"quality_weight": 2.0, "matrix_nms": True, "discrimination_weight": 5.0}
 HEADS = [
-    {"encoder_layers": encoder, "decoder_layers": decoder, **rest}
-    for encoder in (0, 2)
-    for decoder in (1, 3)
-    for rest in ({}, {"quality_weight": 2.0, "matrix_nms": True}, {"discrimination_weight": 5.0})
+    {"encoder_layers": 2, "decoder_layers": 3},
+    *({"encoder_layers": encoder, "decoder_layers": decoder, **LOSSES} for encoder in (0, 1) for decoder in (1, 2)),
 ]
 
 
