@@ -1,10 +1,11 @@
-"""`m2f check` against the number of images: wall-clock and CPU time, and peak memory.
+"""Wall-clock time, CPU time and peak memory of `m2f check` by number of images.
 
     python -m benchmarks.check --folder /tmp/check [--photos 1250 5000] [--copies 2000 8000]
 
 Photos are distinct JPEG files of 640 x 480 pixels and about 150 kB, with 7 polygons of 8 to 40 points each, as in COCO.
 Copies are one image of 20 x 16 pixels with one object under many names, so that each is a duplicate of all others. The
-command runs in a process of its own; `growth` is the exponent of its CPU time between a row and the one before.
+command runs in a fresh process; `growth` is the exponent of the CPU time, as a power of the number of images, between
+this row and the one before.
 """
 
 import json
@@ -55,7 +56,7 @@ def split_of(number: int) -> str:
 
 
 def image_path(root: Path, number: int, suffix: str) -> Path:
-    """The path of an image, whose folder is made."""
+    """The path of an image; its folder is created."""
     folder = root / split_of(number)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{number}{suffix}"
@@ -64,7 +65,7 @@ def image_path(root: Path, number: int, suffix: str) -> Path:
 def write_annotations(
     root: Path, images: int, suffix: str, size: tuple[int, int], entries: list[dict[str, Any]]
 ) -> None:
-    """The annotation files of both splits."""
+    """Write the annotation files of both splits."""
     categories = [{"id": key, "name": f"class {key}"} for key in range(1, CLASSES + 1)]
     for split in ("train", "valid"):
         mine = [k for k in range(images) if split_of(k) == split]
@@ -75,7 +76,7 @@ def write_annotations(
 
 
 def check(root: Path, threads: int) -> dict[str, float]:
-    """Run the command on a folder."""
+    """Run the command on a folder and measure its process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -89,7 +90,9 @@ def check(root: Path, threads: int) -> dict[str, float]:
 
 def main() -> None:
     made = parser(__doc__ or "")
-    made.add_argument("--folder", type=Path, required=True, help="where datasets are written, and read again")
+    made.add_argument(
+        "--folder", type=Path, required=True, help="folder of the datasets; those already there are reused"
+    )
     made.add_argument("--photos", type=int, nargs="*", default=[1250, 5000])
     made.add_argument("--copies", type=int, nargs="*", default=[2000, 8000])
     arguments = made.parse_args()

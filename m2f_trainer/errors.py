@@ -67,7 +67,7 @@ class SharingError(M2FError):
 
 
 class ArgumentError(M2FError, TypeError):
-    """An argument of a function or class has the wrong type; the message names it and the types that it can have."""
+    """An argument of a function or class has the wrong type; the message names it and the accepted types."""
 
 
 class MissingPackageError(M2FError):
@@ -100,8 +100,8 @@ def needs(*packages: str, extra: str) -> None:
 def escape_controls(text: str, kept: str = "") -> str:
     r"""The text with its control characters as escapes, such as \x1b, except those in `kept`.
 
-    Names of files and classes come from strangers: a terminal would obey escape sequences in them, and characters that
-    turn the direction of text would hide a suffix.
+    Names of files and classes are untrusted: a terminal would execute escape sequences in them, and characters that
+    change the direction of text can hide a suffix.
     """
     return re.sub(CONTROLS, lambda found: found[0] if found[0] in kept else escaped(found[0]), text)
 

@@ -42,7 +42,7 @@ FINGERPRINT, MANIFEST, PICKLED_ARGUMENTS = "fingerprint.json", "manifest.json", 
 CLASSES, PREDICTIONS = "classes.csv", "predictions.json"
 ADAPTER_FOLDER, FEATURE_CACHE = "adapter", "feature_cache"
 PICTURES = "pictures"
-"""The folder of a card's pictures. They show the dataset, so they are uploaded only where that was asked for."""
+"""The folder of a card's pictures. They show the dataset, so they are uploaded only on request."""
 
 STAGING, RESUME_STAGING, LOCK = ".staging", ".resume", ".lock"
 
@@ -117,7 +117,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def blame_damage(folder: str | Path) -> Iterator[None]:
-    """Report an error that values of a wrong type or missing keys in a run's files cause as damage of its folder.
+    """Turn errors caused by wrong types or missing keys in a run's files into an error that names its folder.
 
     Raises:
         ModelFolderError: instead of that error.

@@ -3,14 +3,12 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from m2f_trainer.cli.console import add_dataset_options, add_range_option, dataset_options, positive_int, say, suggest
 
 if TYPE_CHECKING:
-    from m2f_trainer.data.transforms import TrainTransform
     from m2f_trainer.doctor.examine import Examination
 
 SUMMARY = "examine a dataset before training on it, and repair a copy"
@@ -24,13 +22,6 @@ EXAMPLES = (
     "m2f check my_coco --recipe my_recipe.json",
     "m2f check my_coco --fix corrected",
 )
-
-MODEL = {
-    "num_queries": "number of queries",
-    "image_height": "height of its input in pixels",
-    "image_width": "width of its input in pixels",
-    "tile_size": "side of the tiles that images are cut into, in pixels",
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,24 +49,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="augmentation preset of --preview [%(default)s]",
     )
     model = parser.add_argument_group(
-        "the model to train", "its queries and its input decide which objects it can find"
+        "the model to train", "its queries and input size decide which objects it can find"
     )
-    for name, what in MODEL.items():
-        model.add_argument(f"--{name}", type=positive_int, metavar="N", help=f"{what} [as m2f train would choose]")
+    model.add_argument("--num_queries", type=positive_int, metavar="N", default=100, help="number of queries [100]")
+    model.add_argument("--image_height", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
+    model.add_argument("--image_width", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.examine import UNUSABLE, examine
     from m2f_trainer.doctor.fix import can_be_corrected
-    from m2f_trainer.doctor.recommend import choose_settings
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
 
-    settings = Settings(exif_frame=arguments.exif_frame, pixel_range=arguments.pixel_range or "auto")
-    given = {name: value for name in MODEL if (value := vars(arguments)[name]) is not None}
-    choose = partial(choose_settings, given)
-    places = (arguments.annotations, arguments.images)
-    result = examine(arguments.dataset, settings, *places, progress=True, choose=choose)
+    settings = Settings(
+        arguments.image_height,
+        arguments.image_width,
+        arguments.num_queries,
+        arguments.exif_frame,
+        arguments.pixel_range or "auto",
+    )
+    result = examine(arguments.dataset, settings, arguments.annotations, arguments.images, progress=True)
     say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
     messages = write_outputs(arguments, result)
     if not arguments.json:
@@ -112,23 +106,14 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
         messages.append(f"corrected copy: {arguments.fix}, {len(done.changes)} change(s) listed in changes.json")
         messages.append(done.to_text())
     if arguments.preview and result.status != UNUSABLE:
-        paths = preview(result, arguments.preview, preview_transform(arguments.augmentation, result), Path("preview"))
+        from m2f_trainer.config.arguments import DataArguments
+        from m2f_trainer.data.transforms import TrainTransform
+
+        augment = DataArguments(augmentation=arguments.augmentation).augment()
+        flip, size = augment.pop("horizontal_flip"), (arguments.image_height, arguments.image_width)
+        paths = preview(result, arguments.preview, TrainTransform(*size, flip=flip, **augment), Path("preview"))
         messages.append(f"{len(paths)} augmented samples: {paths[0].parent}")
     return messages
-
-
-def preview_transform(augmentation: Any, result: "Examination") -> "TrainTransform":
-    """The augmentation of a preset for the input that was examined: of whole images, or of random tiles."""
-    from m2f_trainer.config.arguments import DataArguments
-    from m2f_trainer.data.tiles import TileTransform
-    from m2f_trainer.data.transforms import TrainTransform
-
-    settings = result.settings
-    augment = DataArguments(augmentation=augmentation, tile_size=settings.tile_size).augment()
-    flip, size = augment.pop("horizontal_flip"), (settings.image_height, settings.image_width)
-    if settings.tile_size:
-        return TileTransform(*size, settings.tile_size, flip=flip, **augment)
-    return TrainTransform(*size, flip=flip, **augment)
 
 
 def write_recipe(path: Path, result: "Examination") -> str:

@@ -53,12 +53,12 @@ def add_file_options(parser: argparse._ActionsContainer) -> None:
         choices=["auto", "stored", "displayed"],
         default="auto",
         help="where masks of photos with an EXIF rotation lie: on the stored pixels, or on the photo as viewers "
-        "display it [as the sizes in the annotations say]",
+        "display it [auto: decided by the annotated sizes]",
     )
 
 
 def add_range_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """How values of more than 8 bits are scaled; `default` says what happens without the option."""
+    """How values of more than 8 bits are scaled; `default` describes what happens without the option."""
     parser.add_argument(
         "--pixel_range",
         type=pixel_range,

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         action="store_true",
-        help="draw more images, from the datasets that the runs' recipes name; not for runs of people you don't trust",
+        help="draw more images, from the datasets that the runs' recipes name; only for runs that you trust",
     )
 
 

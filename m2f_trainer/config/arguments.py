@@ -146,8 +146,8 @@ class ModelArguments:
     )
     class_weights: dict[str, Any] | str | None = option(
         None,
-        'Weights of classes in the class loss, for rare or important ones: {"name": weight}, 1 for those not named; or '
-        "balanced: proportional to 1 / sqrt(objects), 1 on average over the objects. Default: 1 each.",
+        'Class weights in the classification loss: {"name": weight}, 1 for those not named; or balanced: proportional '
+        "to 1 / sqrt(objects), 1 on average over the objects. Default: 1 each.",
         "model",
         changes_results=True,
     )
@@ -283,7 +283,7 @@ class DataArguments:
     exif_frame: ExifFrame = option(
         "auto",
         "Whether masks of photos with an EXIF rotation lie on the stored pixels or on the photo as viewers display it. "
-        "auto: as the sizes in the annotations say, and an error where they don't.",
+        "auto: decided by the annotated sizes, and an error where they don't decide.",
         "data",
         changes_results=True,
     )

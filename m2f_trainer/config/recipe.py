@@ -86,7 +86,7 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
 def without_deletion(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """The values of a recipe file; RecipeError where they ask for the deletion of checkpoints.
 
-    A recipe is passed on to others, and deletes nothing on their machines.
+    Recipes are shared; one must not delete files on another machine.
     """
     if values.get("overwrite_output_dir") not in (None, False):
         raise RecipeError(

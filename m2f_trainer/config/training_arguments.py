@@ -349,7 +349,7 @@ class TrainArguments(TrainingArguments):
         self.optim = TrainingArguments.default_optim if optim == MUON else optim  # transformers doesn't know muon
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.tf32 is None and not self.use_cpu and is_torch_tf32_available():
-            enable_tf32(True)  # what bfloat16 autocast leaves in float32: the sampling places of the pixel decoder
+            enable_tf32(True)  # what bfloat16 autocast leaves in float32: the sampling locations of the pixel decoder
         self.optim = MUON if optim == MUON else self.optim
         self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
@@ -465,7 +465,7 @@ class TrainArguments(TrainingArguments):
 
 
 def one_of_several_gpus(count: int, arguments: Sequence[str]) -> str:
-    """What a process that was started without a launcher says where it sees several GPUs; `arguments` are m2f's."""
+    """Hint for a process started without a launcher on several GPUs; `arguments` are those of m2f."""
     command = f"torchrun --nproc_per_node {count} -m m2f_trainer {shlex.join(arguments)}".strip()
     return f"1 of {count} GPUs used. To use all, start with:\n  {command}"
 

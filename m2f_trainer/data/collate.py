@@ -68,7 +68,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         return np.column_stack([images, classes]).astype(np.int64)
 
     def class_places(self) -> npt.NDArray[np.int64]:
-        """Place and class of every class that a place has objects of, (P, 2): places are rows, or tiles of them."""
+        """Every pair of a place and a class that has objects there, (P, 2). A place is a row, or a tile of one."""
         return np.unique(self.labels(), axis=0)
 
     def places(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -76,7 +76,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         return np.arange(len(self))
 
     def shares(self) -> npt.NDArray[np.float64]:
-        """How often an epoch shows each place, on average."""
+        """Average number of times that an epoch shows each place."""
         return np.ones(len(self.rows))
 
     def name(self, index: int) -> str:

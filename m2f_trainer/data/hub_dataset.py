@@ -112,8 +112,7 @@ def load_hub(
 ) -> datasets.DatasetDict:
     """The splits of a Hub dataset as rows with embedded images; `options` go to `datasets.load_dataset`.
 
-    Photos with an EXIF rotation in rows of ours are read as the rows say, unless `exif_frame` says it; in other rows
-    `exif_frame` must be given.
+    Photos with an EXIF rotation need `exif_frame`, unless the rows were written by this package: these store the frame.
 
     Raises:
         DataError: it can't be loaded, or has no image and objects columns that describe masks

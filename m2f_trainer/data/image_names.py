@@ -27,7 +27,7 @@ def is_inside(name: str) -> bool:
 
 
 def with_slashes(name: str) -> str | None:
-    """A relative name that has \\ between its folders, as Windows writes it, with /; None for other names."""
+    """A relative name with Windows separators, with / instead; None for other names."""
     spelled = name.replace("\\", "/")
     return spelled if "\\" in name and is_inside(spelled) and not PureWindowsPath(name).drive else None
 

@@ -1,9 +1,9 @@
 """Open images safely, as 8-bit RGB: only regular files, of known formats, up to a limit of pixels.
 
-Annotations refer to stored pixels, or to the image as viewers show it, turned by its EXIF orientation: their size says
-which, where it can. Photos without annotations are read as viewers show them. Alpha is dropped, of an animation the
-first frame is read. Values of more than 8 bits, grey or colour, are scaled to 8 bits from a range of values. What has
-no single right conversion to RGB is rejected, with the fix.
+Annotations refer either to the stored pixels or to the image as viewers show it, turned by its EXIF orientation. The
+annotated size decides which, unless both have the same size. Photos without annotations are read as viewers show them.
+Alpha is dropped; only the first frame of an animation is read. Values of more than 8 bits, grey or colour, are scaled
+to 8 bits from a range of values. Images whose conversion to RGB is ambiguous are rejected, with the fix.
 """
 
 import io
@@ -33,7 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000
 """Pillow's formats that need no external program."""
 
 _BY_SUFFIX = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA", ".spider": "SPIDER", ".spi": "SPIDER"}
-"""Formats that have no signature: any file might be one."""
+"""Formats without a signature, which can be recognised only by the suffix."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jpe", ".jfif", ".avif",
             ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".mpo", ".apng", ".pbm", ".pnm", ".pfm", ".dib",
@@ -86,8 +86,8 @@ def open_image(
         size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
         shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
             is not smaller
-        displayed: whether a file is returned as viewers show it, turned by its EXIF orientation, unless `size` says
-            which of the two it is
+        displayed: whether a file is returned as viewers show it, turned by its EXIF orientation; used only where
+            `size` doesn't decide
         pixel_range: for images of more than 8 bits, the values that become 0 and 255, or "image" for percentiles of
             the image itself; by default `FULL_RANGE`
 
@@ -135,7 +135,7 @@ def is_turned(image: Image.Image, size: Size, displayed: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of an image file says: size as stored, EXIF orientation, whether values have more than 8 bits."""
+    """Header of an image file: size as stored, EXIF orientation, whether values have more than 8 bits."""
 
     size: Size
     orientation: int
@@ -273,7 +273,7 @@ def _identify(file: Path | io.BytesIO, where: str, whole: bool = False) -> Image
 
 
 def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
-    """Why Pillow would read the first channel of a TIFF file only, or halves of its values; "" where it doesn't."""
+    """Why Pillow would read only the first channel of a TIFF file, or half of each value; "" if it reads all."""
     bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
     most = max(bits if isinstance(bits, tuple) else (bits,))
     if most > 8 and image.mode in ("RGB", "RGBA", "CMYK", "LA") and not _raw_mode(image).endswith(_WIDE):

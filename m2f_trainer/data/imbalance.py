@@ -1,4 +1,4 @@
-"""Rare classes: samples that hold them are shown more often, or their objects weigh more in the loss.
+"""Class imbalance: samples with rare classes are repeated, or their objects weigh more in the loss.
 
 Repeat-factor sampling is that of LVIS (Gupta, Dollár and Girshick 2019, https://arxiv.org/abs/1908.03195v2, appendix
 B.2): f(c) is the fraction of training samples with an object of class c, r(c) = max(1, sqrt(t / f(c))) is its repeat
@@ -21,23 +21,23 @@ BALANCED = "balanced"
 """The value of the recipe field `class_weights` that computes them from the training split."""
 
 NAMED = 10
-"""Classes that a message names at most."""
+"""The maximum number of classes that a message names."""
 
 RNG_STREAM = 2
 """Separates the random numbers of `RepeatedSamples` from those of augmentation and of tiles."""
 
 
 class RepeatedSamples(InstanceDataset):
-    """Training samples of which those with rare classes are repeated, each time with another augmentation.
+    """Training samples in which those with rare classes are repeated, each time with another augmentation.
 
-    An epoch has the same number of samples each time: the sum of the repeat factors, rounded up. How often it has a
-    sample is the repeat factor or an integer next to it, chosen by systematic sampling with a random start, so that the
-    mean over epochs is proportional to the repeat factor. It is a function of (seed, epoch) alone, as the sample is one
-    of (seed, epoch, index); every sample without rare classes is shown at least once an epoch.
+    Every epoch has the same length: the sum of the repeat factors, rounded up. Systematic sampling with a random start
+    repeats a sample as often as its repeat factor, rounded up or down, so that the mean over epochs is proportional to
+    the factor. The selection is a function of (seed, epoch), as a sample is one of (seed, epoch, index). Samples
+    without rare classes are shown at least once per epoch.
     """
 
     def __init__(self, dataset: InstanceDataset, threshold: float, seed: int) -> None:
-        """`dataset`: images or tiles; `threshold`: t above, a fraction of the samples."""
+        """`dataset`: images or tiles; `threshold`: t in the module's docstring, a fraction of the samples."""
         super().__init__(dataset.rows, dataset.transform, dataset.categories)
         self.dataset, self.threshold, self.seed = dataset, threshold, seed
         shares = dataset.shares()
@@ -53,7 +53,7 @@ class RepeatedSamples(InstanceDataset):
         return self._length
 
     def chosen(self, epoch: int) -> NDArray[np.int64]:
-        """The sample of `dataset` that each sample of an epoch is, (len,), ascending."""
+        """Index in `dataset` of each sample of an epoch, (len,), ascending."""
         if self._chosen is None or self._chosen[0] != epoch:
             ends = np.cumsum(self.factors[self.dataset.places(epoch)])
             start = np.random.default_rng([self.seed, epoch, 0, RNG_STREAM]).random()
@@ -63,7 +63,7 @@ class RepeatedSamples(InstanceDataset):
         return self._chosen[1]
 
     def row(self, index: int, epoch: int) -> Mapping[str, Any]:
-        """The row of the sample that number `index` of the epoch is."""
+        """The row of sample `index` of the epoch."""
         return self.dataset.row(int(self.chosen(epoch)[index]), epoch)
 
     def objects(self) -> NDArray[np.int64]:
@@ -80,7 +80,7 @@ class RepeatedSamples(InstanceDataset):
             for k in rare[:NAMED].tolist()
         ]
         more = [f"and {len(rare) - NAMED} more"] if len(rare) > NAMED else []
-        classes = ": " + ", ".join([*named, *more]) if len(rare) else ", since none is as rare"
+        classes = ": " + ", ".join([*named, *more]) if len(rare) else ", because none is rarer than the threshold"
         return (
             f"repeat_factor_threshold {self.threshold:g}: {len(self):,} samples per epoch instead of "
             f"{total}; {len(rare)} of {len(self.categories)} classes are repeated{classes}"
@@ -88,7 +88,7 @@ class RepeatedSamples(InstanceDataset):
 
 
 def repeat_factors(frequencies: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
-    """Fraction of the samples that hold each class (K,) -> repeat factors (K,), 1 for a class that none holds.
+    """Fraction of the samples with each class (K,) -> repeat factors (K,), 1 for a class that is in no sample.
 
     >>> repeat_factors(np.array([0.5, 0.01, 0.0025, 0.0]), 0.01).tolist()
     [1.0, 1.0, 2.0, 1.0]
@@ -98,7 +98,7 @@ def repeat_factors(frequencies: NDArray[np.float64], threshold: float) -> NDArra
 
 
 def balanced_weights(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Objects of each class (K,) -> weights (K,) proportional to 1 / sqrt(count), of which the mean over objects is 1.
+    """Objects of each class (K,) -> weights (K,) proportional to 1 / sqrt(count), whose mean over objects is 1.
 
     >>> balanced_weights(np.array([400, 100])).round(3).tolist()
     [0.833, 1.667]
@@ -111,7 +111,7 @@ def resolve_weights(given: Mapping[str, float] | str, samples: InstanceDataset) 
     """The recipe's `class_weights` as the weight of every class by its name; 1 for those that are not named.
 
     Raises:
-        RecipeError: a name is none of the classes'
+        RecipeError: a name is not that of a class
     """
     names = [category.name for category in samples.categories]
     if isinstance(given, Mapping):
@@ -127,7 +127,7 @@ def resolve_weights(given: Mapping[str, float] | str, samples: InstanceDataset) 
 
 
 def weights_of_classes(weights: Mapping[str, float] | str | None, categories: Sequence[Category]) -> list[float] | None:
-    """What `resolve_weights` returned, in the order of the classes; None for no weights."""
+    """The result of `resolve_weights` in the order of the classes; None if the recipe has no weights."""
     return [float(weights[one.name]) for one in categories] if isinstance(weights, Mapping) else None
 
 

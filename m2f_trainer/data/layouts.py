@@ -86,7 +86,7 @@ def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:
 
 
 def annotated_folder(file: Path) -> Path:
-    """The dataset folder of an annotation file: its own, or the one around it where that is called annotations."""
+    """The dataset folder of an annotation file: its own folder, or the parent of a folder called annotations."""
     return file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
 
 

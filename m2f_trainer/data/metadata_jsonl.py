@@ -55,7 +55,7 @@ def _by_image_names(files: SplitFiles) -> Iterator[SplitFiles]:
 
 
 def _split_folder(name: str) -> str | None:
-    """The split that the first folder of an image name says; None where it is no split's, or the name has none."""
+    """The split that the first folder of an image name stands for; None if it is no split's, or there is no folder."""
     parts = PurePosixPath(name).parts
     return split_of(parts[0]) if len(parts) > 1 else None
 

@@ -1,6 +1,6 @@
-"""How the images of a dataset are read: the frame that their annotations lie in, and the range of their values.
+"""How the images of a dataset are read: the frame of their annotations, and the range of pixel values.
 
-A row has both, so that training, evaluation and pictures read an image alike.
+Both are stored in each row, so that training, evaluation and pictures read an image the same way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Reading:
     """How the images of a dataset are read.
 
     Attributes:
-        displayed: whether annotations lie on images as viewers show them, where the sizes don't say
+        displayed: whether annotations lie on images as viewers show them; used only where the sizes don't decide
         pixel_range: for images of more than 8 bits, see `images.open_image`; None where there are none
     """
 
@@ -47,7 +47,7 @@ class Reading:
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
-    """How the image of a row is read, the inverse of `Reading.columns`; rows of earlier versions have the default."""
+    """How the image of a row is read, the inverse of `Reading.columns`; the default for rows of earlier versions."""
     stored = row.get("pixel_range")
     displayed = bool(row.get("displayed"))
     if stored is None:
@@ -64,7 +64,7 @@ def model_range(stored: Sequence[float] | str | None) -> PixelRange:
 
 @dataclass(frozen=True)
 class Photo:
-    """One image file: its split in messages, id, data, the size that its annotations say, whether it has any."""
+    """One image file: its split for messages, id, data, annotated size, and whether it has annotations."""
 
     split: str
     image_id: int
@@ -122,9 +122,9 @@ def spaced(length: int, count: int) -> list[int]:
 def size_in_frame(
     source: Mapping[str, Any] | str | Path, where: str, exif_frame: ExifFrame, name: str, report: Report
 ) -> Size:
-    """The size of an image whose annotations don't say one, read from the file in the frame of the annotations.
+    """The size of an image whose annotations have none, read from the file in the frame of the annotations.
 
-    Reports an image for which the two frames differ in size and none is given.
+    Reports an image whose stored and displayed sizes differ if `exif_frame` is auto.
 
     Raises:
         ImageError: it can't be read
@@ -145,7 +145,7 @@ ASK_FRAME = (
 
 
 def _headers(photos: Iterable[Photo]) -> Iterator[tuple[Photo, ImageHeader]]:
-    """Photos with what the headers of their files say; those that can't be read are left out."""
+    """Photos with the headers of their files; those that can't be read are left out."""
 
     def read(photo: Photo) -> ImageHeader | None:
         try:
@@ -160,19 +160,19 @@ def _headers(photos: Iterable[Photo]) -> Iterator[tuple[Photo, ImageHeader]]:
 
 
 def _find_frame(headers: Sequence[tuple[Photo, ImageHeader]], report: Report) -> bool:
-    """Whether annotations lie on photos as viewers show them, as the sizes of most turned photos say.
+    """Whether annotations lie on photos as viewers show them, decided by photos whose two sizes differ.
 
-    Reports annotated photos that fit both frames where no size says, or where sizes say both.
+    Reports annotated photos that fit both frames if no other photo decides, or if others contradict each other.
     """
     turned = [(photo, header) for photo, header in headers if header.orientation > 1 and photo.annotated]
-    telling = [
+    decisive = [
         (photo.size == header.size[::-1])
         for photo, header in turned
         if header.orientation > 4 and header.size[0] != header.size[1]
     ]
     unclear = [photo for photo, header in turned if header.orientation <= 4 or header.size[0] == header.size[1]]
-    if not unclear or len(set(telling)) == 1:
-        return any(telling)
+    if not unclear or len(set(decisive)) == 1:
+        return any(decisive)
     for name in dict.fromkeys(photo.split for photo in unclear):
         of_split = [photo for photo in unclear if photo.split == name]
         message = f"{name}: {of_split[0].where}: {ASK_FRAME}"

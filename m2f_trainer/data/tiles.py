@@ -123,11 +123,11 @@ class TileGrid:
         return Cell(image, rows, columns, row, column, bool(self.counts[place]))
 
     def places(self, epoch: int) -> NDArray[np.int64]:
-        """The number of each tile of an epoch, among all tiles of all images: those of `cell`."""
+        """Index of each tile of an epoch in `cells`, which lists all tiles of all images."""
         return np.concatenate([cycle.of_epoch(epoch) for cycle in self.cycles])
 
     def shares(self) -> NDArray[np.float64]:
-        """The average number of times that an epoch has each tile of all images."""
+        """Average number of times that an epoch shows each tile of `cells`."""
         shares = np.zeros(len(self.cells))
         for cycle in self.cycles:
             shares[cycle.places] = cycle.per_epoch / max(len(cycle.places), 1)
@@ -240,7 +240,7 @@ class TrainTiles(InstanceDataset):
         return self.grid.counts[self.grid.places(0)]
 
     def class_places(self) -> NDArray[np.int64]:
-        """Tile and class of every class that a tile of the unshifted grid has objects of, (P, 2)."""
+        """Every pair of a tile of the unshifted grid and a class that has objects in it, (P, 2)."""
         columns = self.rows.select_columns(["height", "width", "objects"]).with_format(None)
         starts = np.searchsorted(self.grid.cells[:, 0], np.arange(len(self.rows)))
         found = [np.zeros((0, 2), np.int64)]
@@ -258,7 +258,7 @@ class TrainTiles(InstanceDataset):
         return self.grid.places(epoch)
 
     def shares(self) -> NDArray[np.float64]:
-        """How often an epoch shows each tile, on average."""
+        """Average number of times that an epoch shows each tile."""
         return self.grid.shares()
 
 

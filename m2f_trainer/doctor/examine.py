@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -24,7 +24,7 @@ from m2f_trainer.data.images import FULL_RANGE
 from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.doctor.duplicates import find_duplicates
-from m2f_trainer.doctor.scan import FEWEST_LEVELS, Scan, Settings, check_input, scan_split
+from m2f_trainer.doctor.scan import FEWEST_LEVELS, Scan, Settings, scan_split
 from m2f_trainer.errors import DataError
 
 CLEAN, ERRORS, UNUSABLE = 0, 1, 2
@@ -73,17 +73,10 @@ def examine(
     annotations: Sequence[str] | None = None,
     images: Sequence[str] | None = None,
     progress: bool = False,
-    choose: Callable[[Sequence[Scan], Settings], Settings] | None = None,
 ) -> Examination:
     """Read every annotation and every image of a dataset, as `load_dataset` finds it.
 
-    All problems become findings; none is raised.
-
-    Args:
-        settings: the recipe's fields that findings depend on
-        annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
-        progress: whether to show a bar on a terminal
-        choose: completes the settings for the images of the training split
+    All problems become findings; none is raised. `progress`: whether to show a bar on a terminal.
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
     splits, files = _read_splits(name, annotations, images, settings.exif_frame, report)
@@ -94,11 +87,7 @@ def examine(
         _report_found_range(name, splits, report)
     total = sum(len(annotations.images) for annotations in splits.values())
     with tqdm(total=total, desc="check", unit=" images", leave=False, disable=None if progress else True) as bar:
-        scans = {split: scan_split(one, report, bar.update) for split, one in splits.items()}
-    if choose is not None and scans.get("train"):
-        settings = choose(scans["train"], settings)
-    for found in scans.values():
-        check_input(found, settings, report)
+        scans = {split: scan_split(one, settings, report, bar.update) for split, one in splits.items()}
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
     if splits:
         _check_splits(name, splits, scans, report)

@@ -99,10 +99,10 @@ def repair(examination: Examination, target: Path, remove_leaked: bool = False) 
 
 
 def dataset_folders(examination: Examination) -> list[Path]:
-    """The folders that a dataset consists of, absolute: no copy of it is written into them.
+    """The folders of a dataset, absolute; no copy is written into them.
 
-    Of a dataset that is named by its annotation file they are the folder of that file, the one around it where it is
-    called annotations or alike, and those of the images.
+    For a dataset given by its annotation file: the folder of that file (or its parent, if it is called annotations)
+    and those of the images.
     """
     root = Path(examination.dataset).resolve()
     folders = [split.folder.resolve() for split in examination.splits.values() if isinstance(split, FolderSplit)]

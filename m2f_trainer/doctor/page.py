@@ -15,7 +15,7 @@ from m2f_trainer.doctor.summary import (
     class_counts,
     figures,
     image_sizes,
-    instances_per_sample,
+    instances_per_image,
     object_sides,
     rarest_classes,
     relative_file,
@@ -60,16 +60,13 @@ def _split_table(examination: Examination) -> Table:
 
 
 def _histograms(examination: Examination) -> Iterator[Chart]:
-    settings = examination.settings
-    counts, sides = instances_per_sample(examination), object_sides(examination)
-    sample = f"a tile of {settings.tile_size} pixels with objects" if settings.tile_size else "an image"
-    if counts:
-        queries = settings.num_queries
-        yield _bars(f"Objects in {sample} (the model has {queries} queries)", _binned(counts, whole=True))
+    per_image, sides = instances_per_image(examination), object_sides(examination)
+    size = f"{examination.settings.image_width}x{examination.settings.image_height}"
+    if per_image:
+        queries = examination.settings.num_queries
+        yield _bars(f"Objects in an image (the model has {queries} queries)", _binned(per_image, whole=True))
     if sides:
-        yield _bars(
-            f"Object side in pixels at {settings.input_text()} (a mask value covers 4)", _binned(sides, whole=False)
-        )
+        yield _bars(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
     totals = {name: sum(counts.values()) for name, counts in class_counts(examination).items()}
     yield _bars("Objects of each class", sorted(totals.items(), key=lambda item: -item[1]))
     rarest = [(f"{name} ({count} objects)", images) for name, count, images in rarest_classes(examination)[:MOST_BARS]]

@@ -30,8 +30,7 @@ def draw_objects(
 ) -> Image.Image:
     """An image with the masks of its row's `objects`, resized so that no side is longer than `longest` pixels.
 
-    Only the first `MOST_DRAWN` objects are drawn. `size` is the size that the annotations say, by default that of the
-    stored image.
+    Only the first `MOST_DRAWN` objects are drawn. `size` is the annotated size, by default that of the stored image.
     """
     image = open_image(source, "picture", size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     full = image.size

@@ -6,19 +6,18 @@ the measurements in benchmarks/accuracy/TABLES.md.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import get_token
-from numpy.typing import NDArray
 
-from m2f_trainer.config.arguments import DataArguments, ModelArguments
+from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import backbone_layers, backbone_stride
 from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
-from m2f_trainer.doctor.scan import Scan, Settings, instances_of_samples
+from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks.rle import Size
 
 Image = tuple[Size, list[tuple[int, float]]]
@@ -33,8 +32,6 @@ resized to 112 pixels.
 
 WORTH_TILES = 0.75
 """Images are cut into tiles when a tile's side is below this share of the images' longer side."""
-
-FEWEST_QUERIES = 20
 
 FEW_IMAGES = 2_000
 """Below this many training images LoRA is as good as tuning the whole backbone, at a lower cost."""
@@ -182,42 +179,6 @@ def choices_text(choices: Sequence[Choice]) -> str:
         max(len(cell) for cell in column) for column in zip(*((c.field, str(c.value)) for c in choices), strict=True)
     ]
     return "\n".join(f"  {c.field:{widths[0]}}  {c.value!s:{widths[1]}}  {c.reason}" for c in choices)
-
-
-def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
-    """Number of queries that 99 % of the training samples need, rounded up to tens, and the reason.
-
-    `objects`: number of objects of each training sample, (n,).
-    """
-    enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
-    queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
-    return queries, f"99 % of the training samples have at most {enough} objects, one has {most}"
-
-
-def choose_settings(given: Mapping[str, Any], scans: Sequence[Scan], settings: Settings) -> Settings:
-    """The fields that `m2f train` chooses where they are not `given`, for images of the training split.
-
-    Raises RecipeError as `recommend`.
-    """
-    side = given.get("image_height", given.get("image_width"))
-    sides = {} if side is None else {"image_height": side, "image_width": given.get("image_width", side)}
-    given = {**given, **sides}
-    chosen = {**as_recipe(recommend(facts_of(images_of_scans(scans)), this_machine(), given)), **given}
-    inputs = replace(
-        settings,
-        image_height=chosen["image_height"],
-        image_width=chosen["image_width"],
-        tile_size=chosen.get("tile_size"),
-        chosen=not given,
-    )
-    if "num_queries" in given:
-        return replace(inputs, num_queries=given["num_queries"])
-    counts = np.concatenate([instances_of_samples(scan, inputs) for scan in scans])
-    if inputs.tile_size:  # as `TileGrid` chooses the tiles of an epoch
-        filled, share = counts[counts > 0], DataArguments().empty_tiles
-        empty = min(len(counts) - len(filled), round(len(filled) * share / (1 - share)))
-        counts = np.concatenate([filled, np.zeros(empty, np.int64)]) if len(filled) else counts
-    return replace(inputs, num_queries=queries_for(counts)[0])
 
 
 def _backbone(machine: Machine) -> Choice:

@@ -1,19 +1,16 @@
 """Inspect every image of a split with its annotations, and report errors and doubtful cases."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import Report, kind_of
-from m2f_trainer.data.tiles import count_inside
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.polygons import crosses_itself
@@ -30,27 +27,13 @@ _USUAL_MODES = ("L", "RGB", "1")
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe's fields that findings depend on; `chosen` if they are those that `m2f train` chooses by itself."""
+    """The recipe's fields that findings depend on."""
 
     image_height: int = 1024
     image_width: int = 1024
     num_queries: int = 100
-    tile_size: int | None = None
-    chosen: bool = False
     exif_frame: ExifFrame = "auto"
     pixel_range: str = "auto"
-
-    def scale_of(self, image: Entry) -> float:
-        """Side of an image or tile at the model's input / its original side."""
-        if self.tile_size:
-            return self.image_height / self.tile_size
-        padded = (self.image_height, self.image_width)
-        return resize_to_fit((image["height"], image["width"]), padded).resized[0] / int(image["height"])
-
-    def input_text(self) -> str:
-        """What the model reads, in words."""
-        size = f"{self.image_width}x{self.image_height}"
-        return f"tiles of {self.tile_size} pixels at {size}" if self.tile_size else size
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,9 @@ class Scan:
         return {"image": self.source, "image_id": self.entry["id"], **size, **how, "objects": self.objects}
 
 
-def scan_split(split: SplitAnnotations, report: Report, advance: Callable[[], object] = lambda: None) -> list[Scan]:
+def scan_split(
+    split: SplitAnnotations, settings: Settings, report: Report, advance: Callable[[], object] = lambda: None
+) -> list[Scan]:
     """Every usable image; all problems of images and annotations are reported. `advance` is called for each image."""
     scans = []
     for entry, facts in _read_images(split, report):
@@ -92,7 +77,7 @@ def scan_split(split: SplitAnnotations, report: Report, advance: Callable[[], ob
         raw = {one["id"]: one for one in split.annotations.get(image_id, [])}
         objects = _measured(split.objects(entry, report), entry)
         for one in objects:
-            for kind, what in _object_findings(one, raw[one["id"]]):
+            for kind, what in _object_findings(one, raw[one["id"]], entry, settings):
                 report(kind, split.name, [one["id"]], f"{split.annotation_name(one, entry)}: {what}.", image_id)
                 one["findings"].append(kind)
         _report_repeated_objects(objects, entry, report, split)
@@ -111,38 +96,12 @@ def scan_split(split: SplitAnnotations, report: Report, advance: Callable[[], ob
         if facts.levels is not None and facts.levels < FEWEST_LEVELS <= facts.values:
             message = f"{where}: of at least {facts.values} different values, {facts.levels} grey levels are left."
             report("few-levels", split.name, [image_id], message, image_id)
-        scans.append(Scan(entry, split, facts, objects))
+        scan = Scan(entry, split, facts, objects)
+        if len(scan.targets) > settings.num_queries:
+            message = f"{where}: {len(scan.targets)} instances, but the model has {settings.num_queries} queries."
+            report("many-instances", split.name, [image_id], message, image_id)
+        scans.append(scan)
     return scans
-
-
-def check_input(scans: Sequence[Scan], settings: Settings, report: Report) -> None:
-    """Report objects that are too small at the model's input, and images or tiles with more objects than queries."""
-    for scan in scans:
-        image, split, scale = scan.entry, scan.split, settings.scale_of(scan.entry)
-        for one in scan.targets:
-            width, height = one["mask_box"][2:]
-            if one["mask_area"] and min(width, height) * scale < _MASK_STRIDE:
-                what = f"{width}x{height} pixels, {width * scale:.1f}x{height * scale:.1f} at {settings.input_text()}"
-                report(
-                    "tiny-object", split.name, [one["id"]], f"{split.annotation_name(one, image)}: {what}.", image["id"]
-                )
-        most = int(instances_of_samples(scan, settings).max(initial=0))
-        if most > settings.num_queries:
-            tile = f" in a tile of {settings.tile_size} pixels" if settings.tile_size else ""
-            message = f"{most} instances{tile}, but the model has {settings.num_queries} queries."
-            where = f"image {image['id']} ({image['file_name']})"
-            report("many-instances", split.name, [image["id"]], f"{where}: {message}", image["id"])
-
-
-def instances_of_samples(scan: Scan, settings: Settings) -> NDArray[np.int64]:
-    """Objects of the image, or of each tile of an unshifted grid over it, (samples,), without crowd regions."""
-    if settings.tile_size is None:
-        return np.array([len(scan.targets)])
-    size = (scan.entry["height"], scan.entry["width"])
-    boxes = np.array([one["mask_box"] for one in scan.targets], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    down, across = (math.ceil(length / settings.tile_size) for length in size)
-    return count_inside(boxes, size, settings.tile_size, (down, across)).reshape(-1)
 
 
 def _read_images(split: SplitAnnotations, report: Report) -> Iterator[tuple[Entry, ImageFacts | ImageError]]:
@@ -204,7 +163,7 @@ def _report_repeated_objects(objects: list[Entry], image: Entry, report: Report,
         first[one["category_id"]] = one["id"]
 
 
-def _object_findings(one: Entry, raw: Entry) -> Iterator[tuple[str, str]]:
+def _object_findings(one: Entry, raw: Entry, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:
     """Kinds of findings about one object, each with its description."""
     if not one["mask_area"]:
         yield "empty-mask", "no pixel of it lies inside the image"
@@ -214,6 +173,11 @@ def _object_findings(one: Entry, raw: Entry) -> Iterator[tuple[str, str]]:
         yield "box-mismatch", f"`bbox` {[round(value, 1) for value in box]}, but its mask spans {one['mask_box']}"
     if abs(area - one["mask_area"]) > 10 + sum(size) + 0.2 * one["mask_area"]:
         yield "area-mismatch", f"`area` {area:g}, but its mask has {one['mask_area']} pixels"
+    original = (image["height"], image["width"])
+    scale = resize_to_fit(original, (settings.image_height, settings.image_width)).resized[0] / image["height"]
+    if not one["iscrowd"] and min(size) * scale < _MASK_STRIDE:
+        at = f"{settings.image_width}x{settings.image_height}"
+        yield "tiny-object", f"{size[0]}x{size[1]} pixels, {size[0] * scale:.1f}x{size[1] * scale:.1f} at {at}"
     segmentation, attributes = raw.get("segmentation"), raw.get("attributes")
     if isinstance(segmentation, list) and any(crosses_itself(part) for part in segmentation):
         yield "self-intersection", "two edges of its polygon cross"

@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import KINDS, Finding, listed, printable
 from m2f_trainer.doctor.examine import Examination
-from m2f_trainer.doctor.scan import Scan, instances_of_samples
+from m2f_trainer.doctor.scan import Scan
 
 _SHOWN_CLASSES = 30
 _RAREST = 10
@@ -26,10 +27,8 @@ def figures(examination: Examination) -> dict[str, Any]:
         "classes": class_counts(examination),
         "rarest_classes": rarest_classes(examination),
         "instances_per_image": _percentiles(instances_per_image(examination)),
-        "instances_per_sample": _percentiles(instances_per_sample(examination)),
         "num_queries": examination.settings.num_queries,
         "input_size": [examination.settings.image_height, examination.settings.image_width],
-        "tile_size": examination.settings.tile_size,
         "object_side_at_input": _percentiles(object_sides(examination)),
         "image_sizes": image_sizes(examination)[:20],
     }
@@ -46,21 +45,16 @@ def instances_per_image(examination: Examination) -> list[int]:
     return [len(scan.targets) for scan in every_image(examination)]
 
 
-def instances_per_sample(examination: Examination) -> list[int]:
-    """The number of objects of each image, or of each tile with some, without crowd regions."""
-    counts = [instances_of_samples(scan, examination.settings) for scan in every_image(examination)]
-    found = np.concatenate(counts) if counts else np.zeros(0, np.int64)
-    return [int(count) for count in found if count or examination.settings.tile_size is None]
-
-
 def object_sides(examination: Examination) -> list[float]:
-    """The square root of each object's area in pixels at the model's input."""
-    return [
-        one["mask_area"] ** 0.5 * examination.settings.scale_of(scan.entry)
-        for scan in every_image(examination)
-        for one in scan.targets
-        if one["mask_area"]
-    ]
+    """The square root of each object's area in pixels at the input size."""
+    padded = (examination.settings.image_height, examination.settings.image_width)
+    sides = []
+    for scan in every_image(examination):
+        original = (scan.entry["height"], scan.entry["width"])
+        resized = resize_to_fit(original, padded).resized
+        scale = resized[0] * resized[1] / (original[0] * original[1])  # of areas
+        sides += [(one["mask_area"] * scale) ** 0.5 for one in scan.targets if one["mask_area"]]
+    return sides
 
 
 def image_sizes(examination: Examination) -> list[tuple[str, int]]:
@@ -131,17 +125,13 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield f"{'split':8}{'images':>9}{'empty':>8}{'objects':>10}{'crowds':>8}"
     for split, row in summary["splits"].items():
         yield f"{split:8}{row['images']:9}{row['empty']:8}{row['instances']:10}{row['crowds']:8}"
-    sides = summary["object_side_at_input"]
-    settings, queries = examination.settings, f"the model has {summary['num_queries']} queries"
-    if settings.chosen:
-        what = settings.input_text() if settings.tile_size else f"whole images at {settings.input_text()}"
-        yield f"m2f train would choose {what} and {settings.num_queries} queries on this machine:"
-    yield _counts_line("image", summary["instances_per_image"]) + ("" if settings.tile_size else f"; {queries}")
-    if settings.tile_size:
-        yield f"{_counts_line('tile with objects', summary['instances_per_sample'])}; {queries}"
+    per_image, sides, size = summary["instances_per_image"], summary["object_side_at_input"], summary["input_size"]
     yield (
-        f"object side {'in' if settings.tile_size else 'at'} {settings.input_text()}: median {sides['p50']:.0f} px,"
-        f" 1 % under {sides['p1']:.0f} px;"
+        f"objects per image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
+        f" maximum {per_image['max']:g}; the model has {summary['num_queries']} queries"
+    )
+    yield (
+        f"object side at {size[1]}x{size[0]}: median {sides['p50']:.0f} px, 1 % under {sides['p1']:.0f} px;"
         " a cell of the mask logits is 4 px"
     )
     sizes = summary["image_sizes"]
@@ -155,14 +145,6 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     if len(ordered) > _SHOWN_CLASSES:
         yield f"  ... and {len(ordered) - _SHOWN_CLASSES} more"
     yield from _rarest_lines(summary["rarest_classes"], summary["splits"].get("train", {}).get("images", 0))
-
-
-def _counts_line(sample: str, counts: Mapping[str, float]) -> str:
-    """The numbers of objects in an image or a tile."""
-    return (
-        f"objects per {sample}: median {counts['p50']:g}, 99 % have at most {counts['p99']:.0f},"
-        f" maximum {counts['max']:g}"
-    )
 
 
 def _rarest_lines(rarest: Sequence[tuple[str, int, int]], images: int) -> Iterator[str]:

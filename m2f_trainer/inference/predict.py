@@ -56,7 +56,7 @@ class PredictOptions:
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: PredictOptions | None = None) -> Path:
     """Predict every image and video, write `<name>.instances.png` or `.mp4` for each; return the folder.
 
-    An input that can't be read stops nothing: the others are predicted, then an error lists those that failed.
+    If inputs can't be read, the others are predicted first, then an error lists those that failed.
 
     predictions.json is in COCO results form, with the dataset's own category ids; `image_id` counts the images (and
     frames), and each result also has its `file_name`. predictions.csv holds the boxes. Inputs that were predicted
@@ -64,7 +64,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
 
     Raises:
         DataError: an input doesn't exist or contains no image
-        ImageError: inputs can't be read, after the others were predicted; it names each with its reason
+        ImageError: inputs can't be read; the others were predicted; the message names each with its reason
     """
     options = options or PredictOptions()
     passed_over: Counter[str] = Counter()
@@ -200,7 +200,7 @@ def is_video(path: Path) -> bool:
 
 
 def _is_input(path: Path, passed_over: Counter[str]) -> bool:
-    """Whether a path is an image or video by its suffix; others are counted, except overlays and what `is_hidden`."""
+    """Whether a path is an image or video by its suffix; other files are counted, except overlays and hidden ones."""
     if is_hidden(path) or Path(path.stem).suffix == DRAWN or path.is_dir():
         return False
     suffix = path.suffix.lower()
@@ -211,12 +211,12 @@ def _is_input(path: Path, passed_over: Counter[str]) -> bool:
 
 
 def describe_passed_over(passed_over: Mapping[str, int]) -> str:
-    """How many files of which suffix are no inputs, "" for none."""
+    """Counts of the skipped files by suffix, "" if there are none."""
+    if not passed_over:
+        return ""
     counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(passed_over.items()))
     heic = "; save HEIC photos as JPEG" if {".heic", ".heif"} & passed_over.keys() else ""
-    return f"{sum(passed_over.values())} file(s) that are no images or videos by their suffix: {counts}{heic}" * bool(
-        counts
-    )
+    return f"{sum(passed_over.values())} file(s) without the suffix of an image or video: {counts}{heic}"
 
 
 def find_inputs(source: Path, recursive: bool, passed_over: Counter[str]) -> Iterator[Path]:

@@ -91,7 +91,7 @@ class Predictor:
         """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
 
         An image is a path, the bytes of a file, a binary file object, a Pillow image, an array (H, W) or (H, W, C), or
-        a tensor (H, W) or (C, H, W); an array or a tensor with one more axis is a batch of them.
+        a tensor (H, W) or (C, H, W). An array or tensor with four axes is a batch of images.
         "auto" uses the best threshold of each class on the validation images, which trained models store, or 0.5.
 
         Raises:
@@ -204,7 +204,7 @@ class Frame:
 
 
 def images_of(images: PredictorInput | Iterable[PredictorInput]) -> Iterable[PredictorInput]:
-    """One image or several as several.
+    """The images as an iterable, also for a single one.
 
     Raises:
         ArgumentError: it is neither

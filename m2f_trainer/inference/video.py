@@ -40,7 +40,7 @@ def open_video(path: Path) -> Iterator[Any]:
 
 
 def check_frame(width: int, height: int, path: Path) -> None:
-    """Raise ImageError for frames of more than `MOST_PIXELS`: a file of a few kilobytes can hold thousands of them."""
+    """Raise ImageError for frames of more than `MOST_PIXELS`; a file of a few kilobytes can contain thousands."""
     if width * height > MOST_PIXELS:
         raise ImageError(
             f"{path}: expected frames of at most {MOST_PIXELS:,} pixels, got {width}x{height}. Scale the video down, "

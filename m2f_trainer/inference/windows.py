@@ -27,8 +27,8 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 MOST_PIXELS, MOST_PIXELS_AT_ONCE = 10**11, 2**29
-"""Limits of a TIFF that is read by windows, and of its tiles or strips, which are decoded whole. The largest slides of
-pathology have 4 x 10^10 pixels."""
+"""Limits of a TIFF that is read by windows, and of its tiles or strips, which are decoded whole. The largest pathology
+slides have 4 x 10^10 pixels."""
 
 
 class Windows(Protocol):
@@ -87,7 +87,7 @@ class TiffWindows:
         return int(shape[0]), int(shape[1])
 
     def _check_pixels(self) -> None:
-        """Refuse sizes that no scanner writes: a sparse file of a few bytes can have any."""
+        """Reject sizes that no scanner writes; a sparse file of a few bytes can declare any size."""
         (height, width), (rows, columns) = self.size, self._segment()
         for what, pixels, limit in (
             ("pixels", height * width, MOST_PIXELS),

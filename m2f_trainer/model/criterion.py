@@ -68,9 +68,9 @@ def normalizer(
     """Return the two divisors of the loss as float64 (2,): number of masks, and total weight of the class terms.
 
     Both follow from the targets alone, so they can be summed over ranks and accumulated micro-batches before the first
-    forward pass. An image has min(N, Q) matched queries of the weight of their class, which is 1 without
-    `class_weights`; the others weigh `no_object_weight`. With more objects than queries, a matched one counts with the
-    mean weight of the image's objects.
+    forward pass. An image has min(N, Q) matched queries, with the weight of their class (1 without `class_weights`);
+    the others have `no_object_weight`. If there are more objects than queries, each matched query counts with the mean
+    weight of the image's objects.
     """
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, num_queries) for count in counts)

@@ -47,7 +47,7 @@ class M2FConfig(Mask2FormerConfig):
                     the padded frame that images are resized to fit into, multiples of the backbone's stride
     discrimination_weight
                     weight of the instance discrimination loss (see `discrimination`); 0: off
-    class_weights   weight of each class in the class loss; None for 1 each
+    class_weights   weight of each class in the classification loss; None for 1 each
     tile_size, tile_overlap
                     side of the square tiles in original pixels, and the fraction of it that neighbours share; tiles
                     are resized to the frame. None for whole images

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from m2f_trainer.config.arguments import PixelRange, pixel_range_text
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
-from m2f_trainer.doctor.recommend import queries_for
 from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import RECIPE
@@ -26,6 +26,7 @@ from m2f_trainer.training.optimizer import parameter_groups, rates_of
 logger = logging.getLogger(__name__)
 REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # of the original Mask2Former and all of its published configurations
 CPU_IMAGES, FIRST_TRY, HEADROOM = 2, 4, 0.9
+FEWEST_QUERIES = 20
 EPOCHS = ((500, 150), (2_000, 75), (10_000, 40), (math.inf, 25))
 """(upper limit of the number of training images, epochs): the middle of the ranges in RF-DETR's fine-tuning guide."""
 
@@ -77,6 +78,16 @@ def with_checkpoint_range(recipe: Recipe, checkpoint: Path | None) -> Recipe:
 def with_pixel_range(recipe: Recipe, found: PixelRange) -> Recipe:
     """The recipe with the range of the dataset's values; it stays "auto" where no image has more than 8 bits."""
     return recipe if found is None else replace(recipe, data=replace(recipe.data, pixel_range=pixel_range_text(found)))
+
+
+def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
+    """Number of queries that 99 % of the training samples need, rounded up to tens, and the reason.
+
+    `objects`: number of objects of each training sample, (n,).
+    """
+    enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
+    queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
+    return queries, f"99 % of the training samples have at most {enough} objects, one has {most}"
 
 
 def rate_for(images: int) -> float:

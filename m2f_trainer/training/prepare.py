@@ -79,7 +79,7 @@ def first_rows(rows: Dataset, limit: int | None) -> Dataset:
 def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Sequence[Category]) -> InstanceDataset:
     """Training rows, or tiles of them, with the recipe's augmentation, a function of (seed, epoch, index).
 
-    Those with rare classes are repeated where the recipe has a `repeat_factor_threshold`.
+    Samples with rare classes are repeated if the recipe has a `repeat_factor_threshold`.
     """
     transform = train_transform(data, seed)
     samples = InstanceDataset(rows, transform, categories)
@@ -94,7 +94,7 @@ def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Seq
 
 
 def with_class_weights(recipe: Recipe, samples: InstanceDataset) -> Recipe:
-    """The recipe with the weight of every class by its name, where it has `class_weights`.
+    """The recipe with `class_weights` resolved to a weight for each class name, if it has any.
 
     Raises:
         RecipeError: it names a class that the training split does not have

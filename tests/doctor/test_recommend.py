@@ -1,13 +1,10 @@
 """The recipe that is chosen for a dataset and a machine."""
 
 import json
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from m2f_trainer.cli.train import choose
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
@@ -17,16 +14,11 @@ from m2f_trainer.doctor.recommend import (
     Machine,
     as_recipe,
     choices_text,
-    choose_settings,
     facts_of,
     images_of_rows,
     images_of_scans,
-    queries_for,
     recommend,
 )
-from m2f_trainer.doctor.scan import Settings
-from m2f_trainer.training.prepare import load_data, train_samples
-from tests.data.folders import REAL, needs_real_data
 from tests.model.tiny import VIT
 
 LAPTOP, SERVER = Machine(accelerator=False, token=False), Machine(accelerator=True, token=True)
@@ -95,39 +87,3 @@ def test_objects_are_measured_in_pixels_of_the_original_image(tmp_path: Path) ->
     middle = len(areas) // 2
     expected = areas[middle] ** 0.5 if len(areas) % 2 else (areas[middle - 1] ** 0.5 + areas[middle] ** 0.5) / 2
     assert facts.object_side == pytest.approx(expected)
-
-
-@needs_real_data
-@pytest.mark.parametrize(("name", "tiled"), [("nuclei_tiny", True), ("coco_tiny", False)])
-@pytest.mark.parametrize("given", [{}, {"image_height": 56, "image_width": 56}, {"tile_size": 64}], ids=str)
-def test_the_check_assumes_the_input_and_queries_that_training_would_choose(
-    name: str, tiled: bool, given: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr("m2f_trainer.doctor.recommend.this_machine", lambda: LAPTOP)
-    folder = str(REAL / name)
-    options = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    recipe = load_recipe(["--dataset_name", folder, *options], choose)
-    data = load_data(recipe.data)
-    samples = train_samples(data.train, recipe.data, 0, data.categories)
-    found = examine(folder, choose=partial(choose_settings, given)).settings
-    assert found.tile_size == recipe.data.tile_size
-    assert (found.tile_size is not None) is (tiled or "tile_size" in given)
-    assert (found.image_height, found.image_width) == (recipe.data.image_height, recipe.data.image_width)
-    assert found.num_queries == queries_for(samples.objects())[0]
-
-
-def test_fields_that_are_given_are_not_chosen(tmp_path: Path) -> None:
-    scans = examine(write_sample(tmp_path, images=(3, 2, 0))).scans["train"]
-    found = choose_settings({"num_queries": 7, "image_height": 280}, scans, Settings(pixel_range="0,255"))
-    assert found == Settings(280, 280, num_queries=7, pixel_range="0,255")
-    assert choose_settings({}, scans, Settings()).chosen
-
-
-@pytest.mark.parametrize(
-    ("objects", "queries"), [([0, 1, 2], 20), ([30] * 10, 30), ([31] * 10, 40), ([*[5] * 995, *[90] * 5], 20)]
-)
-def test_queries_are_what_99_of_100_samples_need_in_tens(objects: list[int], queries: int) -> None:
-    found, reason = queries_for(np.array(objects))
-    assert found == queries
-    assert reason.endswith(f"one has {max(objects)}")

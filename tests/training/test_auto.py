@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,15 @@ def test_the_learning_rate_goes_with_the_root_of_the_images_a_step(images: int, 
 
 def test_small_datasets_are_seen_more_often() -> None:
     assert [automatic.epochs_for(images) for images in (10, 499, 500, 9_999, 118_000)] == [150, 150, 75, 40, 25]
+
+
+@pytest.mark.parametrize(
+    ("objects", "queries"), [([0, 1, 2], 20), ([30] * 10, 30), ([31] * 10, 40), ([*[5] * 995, *[90] * 5], 20)]
+)
+def test_queries_are_what_99_of_100_samples_need_in_tens(objects: list[int], queries: int) -> None:
+    found, reason = automatic.queries_for(np.array(objects))
+    assert found == queries
+    assert reason.endswith(f"one has {max(objects)}")
 
 
 @pytest.mark.parametrize(

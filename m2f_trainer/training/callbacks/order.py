@@ -38,7 +38,7 @@ ORDER: tuple[tuple[type[TrainerCallback], str], ...] = (
     (EarlyStoppingCallback, "stops after the evaluation has been logged and printed"),
     (PushEverySave, "uploads a checkpoint before StopOnSignal may end the run"),
     (Resumed, "sets aside later checkpoints before StopOnSignal may end the run"),
-    (NewSettings, "sets changed rates, and drops an average no longer asked for, before Average acts"),
+    (NewSettings, "sets changed rates, and drops an average that is switched off, before Average acts"),
     (StopOnSignal, "saves without an evaluation, so after EvaluateAtEverySave; ends the run, so after on_save above"),
     (Bars, "progress bars: no other callback depends on them"),
     (Lines, "one line for each log, with what the rows above added to it"),
