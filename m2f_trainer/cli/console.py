@@ -79,6 +79,16 @@ def pixel_range(text: str) -> str:
     return text
 
 
+def add_precision_option(parser: argparse.ArgumentParser, automatic: str) -> None:
+    """The arithmetic of the model; `automatic` says what auto is."""
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bf16"],
+        default="auto",
+        help=f"bf16: bfloat16 autocast, faster on GPUs since Ampere; auto: {automatic} [%(default)s]",
+    )
+
+
 def dataset_options(annotations: Sequence[str] | None, images: Sequence[str] | None, **others: str | None) -> str:
     """The options of `add_dataset_options` and others as part of a command, "" for none; "auto" is left out."""
     words = {name: [value] for name, value in others.items() if value and value != "auto"}

@@ -5,7 +5,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f_trainer.cli.console import add_dataset_options, add_range_option, positive_int, say, suggest
+from m2f_trainer.cli.console import (
+    add_dataset_options,
+    add_precision_option,
+    add_range_option,
+    positive_int,
+    say,
+    suggest,
+)
 
 SUMMARY = "COCO mask and box AP of a model on a dataset"
 DESCRIPTION = "Evaluate a model against a dataset's unmodified annotations, with the numbers of pycocotools."
@@ -24,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_dir", type=Path, help="write metrics, predictions and charts to this folder")
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
+    add_precision_option(parser, "as in the model's training; of other models bf16 on GPUs that have it")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -40,6 +48,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.images,
         arguments.exif_frame,
         arguments.pixel_range,
+        arguments.precision,
     )
     say(metrics_table(metrics, "eval_"))
     suggest(f"m2f predict {shlex.quote(arguments.model)} IMAGES")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m2f_trainer.cli.console import add_range_option, natural_int, positive_int, say, suggest
+from m2f_trainer.cli.console import add_precision_option, add_range_option, natural_int, positive_int, say, suggest
 
 SUMMARY = "overlays and COCO results of a model for images and videos"
 DESCRIPTION = (
@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     add_range_option(parser, "as in the model's training")
+    add_precision_option(parser, "bf16 on GPUs that have it")
     large = parser.add_argument_group(
         "tiles", "default: as in training. TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
     )
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         overlap=arguments.overlap,
         pixel_range=arguments.pixel_range,
         dataset=arguments.format == "coco_dataset",
+        precision=arguments.precision,
     )
     results = predict_folder(arguments.model, arguments.inputs, arguments.output_dir, options)
     say(f"Overlays and predictions are in {results}.")

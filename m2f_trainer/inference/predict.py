@@ -21,7 +21,7 @@ from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageError
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.inference.predictor import Precision, Predictor
 from m2f_trainer.inference.results import Record, load_records, record_of, save_records, write_dataset, write_results
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
 from m2f_trainer.inference.windows import windows_of
@@ -42,6 +42,7 @@ class PredictOptions:
     overlap    fraction of a side that neighbouring tiles share; None: as in the model's training
     pixel_range  the recipe field; None: the model's own
     dataset    also write the predictions as a COCO dataset
+    precision  arithmetic of the model, as of `Predictor`
     """
 
     threshold: float | Literal["auto"] = "auto"
@@ -51,6 +52,7 @@ class PredictOptions:
     overlap: float | None = None
     pixel_range: str | None = None
     dataset: bool = False
+    precision: Precision = "auto"
 
 
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: PredictOptions | None = None) -> Path:
@@ -78,7 +80,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     output_dir.mkdir(parents=True, exist_ok=True)
     named = zip(paths, picture_names(paths), strict=True)
     jobs = [Job(path, output_dir, name, _job_key(model, path, options)) for path, name in named]
-    predictor = Predictor.from_pretrained(model)
+    predictor = Predictor.from_pretrained(model, precision=options.precision)
     predictor.tiling = tiling_for(predictor, options)
     chosen = parse_pixel_range(options.pixel_range or "auto")
     predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
@@ -128,7 +130,16 @@ class Job:
 def _job_key(model: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
     weights = Path(model, "model.safetensors")
     changed = [stat.st_mtime_ns for file in (weights, path) if file.is_file() and (stat := file.stat())]
-    return (model, str(path), *changed, options.threshold, options.tile, options.overlap, options.pixel_range)
+    return (
+        model,
+        str(path),
+        *changed,
+        options.threshold,
+        options.tile,
+        options.overlap,
+        options.pixel_range,
+        options.precision,
+    )
 
 
 def tiling_for(predictor: Predictor, options: PredictOptions) -> Tiling | None:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from m2f_trainer.config.arguments import ExifFrame, parse_pixel_range
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category
@@ -13,6 +15,7 @@ from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.instances import Instances
+from m2f_trainer.inference.predictor import Precision, uses_bf16
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import (
     CLASSES,
@@ -20,6 +23,7 @@ from m2f_trainer.run_folder import (
     METRICS,
     PREDICTIONS,
     RECIPE,
+    read_json,
     write_atomically,
     write_classes,
     write_details,
@@ -41,12 +45,14 @@ def evaluate_folder(
     images: Sequence[str] | None = None,
     exif_frame: ExifFrame = "auto",
     pixel_range: str | None = None,
+    precision: Precision = "auto",
 ) -> dict[str, float]:
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
     predictions.json (COCO results form). `annotations`, `images` and `exif_frame` are as of `load_dataset`;
-    `pixel_range` is the recipe field, by default the model's own.
+    `pixel_range` is the recipe field, by default the model's own. `precision` is as of `Predictor`; "auto" is that of
+    the model's training, where its recipe.json is beside it and it was trained on such a device.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -65,7 +71,7 @@ def evaluate_folder(
         output_dir=str(output_dir or "."),
         per_device_eval_batch_size=batch_size,
         report_to="none",
-        bf16=False,
+        bf16=evaluates_in_bf16(model, precision),
     )
     if len(rows) < WORTH_WORKERS:
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
@@ -78,6 +84,14 @@ def evaluate_folder(
         write_plots(trainer.details, output_dir)
         write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
     return figures
+
+
+def evaluates_in_bf16(model: str, precision: Precision) -> bool:
+    """Whether to evaluate in bfloat16 autocast, so that "auto" gives the figures of the training."""
+    on_gpu, recipe = torch.accelerator.is_available(), read_json(Path(model, RECIPE))
+    if precision == "auto" and isinstance(recipe.get("bf16"), bool) and bool(recipe.get("use_cpu")) is not on_gpu:
+        precision = "bf16" if recipe["bf16"] else "float32"
+    return uses_bf16(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def write_predictions(predictions: Sequence[Instances], path: Path) -> None:

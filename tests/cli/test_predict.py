@@ -21,7 +21,7 @@ def test_the_options_are_passed_on_and_next_steps_are_printed(
     model = str(tmp_path)
     assert main(["predict", model, "a.png", "b", "--recursive", "--threshold", "0.3", "--tile", "512"]) == 0
     options = {"threshold": 0.3, "recursive": True, "batch_size": 4, "tile": 512, "overlap": None}
-    options |= {"pixel_range": None, "dataset": False}
+    options |= {"pixel_range": None, "dataset": False, "precision": "auto"}
     assert seen == [(model, [Path("a.png"), Path("b")], Path("predictions"), options)]
     out = capsys.readouterr().out
     assert out.startswith("Overlays and predictions are in predictions.")

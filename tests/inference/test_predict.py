@@ -39,7 +39,7 @@ class Counting(Predictor):
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
     Counting.seen, Counting.dies_at = 0, -1
-    monkeypatch.setattr(Counting, "from_pretrained", lambda _: Counting(BrightnessModel()))  # type: ignore[arg-type]
+    monkeypatch.setattr(Counting, "from_pretrained", lambda _, precision: Counting(BrightnessModel()))  # type: ignore[arg-type]
     monkeypatch.setattr(folder, "Predictor", Counting)
     return Counting
 

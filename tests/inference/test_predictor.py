@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from m2f_trainer.errors import ArgumentError, ImageError, MissingImageError
-from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.inference.predictor import Predictor, uses_bf16
 from m2f_trainer.model.mask2former import M2FConfig
 from tests.model.tiny import tiny_model
 
@@ -193,3 +193,28 @@ def test_images_that_can_not_be_read_are_handed_over_and_the_rest_is_predicted(
     found = list(predictor.stream(images, batch_size=2, unreadable=failed.__setitem__))
     assert [one.image_id for one in found] == [0, 3]
     assert [(key, type(error)) for key, error in failed.items()] == [(1, ImageError), (2, MissingImageError)]
+
+
+def test_bf16_predicts_nearly_the_same_and_an_unknown_precision_is_refused() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    model = tiny_model()
+    exact, half = (Predictor(model, precision=name)(image, threshold=0.0)[0] for name in ("float32", "bf16"))
+    assert model.dtype == torch.float32
+    assert half.scores.max() == pytest.approx(exact.scores.max(), abs=0.02)
+    assert not np.array_equal(half.scores, exact.scores)
+    assert np.array_equal(Predictor(model)(image, threshold=0.0)[0].scores, exact.scores), "auto, on a CPU"
+    with pytest.raises(ArgumentError, match="precision: expected auto, float32, bf16, got 'half'"):
+        Predictor(model, precision="half")  # type: ignore[arg-type]
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2f_trainer.inference.predictor.gpu_computes_in_bf16", lambda: False)
+    assert not uses_bf16("auto", torch.device("cuda"))
+    with pytest.raises(ArgumentError, match=r"this GPU has no bfloat16 units\. Use float32"):
+        uses_bf16("bf16", torch.device("cuda"))
+
+
+def test_bf16_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2f_trainer.inference.predictor.gpu_computes_in_bf16", lambda: True)
+    assert uses_bf16("auto", torch.device("cuda"))
+    assert not uses_bf16("float32", torch.device("cuda"))

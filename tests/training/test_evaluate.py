@@ -14,9 +14,10 @@ from pycocotools.cocoeval import COCOeval
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.inference.predictor import Precision
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
-from m2f_trainer.training.evaluate import evaluate_folder
+from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16
 from tests.training.runs import m2f
 
 
@@ -111,7 +112,43 @@ def test_two_ranks_score_a_tiled_model_as_one_does(tiled_run: Path, tmp_path: Pa
 def test_a_model_is_not_scored_on_classes_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_sample(tmp_path / "set", images=(2, 2, 0))
     named = next(iter(categories_of(load_coco(root)["valid"])))
-    config = SimpleNamespace(categories=[{"id": named.id, "name": "another"}])
+    config = SimpleNamespace(categories=[{"id": named.id, "name": "another"}], pixel_range=None)
     monkeypatch.setattr("m2f_trainer.training.evaluate.load_model", lambda _: SimpleNamespace(config=config))
     with pytest.raises(DataError, match=f"category {named.id} is 'another' in the model and '{named.name}'"):
         evaluate_folder("user/model", str(root))
+
+
+@pytest.mark.slow
+def test_bfloat16_changes_ap_by_less_than_a_tenth_of_a_point(tmp_path: Path) -> None:
+    """On 240 images, with a model that finds most objects; a point is a hundredth."""
+    data = write_sample(tmp_path / "data")
+    options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(tmp_path / "run"), "--max_steps", "150"]
+    assert m2f("train", *options, "--use_cpu", "true").returncode == 0
+    model = str(tmp_path / "run")
+    exact, half = (
+        evaluate_folder(model, str(data), "train", precision=precision)["eval_map"] for precision in ("float32", "bf16")
+    )
+    assert exact > 0.4
+    assert half != exact
+    assert half == pytest.approx(exact, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "expected"),
+    [
+        ({}, "auto", False),
+        ({"bf16": True, "use_cpu": True}, "auto", True),
+        ({"bf16": False, "use_cpu": True}, "auto", False),
+        ({"bf16": True, "use_cpu": False}, "auto", False),
+        ({"bf16": True, "use_cpu": True}, "float32", False),
+        ({"bf16": False, "use_cpu": True}, "bf16", True),
+    ],
+)
+def test_the_precision_is_that_of_a_training_on_the_same_device(
+    recipe: dict[str, bool], precision: Precision, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's bfloat16 is not used on a CPU, where it may be emulated."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert evaluates_in_bf16(str(tmp_path), precision) is expected
