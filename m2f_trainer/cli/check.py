@@ -61,13 +61,16 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.fix import can_be_corrected
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
+    from m2f_trainer.masks.rle import allow_pixels
 
+    allow_pixels(arguments.max_pixels)
     settings = Settings(
         arguments.image_height,
         arguments.image_width,
         arguments.num_queries,
         arguments.exif_frame,
         arguments.pixel_range or "auto",
+        arguments.follow_links,
     )
     result = examine(arguments.dataset, settings, arguments.annotations, arguments.images, progress=True)
     say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
@@ -77,6 +80,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         fixed = arguments.fix if result.status != UNUSABLE else None
         places = (None, None) if fixed else (arguments.annotations, arguments.images)
         files = dataset_options(*places, exif_frame=arguments.exif_frame, pixel_range=arguments.pixel_range)
+        files += " --follow_links" * (arguments.follow_links and not fixed)
+        files += f" --max_pixels {arguments.max_pixels}" * bool(arguments.max_pixels)
         dataset = shlex.quote(str(fixed or arguments.dataset)) + files
         if fixed or not result.status:
             recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""

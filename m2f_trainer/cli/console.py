@@ -55,6 +55,22 @@ def add_file_options(parser: argparse._ActionsContainer) -> None:
         help="where masks of photos with an EXIF rotation lie: on the stored pixels, or on the photo as viewers "
         "display it [auto: decided by the annotated sizes]",
     )
+    parser.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="read images that are links out of the dataset folder (DVC, git-annex); only for your own links",
+    )
+    add_limit_option(parser)
+
+
+def add_limit_option(parser: argparse._ActionsContainer) -> None:
+    """How many pixels an image may have."""
+    parser.add_argument(
+        "--max_pixels",
+        type=positive_int,
+        metavar="N",
+        help="highest number of pixels of an image; larger ones are refused [89478485]",
+    )
 
 
 def add_range_option(parser: argparse.ArgumentParser, default: str) -> None:

@@ -36,7 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.evaluation.coco import metrics_table
+    from m2f_trainer.masks.rle import allow_pixels
     from m2f_trainer.training.evaluate import evaluate_folder
+
+    allow_pixels(arguments.max_pixels)
 
     metrics = evaluate_folder(
         arguments.model,
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.exif_frame,
         arguments.pixel_range,
         arguments.precision,
+        arguments.follow_links,
     )
     say(metrics_table(metrics, "eval_"))
     suggest(f"m2f predict {shlex.quote(arguments.model)} IMAGES")

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
     dataset = recorded_dataset(Path(arguments.model))
     if arguments.validation:
-        given = ("annotations", "images", "exif_frame")
+        given = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
         dataset = {"dataset_name": arguments.validation, **{name: vars(arguments)[name] for name in given}}
     elif arguments.annotations or arguments.images:
         raise DataError("--annotations and --images are files of a --validation dataset. Give it, or leave them out.")

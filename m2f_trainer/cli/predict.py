@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m2f_trainer.cli.console import add_precision_option, add_range_option, natural_int, positive_int, say, suggest
+from m2f_trainer.cli.console import (
+    add_limit_option,
+    add_precision_option,
+    add_range_option,
+    natural_int,
+    positive_int,
+    say,
+    suggest,
+)
 
 SUMMARY = "overlays and COCO results of a model for images and videos"
 DESCRIPTION = (
@@ -42,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     add_range_option(parser, "as in the model's training")
     add_precision_option(parser, "bf16 on GPUs that have it")
+    add_limit_option(parser)
     large = parser.add_argument_group(
         "tiles", "default: as in training. TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
     )
@@ -70,7 +79,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.inference.predict import PredictOptions, predict_folder
+    from m2f_trainer.masks.rle import allow_pixels
 
+    allow_pixels(arguments.max_pixels)
     options = PredictOptions(
         threshold=arguments.threshold,
         recursive=arguments.recursive,

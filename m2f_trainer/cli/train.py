@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     train(recipe)
     folder, dataset = shlex.quote(str(recipe.train.output_dir)), shlex.quote(str(recipe.data.dataset_name))
     files = dataset_options(recipe.data.annotations, recipe.data.images, exif_frame=recipe.data.exif_frame)
+    files += " --follow_links" * recipe.data.follow_links
     suggest(f"m2f evaluate {folder} {dataset}{files}", f"m2f predict {folder} IMAGES")
 
 

@@ -287,6 +287,20 @@ class DataArguments:
         "data",
         changes_results=True,
     )
+    follow_links: bool = option(
+        False,
+        "Read images that are links to files outside of the dataset folder, as DVC, git-annex and caches make them. "
+        "Only for a dataset whose links are your own: a link can show any file of this machine.",
+        "data",
+    )
+    max_pixels: int | None = option(
+        None,
+        "Highest number of pixels of an image; larger ones may be decompression bombs and are refused. Default: "
+        "89,478,485.",
+        "data",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
     pixel_range: str = option(
         "auto",
         "For images of more than 8 bits: the values that become black and white, such as 0,4095; image: the 0.1th and "

@@ -40,6 +40,8 @@ from m2f_trainer.masks import segmentation as masks
 Entry: TypeAlias = dict[str, Any]
 """A JSON object of an annotation file, or a value of a dataset row."""
 
+LINK_ADVICE = "If it is a link of your own, give --follow_links."
+
 _NUMBERS = {int, float}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left where a tool cut a name: it can't be written again
 
@@ -212,11 +214,13 @@ def _reach(entry: Entry, image: Entry) -> str:
 class FolderSplit(SplitAnnotations):
     """A split whose images are files in a folder, as in COCO and YOLO datasets.
 
-    `elsewhere` has the paths, by image id, of images in other folders of the dataset.
+    `elsewhere` has the paths, by image id, of images in other folders of the dataset. `follow_links`: whether links may
+    lead out of the folder.
     """
 
     folder: Path
     elsewhere: Mapping[int, Path] = field(default_factory=dict)
+    follow_links: bool = False
 
     def source(self, image: Entry) -> Entry:
         """The path of the image file; the file itself may be missing."""
@@ -232,7 +236,8 @@ class FolderSplit(SplitAnnotations):
         """The path of a file name with folders or links; the message names the right file name where it is known."""
         name = image["file_name"]
         try:
-            return resolve_inside(self.folder, name, f"{self.name}: image {image['id']} ({name})")
+            where = f"{self.name}: image {image['id']} ({name})"
+            return resolve_inside(self.folder, name, where, self.follow_links)
         except DataError as error:
             found = self.find_by_base_name(image)
             if found is None:
@@ -261,8 +266,10 @@ class FolderSplit(SplitAnnotations):
         return os.path.realpath(self.folder)
 
 
-def resolve_inside(folder: Path, name: str, where: str) -> str:
+def resolve_inside(folder: Path, name: str, where: str, follow_links: bool = False) -> str:
     """The path of a `file_name`, which must stay inside its image folder, also after links are followed.
+
+    `follow_links`: links may lead out of it.
 
     Raises:
         DataError: an absolute path, `..`, a link out of the folder, a NUL, or Windows separators
@@ -274,9 +281,10 @@ def resolve_inside(folder: Path, name: str, where: str) -> str:
         )
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image with folders in its name)
-    if not path.startswith(root.rstrip("/") + "/"):
+    if not follow_links and not path.startswith(root.rstrip("/") + "/"):
         raise DataError(
             f"{where}: `file_name` {name!r} leads out of {folder}, to {path}. Copy the file into the folder."
+            f" {LINK_ADVICE}"
         )
     return path
 
@@ -326,13 +334,15 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
         else:
             left_out.append(entry["id"])
     outside = {key: path for key, path in paths.items() if key in groups and not path.is_relative_to(folder)}
-    return FolderSplit(name, tuple(images), groups, names, folder, outside, left_out=left_out)
+    return FolderSplit(name, tuple(images), groups, names, folder, outside, files.follow_links, left_out=left_out)
 
 
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:
     """Everything that the rows of a split depend on: the annotation file, and the names of the images."""
     yield from file_parts(files.annotations)
-    for path in sorted(path for folder in outermost(files.image_folders) for path in image_paths(folder)):
+    for path in sorted(
+        path for folder in outermost(files.image_folders) for path in image_paths(folder, files.follow_links)
+    ):
         yield os.fsencode(path)
 
 
@@ -398,10 +408,15 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
         sides: list[Any] = [image.get("height"), image.get("width")]
         if not file_name or not is_text(file_name):
             problem = f"{where}: expected a `file_name`, got {rle.brief(file_name)}. Correct it."
-        elif not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > rle.MAX_PIXELS:
+        elif not all(type(side) is int and side > 0 for side in sides):
+            found = " and ".join(map(rle.brief, sides))
+            problem = f"{where} ({file_name}): expected whole numbers from 1 as `height` and `width`, got {found}."
+            problem += " Correct them."
+        elif sides[0] * sides[1] > rle.max_pixels():
             problem = (
-                f"{where} ({file_name}): expected `height` and `width` as whole numbers from 1, of at most"
-                f" {rle.MAX_PIXELS:,} pixels together, got {' and '.join(map(rle.brief, sides))}. Correct them."
+                f"{where} ({file_name}): `height` and `width` are those of {sides[0] * sides[1]:,} pixels, more than"
+                f" the limit of {rle.max_pixels():,}. Correct them if they are wrong, cut the image into tiles, or raise"
+                " the limit with --max_pixels."
             )
         else:
             valid.append(image)
@@ -416,7 +431,10 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
     A name that no file has is searched with other spellings. A name that fits two files, and a file that fits two
     names, are reported and left out.
     """
-    name, places = str(files.annotations), ImageNames(files.image_folders, files.annotations, files.split)
+    name, places = (
+        str(files.annotations),
+        ImageNames(files.image_folders, files.annotations, files.split, files.follow_links),
+    )
     named = [with_slashes(text) or text for image in images if (text := usual_name(image)) is not None]
     folder = places.folder(named, report)
     paths: dict[int, Path] = {}

@@ -118,6 +118,7 @@ def load_coco(
     hold_out: bool | None = None,
     exif_frame: ExifFrame = "auto",
     pixel_range: PixelRange | Literal["auto"] = "auto",
+    follow_links: bool = False,
 ) -> datasets.DatasetDict:
     """The splits of a dataset on this machine, under the names train, valid and test.
 
@@ -131,17 +132,18 @@ def load_coco(
             `annotations` are given
         exif_frame: the frame of annotations whose sizes don't say it; an error where it is needed and "auto"
         pixel_range: for images of more than 8 bits; "auto": that of the training images
+        follow_links: whether images may be links to files outside of the dataset folder
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
     """
-    layout = find_splits(root, annotations, images, exif_frame)
+    layout = find_splits(root, annotations, images, exif_frame, follow_links)
     hold_out = not annotations if hold_out is None else hold_out
     builder = CocoBuilder(
         cache_dir=None if cache_dir is None else str(cache_dir),
         dataset_name="coco",
         config_id=_cache_name(root),
-        hash=_fingerprint(layout.splits, f"{hold_out} {exif_frame} {pixel_range}"),
+        hash=_fingerprint(layout.splits, f"{hold_out} {exif_frame} {pixel_range} {follow_links}"),
         layout=layout.splits,
         hold_out=hold_out,
         exif_frame=exif_frame,

@@ -165,6 +165,7 @@ def find_splits(
     annotations: Mapping[str, str | Path] | None = None,
     images: Mapping[str, str | Path] | None = None,
     exif_frame: ExifFrame = "auto",
+    follow_links: bool = False,
 ) -> Layout:
     """The splits of a dataset: a folder, one annotation file or a data.yaml.
 
@@ -172,6 +173,7 @@ def find_splits(
         root: the folder or file; a folder is also searched two levels deeper, as unpacked archives have it
         annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
         exif_frame: the frame of annotations that don't say the sizes of their images
+        follow_links: whether images may be links to files outside of the dataset folder
 
     Raises:
         DataError: nothing is found, or more than one file for a split; the message names what is there
@@ -182,7 +184,7 @@ def find_splits(
         splits = given_layout(base, annotations, images)
     else:
         splits = _with_images(path, _find(path), images or {})
-    return Layout(path, tuple(replace(files, exif_frame=exif_frame) for files in splits))
+    return Layout(path, tuple(replace(files, exif_frame=exif_frame, follow_links=follow_links) for files in splits))
 
 
 def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:

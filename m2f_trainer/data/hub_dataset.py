@@ -33,7 +33,7 @@ from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, spli
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.errors import DataError, ImageError, mistyped_path
-from m2f_trainer.masks.rle import brief
+from m2f_trainer.masks.rle import allow_pixels, brief
 
 _SAMPLED = 1000  # images of which it is asked whether their values have more than 8 bits
 _IDS_PER_ROW = 100_000  # annotation ids that are reserved for the objects of one row
@@ -46,6 +46,7 @@ def load_dataset(
     *,
     exif_frame: ExifFrame = "auto",
     pixel_range: PixelRange | Literal["auto"] = "auto",
+    follow_links: bool = False,
 ) -> datasets.DatasetDict:
     """The rows of a dataset on this machine, or of one on the Hub (`user/name`) or its downloaded folder.
 
@@ -54,7 +55,7 @@ def load_dataset(
     Args:
         name: a folder or file as of `load_coco`, or `user/name`
         annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
-        exif_frame, pixel_range: how images are read, as of `load_coco`
+        exif_frame, pixel_range, follow_links: how images are read, as of `load_coco`
 
     Raises:
         DataError: there is none, or it can't be used; the message names what is wrong and the remedy
@@ -68,19 +69,25 @@ def load_dataset(
             hold_out=True,
             exif_frame=exif_frame,
             pixel_range=pixel_range,
+            follow_links=follow_links,
         )
     check_no_files(name, files, folders)
     return load_hub(str(name), exif_frame, pixel_range)
 
 
 def load_recipe_dataset(recipe: Mapping[str, Any]) -> datasets.DatasetDict:
-    """The dataset that the fields of a recipe name, as of `load_dataset`; fields that it lacks have their defaults."""
+    """The dataset that the fields of a recipe name, as of `load_dataset`; fields that it lacks have their defaults.
+
+    Also sets the limit of pixels of this process to that of the recipe.
+    """
+    allow_pixels(recipe.get("max_pixels"))
     return load_dataset(
         str(recipe["dataset_name"]),
         recipe.get("annotations"),
         recipe.get("images"),
         exif_frame=recipe.get("exif_frame", "auto"),
         pixel_range=parse_pixel_range(str(recipe.get("pixel_range", "auto"))),
+        follow_links=bool(recipe.get("follow_links")),
     )
 
 

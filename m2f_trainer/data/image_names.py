@@ -44,10 +44,11 @@ class ImageNames:
         folders: those that the images may be in, the most likely first
         annotations: the annotation file
         split: the split, whose name a folder of its images may have
+        follow_links: whether files that are links are found, too
     """
 
-    def __init__(self, folders: Sequence[Path], annotations: Path, split: str) -> None:
-        self._annotations, self._split = annotations, split
+    def __init__(self, folders: Sequence[Path], annotations: Path, split: str, follow_links: bool = False) -> None:
+        self._annotations, self._split, self._follow_links = annotations, split, follow_links
         self._folders = [folder for folder in folders if folder.is_dir()]
         if not self._folders:
             tried = ", ".join(map(str, folders))
@@ -130,7 +131,7 @@ class ImageNames:
     def _by_name(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
         for folder in self._outermost:
-            for path in image_paths(folder):
+            for path in image_paths(folder, self._follow_links):
                 found.setdefault(path.name, []).append(path)
         return found
 
@@ -148,13 +149,13 @@ def outermost(folders: Iterable[Path]) -> list[Path]:
     return sorted(folder for folder in found if not found.intersection(folder.parents))
 
 
-def image_paths(folder: Path) -> Iterator[Path]:
+def image_paths(folder: Path, follow_links: bool = False) -> Iterator[Path]:
     """The image files below a folder, in no order, without links and hidden folders."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
         for name in files:
             path = Path(place, name)
-            if path.suffix.lower() in SUFFIXES and not is_hidden(path) and not path.is_symlink():
+            if path.suffix.lower() in SUFFIXES and not is_hidden(path) and (follow_links or not path.is_symlink()):
                 yield path
 
 

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError
-from m2f_trainer.masks.rle import MAX_PIXELS, Size
+from m2f_trainer.masks.rle import MAX_PIXELS, Size, max_pixels
 
 ImageSource: TypeAlias = Mapping[str, Any] | str | Path | bytes | Image.Image | npt.NDArray[Any]
 
@@ -42,7 +43,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", "
             *_BY_SUFFIX)  # fmt: skip
 """The endings of image files, in lower case."""
 
-_CUT = "Cut the image into tiles; `m2f predict --tile` does so itself for a TIFF."
+_CUT = (
+    "Cut the image into tiles, or raise the limit with --max_pixels if you trust the file; `m2f predict --tile` reads"
+    " large images by itself."
+)
+_opening = threading.Lock()  # while Pillow's own limit is lifted
 _ORIENTATION = 0x0112  # the EXIF tag
 _METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of a PNG, where Pillow finds it
 _TURNS = {
@@ -62,6 +67,9 @@ _CHANNELS = (
     "expected one image of one channel, or of three or four (RGB, alpha is dropped), got {}. Save one"
     " of them as a grey image, or the three that show the objects best as an RGB image."
 )
+SEVERAL_PAGES = _CHANNELS.format("several pages of one size, such as the channels or slices of a stack")
+"""Why a TIFF file is refused of which only the first page would be read."""
+
 _OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the fraction above it
 
 FULL_RANGE = (0, 65535)
@@ -76,6 +84,7 @@ def open_image(
     shrink_to: Size | None = None,
     displayed: bool = False,
     pixel_range: PixelRange = None,
+    limit: int | None = None,
 ) -> Image.Image:
     """The image as 8-bit RGB, decoded.
 
@@ -90,6 +99,7 @@ def open_image(
             `size` doesn't decide
         pixel_range: for images of more than 8 bits, the values that become 0 and 255, or "image" for percentiles of
             the image itself; by default `FULL_RANGE`
+        limit: the most pixels that it may have; by default `max_pixels`
 
     Raises:
         MissingImageError: the file does not exist
@@ -98,8 +108,8 @@ def open_image(
     """
     if isinstance(source, np.ndarray) and source.dtype != np.uint8:
         return _from_deep_array(source, where, pixel_range)
-    image = open_stored(source, where)
-    check_pixels(image.size, where)
+    image = open_stored(source, where, limit)
+    check_pixels(image.size, where, limit)
     turned = displayed and not isinstance(source, Image.Image)
     if size is not None:
         turned = is_turned(image, size, displayed)
@@ -171,15 +181,18 @@ def exif_orientation(image: Image.Image) -> int:
         return 1  # viewers ignore damaged EXIF data
 
 
-def check_pixels(size: tuple[int, int], where: str) -> None:
+def check_pixels(size: tuple[int, int], where: str, limit: int | None = None) -> None:
     """Reject decompression bombs; `size` is Pillow's (width, height).
 
     Raises:
-        ImageError: more than `MAX_PIXELS`
+        ImageError: more than `limit`, by default `max_pixels`
     """
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels, got {width}x{height}. {_CUT}")
+    if width * height > (limit or max_pixels()):
+        raise ImageError(
+            f"{where}: expected at most {limit or max_pixels():,} pixels, got {width}x{height} = {width * height:,}."
+            f" {_CUT}"
+        )
 
 
 def check_annotated_size(found: Size, expected: Size, where: str) -> None:
@@ -198,8 +211,10 @@ def check_annotated_size(found: Size, expected: Size, where: str) -> None:
     )
 
 
-def open_stored(source: ImageSource, where: str) -> Image.Image:
+def open_stored(source: ImageSource, where: str, limit: int | None = None) -> Image.Image:
     """The image in its stored mode: the header is read, the pixels are not decoded yet.
+
+    `limit` is as of `open_image`; it is for the caller to check.
 
     Raises:
         MissingImageError: the file does not exist
@@ -211,7 +226,7 @@ def open_stored(source: ImageSource, where: str) -> Image.Image:
         return Image.fromarray(_checked_array(source, where))
     file = _file_of(source, where)
     try:  # the file is read at once: Pillow keeps files of some formats open
-        return _identify(file, where, whole=True)
+        return _identify(file, where, whole=True, limit=limit)
     except OSError as error:
         raise ImageError(f"{where}: the file {file} can't be read ({error}). Check its permissions.") from error
 
@@ -248,13 +263,27 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _identify(file: Path | io.BytesIO, where: str, whole: bool = False) -> Image.Image:
+def _open_file(file: Path | io.BytesIO, formats: tuple[str, ...], limit: int) -> Image.Image:
+    """Image.open, without Pillow's own limit of pixels where `limit` is higher."""
+    if limit <= MAX_PIXELS:
+        return Image.open(file, formats=formats)
+    with _opening:
+        usual = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(file, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+
+
+def _identify(file: Path | io.BytesIO, where: str, whole: bool = False, limit: int | None = None) -> Image.Image:
     """The image of a file; `whole`: the file is read at once."""
     by_suffix = _BY_SUFFIX.get(file.suffix.lower()) if isinstance(file, Path) else None
     if whole and isinstance(file, Path):
         file = io.BytesIO(file.read_bytes())
     try:
-        image = Image.open(file, formats=(*_installed_formats(), *([by_suffix] if by_suffix else [])))
+        formats = (*_installed_formats(), *([by_suffix] if by_suffix else []))
+        image = _open_file(file, formats, limit or max_pixels())
         if isinstance(image, TiffImagePlugin.TiffImageFile) and (problem := _problem_of_tiff(image)):
             image.close()
             raise ImageError(f"{where}: {problem}")
@@ -262,7 +291,7 @@ def _identify(file: Path | io.BytesIO, where: str, whole: bool = False) -> Image
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{where}: expected at most {MAX_PIXELS:,} pixels ({error}). {_CUT}") from error
+        raise ImageError(f"{where}: expected at most {limit or max_pixels():,} pixels ({error}). {_CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if (samples := _samples_of_tiff(file)) > 4:
             raise ImageError(f"{where}: {_CHANNELS.format(f'{samples} channels')}") from error
@@ -287,7 +316,7 @@ def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
         same = image.size == size
         image.seek(0)
         if same:
-            return _CHANNELS.format("several pages of one size, such as the channels or slices of a stack")
+            return SEVERAL_PAGES
     return ""
 
 

@@ -28,7 +28,7 @@ from m2f_trainer.data.problems import Report, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import segmentation as masks
-from m2f_trainer.masks.rle import MAX_PIXELS, brief
+from m2f_trainer.masks.rle import brief, max_pixels
 
 _LABEL = re.compile(rb'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
@@ -84,7 +84,7 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
             groups[image["id"]].append(entry)
     if not images:
         raise DataError(f"{name}: found no usable labelme file. Correct the files, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, folder)
+    return FolderSplit(name, tuple(images), groups, names, folder, follow_links=files.follow_links)
 
 
 def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
@@ -137,7 +137,7 @@ def _image(
         report("bad-image-entry", name, [path.name], message)
         return None
     file_name = find(written, path)
-    if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+    if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > max_pixels():
         try:
             where = f"image {image_id} ({file_name})"
             sides = list(size_in_frame(find.folder / file_name, where, exif_frame, name, report))

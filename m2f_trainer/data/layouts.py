@@ -58,6 +58,7 @@ class SplitFiles:
         files: its annotation files where it has several
         classes: class names in the order of their ids from 1, of all splits, where the files don't number them
         exif_frame: the frame of annotations that don't say the sizes of their images
+        follow_links: whether images may be links to files outside of the dataset folder
     """
 
     split: str
@@ -67,6 +68,7 @@ class SplitFiles:
     files: tuple[Path, ...] = ()
     classes: tuple[str, ...] = ()
     exif_frame: ExifFrame = "auto"
+    follow_links: bool = False
 
 
 def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:

@@ -23,13 +23,13 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
+from m2f_trainer.data.coco_json import LINK_ADVICE, Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below
-from m2f_trainer.data.images import SUFFIXES, image_size, open_stored
+from m2f_trainer.data.images import SUFFIXES, check_pixels, image_size, open_stored
 from m2f_trainer.data.layouts import SplitFiles, by_split, split_of
 from m2f_trainer.data.problems import Key, Report, listed, raise_problem
 from m2f_trainer.errors import DataError, ImageError
-from m2f_trainer.masks.rle import MAX_PIXELS, brief, write_counts
+from m2f_trainer.masks.rle import brief, write_counts
 
 _MASK_WORDS = {"mask", "masks", "instance", "instances", "inst", "label", "labels", "gt", "gtfine", "gtcoarse",
                "annotations", "groundtruth"}  # fmt: skip
@@ -97,7 +97,7 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
     cityscapes = _CITYSCAPES.search(files.files[0].stem) is not None
     masks_of = _pair(files.files, candidates, root, name, report)
     if not cityscapes:
-        _check_instances([some[0] for some, one_each in masks_of.values() if not one_each], root, name)
+        _check_instances([some[0] for some, one_each in masks_of.values() if not one_each], files)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
     number = 0
@@ -112,7 +112,7 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
         images.append(image)
         groups[image["id"]] = []
         for mask in masks:
-            for value, segmentation in _objects_of(mask, one_each, root, image, name, report):
+            for value, segmentation in _objects_of(mask, one_each, files, image, report):
                 found = _category(value) if cityscapes else (_CLASS, 0)
                 if found is not None:
                     number += 1
@@ -120,7 +120,14 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
                     groups[image["id"]].append({**entry, "segmentation": segmentation})
     if not images:
         raise DataError(f"{name}: found no image with a mask. Name masks as their images, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, CITYSCAPES if cityscapes else {_CLASS: "object"}, root)
+    return FolderSplit(
+        name,
+        tuple(images),
+        groups,
+        CITYSCAPES if cityscapes else {_CLASS: "object"},
+        root,
+        follow_links=files.follow_links,
+    )
 
 
 def _category(value: int) -> tuple[int, int] | None:
@@ -207,12 +214,13 @@ def _image(path: Path, root: Path, image_id: int, name: str, report: Report) -> 
 
 
 def _objects_of(
-    mask: Path, one_each: bool, root: Path, image: Entry, name: str, report: Report
+    mask: Path, one_each: bool, files: SplitFiles, image: Entry, report: Report
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(value, segmentation) of each object of a mask."""
+    root, name = files.image_folders[0], str(files.annotations)
     shown = mask.relative_to(root).as_posix()
     try:
-        values = read_mask(mask, root)
+        values = read_mask(mask, root, files.follow_links)
         if one_each:
             values = (values != 0).any(axis=2) if values.ndim == 3 else values != 0
         elif values.ndim == 3:
@@ -234,17 +242,16 @@ def _objects_of(
         yield value, {"size": list(values.shape), "counts": counts}
 
 
-def read_mask(path: Path, root: Path) -> npt.NDArray[Any]:
+def read_mask(path: Path, root: Path, follow_links: bool = False) -> npt.NDArray[Any]:
     """The values of a mask, (H, W) or (H, W, C); the indices of a palette image.
 
     Raises:
-        ImageError: it can't be read, or a link leads out of the dataset folder
+        ImageError: it can't be read, or a link leads out of the dataset folder without `follow_links`
     """
-    if not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
-        raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder.")
+    if not follow_links and not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
+        raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder. {LINK_ADVICE}")
     image = open_stored(path, str(path))
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got {image.width}x{image.height}. Cut it.")
+    check_pixels(image.size, str(path))
     try:
         values, several = np.asarray(image), number_of_frames(image) > 1
     except (OSError, SyntaxError, ValueError) as error:
@@ -281,8 +288,9 @@ def counts_of_values(values: npt.NDArray[Any]) -> Iterator[tuple[int, str]]:
             yield value, write_counts(runs, height, width)
 
 
-def _check_instances(masks: Sequence[Path], root: Path, name: str) -> None:
+def _check_instances(masks: Sequence[Path], files: SplitFiles) -> None:
     """Raise DataError where the values of masks may be classes of pixels instead of objects."""
+    root, name = files.image_folders[0], str(files.annotations)
     if any(
         _words(part) & {"instance", "instances", "inst"} for mask in masks[:1] for part in mask.relative_to(root).parts
     ):
@@ -290,7 +298,7 @@ def _check_instances(masks: Sequence[Path], root: Path, name: str) -> None:
     whole, total, counts, contiguous, largest = 0, 0, set[int](), True, 0
     for mask in masks[:_EXAMINED]:
         try:
-            values = read_mask(mask, root)
+            values = read_mask(mask, root, files.follow_links)
         except ImageError:  # reported when its objects are read
             continue
         ids = [value for value in np.unique(values).tolist() if value] if values.ndim == 2 else []

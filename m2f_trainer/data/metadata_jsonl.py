@@ -120,7 +120,7 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
                 groups[image["id"]].append(pack_polygons(entry))
     if not images:
         raise DataError(f"{name}: found no usable line in {_NAME}. Correct it, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, root)
+    return FolderSplit(name, tuple(images), groups, names, root, follow_links=files.follow_links)
 
 
 def _of_another_split(row: Any, split: str) -> bool:
@@ -140,7 +140,7 @@ def _image(row: Any, path: Path, files: SplitFiles, image_id: int, where: str, r
     file_name = written if folder == "." else f"{folder}/{written}"
     image = {"id": image_id, "file_name": file_name}
     try:
-        source = FolderSplit(name, (), {}, {}, root).source(image)
+        source = FolderSplit(name, (), {}, {}, root, follow_links=files.follow_links).source(image)
         image["height"], image["width"] = size_in_frame(source, f"{where} ({written})", files.exif_frame, name, report)
     except ImageError as error:
         report("bad-image", name, [file_name], str(error))

@@ -177,7 +177,7 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
             groups[image_id].append(entry)
     if not images:
         raise DataError(f"{folder}: found no images. Add images, or remove the split from {files.annotations}.")
-    return FolderSplit(str(labels), tuple(images), groups, names, folder)
+    return FolderSplit(str(labels), tuple(images), groups, names, folder, follow_links=files.follow_links)
 
 
 def _class_names(path: Path) -> dict[int, str]:

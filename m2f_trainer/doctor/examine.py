@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from m2f_trainer.config.arguments import ExifFrame, parse_pixel_range, pixel_range_text
+from m2f_trainer.config.arguments import parse_pixel_range, pixel_range_text
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
@@ -79,7 +79,7 @@ def examine(
     All problems become findings; none is raised. `progress`: whether to show a bar on a terminal.
     """
     settings, report, name = settings or Settings(), Findings(), str(dataset)
-    splits, files = _read_splits(name, annotations, images, settings.exif_frame, report)
+    splits, files = _read_splits(name, annotations, images, settings, report)
     splits, categories = used_categories(splits, report) if splits else ({}, [])
     chosen = parse_pixel_range(settings.pixel_range)
     splits = with_reading(splits, settings.exif_frame, chosen, report)
@@ -102,7 +102,7 @@ def _read_splits(
     name: str,
     annotations: Sequence[str] | None,
     images: Sequence[str] | None,
-    exif_frame: ExifFrame,
+    settings: Settings,
     report: Report,
 ) -> tuple[Mapping[str, SplitAnnotations], str]:
     """The readable splits, with a validation split held out if training would hold one out, and a text about the files
@@ -114,8 +114,8 @@ def _read_splits(
         given = split_paths(annotations, "annotations"), split_paths(images, "images")
         if is_hub_dataset(name):
             check_no_files(name, *given)
-            return _hold_out(read_hub(name, report, exif_frame), report), ""
-        layout = find_splits(name, *given, exif_frame)
+            return _hold_out(read_hub(name, report, settings.exif_frame), report), ""
+        layout = find_splits(name, *given, settings.exif_frame, settings.follow_links)
     except DataError as error:
         report("unusable", name, [], str(error))
         return {}, ""

@@ -34,6 +34,7 @@ class Settings:
     num_queries: int = 100
     exif_frame: ExifFrame = "auto"
     pixel_range: str = "auto"
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Read windows of an image: of a TIFF only the tiles or strips needed, through tifffile; other files are decoded whole.
 
-Pillow decodes a JPEG or PNG whole, so those must fit in memory and in Pillow's own limit. The same applies to a TIFF
-whose colours tifffile does not convert (palettes, CMYK) or whose codec is not installed.
+Pillow decodes a JPEG or PNG whole, so those must fit in half of the available memory. The same applies to a TIFF whose
+colours tifffile does not convert (palettes, CMYK), whose values have more than 8 bits, or whose codec is not installed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import numpy as np
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Pixels
-from m2f_trainer.data.images import ImageSource, open_image
+from m2f_trainer.data.images import SEVERAL_PAGES, ImageSource, open_image
 from m2f_trainer.errors import ImageError, needs
-from m2f_trainer.masks.rle import Box, Size
+from m2f_trainer.masks.rle import HIGHEST_LIMIT, Box, Size, max_pixels
 
 GREY, RGB, YCBCR = 1, 2, 6
 JPEG = 7
 """Photometric interpretations and the one compression whose decoder makes RGB of YCbCr, as TIFF 6.0 numbers them."""
+
+_BYTES_PER_PIXEL = 12  # while an image is decoded: as stored, as RGB with padding, and as an array
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """Classic and BigTIFF, little and big endian."""
@@ -68,7 +70,11 @@ class TiffWindows:
         try:
             with tifffile.TiffFile(path) as file:
                 self.page: Any = file.pages[0]
+                if len(file.pages) > 1 and file.pages[1].shape[:2] == self.page.shape[:2]:
+                    raise ImageError(f"{path}: {SEVERAL_PAGES}")
                 self.decode = self.page.decode
+        except ImageError:
+            raise
         except Exception as error:  # tifffile raises many types for a damaged header
             raise ImageError(f"{path}: the TIFF's header is damaged ({error}). Replace the file.") from error
         self.size: Size = self._checked_size()
@@ -141,7 +147,22 @@ def windows_of(image: ImageSource, where: str, pixel_range: PixelRange = None) -
     """An image of any kind by windows. Raises as `open_windows` does; `where` names the image in messages."""
     if isinstance(image, (str, Path)):
         return open_windows(Path(image), pixel_range)
-    return ArrayWindows(np.asarray(open_image(image, where, displayed=True, pixel_range=pixel_range)))
+    return _whole_image(image, where, pixel_range)
+
+
+def _whole_image(image: ImageSource, where: str, pixel_range: PixelRange) -> Windows:
+    limit = max(max_pixels(), pixels_in_memory())
+    return ArrayWindows(np.asarray(open_image(image, where, displayed=True, pixel_range=pixel_range, limit=limit)))
+
+
+def pixels_in_memory() -> int:
+    """The pixels of an image that can be decoded in half of the memory that is available."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return 0
+    return min(available // 2 // _BYTES_PER_PIXEL, HIGHEST_LIMIT)
 
 
 def open_windows(path: Path, pixel_range: PixelRange = None) -> Windows:
@@ -160,7 +181,7 @@ def open_windows(path: Path, pixel_range: PixelRange = None) -> Windows:
         except ImageError as error:
             refused = error
     try:
-        return ArrayWindows(np.asarray(open_image(path, str(path), displayed=True, pixel_range=pixel_range)))
+        return _whole_image(path, str(path), pixel_range)
     except ImageError as error:
         if refused is not None:
             raise refused from error

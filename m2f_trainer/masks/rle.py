@@ -6,6 +6,7 @@ A mask's *runs* are int64 (R,): the lengths of alternating runs of zeros and one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from m2f_trainer.errors import MaskError
+from m2f_trainer.errors import MaskError, RecipeError
 
 Runs: TypeAlias = npt.NDArray[np.int64]
 Bitmap: TypeAlias = npt.NDArray[np.uint8]
@@ -24,8 +25,32 @@ Box: TypeAlias = tuple[int, int, int, int]
 Size: TypeAlias = tuple[int, int]
 """(height, width) in pixels."""
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit for one image; pycocotools' counters overflow at 2 ** 32
-_MAX_CHARACTERS = 7  # of one count: 7 x 5 bits hold every count of an image of MAX_PIXELS
+MAX_PIXELS = 89_478_485
+"""The limit of the pixels of an image, as Pillow's own: a larger one may be a decompression bomb."""
+
+HIGHEST_LIMIT = 2**31 - 1
+"""The highest value that the limit can be raised to: counters of pycocotools overflow at 2 ** 32."""
+
+_LIMIT = "M2F_MAX_PIXELS"  # an environment variable, so that data workers have the same limit
+_MAX_CHARACTERS = 7  # of one count: 7 x 5 bits hold every count of an image of HIGHEST_LIMIT
+
+
+def max_pixels() -> int:
+    """The limit of the pixels of an image in this process."""
+    return int(os.environ.get(_LIMIT, MAX_PIXELS))
+
+
+def allow_pixels(count: int | None) -> None:
+    """Change the limit in this process and those that it starts; None leaves it as it is.
+
+    Raises:
+        RecipeError: it isn't a number from 1 to `HIGHEST_LIMIT`
+    """
+    if count is None:
+        return
+    if not 1 <= count <= HIGHEST_LIMIT:
+        raise RecipeError(f"max_pixels: expected between 1 and {HIGHEST_LIMIT}, got {count}.")
+    os.environ[_LIMIT] = str(count)
 
 
 def read_runs(counts: str | bytes, height: int, width: int, where: str = "RLE") -> Runs:
@@ -115,11 +140,11 @@ def _intervals(runs: Runs) -> tuple[Runs, Runs]:
 
 
 def check_size(height: int, width: int, where: str) -> None:
-    """Raise MaskError for an image without pixels or with more than `MAX_PIXELS`; `where` names it in the message."""
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+    """Raise MaskError for an image without pixels or with more than `max_pixels`; `where` names it in the message."""
+    if height < 1 or width < 1 or height * width > max_pixels():
         raise MaskError(
-            f"{where}: expected an image of 1 to {MAX_PIXELS:,} pixels, got {width}x{height} (width x height)."
-            " Correct the image's `width` and `height`, or cut the image into tiles."
+            f"{where}: expected an image of 1 to {max_pixels():,} pixels, got {width}x{height} (width x height)."
+            " Correct the image's `width` and `height`, cut the image into tiles, or raise the limit with --max_pixels."
         )
 
 
@@ -129,7 +154,7 @@ def runs_of_list(counts: Sequence[object], height: int, width: int, where: str) 
     Raises:
         MaskError: a count is no whole number from 0, or they don't add up to the image's pixels
     """
-    wrong = [count for count in counts if type(count) is not int or not 0 <= count <= MAX_PIXELS]
+    wrong = [count for count in counts if type(count) is not int or not 0 <= count <= HIGHEST_LIMIT]
     if wrong:
         raise MaskError(
             f"{where}: expected RLE counts of whole numbers from 0, got {brief(wrong[0])}. Correct the RLE."

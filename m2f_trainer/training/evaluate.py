@@ -46,12 +46,13 @@ def evaluate_folder(
     exif_frame: ExifFrame = "auto",
     pixel_range: str | None = None,
     precision: Precision = "auto",
+    follow_links: bool = False,
 ) -> dict[str, float]:
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form). `annotations`, `images` and `exif_frame` are as of `load_dataset`;
-    `pixel_range` is the recipe field, by default the model's own. `precision` is as of `Predictor`; "auto" is that of
+    predictions.json (COCO results form). `annotations`, `images`, `exif_frame` and `follow_links` are as of
+    `load_dataset`; `pixel_range` is the recipe field, by default the model's own. `precision` is as of `Predictor`; "auto" is that of
     the model's training, where its recipe.json is beside it and it was trained on such a device.
 
     Raises:
@@ -63,7 +64,9 @@ def evaluate_folder(
     check_model_path(model)
     loaded = load_model(model)
     chosen = model_range(loaded.config.pixel_range) or "auto" if pixel_range is None else parse_pixel_range(pixel_range)
-    splits = load_dataset(dataset, annotations, images, exif_frame=exif_frame, pixel_range=chosen)
+    splits = load_dataset(
+        dataset, annotations, images, exif_frame=exif_frame, pixel_range=chosen, follow_links=follow_links
+    )
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
     rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from m2f_trainer.cli.main import main
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
-from m2f_trainer.data.hub_dataset import load_hub
+from m2f_trainer.data.hub_dataset import load_hub, load_recipe_dataset
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.reading import Reading, reading_of
 from m2f_trainer.data.transforms import EvalTransform, read_image
@@ -281,3 +281,76 @@ def test_the_range_of_a_hub_dataset_is_found_and_kept(tmp_path):
 def test_a_range_that_is_none_is_refused(text):
     with pytest.raises(RecipeError, match="pixel_range: expected auto, image, or the values of black and white"):
         load_recipe(["--dataset_name", "a", "--pixel_range", text])
+
+
+# links and large images
+
+
+def linked(folder: Path, root: Path, name: str = "0.png") -> Path:
+    """Replace an image of a dataset by a link to a file beside the dataset."""
+    (folder / "store").mkdir()
+    (root / "images" / name).rename(folder / "store" / name)
+    (root / "images" / name).symlink_to(folder / "store" / name)
+    return root
+
+
+def test_links_out_of_the_folder_are_followed_where_that_is_asked_for(tmp_path, capsys):
+    root = linked(tmp_path, dataset(tmp_path / "set", [1] * 5, [WIDE] * 5))
+    with pytest.raises(DataError, match=r"leads out of .* If it is a link of your own, give --follow_links"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    splits = load_coco(root, cache_dir=tmp_path / "cache", follow_links=True)
+    rows = [row for rows in splits.values() for row in rows]
+    assert len(rows) == 5
+    assert all(is_on_object(row) for row in rows)
+    assert main(["check", str(root)]) == 1
+    assert main(["check", str(root), "--follow_links"]) == 0
+    assert capsys.readouterr().out.endswith(f"m2f train --dataset_name {root} --follow_links\n")
+    recipe = load_recipe(["--dataset_name", str(root), "--follow_links"])
+    assert len(load_recipe_dataset(vars(recipe.data))["train"]) == 4
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused_whatever_links_may_do(tmp_path):
+    root = dataset(tmp_path / "set", [1] * 5, [WIDE] * 5)
+    (root / "images/0.png").rename(tmp_path / "0.png")
+    file = root / "annotations.json"
+    file.write_text(file.read_text().replace('"0.png"', '"../../0.png"'))
+    with pytest.raises(DataError, match=r"without '\.\.'"):
+        load_coco(root, cache_dir=tmp_path / "cache", follow_links=True)
+
+
+def test_links_that_lead_nowhere_or_to_themselves_are_missing_images(tmp_path):
+    for number, target in enumerate(("0.png", "none.png", "/dev/zero")):
+        root = dataset(tmp_path / f"set{number}", [1] * 5, [WIDE] * 5)
+        (root / "images/0.png").unlink()
+        (root / "images/0.png").symlink_to(target)
+        settings = Settings(64, 64, follow_links=True)
+        kinds = {one.kind for one in examine(root, settings).findings if one.severity == "error"}
+        assert kinds & {"missing-image", "bad-image"}, target
+        assert kinds <= {"missing-image", "bad-image", "missing-split"}, target
+
+
+def test_the_limit_of_pixels_is_named_and_can_be_raised(tmp_path, monkeypatch, capsys):
+    root = dataset(tmp_path / "set", [1] * 5, [WIDE] * 5)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "600")
+    message = r"640 pixels, more than the limit of 600\. .* raise the limit with --max_pixels"
+    with pytest.raises(DataError, match=message):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert main(["check", str(root), "--max_pixels", "640"]) == 0
+    assert capsys.readouterr().out.endswith(f"m2f train --dataset_name {root} --max_pixels 640\n")
+    monkeypatch.setenv("M2F_MAX_PIXELS", "600")
+    recipe = load_recipe(["--dataset_name", str(root), "--max_pixels", "640"])
+    assert len(load_recipe_dataset(vars(recipe.data))["train"]) == 4
+    with pytest.raises(RecipeError, match="max_pixels: expected between 1 and 2147483647"):
+        load_recipe(["--dataset_name", "a", "--max_pixels", "3000000000"])
+
+
+def test_an_image_beyond_pillows_own_limit_is_read_where_the_limit_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 300)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "300")
+    Image.fromarray(photo(WIDE)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"expected at most 300 pixels .* --max_pixels"):
+        open_image(tmp_path / "a.png", "a")
+    monkeypatch.setenv("M2F_MAX_PIXELS", "640")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", "a")), photo(WIDE))
+    assert Image.MAX_IMAGE_PIXELS == 300

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError, MissingPackageError
-from m2f_trainer.inference.windows import TiffWindows, Windows, open_windows
+from m2f_trainer.inference.windows import TiffWindows, Windows, open_windows, pixels_in_memory
 from tests.inference.test_tiles import scene
 
 
@@ -88,7 +88,8 @@ def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
     if importlib.util.find_spec("imagecodecs") is not None:
         pytest.skip("imagecodecs is installed")
     Image.fromarray(scene()).save(tmp_path / "a.tif", compression="tiff_lzw")
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("m2f_trainer.inference.windows.pixels_in_memory", lambda: 100)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "100")
     with pytest.raises(ImageError, match=r"LZW.*pip install imagecodecs"):
         open_windows(tmp_path / "a.tif")
 
@@ -96,9 +97,10 @@ def test_a_tiff_too_large_for_memory_that_lacks_a_codec_names_the_package(
 def test_an_image_too_large_to_decode_is_refused_with_the_format_to_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("m2f_trainer.inference.windows.pixels_in_memory", lambda: 100)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "100")
     Image.fromarray(scene()).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match=r"at most 100 pixels, got 210x150\. .*--tile` does so .* a TIFF"):
+    with pytest.raises(ImageError, match=r"at most 100 pixels, got 210x150 = 31,500\. Cut .* --max_pixels"):
         open_windows(tmp_path / "a.png")
 
 
@@ -113,6 +115,29 @@ def test_a_tiff_that_ends_after_its_start_is_an_error(tmp_path: Path) -> None:
 def test_a_large_tiff_without_tifffile_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.tif")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("m2f_trainer.data.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("m2f_trainer.inference.windows.pixels_in_memory", lambda: 100)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "100")
     with pytest.raises(MissingPackageError, match=r"m2f-trainer\[tiff\]"):
+        open_windows(tmp_path / "a.tif")
+
+
+def test_a_png_or_jpeg_beyond_the_limit_is_read_where_it_fits_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F_MAX_PIXELS", "100")
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    assert np.array_equal(open_windows(tmp_path / "a.png").read((10, 20, 40, 60)), scene()[20:60, 10:40])
+    monkeypatch.setattr("m2f_trainer.inference.windows.pixels_in_memory", lambda: 31_499)
+    with pytest.raises(ImageError, match=r"at most 31,499 pixels, got 210x150 = 31,500"):
+        open_windows(tmp_path / "a.png")
+
+
+def test_the_pixels_that_fit_in_memory_are_a_part_of_it() -> None:
+    assert 10**6 < pixels_in_memory() <= 2**31 - 1
+
+
+def test_a_stack_of_pages_is_refused(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 20, 30), np.uint8), photometric="minisblack")
+    with pytest.raises(ImageError, match=r"got several pages of one size"):
         open_windows(tmp_path / "a.tif")
