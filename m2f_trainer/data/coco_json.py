@@ -415,7 +415,7 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
         elif sides[0] * sides[1] > rle.max_pixels():
             problem = (
                 f"{where} ({file_name}): `height` and `width` are those of {sides[0] * sides[1]:,} pixels, more than"
-                f" the limit of {rle.max_pixels():,}. Correct them if they are wrong, cut the image into tiles, or raise"
+                f" the limit of {rle.max_pixels():,}. Correct them if they are wrong, cut the image, or raise"
                 " the limit with --max_pixels."
             )
         else:
