@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options and arguments.command != "train":
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     disable_progress_bars_without_terminal()
+    warnings.filterwarnings("ignore", message=r"Image size .* exceeds limit")  # Pillow's; our own message follows
     escape_unprintable_output()
     escape_logged_controls()
     try:

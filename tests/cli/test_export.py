@@ -55,6 +55,7 @@ def test_the_files_of_a_validation_dataset_can_be_given(
     files = ["--annotations", "valid=a.json", "--images", "valid=photos"]
     assert main(["export", "user/model", "--validation", "coco", *files, "--num_images", "3"]) == 0
     expected = {"annotations": ["valid=a.json"], "images": ["valid=photos"], "exif_frame": "auto"}
+    expected |= {"follow_links": False, "max_pixels": None}
     assert asked == [({"dataset_name": "coco", **expected}, 3)]
     assert main(["export", "user/model", *files]) == 1
     assert "files of a --validation dataset. Give it, or leave them out." in capsys.readouterr().err

@@ -42,7 +42,10 @@ BAD_FILES = {
     "missing category": (content(annotation(8, category_id=3)), r"1 annotation\(s\) refer to a category.*ids 8"),
     "text crowd": (content(annotation(8, iscrowd="0")), "`iscrowd` that isn't 0 or 1: ids 8"),
     "no file name": (content(images=[{**IMAGE, "file_name": None}]), "image 1: expected a `file_name`, got None"),
-    "bomb": (content(images=[{**IMAGE, "width": 2**31, "height": 2**31}]), "whole numbers from 1, of at most"),
+    "bomb": (
+        content(images=[{**IMAGE, "width": 2**31, "height": 2**31}]),
+        "more than the limit of 89,478,485.* --max_pixels",
+    ),
     "bad polygon": (content(annotation(6, segmentation=[[1, 2, 3]])), "annotation 6 of image 1 .a.png., polygon 0"),
     "box only": (content(annotation(6, segmentation=[])), "annotation 6 .*segmentation is empty"),
     "bad box": (content(annotation(6, bbox=[1, 2, 3])), "annotation 6 .*expected a `bbox` of four numbers"),
