@@ -53,7 +53,8 @@ def evaluate_folder(
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
     predictions.json (COCO results form). `annotations`, `images`, `exif_frame` and `follow_links` are as of
     `load_dataset`; `pixel_range` is the recipe field, by default the model's own. `precision` is as of
-    `Predictor`; "auto" is that of the model's training, where its recipe.json is beside it and it was trained on such a device.
+    `Predictor`; "auto" is that of the model's training, where its recipe.json is beside it and it was
+    trained on such a device.
 
     Raises:
         DataError: an unknown split, or categories of other names
