@@ -7,6 +7,7 @@ to 8 bits from a range of values. Images whose conversion to RGB is ambiguous ar
 """
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -71,6 +72,12 @@ SEVERAL_PAGES = _CHANNELS.format("several pages of one size, such as the channel
 """Why a TIFF file is refused of which only the first page would be read."""
 
 _OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the fraction above it
+
+logger = logging.getLogger(__name__)
+_warned: list[str] = []  # an image with few grey levels
+
+FEWEST_LEVELS = 64
+"""Grey levels after conversion to 8 bits, below which another range of values is proposed."""
 
 FULL_RANGE = (0, 65535)
 """The range of values of an image of more than 8 bits where none is given."""
@@ -443,10 +450,25 @@ def scaled(values: npt.NDArray[Any], where: str, pixel_range: PixelRange) -> npt
                 f"{where}: expected values of 0 to 65535, got {values.min()} to {values.max()}. Give the values of"
                 " black and white as pixel_range."
             )
+        levels = int(values.max(initial=0) - values.min(initial=FULL_RANGE[1])) // 257 + 1
+        if levels < FEWEST_LEVELS and values.size and values.max() > values.min():
+            _warn_of_few_levels(where, levels)
         return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
     low, high = range_of(values) if pixel_range == "image" else pixel_range
     steps = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / max(high - low, 1e-30))
     return np.rint(np.clip(steps, 0, 255)).astype(np.uint8)
+
+
+def _warn_of_few_levels(where: str, levels: int) -> None:
+    """Log an image that is left with few grey levels: the first one of this process."""
+    if not _warned:
+        _warned.append(where)
+        logger.warning(
+            "%s: at the full range of 16 bits, about %d of 256 grey levels are left. Give the values of black and white"
+            " as pixel_range, or image to scale each image by itself.",
+            where,
+            levels,
+        )
 
 
 def range_of(values: npt.NDArray[Any]) -> tuple[float, float]:

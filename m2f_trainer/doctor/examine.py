@@ -20,11 +20,11 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.formats import find_splits, read_split
 from m2f_trainer.data.hub_dataset import check_no_files, is_hub_dataset, read_hub
-from m2f_trainer.data.images import FULL_RANGE
+from m2f_trainer.data.images import FEWEST_LEVELS, FULL_RANGE
 from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.doctor.duplicates import find_duplicates
-from m2f_trainer.doctor.scan import FEWEST_LEVELS, Scan, Settings, scan_split
+from m2f_trainer.doctor.scan import Scan, Settings, scan_split
 from m2f_trainer.errors import DataError
 
 CLEAN, ERRORS, UNUSABLE = 0, 1, 2

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.geometry import resize_to_fit
+from m2f_trainer.data.images import FEWEST_LEVELS
 from m2f_trainer.data.problems import Report, kind_of
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
@@ -19,9 +20,6 @@ _THREADS = 8  # Pillow decodes without Python's global lock
 _IMAGES_AT_ONCE = 64  # whose data is in memory
 _MASKS_AT_ONCE = 255  # pycocotools' area fails for more
 _MASK_STRIDE = 4  # input pixels per cell of the mask logits
-FEWEST_LEVELS = 64
-"""Grey levels after conversion to 8 bits, below which a finding proposes another range of values."""
-
 _USUAL_MODES = ("L", "RGB", "1")
 
 

@@ -218,3 +218,19 @@ def test_bf16_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("m2f_trainer.inference.predictor.gpu_computes_in_bf16", lambda: True)
     assert uses_bf16("auto", torch.device("cuda"))
     assert not uses_bf16("float32", torch.device("cuda"))
+
+
+def test_an_image_that_keeps_few_grey_levels_is_reported_once(
+    predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m2f_trainer.data.images._warned", [])
+    Image.fromarray((np.asarray(picture())[..., 0].astype(np.uint16)) * 16).save(tmp_path / "a.png")
+    predictor([tmp_path / "a.png"] * 3)
+    (line,) = [record.getMessage() for record in caplog.records if "grey levels are left" in record.getMessage()]
+    assert "a.png" in line
+    assert "pixel_range" in line
+    predictor.pixel_range = (0.0, 4080.0)
+    try:
+        assert predictor(tmp_path / "a.png")[0].to_coco() == predictor(picture())[0].to_coco()
+    finally:
+        predictor.pixel_range = None
