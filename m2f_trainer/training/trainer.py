@@ -103,8 +103,9 @@ class M2FTrainer(Trainer):
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
         self.watched: list[Watched] = []
         self.step_batches: list[dict[str, Any]] = []
+        self.gradient_norm: Tensor | None = None
         scaled = self.accelerator.scaler is not None
-        guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, scaled)
+        guard = FiniteGuard(lambda: self.step_batches, lambda: self._tr_loss, lambda: self.gradient_norm, scaled)
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         average = [Average(args.ema_decay)] if args.ema_decay is not None else []
@@ -148,6 +149,12 @@ class M2FTrainer(Trainer):
         total = torch.stack(parts).sum(0).float()
         total = (total.pin_memory() if device.type == "cuda" else total).to(device, non_blocking=True)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the Trainer's: the norm of all gradients before clipping. It is kept for the guard against NaN."""
+        found = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self.gradient_norm = found if isinstance(found, Tensor) else None
+        return found
 
     def prediction_step(
         self,

@@ -93,6 +93,7 @@ PRIVATE: dict[str, dict[str, object]] = {
         "is_training": False, "dataloader_key": None,
     },
     "_get_num_items_in_batch": {"self": EMPTY, "batch_samples": EMPTY, "device": EMPTY},
+    "_get_grad_norm": {"self": EMPTY, "model": EMPTY, "grad_norm": None},
 }  # fmt: skip
 
 

@@ -18,15 +18,15 @@ from tests.model.tiny import tiny_model
 
 
 def step(model: nn.Module, batch: dict[str, Any], trainer: Any) -> torch.Tensor:
-    """What the Trainer does in a step: divisors, forward, backward, our guard, clipping, AdamW."""
+    """What the Trainer does in a step: divisors, forward, backward, clipping, our guard, AdamW."""
     divisors = M2FTrainer._get_num_items_in_batch(trainer, [batch], DEVICE)
     loss = model(**sent(batch), num_items_in_batch=divisors).loss
     loss.backward()
     arguments: Any = SimpleNamespace(output_dir="", process_index=0, seed=0)
-    guard = FiniteGuard(lambda: [batch], lambda: loss, scaled=False)
-    guard.on_pre_optimizer_step(arguments, SimpleNamespace(global_step=0), SimpleNamespace(), model=model)  # type: ignore[arg-type]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    nn.utils.clip_grad_norm_(trained, 0.01, foreach=False)
+    norm = nn.utils.clip_grad_norm_(trained, 0.01, foreach=False)
+    guard = FiniteGuard(lambda: [batch], lambda: loss, lambda: norm, scaled=False)
+    guard.on_pre_optimizer_step(arguments, SimpleNamespace(global_step=0), SimpleNamespace(), model=model)  # type: ignore[arg-type]
     torch.optim.AdamW(trained, foreach=False).step()
     return loss.detach()
 

@@ -24,21 +24,26 @@ class FiniteGuard(TrainerCallback):
     Args:
         batches: returns the micro-batches of the current step
         loss: returns the loss summed since the last log
+        norm: returns the norm of this step's gradients, before clipping; None where an engine keeps them to itself
         scaled: whether a float16 gradient scaler is in use, which skips steps with gradients that are not finite
     """
 
     def __init__(
-        self, batches: Callable[[], Sequence[Mapping[str, Any]]], loss: Callable[[], Tensor], scaled: bool
+        self,
+        batches: Callable[[], Sequence[Mapping[str, Any]]],
+        loss: Callable[[], Tensor],
+        norm: Callable[[], Tensor | None],
+        scaled: bool,
     ) -> None:
-        self.batches, self.loss, self.scaled = batches, loss, scaled
+        self.batches, self.loss, self.norm, self.scaled = batches, loss, norm, scaled
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the loss, and the gradients unless a float16 scaler does that."""
-        total = self.loss().detach()
-        if not self.scaled:
-            total = total + gradient_norm(model).to(total)
+        total, norm = self.loss().detach(), self.norm()
+        if norm is not None and not self.scaled:
+            total = total + full_tensor(norm).to(total)
         if any_rank(~torch.isfinite(total), total.device):
             raise TrainingError(self._report(model, Path(str(args.output_dir)), state, args))
 
@@ -63,12 +68,6 @@ class FiniteGuard(TrainerCallback):
             f"weights before the step and a report are in {folder}. Look at these images and their annotations; "
             "or resume from an earlier checkpoint with a lower learning_rate or without fp16"
         )
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients; it is not finite if any gradient is not."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return full_tensor(torch.nn.utils.get_total_norm(gradients))
 
 
 def write_batch(batch: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,8 @@
 """Values that are not finite are noticed, and the batch that led to them can be read again."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import nn
 
 from m2f_trainer.data.collate import collate
-from m2f_trainer.training.callbacks.guards import gradient_norm, read_batch, write_batch
+from m2f_trainer.errors import TrainingError
+from m2f_trainer.training.callbacks.guards import FiniteGuard, read_batch, write_batch
 
 
 def sample(count: int) -> dict[str, object]:
@@ -35,7 +38,13 @@ def test_a_batch_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_gradient_shows_in_the_norm(value: float) -> None:
+def test_one_bad_gradient_stops_the_run_before_the_update(value: float, tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
+    model.save_pretrained = lambda *args, **kwargs: None
     model.weight.grad, model.bias.grad = torch.zeros(2, 3), torch.tensor([0.0, value])
-    assert not torch.isfinite(gradient_norm(model))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    batch = collate([sample(1)])
+    guard = FiniteGuard(lambda: [batch], lambda: torch.tensor(1.0), lambda: norm, scaled=False)
+    arguments: Any = SimpleNamespace(output_dir=str(tmp_path), process_index=0, seed=0)
+    with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite. The step's images are 9"):
+        guard.on_pre_optimizer_step(arguments, SimpleNamespace(global_step=0), SimpleNamespace(), model=model)
