@@ -1,4 +1,4 @@
-"""A model of a training step's time on a GPU, without one: operators counted on fake tensors, times at a card's rates.
+"""Roofline model of a training step on a GPU, computed without one: operators counted on fake tensors.
 
 python -m benchmarks.roofline --backbone vitl16 --tune full --card h200
 python -m benchmarks.roofline --backbone vits16plus --tune frozen --card h100
@@ -6,7 +6,7 @@ python -m benchmarks.roofline --backbone vits16plus --tune frozen --card h100
 The step is the forward and backward pass of backbone, neck and decoders under bfloat16 autocast, ours beside
 transformers' own. The losses are left out: the number of their operators depends on values. An operator takes the
 longer of two times: its arithmetic at the rate of its type, and its bytes (every input read once, every output
-written once) at the rate of the memory. Real kernels reach less, so the result is a lower bound; RESULTS.md compares
+written once) at the rate of the memory. Real kernels are slower, so the result is a lower bound; RESULTS.md compares
 it with a measured step. The number of kernels matters too: the host starts them one by one, which limits a step whose
 kernels are short.
 """
@@ -31,7 +31,7 @@ from m2f_trainer.model.lora import set_tuning
 
 @dataclass(frozen=True)
 class Card:
-    """Attainable rates: operations per second by type, and bytes per second of the memory and of the caches."""
+    """Attainable rates: floating-point operations per second by type; bytes per second of the memory and the caches."""
 
     bf16: float
     tf32: float
@@ -67,7 +67,7 @@ class Counter(TorchDispatchMode):
         self.modules = ModuleTracker()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # stock asks whether values are finite
+        if func is torch.ops.aten._local_scalar_dense.default:  # stock tests whether values are finite
             return True
         result = func(*args, **(kwargs or {}))
         if not func.is_view and not any(
@@ -95,7 +95,7 @@ class Counter(TorchDispatchMode):
 
 
 def step(build: Callable[[], nn.Module], card: Card, batch: int, side: int) -> Counter:
-    """Count forward and backward of the label-free part of a model."""
+    """Count the forward and backward pass of a model without its losses."""
     model = build().train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in model.modules():
@@ -130,16 +130,13 @@ def main() -> None:
         "ours": step(lambda: ours().model, card, arguments.batch, arguments.side),
         "stock": step(lambda: stock_model(ours()).model, card, arguments.batch, arguments.side),
     }
-    print(
-        f"A model of the step, not a measurement: {vars(arguments)}\n\n"
-        "| part | ours ms | stock ms |\n| --- | --- | --- |"
-    )
+    print(f"Roofline model, not a measurement: {vars(arguments)}\n\n| part | ours ms | stock ms |\n| --- | --- | --- |")
     mine, theirs = (counter.seconds for counter in counters.values())
     for part in sorted(mine.keys() | theirs.keys()):
         print(f"| {part} | {1e3 * mine[part]:.1f} | {1e3 * theirs[part]:.1f} |")
     totals = [sum(seconds.values()) for seconds in (mine, theirs)]
     print(f"| together | {1e3 * totals[0]:.1f} | {1e3 * totals[1]:.1f} |")
-    print(f"| kernels started | {counters['ours'].launches} | {counters['stock'].launches} |")
+    print(f"| kernels launched | {counters['ours'].launches} | {counters['stock'].launches} |")
     print(f"\nratio {totals[1] / totals[0]:.2f}")
 
 

@@ -1,4 +1,4 @@
-"""The shape of the package: imports point one way, and the map in CONTRIBUTING.md is what is on disk."""
+"""The structure of the package: imports have one direction, and the map in CONTRIBUTING.md matches the files."""
 
 import ast
 import re

@@ -133,8 +133,8 @@ def test_the_processes_of_a_launch_script_train_one_model(
     recipe = write_tiny(tmp_path, per_device_train_batch_size=1)
     command = ["bash", str(ROOT / "recipes" / f"torchrun_{script}.sh"), *arguments, str(recipe)]
     python = str(Path(sys.executable).parent)
-    told = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **told}
+    variables = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **variables}
     started = [subprocess.Popen(command, env=environment, cwd=tmp_path) for _ in range(machines)]
     assert [one.wait(500) for one in started] == [0] * machines
     facts = json.loads((tmp_path / "run" / "checkpoint-4" / "fingerprint.json").read_text())
@@ -165,7 +165,7 @@ def test_a_slurm_job_is_queued_again_exactly_when_the_run_was_saved_for_it(
         ["bash", str(ROOT / "recipes" / "slurm.sh"), "r.json", "--name", "two words"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    told, *rest = run.stdout.splitlines()
-    assert told == "1 1 4 2 first 20007 -m m2f_trainer train r.json --name two words --resume_from_checkpoint auto"
+    first, *rest = run.stdout.splitlines()
+    assert first == "1 1 4 2 first 20007 -m m2f_trainer train r.json --name two words --resume_from_checkpoint auto"
     assert rest == (["requeued 7"] if requeued else [])
     assert run.returncode == ending

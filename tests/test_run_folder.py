@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and read back as they were."""
+"""Files of a run are written completely or not at all, and read back unchanged."""
 
 import os
 from pathlib import Path

@@ -47,12 +47,14 @@ def test_the_tutorial_leads_from_a_labelled_folder_to_predictions_of_an_onnx_fil
     shutil.copy(picture, tmp_path / "new_photos" / "a.jpg")
     (tmp_path / "small.json").write_text(json.dumps({**TINY, "max_steps": 8, "checkpointing_steps": 8}))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    told = {line.split()[1]: run(line.replace("dinov3_vits16plus_1024", "small.json"), tmp_path) for line in commands()}
-    assert list(told) == ["check", "train", "evaluate", "predict", "export", "recipes/onnx_predict.py"]
+    outputs = {
+        line.split()[1]: run(line.replace("dinov3_vits16plus_1024", "small.json"), tmp_path) for line in commands()
+    }
+    assert list(outputs) == ["check", "train", "evaluate", "predict", "export", "recipes/onnx_predict.py"]
     for before, after in (("check", "m2f train"), ("train", "m2f evaluate"), ("evaluate", "m2f predict"),
                           ("predict", "m2f export"), ("export", "python recipes/onnx_predict.py")):  # fmt: skip
-        assert re.search(rf"Next:\n(  .*\n)*  {re.escape(after)} ", told[before]), before
-    assert "parity is met" in told["export"]
+        assert re.search(rf"Next:\n(  .*\n)*  {re.escape(after)} ", outputs[before]), before
+    assert "parity is met" in outputs["export"]
     assert (tmp_path / "new_photos" / "a.instances.png").is_file()
     assert json.loads((tmp_path / "predictions" / "_annotations.coco.json").read_text())["images"]
     assert "pictures/worst_1.jpg" in (tmp_path / "runs" / "first" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""`m2f export`: the exit status tells whether the file equals the model."""
+"""`m2f export`: the exit status is 0 if the file equals the model."""
 
 from pathlib import Path
 from types import SimpleNamespace

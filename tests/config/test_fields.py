@@ -1,4 +1,4 @@
-"""One row a recipe field: every field has one, and nothing else has to know a field."""
+"""Each recipe field is defined by one row and nowhere else."""
 
 import json
 from collections.abc import Iterator

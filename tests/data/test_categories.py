@@ -1,4 +1,4 @@
-"""Classes are matched by name across splits, whatever their ids; a corrected copy changes no class."""
+"""Classes are matched by name across splits, regardless of ids; a corrected copy changes no class."""
 
 import json
 

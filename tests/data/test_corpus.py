@@ -1,4 +1,4 @@
-"""Two hundred malformed datasets, images and recipes: none crashes, hangs or passes, and each is told with a remedy."""
+"""Two hundred malformed datasets, images and recipes: none crashes, hangs or passes, each is reported with a remedy."""
 
 import json
 import re
@@ -95,7 +95,7 @@ ALL = makers()
 SOME = list(ALL)[::7]
 
 
-def check_told(name: str, outcome: str, message: str) -> None:
+def check_reported(name: str, outcome: str, message: str) -> None:
     assert outcome == "refused", (name, outcome, message)
     assert REMEDY.search(message), (name, message)
     if not name.startswith("set"):
@@ -107,7 +107,7 @@ def check_told(name: str, outcome: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["dataset", "check"])
 def test_malformed_datasets_are_refused_without_crash_or_hang(kind, tmp_path):
     for name, (outcome, message) in outcomes(tmp_path, {name: ALL[name] for name in SOME}, kind).items():
-        check_told(name, outcome, message)
+        check_reported(name, outcome, message)
 
 
 @pytest.mark.slow
@@ -115,14 +115,14 @@ def test_malformed_datasets_are_refused_without_crash_or_hang(kind, tmp_path):
 def test_every_malformed_dataset_is_refused_without_crash_or_hang(kind, tmp_path):
     assert len(ALL) + len(RECIPES) >= 120
     for name, (outcome, message) in outcomes(tmp_path, ALL, kind).items():
-        check_told(name, outcome, message)
+        check_reported(name, outcome, message)
 
 
 def test_thirty_ways_out_of_the_folder_are_refused(tmp_path):
     assert len(NAMES) >= 30
     attacks = {name: make for name, make in ALL.items() if name.startswith("path ")}
     for name, (outcome, message) in outcomes(tmp_path, attacks).items():
-        check_told(name, outcome, message)
+        check_reported(name, outcome, message)
         assert "file_name" in message, (name, message)
 
 

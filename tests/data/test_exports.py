@@ -101,7 +101,7 @@ def test_fewer_than_five_images_are_not_split_and_the_advice_says_so(tmp_path):
     assert [one.kind for one in examine(root, SETTINGS).findings] == ["missing-split"]
 
 
-def test_nothing_is_held_out_of_splits_that_are_told(tmp_path):
+def test_nothing_is_held_out_of_given_splits(tmp_path):
     root = label_studio(tmp_path / "set")
     splits = load_coco(root, cache_dir=tmp_path / "cache", annotations={"train": "result.json"})
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 6}

@@ -1,4 +1,4 @@
-"""Files of a dataset: hidden ones are passed over, gzip is unpacked up to a limit, JSON is recognised by its keys."""
+"""Files of a dataset: hidden ones are skipped, gzip is unpacked up to a limit, JSON is recognised by its keys."""
 
 import gzip
 import json

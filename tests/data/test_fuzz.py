@@ -1,4 +1,4 @@
-"""Random and damaged masks: what is valid decodes exactly as pycocotools does, the rest is refused."""
+"""Random and damaged masks: valid ones decode exactly as by pycocotools, the rest is refused."""
 
 import random
 

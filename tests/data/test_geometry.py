@@ -1,4 +1,4 @@
-"""Crop and resize: each mask stays on its pixels, whatever the window, flip and rotation."""
+"""Crop and resize: each mask stays on its pixels for any window, flip and rotation."""
 
 from __future__ import annotations
 

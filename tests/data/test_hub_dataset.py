@@ -1,4 +1,4 @@
-"""A built set goes to the Hub's form and comes back whole; sets of other making become rows; check works on both."""
+"""A prepared dataset survives the Hub's format unchanged; other Hub datasets become rows; check works on both."""
 
 import shutil
 

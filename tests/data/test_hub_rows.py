@@ -1,4 +1,4 @@
-"""Rows of the Hub with something wrong in them: training refuses with row and remedy, m2f check tells all."""
+"""Malformed rows of Hub datasets: training refuses them with row and remedy, m2f check reports all."""
 
 import datasets
 import numpy as np
@@ -74,7 +74,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_malformed_value_is_refused_by_training_and_told_by_the_doctor(name, tmp_path):
+def test_a_malformed_value_is_refused_by_training_and_reported_by_check(name, tmp_path):
     kind, row, features, message = FAULTS[name]
     folder = foreign(tmp_path / "set", row, **features)
     with pytest.raises(DataError, match=message):
@@ -110,7 +110,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("field", OURS)
-def test_an_uploaded_set_of_ours_that_was_changed_is_refused_and_told(field, tmp_path):
+def test_an_uploaded_set_of_ours_that_was_changed_is_refused(field, tmp_path):
     value, message = OURS[field]
     one = {"id": 3, "category_id": 5, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0, "iscrowd": False}
     whole = load_coco(write_sample(tmp_path / "set", images=(1, 0, 0)), cache_dir=tmp_path / "coco")["train"]
@@ -121,9 +121,9 @@ def test_an_uploaded_set_of_ours_that_was_changed_is_refused_and_told(field, tmp
     folder = as_pushed(datasets.DatasetDict({"train": rows, "valid": rows}), tmp_path / "pushed")
     with pytest.raises(DataError, match=message):
         load_hub(folder, cache_dir=str(tmp_path / "cache"))
-    told = [one for one in examine(folder).findings if one.severity == "error" and one.kind != "no-objects"]
-    assert len({one.kind for one in told}) == 1
-    assert any(part in told[0].message for part in (message, "annotation 3 of image 0"))
+    reported = [one for one in examine(folder).findings if one.severity == "error" and one.kind != "no-objects"]
+    assert len({one.kind for one in reported}) == 1
+    assert any(part in reported[0].message for part in (message, "annotation 3 of image 0"))
 
 
 def test_a_column_of_categories_alone_does_not_make_a_set_ours(tmp_path):
@@ -134,8 +134,8 @@ def test_a_column_of_categories_alone_does_not_make_a_set_ours(tmp_path):
 def test_the_doctor_sees_in_polygons_of_the_hub_what_it_sees_in_those_of_a_folder(tmp_path):
     crossing = [[2.0, 3.0, 12.0, 11.0, 12.0, 3.0, 2.0, 11.0]]
     folder = foreign(tmp_path / "set", wrong(segmentation=crossing, area=40.0))
-    told = {one.kind: one for one in examine(folder, Settings(64, 64)).findings}
-    assert "row 1, object 1: two edges of its polygon cross" in told["self-intersection"].message
+    reported = {one.kind: one for one in examine(folder, Settings(64, 64)).findings}
+    assert "row 1, object 1: two edges of its polygon cross" in reported["self-intersection"].message
 
 
 def test_images_of_the_hub_are_read_when_looked_at_and_not_kept(tmp_path, monkeypatch):

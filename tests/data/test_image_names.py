@@ -188,7 +188,7 @@ def test_the_cache_follows_the_names_of_the_files(tmp_path):
     assert "IMG_0.png" in {file for file, _, _ in objects(root, tmp_path / "cache")}
 
 
-def test_names_and_folders_are_told_apart(tmp_path):
+def test_names_and_folders_are_distinguished(tmp_path):
     assert [is_inside(name) for name in ("a/b.png", "../a", "/a", "a\\b", "a\0", "..a")] == [True, *[False] * 4, True]
     assert usual_name({"file_name": "", "coco_url": "http://h/a.png"}) == "http://h/a.png"
     assert usual_name({"file_name": 3}) is None

@@ -1,4 +1,4 @@
-"""labelme folders are read as they are: shapes become the objects that labelme's own converter makes of them."""
+"""labelme folders are read without conversion: shapes become the objects that labelme's own converter makes of them."""
 
 import base64
 import io

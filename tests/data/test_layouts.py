@@ -1,4 +1,4 @@
-"""Annotation files and image folders are found in the layouts that tools write, or where they are said to be."""
+"""Annotation files and image folders are found in the layouts that tools write, or where options name them."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_layouts_are_found_by_themselves(annotations, image, split, tmp_path):
     assert splits[split][0]["image"]["path"] == str((tmp_path / "set" / image).resolve())
 
 
-def test_any_layout_can_be_told(tmp_path):
+def test_any_layout_can_be_given(tmp_path):
     place(tmp_path / "set", "labels/mine.json", "pictures/a.png")
     splits = load_coco(
         tmp_path / "set", cache_dir=tmp_path / "c", annotations={"val": "labels/mine.json"}, images={"val": "pictures"}

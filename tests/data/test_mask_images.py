@@ -27,7 +27,7 @@ def save(path, values):
 
 
 def masked(root, counts, image="images/{}.png", mask="masks/{}.png", dtype=np.uint8):
-    """Images a, b, c, ... with so many objects each."""
+    """Images a, b, c, ... with the given numbers of objects."""
     for name, count in zip("abcdefgh", counts, strict=False):
         pictures(root, [image.format(name)])
         save(root / mask.format(name), ids(count, dtype))

@@ -1,4 +1,4 @@
-"""Values that are certain are used in any spelling and counted; guesses are refused."""
+"""Unambiguous values are accepted in any notation and counted; ambiguous ones are refused."""
 
 import json
 import uuid

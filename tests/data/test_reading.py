@@ -1,4 +1,4 @@
-"""In which frame annotations lie, and which values become black and white, found or given, and used everywhere."""
+"""The frame of annotations and the range of pixel values: detected or given, and used everywhere."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""Copy-paste and turns keep masks on their pixels; small instances go; chance stays (seed, epoch, index) alone."""
+"""Copy-paste and turns keep masks on their pixels; small instances are dropped; randomness is (seed, epoch, index)."""
 
 import hashlib
 

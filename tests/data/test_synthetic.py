@@ -1,4 +1,4 @@
-"""The sample holds every kind of annotation that real sets hold, and is the same for the same seed."""
+"""The synthetic dataset has every kind of annotation that real ones have, and depends on the seed only."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Images and masks move together whatever the crop, overlaps survive, and chance is (seed, epoch, index) alone."""
+"""Images and masks move together for any crop, overlaps survive, randomness depends on (seed, epoch, index) only."""
 
 from typing import Any
 

@@ -124,7 +124,7 @@ def test_embedded_images_of_a_hub_dataset_are_decoded_once(root, decoded, tmp_pa
 
 
 def one_rank(rank: int, port: int, root: str, cache: str, results: "multiprocessing.Queue[tuple[int, str, int]]"):
-    """What one of two ranks is told of a dataset, and how many images it decodes."""
+    """What one of two ranks is reports of a dataset, and how many images it decodes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import PartialState
@@ -159,13 +159,13 @@ def test_ranks_share_the_decoding_and_agree_on_what_is_wrong(tmp_path):
     ]
     for rank in ranks:
         rank.start()
-    told = sorted(results.get(timeout=120) for _ in ranks)
+    reports = sorted(results.get(timeout=120) for _ in ranks)
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert [count for _, _, count in told] == [6, 6]
-    assert told[0][1] == told[1][1]
-    assert "split 'valid': 1 image(s) can't be used" in told[0][1]
+    assert [count for _, _, count in reports] == [6, 6]
+    assert reports[0][1] == reports[1][1]
+    assert "split 'valid': 1 image(s) can't be used" in reports[0][1]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_folder_made_on_windows_is_read_as_any_other(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
-def test_a_file_name_in_another_encoding_is_told(tmp_path):
+def test_a_file_name_in_another_encoding_is_reported(tmp_path):
     root = yolo(tmp_path / "set")
     (root / "images/train/b.png").rename(root / "images/train" / os.fsdecode(b"\xe9.png"))
     with pytest.raises(DataError, match=r"isn't UTF-8\. Rename the file"):

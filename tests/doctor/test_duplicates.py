@@ -1,4 +1,4 @@
-"""The same picture is known again through scaling, formats and small edits; different ones are told apart."""
+"""Duplicates are detected despite scaling, other formats and small edits; different images are not matched."""
 
 import io
 

@@ -41,7 +41,7 @@ def common(coco: Coco) -> list[dict[str, Any]]:
 
 
 def spare(coco: Coco, folder: Path) -> dict[str, Any]:
-    """A new image of its own look, without objects."""
+    """A new image unlike the others, without objects."""
     number = max(image["id"] for image in coco["images"]) + 1
     noise = np.random.default_rng(number).integers(0, 255, size=(16, 16, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((160, 120), Image.Resampling.NEAREST).save(folder / f"spare{number}.png")
@@ -269,18 +269,18 @@ def change(root: Path, kind: str) -> None:
     file.write_text(json.dumps(coco))
 
 
-def told(examination: Examination) -> dict[tuple[str, str], list[Any]]:
+def finding_ids(examination: Examination) -> dict[tuple[str, str], list[Any]]:
     return {(one.kind, one.file.split("/")[-2]): list(one.ids) for one in examination.findings}
 
 
 def lenient() -> Settings:
-    """With queries enough, so that the planted instance is not the one too many."""
+    """With enough queries that the planted instance does not exceed them."""
     return Settings(320, 320, num_queries=1000)
 
 
 @pytest.fixture(scope="module")
 def sound():
-    return {name: told(examine(REAL / name, lenient())) for name in ("coco_tiny", "nuclei_tiny")}
+    return {name: finding_ids(examine(REAL / name, lenient())) for name in ("coco_tiny", "nuclei_tiny")}
 
 
 @needs_real_data
@@ -290,7 +290,7 @@ def test_a_planted_fault_is_found_and_nothing_else_is_reported(kind, name, sound
     root = copied(name, tmp_path)
     change(root, kind)
     examination = examine(root, lenient())
-    found = told(examination)
+    found = finding_ids(examination)
     new = {key: ids for key, ids in found.items() if sound[name].get(key) != ids}
     assert {key[0] for key in new} == {kind}
     assert not set(sound[name]) - set(found)
@@ -303,10 +303,10 @@ def test_a_planted_fault_is_found_and_nothing_else_is_reported(kind, name, sound
 @pytest.mark.parametrize("name", ["coco_permissive", "dsb2018_nuclei"])
 @pytest.mark.parametrize("kind", PLANTS)
 def test_a_planted_fault_is_found_in_large_sets_too(kind, name, tmp_path):
-    before = told(examine(REAL / name, lenient()))
+    before = finding_ids(examine(REAL / name, lenient()))
     root = copied(name, tmp_path)
     change(root, kind)
-    found = told(examine(root, lenient()))
+    found = finding_ids(examine(root, lenient()))
     assert {key[0] for key, ids in found.items() if before.get(key) != ids} == {kind}
 
 
@@ -321,7 +321,7 @@ def test_all_errors_are_collected_not_only_the_first(tmp_path):
     assert examine(tmp_path / "fixed").status == 0
 
 
-def test_classes_missing_twice_named_and_too_many_instances_are_told(tmp_path):
+def test_missing_or_duplicate_classes_and_too_many_instances_are_reported(tmp_path):
     names = [{"id": 5, "name": "cell"}, {"id": 6, "name": " Cell"}]
     first = content(categories=names)
     second = json.loads(json.dumps(first))
@@ -337,7 +337,7 @@ def test_classes_missing_twice_named_and_too_many_instances_are_told(tmp_path):
     assert after.findings == ()
 
 
-def test_nothing_usable_is_told_from_errors(tmp_path):
+def test_no_usable_image_differs_from_errors(tmp_path):
     assert examine(tmp_path / "nowhere").status == 2
     write(tmp_path, "{")
     assert examine(tmp_path).status == 2
@@ -354,7 +354,7 @@ def test_a_split_without_objects_is_an_error(tmp_path):
     assert [one.kind for one in examine(tmp_path).findings] == ["no-objects"]
 
 
-def test_a_test_split_without_objects_is_told_and_taken_as_training_takes_it(tmp_path):
+def test_a_test_split_without_objects_is_reported_and_used_as_training_uses_it(tmp_path):
     for shade, (split, coco) in enumerate(
         {"train": content(), "valid": content(), "test": {**content(), "annotations": []}}.items()
     ):

@@ -73,10 +73,10 @@ def test_control_characters_of_a_name_never_reach_the_terminal(tmp_path):
 
 def test_json_holds_summary_and_findings(root):
     (root / "train/shapes_0001.jpg").unlink()
-    told = json.loads(to_json(examine(root)))
-    assert told["status"] == 1
-    assert told["summary"]["splits"]["train"]["images"] == 11
-    (finding,) = [one for one in told["findings"] if one["severity"] == "error"]
+    parsed = json.loads(to_json(examine(root)))
+    assert parsed["status"] == 1
+    assert parsed["summary"]["splits"]["train"]["images"] == 11
+    (finding,) = [one for one in parsed["findings"] if one["severity"] == "error"]
     assert finding["kind"] == "missing-image"
     assert finding["file"] == "train/_annotations.coco.json"
     assert (finding["ids"], finding["count"]) == ([1], 1)

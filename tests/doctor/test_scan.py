@@ -1,4 +1,4 @@
-"""What is measured of each image and object. (Every kind of finding is planted in test_examine.py.)"""
+"""Measurements of each image and object. (Every kind of finding is planted in test_examine.py.)"""
 
 from __future__ import annotations
 

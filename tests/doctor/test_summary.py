@@ -13,16 +13,16 @@ from tests.data.folders import annotation, content, write
 
 def test_the_summary_counts_what_the_set_holds(tmp_path):
     root = write_sample(tmp_path / "set", images=(12, 4, 0))
-    told = figures(examine(root, Settings(128, 128, 20)))
+    summary = figures(examine(root, Settings(128, 128, 20)))
     truth = json.loads((root / "train/_annotations.coco.json").read_text())
     crowds = sum(one["iscrowd"] for one in truth["annotations"])
-    assert told["splits"]["train"] == {
+    assert summary["splits"]["train"] == {
         "images": 12, "empty": 1, "instances": len(truth["annotations"]) - crowds, "crowds": crowds,
     }  # fmt: skip
-    assert sum(counts["train"] for counts in told["classes"].values()) == len(truth["annotations"]) - crowds
-    assert told["instances_per_image"]["max"] <= 5
-    assert (told["num_queries"], told["input_size"]) == (20, [128, 128])
-    assert sum(count for _, count in told["image_sizes"]) == 16
+    assert sum(counts["train"] for counts in summary["classes"].values()) == len(truth["annotations"]) - crowds
+    assert summary["instances_per_image"]["max"] <= 5
+    assert (summary["num_queries"], summary["input_size"]) == (20, [128, 128])
+    assert sum(count for _, count in summary["image_sizes"]) == 16
 
 
 def test_counts_of_classes_are_in_one_column_whatever_the_length_of_a_name(tmp_path):

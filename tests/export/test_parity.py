@@ -1,4 +1,4 @@
-"""An exported file is compared with the model it was made from."""
+"""Comparison of an exported file with its model."""
 
 import json
 from dataclasses import replace

@@ -110,19 +110,19 @@ def test_what_it_wrote_reproduces_the_step(data: Path, whole: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("event", "step", "told"),
+    ("event", "step", "message"),
     [
         ("on_step_begin", 3, "step 4: the loss is not finite"),
         ("on_step_end", 4, "other parameters are no longer finite, so no checkpoint is written"),
     ],
 )
 def test_a_weight_that_is_not_finite_is_never_saved(
-    event: str, step: int, told: str, data: Path, tmp_path: Path
+    event: str, step: int, message: str, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     ran = train(tmp_path / "log", options(data, output), partial(with_model, spoil_weight, step, event))
     assert ran.status == 1
-    assert told in ran.text
+    assert message in ran.text
     assert newest_complete(output) == output / "checkpoint-2"
 
 
@@ -154,12 +154,12 @@ OF_TWO_RANKS: dict[str, tuple[Prepare, str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("what", OF_TWO_RANKS)
 def test_two_ranks_stop_together_although_it_happens_on_one(what: str, data: Path, tmp_path: Path) -> None:
-    spoil, told = OF_TWO_RANKS[what]
+    spoil, message = OF_TWO_RANKS[what]
     output = tmp_path / "run"
     fields = {"per_device_train_batch_size": 1, "fsdp": True if "sharded" in what else None}
     ran = Started(tmp_path / "log", options(data, output, **fields), spoil, ranks=2).join()
     assert [one.status for one in ran] == [1, 1], ran[0].text[-3000:]
-    assert told in ran[0].text
+    assert message in ran[0].text
     assert ran[0].text.count("m2f train: step ") == 2
     saved = newest_complete(output)
     if what == "weight at a save":

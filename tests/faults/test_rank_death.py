@@ -33,7 +33,7 @@ def test_when_one_rank_dies_the_other_ends_and_both_go_on_when_restarted(
 
 
 def kill_a_rank(run: subprocess.Popen[bytes], log: Path, rank: int, losses: int) -> None:
-    """Kill one of torchrun's ranks once the log tells so many losses."""
+    """Kill one of torchrun's ranks once the log has the given number of losses."""
     end = time.monotonic() + 900
     while len(re.findall("  loss ", log.read_text())) < losses and time.monotonic() < end:
         time.sleep(0.02)

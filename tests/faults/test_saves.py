@@ -1,4 +1,4 @@
-"""A kill, a full disk or damage: the last complete checkpoint stays, and the run resumes from it."""
+"""After a kill, a full disk or damage, the last complete checkpoint remains, and the run resumes from it."""
 
 import os
 import random
@@ -109,7 +109,7 @@ def test_a_hundred_random_kills_change_nothing(data: Path, tmp_path: Path) -> No
 
 
 def limit_files(size: int = 100_000) -> None:
-    """From step 3 on no file may be larger than so many bytes: what a full disk does to whoever writes."""
+    """From step 3 on no file may exceed the given size, which fails like a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     at_step(3, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
 

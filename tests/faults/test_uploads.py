@@ -28,9 +28,9 @@ def test_a_hub_that_fails_ends_the_run_with_a_status_and_leaves_its_result(
         hub.failures["/commit/"] = [fault] * 100
         ran = train(tmp_path / "log", options(data, output, **fields), partial(send_to, hub.address), HF_TOKEN=CANARY)
     assert ran.status == 1, ran.text[-3000:]
-    told = ran.text.split("m2f train: ")[-1]
-    assert told.startswith(f"Uploading {output} to me/pets failed: ")
-    assert f"The model is safe in {output}: try again with m2f push {output} me/pets" in told
+    message = ran.text.split("m2f train: ")[-1]
+    assert message.startswith(f"Uploading {output} to me/pets failed: ")
+    assert f"The model is safe in {output}: try again with m2f push {output} me/pets" in message
     assert {"model.safetensors", "metrics.json", "README.md", "checkpoint-2"} <= {
         path.name for path in output.iterdir()
     }

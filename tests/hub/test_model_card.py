@@ -148,11 +148,11 @@ def test_the_card_names_data_time_hardware_and_software(tmp_path: Path) -> None:
     write_json(folder / "trainer_state.json", state)
     write_json(folder / "fingerprint.json", {"train_images": 1464, "train_data": "ab" * 32, "valid_data": "cd" * 32})
     text = write_card(folder).read_text(encoding="utf-8")
-    for told in (
+    for expected in (
         "pets, 1,464 images to train on", f"valid annotations (SHA-256): `{'cd' * 32}`", "1,800 steps, 15.5 epochs",
         "2 h 03 min, evaluations", "2 x a GPU; peak memory of a process 1.5 GiB", "Software: torch 2",
     ):  # fmt: skip
-        assert told in text
+        assert expected in text
 
 
 def test_the_recipe_in_the_card_is_a_recipe_without_local_folders(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def command(hub: Hub, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`m2f push` in a process of its own, where huggingface_hub takes its address from the environment."""
+    """`m2f push` in a fresh process, where huggingface_hub takes its address from the environment."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     home = str(Path(argv[0]).parent / "hf_home")
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": home, **variables}

@@ -1,4 +1,4 @@
-"""The fast route from logits to Instances finds what the original Mask2Former's plain route finds."""
+"""The fast conversion of logits to Instances equals that of the original Mask2Former."""
 
 from __future__ import annotations
 

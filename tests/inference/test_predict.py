@@ -1,4 +1,4 @@
-"""`m2f predict`: any inputs, several outputs, and nothing done twice."""
+"""`m2f predict`: any inputs, several outputs, and no repeated work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.inference.test_predictor import BrightnessModel, picture
 
 
 class Counting(Predictor):
-    """Counts the images that it predicts, and dies at one of them where told."""
+    """Counts the images that it predicts, and raises at one of them if configured to."""
 
     seen = 0
     dies_at = -1

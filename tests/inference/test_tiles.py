@@ -1,4 +1,4 @@
-"""Objects of an image that is read in tiles are found once, whole, and as they are."""
+"""Objects of an image that is read in tiles are found once and whole."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class Corner:
 
 
 class Dark:
-    """20,000 x 20,000 pixels, 400 million, of which only each tile's corner is told."""
+    """20,000 x 20,000 pixels, of which only each tile's corner is returned."""
 
     size = (20_000, 20_000)
 

@@ -1,4 +1,4 @@
-"""What a backbone does at random while it trains: what was asked for, and nothing else."""
+"""Random operations of a backbone in training: only those that were configured."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.model.tiny import DINOV2, VIT, images
 
 
 @pytest.mark.parametrize(("layers", "read"), [(12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (5, [2, 3, 4, 5]), (1, [1])])
-def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_unless_told_otherwise(layers: int, read: list[int]) -> None:
+def test_the_neck_reads_the_end_of_each_quarter_of_a_vit_by_default(layers: int, read: list[int]) -> None:
     vit = {**VIT, "num_hidden_layers": layers}
     assert read_config(vit).out_features == [f"stage{layer}" for layer in read]
     assert read_config(vit, taps=(layers,)).out_features == [f"stage{layers}"]
@@ -36,16 +36,16 @@ def test_layers_after_the_last_tap_are_left_out_and_the_maps_stay_the_same(
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"model_type": "dinov4"}, r"Unrecognized model identifier: dinov4$"),
         ({"model_type": "dinov2", "hidden_size": "wide"}, r"hidden_size"),
     ],
 )
 def test_a_backbone_configuration_that_transformers_does_not_take_is_refused(
-    fields: dict[str, object], told: str
+    fields: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=rf"(?s)transformers rejects this backbone configuration: .*{told}"):
+    with pytest.raises(ModelError, match=rf"(?s)transformers rejects this backbone configuration: .*{message}"):
         read_config(fields)
 
 

@@ -14,7 +14,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton co
 
 @needs_triton
 def test_the_triton_kernels_and_their_gradients_are_transformers() -> None:
-    """By Triton's interpreter, which has to be asked for before anything imports triton: in a process of its own."""
+    """In a fresh process, because Triton's interpreter must be enabled before anything imports triton."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""The encoder: what its necks see, how its backbone learns, and what is random while it trains."""
+"""The encoder: inputs of its necks, gradients of its backbone, and randomness in training."""
 
 import pytest
 import torch

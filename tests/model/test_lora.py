@@ -1,4 +1,4 @@
-"""What trains in the backbone, and how a model with adapters is saved."""
+"""Which backbone weights are trained, and how a model with adapters is saved."""
 
 from pathlib import Path
 

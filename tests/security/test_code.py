@@ -1,4 +1,4 @@
-"""No code of a stranger's model folder or recipe runs."""
+"""No code of an untrusted model folder or recipe runs."""
 
 import io
 import sys

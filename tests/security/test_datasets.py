@@ -1,4 +1,4 @@
-"""Data sets of strangers: images elsewhere on the machine, and YAML that grows."""
+"""Untrusted datasets: images elsewhere on the machine, and YAML that expands."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Absurd sizes in strangers' files are refused, with the limit, before they take memory or time."""
+"""Excessive sizes in untrusted files are refused with the limit before they take memory or time."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ def test_an_absurd_number_in_a_model_folder_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"image_height": 2**20}, "image_height: expected between 1 and 16384, got 1048576"),
         ({"num_queries": 10**7}, "num_queries: expected between 1 and 10000, got 10000000"),
@@ -32,11 +32,11 @@ def test_an_absurd_number_in_a_model_folder_is_refused(
     ],
 )
 def test_an_absurd_number_in_a_recipe_is_refused(
-    fields: dict[str, object], told: str, m2f: Command, recipe: Callable[..., Path]
+    fields: dict[str, object], message: str, m2f: Command, recipe: Callable[..., Path]
 ) -> None:
     ran = m2f("train", recipe(**fields))
     assert ran.status == 1
-    assert told in ran.err
+    assert message in ran.err
 
 
 def sparse_tiff(path: Path, side: int, tiled: bool) -> Path:

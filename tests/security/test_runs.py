@@ -1,4 +1,4 @@
-"""Runs and recipes that others made: nothing is deleted or opened unasked, and no field of theirs is markup."""
+"""Untrusted runs and recipes: nothing is deleted or opened without request, and no field is treated as markup."""
 
 import contextlib
 import json

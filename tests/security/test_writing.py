@@ -1,4 +1,4 @@
-"""No link is followed when a command writes; what a table or terminal shows runs nothing."""
+"""No link is followed when a command writes; text in tables and terminals can't execute anything."""
 
 import csv
 import json

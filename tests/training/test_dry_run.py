@@ -1,4 +1,4 @@
-"""What a dry run tells, against what the run itself does."""
+"""The output of a dry run, compared with the run itself."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_a_dry_run_shows_groups_counts_steps_rates_and_memory_and_writes_nothing
         "backbone, block 0": top / 4,
     }
     assert rates == pytest.approx(expected, rel=1e-2)
-    assert f"10 {top:.2e} 0.00e+00" in text, "at step 10 the head is warm, and the backbone stands still"
+    assert f"10 {top:.2e} 0.00e+00" in text, "at step 10 the head is warm, and the backbone is frozen"
     assert f"learning_rate {top}" in text
     assert "GB of memory per device" in text
 
@@ -55,9 +55,9 @@ def test_half_epochs_make_as_many_steps_as_the_trainer_takes() -> None:
 
 def test_a_dry_run_shows_what_sharding_would_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_tiny(tmp_path, max_steps=2)
-    for options, told in (([], False), (["--fsdp", "true"], True)):
+    for options, expected in (([], False), (["--fsdp", "true"], True)):
         assert cli.main(["train", str(recipe), "--dry_run", *options]) == 0
-        assert ("Unsharded: each of N devices" in capsys.readouterr().out) == told
+        assert ("Unsharded: each of N devices" in capsys.readouterr().out) == expected
 
 
 def test_a_frozen_backbone_counts_as_parameters_without_gradients_and_moments() -> None:

@@ -1,4 +1,4 @@
-"""The running average of the weights: what it is, where it is seen, and that it comes back exactly."""
+"""The running average of the weights: its values, its users, and that it is restored exactly."""
 
 import json
 from pathlib import Path

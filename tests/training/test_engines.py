@@ -1,4 +1,4 @@
-"""Two ranks train as one process does, whatever engine spreads the work."""
+"""Two ranks train as one process does, with DDP, FSDP2 and DeepSpeed."""
 
 import json
 import shutil

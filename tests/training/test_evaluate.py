@@ -1,4 +1,4 @@
-"""A saved model scored again: the figures of training, which are pycocotools' own, by any number of ranks."""
+"""A saved model evaluated again gives the metrics of training, equal to pycocotools', on any number of ranks."""
 
 import json
 from collections import Counter

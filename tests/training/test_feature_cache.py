@@ -1,4 +1,4 @@
-"""Training on kept backbone maps: the same as without, for the same views."""
+"""Training on cached backbone maps equals training without, for the same views."""
 
 import logging
 from collections import namedtuple

@@ -1,4 +1,4 @@
-"""However a global batch is spread over ranks and micro-batches, its gradients are the same."""
+"""A global batch has the same gradients for every split into ranks and micro-batches."""
 
 import os
 import subprocess

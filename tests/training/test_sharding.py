@@ -1,4 +1,4 @@
-"""Sharding that was asked for happens as the recipe says, or is refused."""
+"""Sharding is applied as the recipe says, or refused."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -75,7 +75,7 @@ def test_compiled_training_is_not_compiled_again_for_other_numbers_of_objects(tm
 
 
 def scene_of(counts: Sequence[int]) -> dict[str, Any]:
-    """A batch of noise with so many square objects in each image."""
+    """A batch of noise with the given number of square objects in each image."""
     objects = [torch.zeros(count, 64, 64) for count in counts]
     for masks in objects:
         for k, mask in enumerate(masks):

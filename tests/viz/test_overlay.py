@@ -1,4 +1,4 @@
-"""Pictures show every object and leave the image alone; labels hide nothing."""
+"""Pictures show every object and don't change the image; labels hide nothing."""
 
 from __future__ import annotations
 

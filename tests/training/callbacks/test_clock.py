@@ -1,4 +1,4 @@
-"""A run of minutes, with a clock that the test moves."""
+"""Runs limited in minutes, with a simulated clock."""
 
 import json
 from itertools import count
@@ -46,18 +46,18 @@ class Run:
         self.schedule = LambdaLR(self.optimizer, lambda _: 1.0)
         self.state = TrainerState(global_step=step, max_steps=10**9)
         self.control = TrainerControl()
-        self.told = {"optimizer": self.optimizer, "lr_scheduler": self.schedule}
-        clock.on_train_begin(self.args, self.state, self.control, **self.told)
+        self.keywords = {"optimizer": self.optimizer, "lr_scheduler": self.schedule}
+        clock.on_train_begin(self.args, self.state, self.control, **self.keywords)
 
     def step(self, seconds: float = 1.0) -> list[float]:
         """One step; the rates that it was made at."""
-        self.clock.on_step_begin(self.args, self.state, self.control, **self.told)
+        self.clock.on_step_begin(self.args, self.state, self.control, **self.keywords)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.step()
         self.schedule.step()
         self.time.seconds += seconds
         self.state.global_step += 1
-        self.clock.on_step_end(self.args, self.state, self.control, **self.told)
+        self.clock.on_step_end(self.args, self.state, self.control, **self.keywords)
         return rates
 
 

@@ -1,4 +1,4 @@
-"""Values that are not finite are noticed, and the batch that led to them can be read again."""
+"""Values that are not finite are detected, and the batch that caused them can be read again."""
 
 from pathlib import Path
 from types import SimpleNamespace

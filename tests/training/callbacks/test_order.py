@@ -1,4 +1,4 @@
-"""One list holds the order of callbacks, and a trainer keeps to it."""
+"""One list defines the order of callbacks, and a trainer follows it."""
 
 import importlib
 import pkgutil

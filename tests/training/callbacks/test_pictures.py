@@ -64,7 +64,9 @@ def fake_packages(monkeypatch: pytest.MonkeyPatch, running: bool) -> dict[str, l
     run = object() if running else None
 
     def log(package: str) -> Any:
-        return lambda told: got[package].extend(name for name, value in told.items() if isinstance(value, np.ndarray))
+        return lambda values: got[package].extend(
+            name for name, value in values.items() if isinstance(value, np.ndarray)
+        )
 
     wandb = SimpleNamespace(run=run, Image=lambda picture: picture, log=log("wandb"))
     context = SimpleNamespace(current_run=SimpleNamespace(get=lambda: run))

@@ -1,4 +1,4 @@
-"""Callbacks beside the steps: seeds, waiting times, what a run has cost, and what it prints."""
+"""Callbacks for seeds, waiting times, the cost of a run, and console output."""
 
 import contextlib
 import os
@@ -148,9 +148,9 @@ def test_a_resumed_run_continues_the_count_of_time_and_names_the_hardware() -> N
     second = Cost.from_state(saved)
     second.on_train_begin(args, no, no)
     time.sleep(0.2)
-    told = second.state()["attributes"]
-    assert 0.35 < told["seconds"] < 0.65
-    assert told["processes"] == 4
-    assert told["peak_memory"] > 2**20
-    assert told["hardware"].strip()
-    assert "torch 2" in told["software"]
+    attributes = second.state()["attributes"]
+    assert 0.35 < attributes["seconds"] < 0.65
+    assert attributes["processes"] == 4
+    assert attributes["peak_memory"] > 2**20
+    assert attributes["hardware"].strip()
+    assert "torch 2" in attributes["software"]

@@ -124,8 +124,8 @@ def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of
     ema.swap_averages(optimizer)  # as a checkpoint holds them
     average, args = model.class_predictor.weight.detach().clone(), arguments(tmp_path)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    told = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
-    resume.NewSettings().on_train_begin(args, TrainerState(), TrainerControl(), **told)
+    keywords = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    resume.NewSettings().on_train_begin(args, TrainerState(), TrainerControl(), **keywords)
     raw = model.class_predictor.weight.detach().clone()
     assert not torch.equal(raw, average)
     torch.testing.assert_close(raw, weight - 0.1, rtol=0, atol=1e-3)
