@@ -140,7 +140,7 @@ def load_coco(
     layout = find_splits(root, annotations, images, exif_frame, follow_links)
     hold_out = not annotations if hold_out is None else hold_out
     builder = CocoBuilder(
-        cache_dir=None if cache_dir is None else str(cache_dir),
+        cache_dir=writable_cache(cache_dir),
         dataset_name="coco",
         config_id=_cache_name(root),
         hash=_fingerprint(layout.splits, f"{hold_out} {exif_frame} {pixel_range} {follow_links}"),
@@ -157,6 +157,26 @@ def load_coco(
     if len(splits) > len(layout.splits):
         warn_held_out(root, splits)
     return splits
+
+
+def writable_cache(cache_dir: str | Path | None) -> str:
+    """The folder that rows are cached in, which is made: `cache_dir`, or datasets' own.
+
+    Raises:
+        DataError: it can't be written
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise DataError(
+            f"{folder}: the rows of a dataset are cached there, but it can't be written ({problem}). Set the"
+            " environment variable HF_DATASETS_CACHE, or HF_HOME for all caches of Hugging Face, to a folder that can be written."
+        )
+    return str(folder)
 
 
 def describe_files(layout: Layout, splits: Mapping[str, datasets.Dataset]) -> str:

@@ -16,6 +16,7 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 """An error stops training; a warning should be looked at; a note reports a value that was converted."""
 
 LISTED = 10  # ids or images that a message names
+LONGEST_LABEL = 40  # characters of a class name in a table
 
 
 @dataclass(frozen=True)
@@ -439,6 +440,12 @@ def listed(values: Sequence[object]) -> str:
     """The first `LISTED` values, and how many there are in all where there are more."""
     more = f", ... ({len(values)} in all)" if len(values) > LISTED else ""
     return ", ".join(map(str, values[:LISTED])) + more
+
+
+def label_text(name: str) -> str:
+    """The name of a class for a table: printable, and cut where it would push the other columns off the screen."""
+    text = printable(name)
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f_trainer.data.problems import KINDS, listed
+from m2f_trainer.data.problems import KINDS, label_text, listed
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.pictures import draw_objects
 from m2f_trainer.doctor.scan import Scan
@@ -67,9 +67,12 @@ def _histograms(examination: Examination) -> Iterator[Chart]:
         yield _bars(f"Objects in an image (the model has {queries} queries)", _binned(per_image, whole=True))
     if sides:
         yield _bars(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
-    totals = {name: sum(counts.values()) for name, counts in class_counts(examination).items()}
-    yield _bars("Objects of each class", sorted(totals.items(), key=lambda item: -item[1]))
-    rarest = [(f"{name} ({count} objects)", images) for name, count, images in rarest_classes(examination)[:MOST_BARS]]
+    totals = [(label_text(name), sum(counts.values())) for name, counts in class_counts(examination).items()]
+    yield _bars("Objects of each class", sorted(totals, key=lambda item: -item[1]))
+    rarest = [
+        (f"{label_text(name)} ({count} objects)", images)
+        for name, count, images in rarest_classes(examination)[:MOST_BARS]
+    ]
     yield _bars("Training images of each class, the rarest first", rarest)
     yield _bars("Image sizes", image_sizes(examination))
 

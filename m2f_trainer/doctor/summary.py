@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from m2f_trainer.data.geometry import resize_to_fit
-from m2f_trainer.data.problems import KINDS, Finding, listed, printable
+from m2f_trainer.data.problems import KINDS, Finding, label_text, listed, printable
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
 
@@ -138,7 +138,7 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)
     yield f"{len(summary['classes'])} classes:"
     ordered = sorted(summary["classes"].items(), key=lambda item: -sum(item[1].values()))
-    shown = [(printable(name), counts) for name, counts in ordered[:_SHOWN_CLASSES]]
+    shown = [(label_text(name), counts) for name, counts in ordered[:_SHOWN_CLASSES]]
     widest = max((len(name) for name, _ in shown), default=0)
     for name, counts in shown:
         yield f"  {name:{max(24, widest + 2)}}" + "  ".join(f"{split} {count}" for split, count in counts.items())
@@ -151,7 +151,7 @@ def _rarest_lines(rarest: Sequence[tuple[str, int, int]], images: int) -> Iterat
     """The rarest classes of the training split, and what can be done about them."""
     if len(rarest) < 2 or not images:
         return
-    shown = [f"{printable(name)} in {of_them:,} ({objects:,} objects)" for name, objects, of_them in rarest[:_RAREST]]
+    shown = [f"{label_text(name)} in {of_them:,} ({objects:,} objects)" for name, objects, of_them in rarest[:_RAREST]]
     yield f"rarest classes, in how many of {images:,} training images: {', '.join(shown)}"
     rare = sum(of_them < _RARE * images for _, _, of_them in rarest)
     if rare:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from m2f_trainer.data.dataset import Category, categories_of
-from m2f_trainer.data.problems import printable
+from m2f_trainer.data.problems import label_text
 from m2f_trainer.errors import DataError
 from m2f_trainer.inference.instances import Instances
 
@@ -44,11 +44,11 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
         lines.append(f"{label:8}" + "".join(f"{percent(value):>8}" for value in values))
     start = prefix + CLASS_KEY
     classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
-    width = max([len("class"), *map(len, classes)]) + 2
+    width = max(len(label_text(name)) for name in ("class", *classes)) + 2
     if classes:
         lines += ["", f"{'class':{width}}{'AP':>8}"]
     ranked = sorted(classes.items(), key=lambda item: -item[1])
-    return "\n".join(lines + [f"{printable(name):{width}}{percent(value):>8}" for name, value in ranked])
+    return "\n".join(lines + [f"{label_text(name):{width}}{percent(value):>8}" for name, value in ranked])
 
 
 def percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.folders import REAL, SQUARE, annotation, content, needs_real_data, write
@@ -87,3 +88,15 @@ def test_overlapping_objects_keep_every_pixel(tmp_path):
     row = load_coco(root, cache_dir=tmp_path / "cache")["train"][0]
     counts = masks.to_counts(SQUARE, 16, 20, "test")
     assert [entry["counts"] for entry in row["objects"]] == [counts, counts]
+
+
+def test_a_cache_that_can_not_be_written_is_named_with_the_variable_that_moves_it(tmp_path, monkeypatch):
+    root = write_sample(tmp_path / "set", images=(2, 1, 0))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file/datasets")
+    with pytest.raises(DataError, match=r"file/datasets: .* can't be written .*variable HF_DATASETS_CACHE, or HF_HOME"):
+        load_coco(root)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "closed")
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "closed")
+    with pytest.raises(DataError, match=r"closed: .* can't be written \(permission denied\)"):
+        load_coco(root)

@@ -36,6 +36,14 @@ def test_counts_of_classes_are_in_one_column_whatever_the_length_of_a_name(tmp_p
     assert re.search(rf"{name}\s+train 1", "\n".join(rows))
 
 
+def test_a_long_name_of_a_class_is_cut_in_the_table(tmp_path):
+    coco = content()
+    coco["categories"][0]["name"] = "x" * 300
+    text = summary_text(examine(write(tmp_path, coco)))
+    assert re.search(r"^  x{37}\.\.\. +train 1$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines()[:10])) < 150
+
+
 def test_the_rarest_classes_are_named_with_their_images_and_what_helps(tmp_path):
     """150 images have a cell, and the first of them has dust, too: less than 1 % of the images."""
     coco = content(*(annotation(k, image_id=k) for k in range(1, 151)), annotation(900, category_id=6))

@@ -214,3 +214,9 @@ def test_the_table_reads_the_trainers_prefixed_metrics() -> None:
 def test_control_characters_of_a_class_name_are_not_printed() -> None:
     table = metrics_table({"map_class/a\x1b[2J": 0.5, "map_class/b\nc": 0.25})
     assert [line.split() for line in table.splitlines()[4:]] == [["class", "AP"], ["a?[2J", "50.0"], ["b?c", "25.0"]]
+
+
+def test_a_long_name_of_a_class_is_cut_in_the_table() -> None:
+    table = metrics_table({"map": 0.5, "map_class/" + "x" * 300: 0.25, "map_class/cell": 0.75}).splitlines()
+    assert [line.split() for line in table[-2:]] == [["cell", "75.0"], ["x" * 37 + "...", "25.0"]]
+    assert max(map(len, table)) < 120
