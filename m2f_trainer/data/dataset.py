@@ -174,7 +174,8 @@ def writable_cache(cache_dir: str | Path | None) -> str:
     if problem:
         raise DataError(
             f"{folder}: the rows of a dataset are cached there, but it can't be written ({problem}). Set the"
-            " environment variable HF_DATASETS_CACHE, or HF_HOME for all caches of Hugging Face, to a folder that can be written."
+            " environment variable HF_DATASETS_CACHE, or HF_HOME for all caches of Hugging Face, to a folder that can"
+            " be written."
         )
     return str(folder)
 
