@@ -301,7 +301,7 @@ def _identify(file: Path | io.BytesIO, where: str, whole: bool = False, limit: i
         raise ImageError(f"{where}: expected at most {limit or max_pixels():,} pixels ({error}). {_CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if (samples := _samples_of_tiff(file)) > 4:
-            raise ImageError(f"{where}: {_CHANNELS.format(f'{samples} channels')}") from error
+            raise ImageError(f"{where}: {too_many_channels(samples)}") from error
         raise ImageError(
             f"{where}: not an image of a known format: {_guess_content(file)}."
             " Replace the file, or remove it from the set."
@@ -317,6 +317,9 @@ def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
             f"{image.mode} channels of {most} bits are stored one after the other, which is not read. Save the file"
             " with interleaved channels, or as PNG."
         )
+    samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
+    if samples > 4:  # Pillow would drop those after the third
+        return too_many_channels(samples)
     size = image.size
     if image.is_animated:  # it has several pages
         image.seek(1)
@@ -325,6 +328,11 @@ def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
         if same:
             return SEVERAL_PAGES
     return ""
+
+
+def too_many_channels(count: int) -> str:
+    """What is wrong with an image of more than four channels, and what to do."""
+    return _CHANNELS.format(f"{count} channels")
 
 
 def _samples_of_tiff(file: Path | io.BytesIO) -> int:
@@ -370,7 +378,7 @@ def _checked_array(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     if array.ndim in (2, 3) and array.shape[2:] in ((), (3,)) and array.size:
         return np.ascontiguousarray(array)
     if array.ndim == 3 and array.shape[2] > 4 and array.shape[0] > 4:
-        raise ImageError(f"{where}: {_CHANNELS.format(f'{array.shape[2]} channels')}")
+        raise ImageError(f"{where}: {too_many_channels(array.shape[2])}")
     raise ImageError(
         f"{where}: expected an array (H, W) or (H, W, 3), got {array.shape} of {array.dtype}. Make colour the last"
         " axis."

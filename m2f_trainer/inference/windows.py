@@ -14,7 +14,7 @@ import numpy as np
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Pixels
-from m2f_trainer.data.images import SEVERAL_PAGES, ImageSource, open_image
+from m2f_trainer.data.images import SEVERAL_PAGES, ImageSource, open_image, too_many_channels
 from m2f_trainer.errors import ImageError, needs
 from m2f_trainer.masks.rle import HIGHEST_LIMIT, Box, Size, max_pixels
 
@@ -83,6 +83,8 @@ class TiffWindows:
 
     def _checked_size(self) -> Size:
         page, shape = self.page, self.page.shape
+        if page.samplesperpixel > 4:
+            raise ImageError(f"{self.path}: {too_many_channels(page.samplesperpixel)}")
         colours = page.photometric in (GREY, RGB) or (page.photometric == YCBCR and page.compression == JPEG)
         if page.dtype != np.uint8 or page.planarconfig != 1 or not colours or shape[2:] not in ((), (1,), (3,), (4,)):
             raise ImageError(

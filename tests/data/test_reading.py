@@ -22,6 +22,7 @@ from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError, ImageError, RecipeError
+from m2f_trainer.inference.windows import open_windows
 from tests.data.test_hub_dataset import as_pushed
 
 CORNER = [[2, 2, 10, 2, 10, 8, 2, 8]]  # the bright object as viewers show it, in no turn or mirror image of itself
@@ -238,6 +239,13 @@ def test_more_than_four_channels_are_refused_with_what_to_do(channels, message, 
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", planarconfig="separate")
     with pytest.raises(ImageError, match=rf"one channel, or of three or four .*{message}\. Save"):
         open_image(tmp_path / "a.tif", "a")
+    interleaved = np.moveaxis(values, 0, -1)
+    tifffile.imwrite(tmp_path / "c.tif", interleaved, photometric="rgb", extrasamples=(0,) * (channels - 3))
+    with pytest.raises(ImageError, match=message):
+        open_image(tmp_path / "c.tif", "c")
+    for name in ("a.tif", "c.tif"):
+        with pytest.raises(ImageError, match=message):
+            open_windows(tmp_path / name)
     tifffile.imwrite(tmp_path / "b.tif", values, photometric="minisblack")
     with pytest.raises(ImageError, match="got several pages of one size"):
         open_image(tmp_path / "b.tif", "b")
