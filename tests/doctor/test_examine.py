@@ -18,8 +18,10 @@ from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import Examination, examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
+from m2f_trainer.doctor.summary import summary_text
 from m2f_trainer.errors import DataError
 from tests.data.folders import REAL, content, needs_real_data, write
+from tests.data.honest import dataset
 
 Coco = dict[str, Any]
 PLANTS: dict[str, Callable[[Coco, Path], Any]] = {}
@@ -395,3 +397,29 @@ def test_a_terminal_shows_the_progress_and_a_file_does_not(tmp_path, monkeypatch
         monkeypatch.setattr(sys, "stderr", stream)
         examine(root, progress=progress)
         assert ("0/7" in stream.getvalue()) is shown
+
+
+@pytest.mark.parametrize("chosen", [(1,), (6,), (2, 5)])
+def test_the_held_out_fifth_has_objects_wherever_there_are_any_to_share(chosen, tmp_path):
+    """Of six images only these have an object; one object can't be in both splits."""
+
+    def drop(coco):
+        coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] in chosen]
+
+    examination = examine(dataset(tmp_path / "set", drop))
+    objects = {split: sum(len(scan.targets) for scan in scans) for split, scans in examination.scans.items()}
+    kinds = {one.kind for one in examination.findings if one.severity == "error"}
+    if len(chosen) == 1:
+        assert kinds == {"no-objects"}
+    else:
+        assert (objects, kinds) == ({"train": 1, "valid": 1}, set())
+
+
+def test_the_cause_is_reported_before_its_consequence(tmp_path):
+    root = write_sample(tmp_path / "set", images=(5, 2, 0))
+    path = root / "train/_annotations.coco.json"
+    path.write_text(path.read_text()[:-40])
+    examination = examine(root)
+    assert [one.kind for one in examination.findings if one.severity == "error"] == ["unusable", "missing-split"]
+    text = summary_text(examination)
+    assert text.index("not valid JSON") < text.index("expected a split 'train' with usable images")
