@@ -124,7 +124,7 @@ def test_embedded_images_of_a_hub_dataset_are_decoded_once(root, decoded, tmp_pa
 
 
 def one_rank(rank: int, port: int, root: str, cache: str, results: "multiprocessing.Queue[tuple[int, str, int]]"):
-    """What one of two ranks is reports of a dataset, and how many images it decodes."""
+    """The problems that one of two ranks reports for a dataset, and the number of images that it decodes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     from accelerate import PartialState
