@@ -64,7 +64,7 @@ def add_file_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_limit_option(parser: argparse._ActionsContainer) -> None:
-    """How many pixels an image may have."""
+    """The option for the limit of pixels of an image."""
     parser.add_argument(
         "--max_pixels",
         type=positive_int,
@@ -96,7 +96,7 @@ def pixel_range(text: str) -> str:
 
 
 def add_precision_option(parser: argparse.ArgumentParser, automatic: str) -> None:
-    """The arithmetic of the model; `automatic` says what auto is."""
+    """The precision of the model; `automatic` describes the value auto."""
     parser.add_argument(
         "--precision",
         choices=["auto", "float32", "bf16"],

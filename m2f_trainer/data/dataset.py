@@ -160,7 +160,7 @@ def load_coco(
 
 
 def writable_cache(cache_dir: str | Path | None) -> str:
-    """The folder that rows are cached in, which is made: `cache_dir`, or datasets' own.
+    """Create and return the folder that rows are cached in: `cache_dir`, or datasets' own.
 
     Raises:
         DataError: it can't be written

@@ -69,7 +69,7 @@ _CHANNELS = (
     " of them as a grey image, or the three that show the objects best as an RGB image."
 )
 SEVERAL_PAGES = _CHANNELS.format("several pages of one size, such as the channels or slices of a stack")
-"""Why a TIFF file is refused of which only the first page would be read."""
+"""Why a TIFF file with several pages is refused: only the first would be read."""
 
 _OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the fraction above it
 
@@ -331,7 +331,7 @@ def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
 
 
 def too_many_channels(count: int) -> str:
-    """What is wrong with an image of more than four channels, and what to do."""
+    """The message about an image of more than four channels."""
     return _CHANNELS.format(f"{count} channels")
 
 

@@ -26,7 +26,7 @@ Size: TypeAlias = tuple[int, int]
 """(height, width) in pixels."""
 
 MAX_PIXELS = 89_478_485
-"""The limit of the pixels of an image, as Pillow's own: a larger one may be a decompression bomb."""
+"""Default limit of the pixels of an image, the same as Pillow's: a larger one may be a decompression bomb."""
 
 HIGHEST_LIMIT = 2**31 - 1
 """The highest value that the limit can be raised to: counters of pycocotools overflow at 2 ** 32."""
