@@ -16,6 +16,8 @@ EXAMPLES = (
     "m2f export runs/first --format onnx --validation my_coco",
     "m2f export runs/first --half --output_dir export_half",
 )
+READING = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
+"""Options that say how to read the validation dataset, which are fields of a recipe too."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +46,13 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     check_model_path(arguments.model)
     model, limits = load_model(arguments.model), HALF if arguments.half else FULL
     dataset = recorded_dataset(Path(arguments.model))
+    given = {name: vars(arguments)[name] for name in READING}
     if arguments.validation:
-        given = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
-        dataset = {"dataset_name": arguments.validation, **{name: vars(arguments)[name] for name in given}}
-    elif arguments.annotations or arguments.images:
-        raise DataError("--annotations and --images are files of a --validation dataset. Give it, or leave them out.")
+        dataset = {"dataset_name": arguments.validation, **given}
+    elif named := [f"--{name}" for name, value in given.items() if value not in (None, False, "auto")]:
+        raise DataError(
+            f"{', '.join(named)} without --validation DATASET, which they are about: give it, or leave them out."
+        )
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )

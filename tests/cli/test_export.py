@@ -57,5 +57,6 @@ def test_the_files_of_a_validation_dataset_can_be_given(
     expected = {"annotations": ["valid=a.json"], "images": ["valid=photos"], "exif_frame": "auto"}
     expected |= {"follow_links": False, "max_pixels": None}
     assert asked == [({"dataset_name": "coco", **expected}, 3)]
-    assert main(["export", "user/model", *files]) == 1
-    assert "files of a --validation dataset. Give it, or leave them out." in capsys.readouterr().err
+    for options, names in ((files, "--annotations, --images"), (["--max_pixels", "9"], "--max_pixels")):
+        assert main(["export", "user/model", *options]) == 1
+        assert f"{names} without --validation DATASET" in capsys.readouterr().err
