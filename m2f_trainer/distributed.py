@@ -17,12 +17,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""Time that ranks wait for what the main rank alone does."""
+
+_patient: list[Any] = []
+"""The process group that it was started for, and the group of `_patient_group`."""
 
 LEADER = "m2f/leader"
 """The key of the prefix that rank 0 has proposed last."""
@@ -84,6 +89,7 @@ def leave() -> None:
     possibly in reference cycles.
     """
     if dist.is_available() and dist.is_initialized():
+        _patient.clear()
         dist.destroy_process_group()
         gc.collect()
 
@@ -107,12 +113,25 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _patient_group() -> Any:
+    """The ranks over gloo, with the time limit `PATIENCE`; started once for each process group."""
+    if not _patient or _patient[0] is not dist.group.WORLD:
+        _patient[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE)]
+    return _patient[1]
+
+
 def from_main(decide: Callable[[], T]) -> T:
-    """Call `decide` on the main rank only and return its result on every rank. Collective: all ranks must call it."""
+    """Call `decide` on the main rank only and return its result on every rank. Collective: all ranks must call it.
+
+    `decide` may take longer than the time limit of the group's collectives, such as the score of a large split: the
+    other ranks wait in a group of their own, over gloo, for up to `PATIENCE`. A launcher ends them if the main rank
+    dies.
+    """
     if not dist.is_initialized():
         return decide()
+    group = _patient_group()
     result: list[Any] = [decide() if dist.get_rank() == 0 else None]
-    broadcast_object_list(result)
+    dist.broadcast_object_list(result, src=0, group=group, device=torch.device("cpu"))
     decided: T = result[0]
     return decided
 

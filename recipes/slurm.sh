@@ -24,12 +24,13 @@ nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 MASTER_ADDR="${nodes%%$'\n'*}"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF
 
 # Without torchrun, so that signals and exit status 75 pass directly between Slurm and the processes.
 status=0
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=0 bash -c '
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     exec python -m m2f_trainer train "$@" --resume_from_checkpoint auto

@@ -11,6 +11,7 @@ if [ "$#" -lt 1 ] || [ -z "${NODES:-}" ] || [ -z "${GPUS:-}" ] || [ -z "${HEAD:-
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 exec torchrun \
     --nnodes "$NODES" \
     --nproc_per_node "$GPUS" \

@@ -12,4 +12,5 @@ gpus=$1
 shift
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 exec torchrun --standalone --max-restarts "${RESTARTS:-3}" --nproc_per_node "$gpus" -m m2f_trainer train "$@"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from m2f_trainer.distributed import agree_on_prefix, leave_at_exit
+from m2f_trainer.distributed import agree_on_prefix, from_main, leave, leave_at_exit
 
 LIMIT = timedelta(seconds=5)
 
@@ -75,3 +75,29 @@ def test_every_rank_leaves_its_group_at_exit_also_when_one_fails(failing: int | 
         process.join(end - time.monotonic())
     assert [process.exitcode for process in ranks] == ([0, 0] if failing is None else [1, 1])
     assert [(tmp_path / f"{rank}.left").read_text() for rank in range(2)] == ["True", "True"]
+
+
+def decide_slowly(rank: int, folder: Path) -> None:
+    """Rank 0 takes longer than the time limit of the group's collectives."""
+    sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+
+    def decide() -> int:
+        time.sleep(3)
+        return 7
+
+    decided = [from_main(decide), from_main(lambda: 8)]
+    leave()
+    (folder / f"{rank}.txt").write_text(str(decided))
+
+
+def test_ranks_wait_for_the_main_one_beyond_the_limit_of_collectives(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=decide_slowly, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["[7, 8]"] * 2

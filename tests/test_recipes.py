@@ -153,14 +153,14 @@ def test_a_slurm_job_is_queued_again_exactly_when_the_run_was_saved_for_it(
     ending: int, requeued: bool, tmp_path: Path
 ) -> None:
     stand_ins = {
-        "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"',
+        "srun": '[ "$2" = --cpus-per-task=9 ] || exit 99; shift 2; SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=4 "$@"',
         "scontrol": "case $1 in show) echo first; echo second;; requeue) echo requeued $2;; esac",
         "python": f'echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT "$@"; exit {ending}',
     }
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "9"}
     run = subprocess.run(
         ["bash", str(ROOT / "recipes" / "slurm.sh"), "r.json", "--name", "two words"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}, capture_output=True, text=True, check=False,

@@ -307,6 +307,11 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.full_determinism and not self.use_cpu and torch.cuda.is_available():
+            raise RecipeError(
+                "full_determinism: torch has no deterministic backward of grid_sample on CUDA, so the first step would "
+                "fail. Leave it out: two runs with the same seed then differ by rounding."
+            )
         if self.max_steps == 0 or self.num_train_epochs == 0:
             raise RecipeError("max_steps and num_train_epochs: expected a run of at least one step, got 0.")
         if self.max_minutes is not None:

@@ -15,7 +15,7 @@ from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import Recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.distributed import from_main
+from m2f_trainer.distributed import from_main, leave
 from m2f_trainer.errors import ImageError
 from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
 from m2f_trainer.hub.upload import Target, push
@@ -176,12 +176,18 @@ def evaluate(trainer: M2FTrainer, test: InstanceDataset | None) -> dict[str, flo
 
 
 def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, target: Target | None) -> None:
-    """Write the final model with figures and card into the run's folder, and upload it to `target` if there is one."""
+    """Write the final model with figures and card into the run's folder, and upload it to `target` if there is one.
+
+    Pictures, card and upload have no bound in time, so the ranks leave their group before: none waits for the main one.
+    """
     output = Path(trainer.args.output_dir or ".")
     model: M2FModel = trainer.accelerator.unwrap_model(trainer.model)
     trainer.save_model(str(output), _internal_call=True)
     trainer.save_state()
-    if trainer.accelerator.is_main_process:
+    is_main = trainer.accelerator.is_main_process
+    trainer.accelerator.wait_for_everyone()
+    leave()
+    if is_main:
         shutil.rmtree(output / FEATURE_CACHE, ignore_errors=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
@@ -191,7 +197,6 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
         write_card(output, CardOptions(pictures=True))
         if target is not None:
             push(output, target)
-    trainer.accelerator.wait_for_everyone()
 
 
 def illustrate(output: Path, rows: Dataset) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.tiles import EvalTiles
+from m2f_trainer.distributed import from_main
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.thresholds import class_thresholds
@@ -43,6 +44,7 @@ from m2f_trainer.run_folder import (
 from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.order import position
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
+from m2f_trainer.training.callbacks.signals import EvaluationStopped
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
 from m2f_trainer.training.data_workers import Watched, watch
@@ -172,6 +174,16 @@ class M2FTrainer(Trainer):
         self.predictions += found if self.merger is None else self.merger.add_batch(found, inputs["tile"].tolist())
         return None, None, None
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's. If a signal breaks it off, the step is saved without figures, and RunStopped is raised."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            model: Any = self.model
+            self._save_checkpoint(model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # raises RunStopped
+            raise
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -188,7 +200,7 @@ class M2FTrainer(Trainer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         scorer = self.scorer or Evaluator(split_rows(dataloader.dataset))
         self.predictions = gather_predictions(self.predictions)
-        figures = score_once(self.predictions, scorer, self.accelerator.is_main_process)
+        figures = score_once(self.predictions, scorer)
         self.details = scorer.details if isinstance(scorer, Evaluator) else {}
         if metric_key_prefix == "eval":
             self.store_thresholds(self.details)
@@ -285,8 +297,6 @@ def gather_predictions(predictions: Sequence[Instances]) -> list[Instances]:
     return [unique[image_id] for image_id in sorted(unique)]
 
 
-def score_once(predictions: Sequence[Instances], scorer: Scorer, main: bool) -> dict[str, float]:
+def score_once(predictions: Sequence[Instances], scorer: Scorer) -> dict[str, float]:
     """Score on the main process, and broadcast the figures to all ranks."""
-    figures = [dict(scorer(predictions)) if main else None]
-    broadcast_object_list(figures)
-    return figures[0] or {}
+    return from_main(lambda: dict(scorer(predictions)))

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.errors import RecipeError
 
 CONSTRUCT = """
 import torch.distributed as dist
@@ -78,3 +79,9 @@ def test_a_process_without_a_launcher_uses_one_of_several_gpus_and_says_how_to_u
     arguments.start_process_group()
     assert arguments.n_gpu == 1
     assert "torchrun --nproc_per_node 8 -m m2f_trainer train --dataset_name 'my pets'" in caplog.text
+
+
+def test_full_determinism_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(RecipeError, match="full_determinism: torch has no deterministic backward of grid_sample"):
+        TrainArguments(full_determinism=True)

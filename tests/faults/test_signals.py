@@ -10,8 +10,10 @@ from unittest.mock import patch
 import pytest
 
 from m2f_trainer.run_folder import METRICS, read_metrics
+from m2f_trainer.training.callbacks import signals
 from m2f_trainer.training.checkpointing import checkpoints
 from m2f_trainer.training.checkpointing.resume import newest_complete
+from m2f_trainer.training.trainer import M2FTrainer
 from tests.faults.tiny import Ran, Started, at_step, losses, options, same_weights, stop_self, train
 
 PHASES = {"training": 3, "evaluation": 4, "save": 4}  # the step that is saved
@@ -68,6 +70,38 @@ def test_one_signalled_rank_of_two_stops_both(data: Path, tmp_path: Path) -> Non
     arguments = options(data, output, per_device_train_batch_size=1)
     ran = Started(tmp_path / "log", arguments, partial(signal_in, "training", signal.SIGTERM, 1), ranks=2).join()
     check_saved(ran, output, "training")
+
+
+def signal_in_a_long_evaluation(rank: int) -> None:
+    """The first batch of the second evaluation takes longer than the grace, and this rank gets a signal in it."""
+    patch.object(signals, "GRACE_SECONDS", 0.2).start()
+    usual, calls = M2FTrainer.prediction_step, []
+
+    def slow(self: M2FTrainer, *arguments: object, **options: object) -> object:
+        calls.append(self.state.global_step)
+        if self.state.global_step == 4 and calls.count(4) == 1:
+            if rank == int(os.environ.get("RANK", "0")):
+                stop_self()
+            time.sleep(0.5)
+        return usual(self, *arguments, **options)  # type: ignore[arg-type]
+
+    patch.object(M2FTrainer, "prediction_step", slow).start()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_breaks_a_long_evaluation_off_and_the_step_is_saved(
+    ranks: int, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A scheduler kills the run before such an evaluation ends."""
+    output = tmp_path / "run"
+    arguments = options(data, output, per_device_train_batch_size=2 // ranks, per_device_eval_batch_size=1)
+    ran = Started(tmp_path / "log", arguments, partial(signal_in_a_long_evaluation, ranks - 1), ranks=ranks).join()
+    assert [one.status for one in ran] == [75] * ranks, ran[0].text[-3000:]
+    assert newest_complete(output) == output / "checkpoint-4"
+    assert read_metrics(output / "checkpoint-4" / METRICS) == {"step": 4, "evaluated": False}
+    if ranks == 1:
+        assert train(tmp_path / "log", options(data, output, resume_from_checkpoint=True)).status == 0
+        assert same_weights(output, whole)
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """A Hub that fails at the end of a run: the run says so, and its result stays. (More in tests/hub.)"""
 
+import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from huggingface_hub import constants
 
 from m2f_trainer.hub import upload
 from m2f_trainer.model.mask2former import load_model
-from tests.faults.tiny import CANARY, options, train
+from tests.faults.tiny import CANARY, Started, options, train
 from tests.hub.loopback import CUT, Hub
 
 
@@ -39,3 +42,18 @@ def test_a_hub_that_fails_ends_the_run_with_a_status_and_leaves_its_result(
     assert hub.objects, "the weights arrived before the commit failed"
     assert CANARY not in ran.text
     assert not any(CANARY.encode() in body for body in hub.bodies)
+
+
+def tell_of_the_group() -> None:
+    """Say whether the process group is open when the card's pictures are drawn."""
+    patch(
+        "m2f_trainer.training.run.illustrate", lambda *_: sys.stderr.write(f"group open: {dist.is_initialized()}\n")
+    ).start()
+
+
+def test_no_rank_waits_for_pictures_card_and_upload(data: Path, tmp_path: Path) -> None:
+    arguments = options(data, tmp_path / "run", per_device_train_batch_size=1, max_steps=2)
+    ran = Started(tmp_path / "log", arguments, tell_of_the_group, ranks=2).join()
+    assert [one.status for one in ran] == [0, 0], ran[0].text[-3000:]
+    assert "group open: False" in ran[0].text
+    assert (tmp_path / "run" / "README.md").is_file()

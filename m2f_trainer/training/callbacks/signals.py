@@ -20,11 +20,20 @@ REPEAT_SECONDS = 1.0
 """Seconds within which a second signal counts as the first: launchers forward signals that every process received."""
 
 
+GRACE_SECONDS = 10.0
+"""Time that an evaluation has to end after a signal. Schedulers kill a process 30 to 120 seconds after their signal."""
+
+
+class EvaluationStopped(Exception):  # noqa: N818 (no error of the user or the code)
+    """An evaluation is broken off; `M2FTrainer.evaluate` saves instead. Never leaves this package."""
+
+
 class StopOnSignal(TrainerCallback):
     """Context manager and callback that handles SIGTERM, SIGINT and SIGUSR1; a second one ends the process at once.
 
     During training, the ranks agree after each step whether any of them got a signal; then all save, and RunStopped is
-    raised. An evaluation or save in progress is finished first. Before and after training there is nothing to save, and
+    raised. A save in progress is finished first, and an evaluation if it ends within `GRACE_SECONDS`; otherwise it is
+    broken off, and the step is saved without figures. Before and after training there is nothing to save, and
     RunStopped is raised at once.
     """
 
@@ -68,6 +77,15 @@ class StopOnSignal(TrainerCallback):
         if self._agreed(args.device):
             epoch_saves = str(args.save_strategy) == "epoch" and float(state.epoch or 0).is_integer()
             control.should_save = control.should_save or not epoch_saves
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise EvaluationStopped on all ranks if a signal came to any of them `GRACE_SECONDS` ago."""
+        late = self.received is not None and time.monotonic() - self.since > GRACE_SECONDS
+        if self.training and any_rank(late, args.device):
+            self.stopping = True
+            raise EvaluationStopped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raise RunStopped if a signal came before or during the save."""
