@@ -355,6 +355,8 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.tf32 is None and not self.use_cpu and is_torch_tf32_available():
             enable_tf32(True)  # what bfloat16 autocast leaves in float32: the sampling locations of the pixel decoder
+        if optim != MUON:
+            require_optimizer(self, optim)
         self.optim = MUON if optim == MUON else self.optim
         self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
@@ -492,6 +494,19 @@ def require_schedule(name: str, settings: object) -> None:
         get_scheduler(name, optimizer, 1, 2, settings if isinstance(settings, dict) else None)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {settings}: {error}.") from error
+
+
+def require_optimizer(arguments: TrainingArguments, name: str) -> None:
+    """Raise RecipeError if the optimizer needs a package that isn't installed: it would fail after the data is read."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise RecipeError(f"optim={name}: {error}. Or leave optim out.") from error
+    except ValueError as error:  # of others: they need the model, which is built later
+        if "install" in str(error) or "import" in str(error):
+            raise RecipeError(f"optim={name}: {error}. Or leave optim out.") from error
 
 
 def gpu_computes_in_bf16() -> bool:

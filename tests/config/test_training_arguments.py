@@ -1,6 +1,7 @@
 """Training arguments: what constructing them does not do, and the private parts of transformers that they rely on."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cached_property
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
+from m2f_trainer.training.optimizer import build_optimizer
+from tests.model.tiny import tiny_model
 
 CONSTRUCT = """
 import torch.distributed as dist
@@ -85,3 +89,15 @@ def test_full_determinism_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(RecipeError, match="full_determinism: torch has no deterministic backward of grid_sample"):
         TrainArguments(full_determinism=True)
+
+
+@pytest.mark.parametrize("name", [one.value for one in OptimizerNames])
+def test_an_optimizer_is_accepted_or_refused_with_the_package_that_it_needs(name: str) -> None:
+    try:
+        arguments = TrainArguments(optim=name, report_to="none", use_cpu=True)
+    except RecipeError as error:
+        message = str(error)
+    else:
+        message = ""
+        build_optimizer(tiny_model(), arguments)
+    assert not message or (message.startswith(f"optim={name}: ") and re.search("install|import", message))
