@@ -23,7 +23,7 @@ def attend_grid(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) 
     for level, plane in enumerate(planes):
         samples = F.grid_sample(plane, _grid(places, level, shapes[level]), align_corners=ALIGN_CORNERS)
         total = total + (samples * flat_weights[:, None, :, level]).sum(-1)  # (B x H, D, S)
-    output: Tensor = total.unflatten(0, (len(value), -1)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+    output: Tensor = total.unflatten(0, (value.shape[0], -1)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
     return output
 
 
@@ -43,10 +43,10 @@ def attend_grid_backward(
             grad_samples, plane, grid, BILINEAR, ZEROS, ALIGN_CORNERS, [True, True]
         )
         grad_planes.append(grad_plane.flatten(2))
-        heads = (len(value), -1)
+        heads = (value.shape[0], -1)
         grad_weights[:, :, :, level] = (samples * gradient.unsqueeze(-1)).sum(1).unflatten(0, heads).transpose(1, 2)
         grad_places[:, :, :, level] = (grad_grid.unflatten(0, heads) * (2 / _sides(shape, grid))).transpose(1, 2)
-    grad_value = torch.cat(grad_planes, dim=2).unflatten(0, (len(value), -1)).permute(0, 3, 1, 2)
+    grad_value = torch.cat(grad_planes, dim=2).unflatten(0, (value.shape[0], -1)).permute(0, 3, 1, 2)
     return grad_value.to(value.dtype).contiguous(), grad_places, grad_weights
 
 

@@ -86,6 +86,8 @@ def project(layers: Any, feature: Tensor) -> Tensor:
     So it is under CUDA's autocast too. On a CPU, sums over all positions would lose most of their digits in bfloat16.
     """
     convolution, norm, *activation = layers
+    if not torch.is_autocast_enabled(feature.device.type):  # an exported model may have its encoder in half precision
+        feature = feature.to(convolution.weight.dtype)
     feature = norm(convolution(feature).to(norm.weight.dtype))
     output: Tensor = nn.Sequential(*activation)(feature)
     return output
