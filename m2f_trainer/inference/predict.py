@@ -74,7 +74,8 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     left_aside = describe_passed_over(passed_over)
     if not paths:
         where = ", ".join(map(str, inputs))
-        raise DataError(f"{where}: expected images or videos, found none{left_aside and f' ({left_aside})'}.")
+        advice = "" if options.recursive else " --recursive searches subfolders too."
+        raise DataError(f"{where}: expected images or videos, found none{left_aside and f' ({left_aside})'}.{advice}")
     if left_aside:
         logger.warning("Passed over: %s.", left_aside)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,6 @@ def logits(model: M2FModel, pixels: Tensor) -> list[Tensor]:
     return [output.class_queries_logits, output.masks_queries_logits]
 
 
-@pytest.mark.slow
 def test_a_torch_program_gives_the_models_logits_for_any_number_of_images(tmp_path: Path) -> None:
     model = model_of(SMALL)
     path = export_model(model, "torch", tmp_path, fixed_size=True)
