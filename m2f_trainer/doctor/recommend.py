@@ -43,6 +43,7 @@ SMALL_INPUT = 168**2
 """Inputs of at most this many pixels are trained in larger batches on a CPU."""
 
 CPU_MINUTES = 60
+LORA_MINUTES = 10
 CPU_SECONDS_PER_PIXEL = 8e-6
 """CPU time of one training sample with the light head and a frozen DINOv2 ViT-S, for each pixel of the input."""
 
@@ -228,8 +229,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
             *([Choice("per_device_eval_batch_size", 32, "tiles are small")] if chosen.get("tile_size") else []),
         ]
     return [
-        Choice("tune", "frozen", "no GPU: only neck and head are trained"),
-        *_feature_cache(facts, chosen),
+        *_cpu_tuning(facts, chosen),
         *([Choice("bf16", True, "this CPU computes in bfloat16")] if machine.bf16 else []),
         Choice("head", "light", "no GPU: a tenth of the original head's cost"),
         Choice("lsj_min_scale", 1.0, "runs of minutes learn faster without scale jitter"),
@@ -246,6 +246,16 @@ def _batch(chosen: Mapping[str, Any]) -> list[Choice]:
     batch, rate = (8, 7e-4) if small else (4, 5e-4)
     reason = f"measured with the light head and {batch} images per step"
     return [Choice("per_device_train_batch_size", batch, reason), Choice("learning_rate", rate, reason)]
+
+
+def _cpu_tuning(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
+    """LoRA where small inputs make it cheap and the run is long enough; otherwise a frozen backbone.
+
+    Nuclei in tiles, LoRA and frozen at equal CPU time: AP 50.7 and 49.7 after 10 minutes, 53.3 and 52.1 after 20.
+    """
+    if chosen.get("tile_size") and (chosen.get("max_minutes") or CPU_MINUTES) >= LORA_MINUTES:
+        return [Choice("tune", "lora", f"tiles are cheap: LoRA pays in runs of {LORA_MINUTES} minutes or more")]
+    return [Choice("tune", "frozen", "no GPU: only neck and head are trained"), *_feature_cache(facts, chosen)]
 
 
 def _feature_cache(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:

@@ -48,7 +48,9 @@ def test_what_is_chosen_is_a_recipe_that_loads(facts: Facts, machine: Machine, t
 
 def test_a_laptop_gets_an_open_backbone_and_a_bounded_run_and_a_server_the_default() -> None:
     laptop, server = as_recipe(recommend(NUCLEI, LAPTOP)), as_recipe(recommend(NUCLEI, SERVER))
-    assert (laptop["backbone"], laptop["tune"], laptop["max_minutes"]) == ("dinov2-small", "frozen", 60)
+    assert (laptop["backbone"], laptop["tune"], laptop["max_minutes"]) == ("dinov2-small", "lora", 60)
+    assert as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))["tune"] == "frozen"
+    assert as_recipe(recommend(STREETS, LAPTOP))["tune"] == "frozen"
     assert (server["backbone"], server["tune"]) == ("dinov3-vits16plus", "lora")
     assert as_recipe(recommend(NUCLEI, Machine(accelerator=True, token=False)))["backbone"] == "dinov2-small"
 
