@@ -76,6 +76,7 @@ def evaluate_folder(
         per_device_eval_batch_size=batch_size,
         report_to="none",
         bf16=evaluates_in_bf16(model, precision),
+        use_cpu=not torch.accelerator.is_available(),  # without it, each rank would evaluate the whole split
     )
     if len(rows) < WORTH_WORKERS:
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
