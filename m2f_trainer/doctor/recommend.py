@@ -44,6 +44,8 @@ SMALL_INPUT = 168**2
 
 CPU_MINUTES = 60
 LORA_MINUTES = 10
+"""CPU runs on tiles of at least this length train LoRA adapters; it is the shortest run in which they were measured."""
+
 CPU_SECONDS_PER_PIXEL = 8e-6
 """CPU time of one training sample with the light head and a frozen DINOv2 ViT-S, for each pixel of the input."""
 

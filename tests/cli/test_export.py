@@ -1,5 +1,6 @@
 """`m2f export`: the exit status is 0 if the file equals the model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,20 @@ import pytest
 
 from m2f_trainer.cli.main import main
 from tests.cli.stand_in import stand_in
+
+
+def stand_in_for_the_export(monkeypatch: pytest.MonkeyPatch, path: Path, check: Callable[..., object]) -> None:
+    """Neither load nor trace a model: the file is `path`, and `check` compares it."""
+    stand_in(monkeypatch, "m2f_trainer.export.export", CONSTANTS="model.json", export_model=lambda *_, **__: path)
+    stand_in(
+        monkeypatch,
+        "m2f_trainer.export.parity",
+        FULL=1,
+        HALF=2,
+        check_export=check,
+        recorded_dataset=lambda _: None,
+    )
+    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
 
 
 @pytest.mark.parametrize(("met", "status"), [(True, 0), (False, 1)])
@@ -17,16 +32,7 @@ def test_the_exit_status_is_the_parity(
     path = tmp_path / "model.onnx"
     path.write_bytes(bytes(1_500_000))
     parity = SimpleNamespace(met=met, to_text=lambda: "largest difference: 1e-6")
-    stand_in(monkeypatch, "m2f_trainer.export.export", CONSTANTS="model.json", export_model=lambda *_, **__: path)
-    stand_in(
-        monkeypatch,
-        "m2f_trainer.export.parity",
-        FULL=1,
-        HALF=2,
-        check_export=lambda *_: parity,
-        recorded_dataset=lambda _: None,
-    )
-    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
+    stand_in_for_the_export(monkeypatch, path, lambda *_: parity)
     assert main(["export", "user/model"]) == status
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: 1.5 MB. {tmp_path / 'model.json'} describes how to use it.\n")
@@ -42,16 +48,7 @@ def test_the_files_of_a_validation_dataset_can_be_given(
     path.write_bytes(b"")
     asked: list[object] = []
     parity = SimpleNamespace(met=True, to_text=str)
-    stand_in(monkeypatch, "m2f_trainer.export.export", CONSTANTS="model.json", export_model=lambda *_, **__: path)
-    stand_in(
-        monkeypatch,
-        "m2f_trainer.export.parity",
-        FULL=1,
-        HALF=2,
-        check_export=lambda *given: (asked.append(given[2:4]), parity)[1],
-        recorded_dataset=lambda _: None,
-    )
-    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
+    stand_in_for_the_export(monkeypatch, path, lambda *given: (asked.append(given[2:4]), parity)[1])
     files = ["--annotations", "valid=a.json", "--images", "valid=photos"]
     assert main(["export", "user/model", "--validation", "coco", *files, "--num_images", "3"]) == 0
     expected = {"annotations": ["valid=a.json"], "images": ["valid=photos"], "exif_frame": "auto"}
