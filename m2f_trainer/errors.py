@@ -106,6 +106,11 @@ def escape_controls(text: str, kept: str = "") -> str:
     return re.sub(CONTROLS, lambda found: found[0] if found[0] in kept else escaped(found[0]), text)
 
 
+def printable(text: str) -> str:
+    """The text with every character that can't be printed, such as a control character, replaced by "?"."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def escaped(letter: str) -> str:
     r"""A character as Python writes it, such as \x1b or \u202e."""
     return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"

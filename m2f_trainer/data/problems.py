@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError
+from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError, printable
 
 Key: TypeAlias = int | str
 Severity: TypeAlias = Literal["error", "warning", "note"]
@@ -446,8 +446,3 @@ def label_text(name: str) -> str:
     """The name of a class for a table: printable, and cut where it would push the other columns off the screen."""
     text = printable(name)
     return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}..."
-
-
-def printable(text: str) -> str:
-    """Text from a dataset with control characters, which could drive a terminal, replaced by "?"."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

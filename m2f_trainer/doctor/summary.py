@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from m2f_trainer.data.geometry import resize_to_fit
-from m2f_trainer.data.problems import KINDS, Finding, label_text, listed, printable
+from m2f_trainer.data.problems import KINDS, Finding, label_text, listed
 from m2f_trainer.doctor.examine import Examination
 from m2f_trainer.doctor.scan import Scan
+from m2f_trainer.errors import printable
 
 _SHOWN_CLASSES = 30
 _RAREST = 10

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2f_trainer.errors import printable
 from m2f_trainer.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def matrix_chart(counts: Sequence[Sequence[int]], labels: Sequence[str], x_label
 
 def plain_text(text: str, length: int) -> str:
     """One line of printable characters, cut to `length` of them."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    line = printable(text)
     return line if len(line) <= length else line[: length - 1] + "…"
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from m2f_trainer.data.problems import KINDS, Findings, kind_of, listed, printable, raise_problem
-from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError
+from m2f_trainer.data.problems import KINDS, Findings, kind_of, listed, raise_problem
+from m2f_trainer.errors import DataError, ImageError, ImageSizeError, MaskError, MissingImageError, printable
 
 
 @pytest.mark.parametrize("name", KINDS)
