@@ -3,7 +3,7 @@
 torchrun can restart the ranks after one has died (`--max-restarts`), but its agent keeps one key-value store over all
 restarts (pytorch issue 135712, still so in torch 2.13), and the ranks exchange their addresses in it. A restarted rank
 may read the address of a dead process and wait for it until the timeout; most restarts hung or failed, with any code.
-`init_restartable` gives each start a key prefix of its own in that store.
+`start_group` gives each start a key prefix of its own in that store.
 """
 
 import atexit
@@ -33,24 +33,29 @@ LEADER = "m2f/leader"
 """The key of the prefix that rank 0 has proposed last."""
 
 
-def init_restartable(backend: str | None, timeout: timedelta) -> None:
-    """Start the process group with keys that no earlier start has used, if torchrun may restart the ranks.
+def start_group(backend: str | None, timeout: timedelta) -> None:
+    """Start the process group of a launcher, where accelerate would not start it as it should.
 
-    Otherwise it does nothing, and accelerate starts the group.
+    If torchrun may restart the ranks, the group gets keys that no earlier start has used. On CPUs, accelerate would not
+    pass the timeout on. Otherwise this does nothing, and accelerate starts the group.
 
     Args:
-        backend: as for `torch.distributed.init_process_group`; None chooses by device.
+        backend: as for `torch.distributed.init_process_group`; None chooses by device, gloo is for CPUs.
         timeout: of this call, and of the group's collectives.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restarts < 1 or not shared or dist.is_initialized():
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    prefix = agree_on_prefix(store, rank, world, timeout)
-    dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=world, timeout=timeout)
+    if (
+        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        keys = PrefixStore(agree_on_prefix(store, rank, world, timeout), store)
+        dist.init_process_group(backend, store=keys, rank=rank, world_size=world, timeout=timeout)
+    elif backend == "gloo":
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def agree_on_prefix(store: TCPStore, rank: int, world: int, timeout: timedelta) -> str:

@@ -98,8 +98,7 @@ def without_deletion(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe with every field; `load_recipe` reads it back as an equal one."""
-    training: dict[str, Any] = recipe.train.to_dict()  # type: ignore[no-untyped-call]
-    values = {**vars(recipe.model), **vars(recipe.data), **training}
+    values = {**vars(recipe.model), **vars(recipe.data), **recipe.train.to_dict()}
     values["debug"] = " ".join(values["debug"])
     left_out = {name for name, row in rows().items() if not row.saved}
     kept = {key: value for key, value in values.items() if key not in left_out}

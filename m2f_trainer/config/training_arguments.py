@@ -21,7 +21,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
-from m2f_trainer.distributed import init_restartable, leave_at_exit
+from m2f_trainer.distributed import leave_at_exit, start_group
 from m2f_trainer.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -304,9 +304,13 @@ class TrainArguments(TrainingArguments):
     )
 
     _constructed = False
+    _cpu_requested = False
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self._cpu_requested = self.use_cpu
+        if not torch.accelerator.is_available() and not self.deepspeed:
+            self.use_cpu = True  # without it, accelerate starts no group on a CPU: each rank would train alone
         if self.full_determinism and not self.use_cpu and torch.cuda.is_available():
             raise RecipeError(
                 "full_determinism: torch has no deterministic backward of grid_sample on CUDA, so the first step would "
@@ -342,8 +346,6 @@ class TrainArguments(TrainingArguments):
         self._resolve_schedule()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and gpu_computes_in_bf16()
-        if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers accepts bf16 on a CPU only with it
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
         if self.backbone_lr_multiplier is None:
@@ -360,6 +362,11 @@ class TrainArguments(TrainingArguments):
         self.optim = MUON if optim == MUON else self.optim
         self._constructed = True
         self.accelerator_config.non_blocking = self.dataloader_pin_memory  # type: ignore[union-attr]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with `use_cpu` as it was given: a saved recipe uses the accelerator of another machine."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return values | {"use_cpu": self._cpu_requested}
 
     def start_process_group(self) -> None:
         """Choose the device and, under a launcher such as torchrun, start the process group, unless this has been done.
@@ -384,7 +391,7 @@ class TrainArguments(TrainingArguments):
     @cached_property
     def _setup_devices(self) -> torch.device:
         backend = self.ddp_backend or ("gloo" if self.use_cpu else None)
-        init_restartable(backend, self.ddp_timeout_delta)
+        start_group(backend, self.ddp_timeout_delta)
         device: torch.device = TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
         if self._n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which splits the masks of a batch
             logger.warning(one_of_several_gpus(self._n_gpu, sys.argv[1:]))

@@ -23,12 +23,15 @@ from m2f_trainer.run_folder import (
     METRICS,
     PREDICTIONS,
     RECIPE,
+    STATE,
+    blame_damage,
     read_json,
     write_atomically,
     write_classes,
     write_details,
     write_metrics,
 )
+from m2f_trainer.training.callbacks.progress import CPU
 from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 
@@ -76,7 +79,6 @@ def evaluate_folder(
         per_device_eval_batch_size=batch_size,
         report_to="none",
         bf16=evaluates_in_bf16(model, precision),
-        use_cpu=not torch.accelerator.is_available(),  # without it, each rank would evaluate the whole split
     )
     if len(rows) < WORTH_WORKERS:
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
@@ -94,9 +96,17 @@ def evaluate_folder(
 def evaluates_in_bf16(model: str, precision: Precision) -> bool:
     """Whether to evaluate in bfloat16 autocast, so that "auto" gives the figures of the training."""
     on_gpu, recipe = torch.accelerator.is_available(), read_json(Path(model, RECIPE))
-    if precision == "auto" and isinstance(recipe.get("bf16"), bool) and bool(recipe.get("use_cpu")) is not on_gpu:
+    if precision == "auto" and isinstance(recipe.get("bf16"), bool) and trained_on_cpu(model) is not on_gpu:
         precision = "bf16" if recipe["bf16"] else "float32"
     return uses_bf16(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def trained_on_cpu(model: str) -> bool:
+    """Whether a model's recipe asked for the CPU, or its trainer_state.json names one as the hardware."""
+    with blame_damage(model):
+        cost = read_json(Path(model, STATE)).get("stateful_callbacks", {}).get("Cost", {}).get("attributes", {})
+        named = str(cost.get("hardware", "")).startswith(CPU)
+    return named or read_json(Path(model, RECIPE)).get("use_cpu") is True
 
 
 def write_predictions(predictions: Sequence[Instances], path: Path) -> None:

@@ -30,14 +30,15 @@ dist.destroy_process_group()
 """
 
 
-def ranks(folder: Path, count: int) -> list[subprocess.Popen[str]]:
-    """Start the first ranks of two, with the environment that torchrun gives them."""
-    (folder / "construct.py").write_text(CONSTRUCT)
+def ranks(folder: Path, count: int, code: str = CONSTRUCT) -> list[subprocess.Popen[str]]:
+    """Start the first ranks of two with this code, in the environment that torchrun gives them."""
+    (folder / "construct.py").write_text(code)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, str(folder / "construct.py")],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -83,6 +84,36 @@ def test_a_process_without_a_launcher_uses_one_of_several_gpus_and_says_how_to_u
     arguments.start_process_group()
     assert arguments.n_gpu == 1
     assert "torchrun --nproc_per_node 8 -m m2f_trainer train --dataset_name 'my pets'" in caplog.text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_machine_without_accelerator_uses_its_cpu_and_saves_no_such_choice(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved recipe that asked for the CPU would train on the CPU of a machine with a GPU, too."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: there)
+    arguments = TrainArguments(report_to="none")
+    assert arguments.use_cpu is not there
+    assert arguments.to_dict()["use_cpu"] is arguments.for_trainer().to_dict()["use_cpu"] is False
+    assert TrainArguments(report_to="none", use_cpu=True).to_dict()["use_cpu"] is True
+
+
+WAIT_IN_VAIN = """
+import torch, torch.distributed as dist
+from m2f_trainer.config.training_arguments import TrainArguments
+TrainArguments(report_to="none", ddp_timeout=2).start_process_group()
+if dist.get_rank() == 1:
+    input()
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_ranks_on_cpus_wait_as_long_as_ddp_timeout(tmp_path: Path) -> None:
+    first, second = ranks(tmp_path, 2, WAIT_IN_VAIN)
+    _, error = first.communicate(timeout=240)
+    second.communicate("\n", timeout=240)
+    assert first.returncode == 1
+    assert "Timed out" in error or "timeout" in error
 
 
 def test_full_determinism_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

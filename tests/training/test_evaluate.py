@@ -152,3 +152,16 @@ def test_the_precision_is_that_of_a_training_on_the_same_device(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert evaluates_in_bf16(str(tmp_path), precision) is expected
+
+
+@pytest.mark.parametrize(("hardware", "expected"), [("CPU Xeon", True), ("NVIDIA H100", False)])
+def test_a_training_used_the_cpu_where_its_state_names_one(
+    hardware: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe doesn't say so where there was no accelerator."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "recipe.json").write_text(json.dumps({"bf16": True, "use_cpu": False}))
+    state = {"stateful_callbacks": {"Cost": {"args": {}, "attributes": {"hardware": hardware}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert evaluates_in_bf16(str(tmp_path), "auto") is expected

@@ -29,6 +29,9 @@ from m2f_trainer.version import __version__
 EARLY_STEP = 5
 """The step after which the rate is first printed."""
 
+CPU = "CPU "
+"""What the name of a processor begins with in `hardware`."""
+
 
 class SeedEveryStep(TrainerCallback):
     """Seeds each step from (seed, step, rank), and sets the dataset's epoch, on which its augmentation depends.
@@ -265,10 +268,11 @@ class Cost(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.seconds, self.peak_memory, self.processes = 0.0, 0, 1
         self.since: float | None = None
+        self.device = torch.device("cpu")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
-        self.since, self.processes = time.perf_counter(), args.world_size
+        self.since, self.processes, self.device = time.perf_counter(), args.world_size, args.device
 
     def state(self) -> dict[str, Any]:
         """The values saved with a checkpoint, which model cards read."""
@@ -276,19 +280,19 @@ class Cost(TrainerCallback, ExportableState):
         self.seconds, self.since = self.seconds + (now - (self.since or now)), now
         self.peak_memory = max(self.peak_memory, peak_memory())
         cost = {"seconds": round(self.seconds, 1), "peak_memory": self.peak_memory, "processes": self.processes}
-        return {"args": {}, "attributes": {**cost, "hardware": hardware(), "software": software()}}
+        return {"args": {}, "attributes": {**cost, "hardware": hardware(self.device), "software": software()}}
 
 
-def hardware() -> str:
-    """The model name of this process's accelerator, or of its CPU; nothing that identifies the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    if torch.accelerator.is_available():
-        return str(torch.accelerator.current_accelerator())
+def hardware(device: torch.device) -> str:
+    """The model name of the device, with `CPU` before that of a processor; nothing that identifies the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {named[0] if named else platform.processor() or platform.machine()}"
+    return f"{CPU}{named[0] if named else platform.processor() or platform.machine()}"
 
 
 def software() -> str:
