@@ -138,7 +138,7 @@ def everything(terminal: int) -> Iterator[str]:
 
 
 def test_a_resumed_run_continues_the_count_of_time_and_names_the_hardware() -> None:
-    args: Any = SimpleNamespace(world_size=4)
+    args: Any = SimpleNamespace(world_size=4, device=torch.device("cpu"))
     no: Any = None
     first = Cost()
     first.on_train_begin(args, no, no)
