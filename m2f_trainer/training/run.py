@@ -38,7 +38,12 @@ from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
 from m2f_trainer.training.callbacks.signals import StopOnSignal
-from m2f_trainer.training.callbacks.uploads import hub_target, upload_callbacks
+from m2f_trainer.training.callbacks.uploads import (
+    hub_target,
+    report_broken_uploads,
+    running_uploads,
+    upload_callbacks,
+)
 from m2f_trainer.training.checkpointing.checkpoints import run_lock
 from m2f_trainer.training.checkpointing.fingerprint import fingerprint
 from m2f_trainer.training.checkpointing.resume import (
@@ -90,7 +95,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
-        with translate_errors(trainer.watched, recipe.train.dataloader_timeout):
+        with translate_errors(trainer.watched, recipe.train.dataloader_timeout), report_broken_uploads(callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None
             figures = evaluate(trainer, test)
@@ -196,6 +201,8 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
         illustrate(output, valid)
         write_card(output, CardOptions(pictures=True))
         if target is not None:
+            for upload in running_uploads(trainer.callback_handler.callbacks):
+                upload.wait()
             push(output, target)
 
 

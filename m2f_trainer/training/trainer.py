@@ -6,6 +6,7 @@ Each overridden method delegates to a function that works without a Trainer. The
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.order import position
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
 from m2f_trainer.training.callbacks.signals import EvaluationStopped
-from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload
+from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload, running_uploads
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
 from m2f_trainer.training.data_workers import Watched, watch
 from m2f_trainer.training.ema import Average, averaged
@@ -198,16 +199,21 @@ class M2FTrainer(Trainer):
         self.merger = Merger(dataset.tiling, LIMITS[-1]) if isinstance(dataset, EvalTiles) else None
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        scorer = self.scorer or Evaluator(split_rows(dataloader.dataset))
-        self.predictions = gather_predictions(self.predictions)
-        figures = score_once(self.predictions, scorer)
-        self.details = scorer.details if isinstance(scorer, Evaluator) else {}
+        self.predictions, self.details = gather_predictions(self.predictions), {}
+        figures = from_main(partial(self._score, dataset))
         if metric_key_prefix == "eval":
             self.store_thresholds(self.details)
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
         return output._replace(metrics=metrics)
+
+    def _score(self, dataset: Dataset[Any]) -> dict[str, float]:
+        """Score the latest predictions, on the main process: the `Evaluator` of a large split takes time and memory."""
+        scorer = self.scorer or Evaluator(split_rows(dataset))
+        figures = dict(scorer(self.predictions))
+        self.details = scorer.details if isinstance(scorer, Evaluator) else {}
+        return figures
 
     def store_thresholds(self, details: Mapping[str, Any]) -> None:
         """Store the best threshold of each class in the model's configuration, which is saved with the weights."""
@@ -243,7 +249,8 @@ class M2FTrainer(Trainer):
                 write_json(folder / FINGERPRINT, self.fingerprint)
         if self.args.should_save:
             output, state = Path(str(self.args.output_dir)), self.state
-            rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step)
+            in_use = {one.step for one in running_uploads(self.callback_handler.callbacks)}
+            rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step, in_use)
 
 
 def tile_loader(watched: Watched, tiles: EvalTiles, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:
@@ -267,7 +274,6 @@ def unwatched(dataset: Dataset[Any]) -> Dataset[Any]:
 
 def split_rows(dataset: Dataset[Any]) -> datasets.Dataset:
     """The rows of an evaluation dataset, to score against. Raises TypeError if it is no `InstanceDataset`."""
-    dataset = unwatched(dataset)
     if not isinstance(dataset, InstanceDataset):
         raise TypeError(
             f"expected an InstanceDataset to evaluate on, got {type(dataset).__name__}; or give compute_metrics"
@@ -295,8 +301,3 @@ def gather_predictions(predictions: Sequence[Instances]) -> list[Instances]:
     """The predictions of all ranks by image id, without the images that the sampler repeated to fill batches."""
     unique = {instances.image_id: instances for instances in gather_object(list(predictions))}
     return [unique[image_id] for image_id in sorted(unique)]
-
-
-def score_once(predictions: Sequence[Instances], scorer: Scorer) -> dict[str, float]:
-    """Score on the main process, and broadcast the figures to all ranks."""
-    return from_main(lambda: dict(scorer(predictions)))

@@ -13,6 +13,10 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer
 
 from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
@@ -128,6 +132,18 @@ def test_a_trainer_makes_our_parameter_groups_and_the_recipes_schedule(tmp_path:
     trainer.create_scheduler(10)
     assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
     assert trainer._created_lr_scheduler, "the Trainer replaces only a schedule that it has made itself"
+
+
+def test_only_the_main_process_builds_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes time and memory in proportion to the split; the other processes only wait for its figures."""
+    built: list[object] = []
+    monkeypatch.setattr("m2f_trainer.training.trainer.Evaluator", built.append)
+    monkeypatch.setattr("m2f_trainer.training.trainer.from_main", lambda _: {"map": 0.5})
+    rows = load_coco(write_sample(tmp_path / "data", images=(2, 1, 0)))["valid"]
+    trainer = trainer_of(tmp_path)
+    figures = trainer.evaluate(InstanceDataset(rows, EvalTransform(64, 64), categories_of(rows)))
+    assert figures["eval_map"] == 0.5
+    assert not built
 
 
 def test_an_optimizer_of_the_user_is_kept(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of
+from m2f_trainer.distributed import from_main
 from m2f_trainer.evaluation.gallery import side_by_side
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.viz.overlay import draw_sample
@@ -27,6 +28,9 @@ NamedPictures: TypeAlias = Mapping[str, NDArray[np.uint8]]
 
 class Pictures(TrainerCallback):
     """Sends pictures to the loggers of `report_to`; without a logger that accepts them none are drawn.
+
+    The main rank draws and sends. The others wait outside of the group's collectives, which have a time limit: a large
+    image, a slow disk or a slow server of a logger would otherwise end the run.
 
     `predictions` returns those of the latest evaluation, `callbacks` all callbacks of the Trainer.
     """
@@ -67,11 +71,15 @@ class Pictures(TrainerCallback):
 
     def _send(self, draw: Callable[[], NamedPictures], state: TrainerState) -> None:
         loggers = [one for one in self.callbacks() if isinstance(one, tuple(_SENDERS))]
-        if loggers and state.is_world_process_zero:
+
+        def draw_and_send() -> None:
             pictures = draw()
             for logger in loggers:
                 send = next(send for kind, send in _SENDERS.items() if isinstance(logger, kind))
                 send(logger, pictures, state.global_step)
+
+        if loggers:
+            from_main(draw_and_send)
 
 
 def _to_tensorboard(logger: TensorBoardCallback, pictures: NamedPictures, step: int) -> None:

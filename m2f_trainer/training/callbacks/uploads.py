@@ -5,6 +5,9 @@ that `m2f_trainer.hub.upload` lists.
 """
 
 import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,60 @@ def hub_target(args: TrainArguments) -> Target:
 
 
 class PushEverySave(TrainerCallback):
-    """Uploads the model of each checkpoint. A failed upload is logged, and the run continues."""
+    """Uploads the model of a checkpoint in a thread of the main process, so that no rank waits for the Hub.
+
+    A checkpoint that is saved while another is uploaded is left out; it is logged, as a failed upload is. The end of
+    the run uploads the final model in any case.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.step = 0
+        self.thread: threading.Thread | None = None
+
+    @property
+    def uploading(self) -> int | None:
+        """The step whose checkpoint is being uploaded; None if there is none."""
+        return self.step if self.thread is not None and self.thread.is_alive() else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Upload the checkpoint, which is complete by now."""
-        if state.is_world_process_zero:
-            try:
-                push(Path(str(args.output_dir), f"checkpoint-{state.global_step}"), self.target)
-            except SharingError as error:
-                logger.warning("step %d: %s The run continues.", state.global_step, error)
+        """Start to upload the checkpoint, which is complete by now."""
+        if not state.is_world_process_zero:
+            return
+        if self.uploading is not None:
+            logger.warning("step %d is not uploaded: step %d still is.", state.global_step, self.step)
+            return
+        self.step = state.global_step
+        folder = Path(str(args.output_dir), f"checkpoint-{self.step}")
+        self.thread = threading.Thread(target=self._upload, args=(folder, self.step), daemon=True)
+        self.thread.start()
+
+    def _upload(self, folder: Path, step: int) -> None:
+        try:
+            push(folder, self.target)
+        except Exception as error:  # a thread's errors would end in a traceback on the terminal
+            logger.warning("step %d: %s The run continues.", step, error)
+
+    def wait(self) -> None:
+        """Wait for the upload that is running."""
+        if self.thread is not None:
+            self.thread.join()
+
+
+def running_uploads(callbacks: Iterable[TrainerCallback]) -> list[PushEverySave]:
+    """Those of a run's callbacks that are uploading a checkpoint now."""
+    return [one for one in callbacks if isinstance(one, PushEverySave) and one.uploading is not None]
+
+
+@contextmanager
+def report_broken_uploads(callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """If the block raises, which ends the run, log the upload that the end of the process will break off."""
+    try:
+        yield
+    except BaseException:
+        for one in running_uploads(callbacks):
+            logger.warning("step %d: the run ends before the checkpoint is uploaded.", one.step)
+        raise
 
 
 class NoStockUpload(TrainerCallback):

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EACCES, EAGAIN
 from pathlib import Path
@@ -168,8 +168,12 @@ def was_evaluated(folder: Path) -> bool:
         return True  # `damage` reports an unreadable file
 
 
-def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_step: int) -> None:
+def rotate(
+    output_dir: Path, limit: int | None, best_step: int | None, newest_step: int, in_use: Container[int] = ()
+) -> None:
     """Keep the newest checkpoint, the best one, and the newest complete others up to `limit`; delete older ones.
+
+    Those of the steps `in_use` are kept, too, until a later call.
 
     Age is determined by the step, never by file times. Checkpoints of steps beyond `newest_step` belong to another
     branch of the run (it was resumed from an earlier checkpoint) and are not touched. A checkpoint that was not
@@ -185,7 +189,7 @@ def rotate(output_dir: Path, limit: int | None, best_step: int | None, newest_st
         if len(kept) < limit and (folder / MANIFEST).is_file() and was_evaluated(folder):
             kept.add(step)
     for step, folder in older:
-        if step not in kept:
+        if step not in kept and step not in in_use:
             _remove(folder)
 
 

@@ -1,12 +1,17 @@
 """Pictures of samples and predictions reach the loggers in use, and nothing is drawn where there are none."""
 
+import multiprocessing
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -14,6 +19,7 @@ from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.distributed import leave
 from m2f_trainer.training.callbacks.pictures import Pictures
 from tests.evaluation.truth import perfect
 
@@ -88,11 +94,35 @@ def test_pictures_go_to_wandb_trackio_and_mlflow_while_their_run_is_open(
     assert got == dict.fromkeys(got, SAMPLES if running else [])
 
 
-def test_other_ranks_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    got = fake_packages(monkeypatch, True)
-    state = TrainerState(global_step=7, is_world_process_zero=False)
-    pictures_for(tmp_path, object.__new__(WandbCallback)).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
-    assert not got["wandb"]
+def draw_slowly(rank: int, folder: Path) -> None:
+    """A rank with a logger, whose server takes longer than the time limit of the group's collectives."""
+    sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    context = SimpleNamespace(current_run=SimpleNamespace(get=object))
+    names: list[str] = []
+
+    def log(values: dict[str, Any]) -> None:
+        time.sleep(5)
+        names.extend(values)
+
+    sys.modules["trackio"] = SimpleNamespace(context_vars=context, Image=lambda picture: picture, log=log)  # type: ignore[assignment]
+    pictures_for(folder / str(rank), object.__new__(TrackioCallback)).on_train_begin(*TOLD)
+    dist.all_reduce(torch.ones(1))
+    leave()
+    (folder / f"{rank}.txt").write_text(" ".join(names))
+
+
+def test_other_ranks_draw_nothing_and_wait_beyond_the_limit_of_collectives(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=draw_slowly, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert (tmp_path / "0.txt").read_text().split() == [*SAMPLES, "train/global_step"]
+    assert (tmp_path / "1.txt").read_text() == ""
 
 
 def test_without_a_logger_nothing_is_drawn(tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ def test_a_failed_upload_at_a_save_is_logged_and_training_continues(
     state, control = TrainerState(global_step=3), TrainerControl()
     with hub_of_this_process(monkeypatch) as hub:
         callback.on_save(args, state, control)
+        callback.wait()  # type: ignore[attr-defined]
         assert {"model.safetensors", "README.md"} <= set(hub.files)
         hub.failures["/api/"] = [403] * 5
         callback.on_save(args, state, control)
+        callback.wait()  # type: ignore[attr-defined]
     assert "step 3: Uploading" in caplog.text
 
 

@@ -94,6 +94,16 @@ def test_a_checkpoint_of_a_stop_replaces_no_evaluated_one_and_is_removed_later(t
     assert save(40, True, best=30) == [30, 40]
 
 
+def test_a_checkpoint_in_use_is_removed_at_a_later_save(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    rotate(tmp_path, 1, None, 30, in_use={10})
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 30]
+    rotate(tmp_path, 1, None, 30)
+    assert [step for step, _ in checkpoints(tmp_path)] == [30]
+
+
 def hold(folder: Path) -> str:
     """What a process gets that wants the folder."""
     try:
