@@ -47,6 +47,8 @@ from m2f_trainer.training.callbacks.uploads import (
 from m2f_trainer.training.checkpointing.checkpoints import run_lock
 from m2f_trainer.training.checkpointing.fingerprint import fingerprint
 from m2f_trainer.training.checkpointing.resume import (
+    OwedEvaluation,
+    evaluation_owed,
     find_checkpoint,
     find_start,
     resume_callbacks,
@@ -95,6 +97,8 @@ def train(recipe: Recipe) -> dict[str, float]:
         model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
+        if start is not None and evaluation_owed(start):
+            trainer.add_callback(OwedEvaluation(trainer, start))
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout), report_broken_uploads(callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
             test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None

@@ -139,8 +139,9 @@ class M2FTrainer(Trainer):
         """The loss's two divisors, summed over the accumulated micro-batches and the ranks -> float32 (2,).
 
         A finished run that is resumed gets no batch here: the Trainer would otherwise train one more step each time.
+        So does one that its owed evaluation stops early.
         """
-        if 0 < self.state.max_steps <= self.state.global_step:
+        if self.control.should_training_stop or 0 < self.state.max_steps <= self.state.global_step:
             batch_samples.clear()
             self.control.should_training_stop = True
         self.step_batches = batch_samples

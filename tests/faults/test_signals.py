@@ -1,10 +1,12 @@
 """A signal in any phase: the step is saved, the status is 75, and the run that is resumed is the same run."""
 
+import json
 import os
 import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -88,9 +90,16 @@ def signal_in_a_long_evaluation(rank: int) -> None:
     patch.object(M2FTrainer, "prediction_step", slow).start()
 
 
+def history(output: Path) -> dict[str, Any]:
+    """The evaluations and the best checkpoint of a finished run."""
+    state = json.loads((output / "trainer_state.json").read_text())
+    evaluations = [(one["step"], one["eval_map"]) for one in state["log_history"] if "eval_map" in one]
+    return {"evaluations": evaluations, "best": (state["best_global_step"], state["best_metric"])}
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_breaks_a_long_evaluation_off_and_the_step_is_saved(
-    ranks: int, data: Path, whole: Path, tmp_path: Path
+def test_a_signal_breaks_a_long_evaluation_off_and_the_resumed_run_makes_it(
+    ranks: int, data: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """A scheduler kills the run before such an evaluation ends."""
     output = tmp_path / "run"
@@ -99,9 +108,17 @@ def test_a_signal_breaks_a_long_evaluation_off_and_the_step_is_saved(
     assert [one.status for one in ran] == [75] * ranks, ran[0].text[-3000:]
     assert newest_complete(output) == output / "checkpoint-4"
     assert read_metrics(output / "checkpoint-4" / METRICS) == {"step": 4, "evaluated": False}
-    if ranks == 1:
-        assert train(tmp_path / "log", options(data, output, resume_from_checkpoint=True)).status == 0
-        assert same_weights(output, whole)
+    arguments = options(data, output, per_device_train_batch_size=2 // ranks, resume_from_checkpoint=True)
+    again = Started(tmp_path / "log", arguments, ranks=ranks).join()
+    assert [one.status for one in again] == [0] * ranks, again[0].text[-3000:]
+    whole = request.getfixturevalue("whole" if ranks == 1 else "whole_of_two")
+    assert same_weights(output, whole)
+    assert losses(output) == losses(whole)
+    assert history(output) == history(whole)
+    found, expected = (read_metrics(folder / "checkpoint-4" / METRICS) for folder in (output, whole))
+    assert {key: value for key, value in found.items() if "ma" in key} == {
+        key: value for key, value in expected.items() if "ma" in key
+    }
 
 
 @pytest.mark.slow

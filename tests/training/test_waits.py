@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerControl
 
 from benchmarks.stock import CATEGORIES, scene
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -34,7 +35,7 @@ def step(model: nn.Module, batch: dict[str, Any], trainer: Any) -> torch.Tensor:
 def trainer_of(model: Any) -> Any:
     return SimpleNamespace(
         step_batches=[], accelerator=SimpleNamespace(unwrap_model=lambda one: one), model=model,
-        args=SimpleNamespace(world_size=1), state=SimpleNamespace(max_steps=1, global_step=0),
+        args=SimpleNamespace(world_size=1), state=SimpleNamespace(max_steps=1, global_step=0), control=TrainerControl(),
     )  # fmt: skip
 
 

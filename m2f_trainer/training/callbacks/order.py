@@ -21,7 +21,7 @@ from m2f_trainer.training.callbacks.progress import (
 )
 from m2f_trainer.training.callbacks.signals import StopOnSignal
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, PushEverySave
-from m2f_trainer.training.checkpointing.resume import NewSettings, Resumed
+from m2f_trainer.training.checkpointing.resume import NewSettings, OwedEvaluation, Resumed
 from m2f_trainer.training.ema import Average
 
 ORDER: tuple[tuple[type[TrainerCallback], str], ...] = (
@@ -44,6 +44,7 @@ ORDER: tuple[tuple[type[TrainerCallback], str], ...] = (
     (Lines, "one line for each log, with what the rows above added to it"),
     (Average, "takes the weights last, after every callback that could change them"),
     (Pictures, "draws after the loggers have opened, and takes the longest"),
+    (OwedEvaluation, "evaluates once the weights, the loggers and all rows above are as they are during training"),
 )
 
 

@@ -32,9 +32,9 @@ class StopOnSignal(TrainerCallback):
     """Context manager and callback that handles SIGTERM, SIGINT and SIGUSR1; a second one ends the process at once.
 
     During training, the ranks agree after each step whether any of them got a signal; then all save, and RunStopped is
-    raised. A save in progress is finished first, and an evaluation if it ends within `GRACE_SECONDS`; otherwise it is
-    broken off, and the step is saved without figures. Before and after training there is nothing to save, and
-    RunStopped is raised at once.
+    raised. A save in progress is finished first, and an evaluation if it ends within `GRACE_SECONDS`. Otherwise it is
+    broken off, the step is saved without figures, and the resumed run begins with that evaluation. Before and after
+    training there is nothing to save, and RunStopped is raised at once.
     """
 
     def __init__(self) -> None:

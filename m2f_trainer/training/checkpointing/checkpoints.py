@@ -153,9 +153,10 @@ def _complete(trainer: Trainer, written: Path, final: Path) -> None:
 def figures_of_step(latest: Mapping[str, float], step: int) -> Mapping[str, float]:
     """The content of a checkpoint's metrics.json: the figures of that step, or a note that it was not evaluated.
 
-    The note is written when a signal stops a run between evaluations, because a scheduler does not wait for one. Such a
-    checkpoint only serves to resume the run. Evaluating it after the resume would add an evaluation to those that
-    choose the best model and stop early, and the resumed run would differ from the uninterrupted one.
+    The note is written when a signal stops a run, because a scheduler does not wait for an evaluation. If one was due
+    at that step, it is made when the run is resumed (`resume.OwedEvaluation`). Otherwise the checkpoint only serves to
+    resume the run: an evaluation would be added to those that choose the best model and stop early, and the resumed
+    run would differ from the uninterrupted one.
     """
     return latest if latest.get("step") == step else {"step": step, "evaluated": False}
 

@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -22,7 +22,7 @@ from m2f_trainer.errors import CheckpointError
 from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
-from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage
+from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_per_epoch
 from m2f_trainer.training.ema import drop_averages, swap_averages
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
@@ -195,6 +195,36 @@ class Resumed(TrainerCallback):
                     folder.rename(aside)
                     logger.warning("%s is of an earlier branch of this run: it is now %s", folder, aside.name)
         self.start = None
+
+
+def evaluation_owed(start: Path) -> bool:
+    """Whether a signal broke off the evaluation that was due at the step of a checkpoint."""
+    state = json.loads((start / STATE).read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return control.get("should_evaluate") is True and not was_evaluated(start)
+
+
+class OwedEvaluation(TrainerCallback):
+    """Evaluates the step that a run is resumed at, and saves it again, now with its figures.
+
+    For checkpoints whose evaluation was broken off, see `evaluation_owed`. The choice of the best checkpoint, early
+    stopping and the history are then those of the uninterrupted run.
+    """
+
+    def __init__(self, trainer: Trainer, start: Path) -> None:
+        self.trainer, self.start = trainer, start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate, select the best checkpoint and save, as the Trainer does after a step."""
+        logger.warning("step %d: its evaluation was broken off and is made now", state.global_step)
+        trainer, model = self.trainer, cast(Any, self.trainer.model)
+        trainer._determine_best_metric(trainer.evaluate(), None)
+        trainer._load_rng_state(str(self.start))  # the evaluation has drawn random numbers
+        trainer._save_checkpoint(model, None)
+        trainer.callback_handler.on_save(args, state, control)
+        control.should_evaluate = control.should_save = False
 
 
 class NewSettings(TrainerCallback):

@@ -1,16 +1,17 @@
 """Which checkpoint a run resumes from, and whether its settings are the same."""
 
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
-from m2f_trainer.run_folder import FINGERPRINT, STATE
+from m2f_trainer.run_folder import FINGERPRINT, METRICS, STATE
 from m2f_trainer.training import ema
 from m2f_trainer.training.checkpointing import resume
 from m2f_trainer.training.checkpointing.checkpoints import write_manifest
@@ -131,3 +132,21 @@ def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of
     torch.testing.assert_close(raw, weight - 0.1, rtol=0, atol=1e-3)
     with ema.averaged(optimizer):  # as evaluations and saves have the model
         assert torch.equal(model.class_predictor.weight, raw)
+
+
+@pytest.mark.parametrize(
+    ("figures", "due", "owed"),
+    [({"evaluated": False}, True, True), ({"evaluated": False}, False, False), ({"eval_map": 0.5}, True, False)],
+)
+def test_an_evaluation_is_owed_where_it_was_due_and_has_no_figures(
+    figures: dict[str, object], due: bool, owed: bool, tmp_path: Path
+) -> None:
+    (tmp_path / METRICS).write_text(json.dumps(figures))
+    state = {"stateful_callbacks": {"TrainerControl": {"args": {"should_evaluate": due}}}}
+    (tmp_path / STATE).write_text(json.dumps(state))
+    assert resume.evaluation_owed(tmp_path) is owed
+
+
+def test_the_private_methods_of_transformers_that_an_owed_evaluation_calls_are_there() -> None:
+    assert list(signature(Trainer._determine_best_metric).parameters) == ["self", "metrics", "trial"]
+    assert list(signature(Trainer._load_rng_state).parameters) == ["self", "checkpoint"]
