@@ -9,11 +9,14 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,30 +28,43 @@ from torch.utils.data import DataLoader, Dataset
 from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.imbalance import RepeatedSamples
+from m2f_trainer.distributed import from_main, rank_and_world_size
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
-from m2f_trainer.run_folder import FEATURE_CACHE, write_atomically
+from m2f_trainer.run_folder import FEATURE_CACHE, write_json
 from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
 
 logger = logging.getLogger(__name__)
-MAPS, KEY = "maps.bf16", "maps.json"
+KEY = "maps.json"
+"""The file that names the maps' files and what they were computed from; written last."""
+
 SPARE = 0.02  # fraction of the disk that is left free
 PIXELS_AT_ONCE = 2**18  # of small images, such as 16 of 128 x 128
 
 
 @dataclass(frozen=True)
-class MapFile:
+class MapFiles:
     """Feature maps of N images x K views in bfloat16, one record per view after another.
 
-    shapes  (C, h, w) of each map of a record; the maps of a record lie one after another
+    Each rank writes a file of its own and renames it when it is complete. Nodes that share a network file system (NFS)
+    must not write one file together: they would overwrite each other's parts of a page.
+
+    Attributes:
+        folder: where the files are.
+        name: what their names begin with, new for each computation: a node may still know a former file by its name.
+        images, views: N and K.
+        shapes: (C, h, w) of each map of a record; the maps of a record lie one after another.
+        parts: number of files; record r is row r // parts of file r % parts.
     """
 
-    path: Path
+    folder: Path
+    name: str
     images: int
     views: int
     shapes: tuple[tuple[int, int, int], ...]
+    parts: int
 
     @property
     def numbers(self) -> int:
@@ -57,30 +73,52 @@ class MapFile:
 
     @property
     def size(self) -> int:
-        """Size of the file in bytes."""
+        """Size of all files in bytes."""
         return 2 * self.images * self.views * self.numbers
 
-    def table(self, mode: Literal["r", "r+", "w+"]) -> "np.memmap[tuple[int, int], np.dtype[np.uint16]]":
-        """The file, memory-mapped as uint16 (N x K, numbers): numpy has no bfloat16."""
-        return np.memmap(self.path, np.uint16, mode, shape=(self.images * self.views, self.numbers))
+    def path(self, part: int) -> Path:
+        """The file of a rank."""
+        return self.folder / f"{self.name}-{part}.bf16"
 
-    def write(self, record: int, maps: Sequence[Tensor]) -> None:
-        """Write the maps of one record, (C, h, w) each; `read` is the inverse up to rounding."""
-        flat = torch.cat([one.flatten() for one in maps]).to("cpu", torch.bfloat16)
-        self.table("r+")[record] = flat.view(torch.int16).numpy().view(np.uint16)
+    def write(self, part: int, records: Iterable[Sequence[Tensor]]) -> None:
+        """Write the records of one file in order, each the maps of a view, (C, h, w) each; `read` is the inverse.
+
+        The maps are rounded to bfloat16.
+
+        Raises:
+            DataError: the file can't be written.
+        """
+        path, unfinished = self.path(part), self.folder / f".{self.name}-{part}"
+        try:
+            with unfinished.open("wb") as file:
+                for maps in records:
+                    flat = torch.cat([one.flatten() for one in maps]).to("cpu", torch.bfloat16)
+                    file.write(flat.view(torch.int16).numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError as error:
+            raise DataError(
+                f"feature_cache: {path} can't be written ({error}). Set output_dir to a larger disk, or feature_cache "
+                "to null."
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def read(self, record: int) -> list[Tensor]:
         """The maps of one record, bfloat16 (C, h, w) each."""
-        row = np.array(self.table("r")[record])
-        flat = torch.from_numpy(row.view(np.int16)).view(torch.bfloat16)
-        parts = flat.split([math.prod(shape) for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        part, row = record % self.parts, record // self.parts
+        rows = len(range(part, self.images * self.views, self.parts))
+        values = np.memmap(self.path(part), np.uint16, "r", shape=(rows, self.numbers))[row]  # numpy has no bfloat16
+        flat = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return [one.view(shape) for one, shape in zip(flat.split(sizes), self.shapes, strict=True)]
 
 
 class CachedViews(InstanceDataset):
     """K fixed views of each sample, with the backbone's feature maps from a file: epoch e has view e mod K."""
 
-    def __init__(self, dataset: InstanceDataset, maps: MapFile) -> None:
+    def __init__(self, dataset: InstanceDataset, maps: MapFiles) -> None:
         super().__init__(dataset.rows, dataset.transform, dataset.categories)
         self.dataset, self.maps = dataset, maps
 
@@ -122,25 +160,30 @@ class AllViews(Dataset[dict[str, Any]]):
 def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args: TrainArguments) -> CachedViews:
     """The dataset with its backbone maps, which are computed and stored in the run's folder if they are absent.
 
-    `args` are the run's training arguments. The work is divided among the ranks. Raises DataError if the disk is full.
+    `args` are the run's training arguments. The work is divided among the ranks, which may be on several nodes that
+    share the run's folder. Raises DataError if the disk is full.
     """
     transform: Any = dataset.transform
     folder, encoder = Path(str(args.output_dir), FEATURE_CACHE), model.encoder.to(args.device)
     shapes = map_shapes(encoder, transform.size)
-    maps = MapFile(folder / MAPS, len(dataset), views, shapes)
-    key = json.dumps({"shapes": shapes, "views": views, "of": cache_key(dataset, encoder)})
-    state = PartialState()
-    there = (folder / KEY).is_file() and (folder / KEY).read_text(encoding="utf-8") == key
-    state.wait_for_everyone()
-    if not there:
-        if state.is_main_process:
-            allocate(maps)
-        state.wait_for_everyone()
-        compute_maps(dataset, model, maps, args)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            write_atomically(folder / KEY, key)
+    rank, world = rank_and_world_size()
+    key = {"shapes": [list(shape) for shape in shapes], "views": views, "of": cache_key(dataset, encoder)}
+    found = from_main(partial(stored_files, folder, key))
+    name, parts = found or (from_main(lambda: f"maps-{uuid.uuid4().hex[:8]}"), world)
+    maps = MapFiles(folder, name, len(dataset), views, shapes, parts)
+    if found is None:
+        from_main(partial(make_room, maps))
+        maps.write(rank, compute_maps(dataset, model, maps, args))
+        PartialState().wait_for_everyone()
+        from_main(partial(write_json, folder / KEY, {**key, "name": name, "parts": parts}))
     return CachedViews(dataset, maps)
+
+
+def stored_files(folder: Path, key: Mapping[str, Any]) -> tuple[str, int] | None:
+    """`name` and `parts` of the `MapFiles` in a folder, if they are complete and have this key; None otherwise."""
+    path = folder / KEY
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return (found["name"], found["parts"]) if key.items() <= found.items() else None
 
 
 @torch.no_grad()
@@ -163,41 +206,40 @@ def cache_key(dataset: InstanceDataset, encoder: Encoder) -> str:
     return total.hexdigest()
 
 
-def allocate(maps: MapFile) -> None:
-    """Log the size of the file and allocate it. Raises DataError if the disk has no room for it."""
-    folder = maps.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / KEY).unlink(missing_ok=True)
-    maps.path.unlink(missing_ok=True)
-    disk = shutil.disk_usage(folder)
+def make_room(maps: MapFiles) -> None:
+    """Remove former maps, and log the size of the new ones. Raises DataError if the disk has no room for them."""
+    shutil.rmtree(maps.folder, ignore_errors=True)
+    maps.folder.mkdir(parents=True)
+    disk = shutil.disk_usage(maps.folder)
     room = disk.free - int(SPARE * disk.total)
     size = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
     if maps.size > room:
         raise DataError(
-            f"feature_cache {maps.views}: {size} of backbone maps do not fit into {folder}, where {room / 1e9:.2f} GB "
-            "can be used. Lower feature_cache, image_height and image_width; or set output_dir to a larger disk, or "
-            "feature_cache to null"
+            f"feature_cache {maps.views}: {size} of backbone maps do not fit into {maps.folder}, where "
+            f"{room / 1e9:.2f} GB can be used. Lower feature_cache, image_height and image_width; or set output_dir to "
+            "a larger disk, or feature_cache to null"
         )
-    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", size, maps.path, disk.free / 1e9)
-    maps.table("w+").flush()
+    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", size, maps.folder, disk.free / 1e9)
 
 
 @torch.no_grad()
-def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFile, args: TrainArguments) -> None:
-    """Run the backbone over this rank's share of all views, and write the maps.
+def compute_maps(
+    dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments
+) -> Iterator[list[Tensor]]:
+    """Run the backbone over this rank's share of all views, and yield the maps of each, (C, h, w) each.
 
-    In bfloat16, the type of the file, if the recipe has bf16 or the CPU supports it. Small images are batched together.
+    In bfloat16, the type of the files, if the recipe has bf16 or the CPU supports it. Small images are batched
+    together.
     """
-    state = PartialState()
-    todo = AllViews(dataset, maps.views, slice(state.process_index, None, state.num_processes))
+    rank, _ = rank_and_world_size()
+    todo = AllViews(dataset, maps.views, slice(rank, None, maps.parts))
     transform: Any = dataset.transform
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
     loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate)
-    records = iter(todo.records)
     half = bool(args.bf16) or (args.device.type == "cpu" and cpu_computes_in_bf16())
     for batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
             found = model.encoder.backbone_features(pixels)
         for maps_of_one in zip(*found, strict=True):
-            maps.write(next(records), maps_of_one)
+            yield list(maps_of_one)

@@ -1,12 +1,18 @@
 """Training on cached backbone maps equals training without, for the same views."""
 
 import logging
+import multiprocessing
+import sys
 from collections import namedtuple
+from collections.abc import Iterator
+from datetime import timedelta
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from m2f_trainer.config.recipe import load_recipe
@@ -15,11 +21,12 @@ from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.tiles import TileTransform, TrainTiles
 from m2f_trainer.data.transforms import TrainTransform
+from m2f_trainer.distributed import leave
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training import feature_cache
-from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFile, with_cached_maps
+from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFiles, with_cached_maps
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
@@ -129,12 +136,13 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
     with caplog.at_level(logging.WARNING):
         _, first, _ = both(rows, tmp_path)
         assert "3 images x 2 views x 0.00819 MB = 4.92e-05 GB of backbone maps go to" in caplog.text
-        written = first.maps.path.stat()
+        written = first.maps.path(0).stat()
         assert written.st_size == first.maps.size
         both(rows, tmp_path)
-        assert first.maps.path.stat().st_mtime_ns == written.st_mtime_ns
+        assert first.maps.path(0).stat().st_mtime_ns == written.st_mtime_ns
         _, third, _ = both(rows, tmp_path, views=3)
-    assert third.maps.path.stat().st_size == written.st_size // 2 * 3
+    assert third.maps.path(0).stat().st_size == written.st_size // 2 * 3
+    assert not first.maps.path(0).exists()
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(
@@ -147,13 +155,61 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(
 
 
 def test_maps_written_are_maps_read(tmp_path: Path) -> None:
-    file = MapFile(tmp_path / "maps", 2, 2, ((4, 6, 5), (8, 3, 3)))
-    file.table("w+").flush()
-    maps = [torch.randn(shape) for shape in file.shapes]
-    file.write(3, maps)
-    for found, expected in zip(file.read(3), maps, strict=True):
-        assert torch.equal(found, expected.bfloat16())
-    assert all(one.eq(0).all() for one in file.read(2))
+    files = MapFiles(tmp_path, "maps", images=2, views=2, shapes=((4, 6, 5), (8, 3, 3)), parts=3)
+    records = [[torch.randn(shape) for shape in files.shapes] for _ in range(4)]
+    for part in range(3):
+        files.write(part, records[part::3])
+    for record, maps in enumerate(records):
+        for found, expected in zip(files.read(record), maps, strict=True):
+            assert torch.equal(found, expected.bfloat16())
+
+
+def test_maps_that_cannot_be_written_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
+    files = MapFiles(tmp_path, "maps", images=1, views=1, shapes=((1, 2, 2),), parts=1)
+
+    def full_disk() -> Iterator[list[Tensor]]:
+        yield [torch.zeros(1, 2, 2)]
+        raise OSError(ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"feature_cache: .*maps-0.bf16 can't be written \(.*No space left on device"):
+        files.write(0, full_disk())
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_as_rank(rank: int, data: Path, folder: Path) -> None:
+    """A rank of two that share a folder."""
+    sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    _, kept, _ = both(load_coco(data)["train"], folder / "run")
+    torch.save([kept.maps.read(record) for record in range(6)], folder / f"{rank}.pt")
+    leave()
+
+
+def test_ranks_that_share_a_folder_write_a_file_each_and_read_all(tmp_path: Path) -> None:
+    """On a network file system, nodes that write one file together overwrite each other's parts."""
+    data = write_sample(tmp_path / "data", images=(3, 1, 1))
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=fill_as_rank, args=(rank, data, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    sizes = [path.stat().st_size for path in (tmp_path / "run" / "feature_cache").glob("*.bf16")]
+    torch.manual_seed(0)
+    _, alone, _ = both(load_coco(data)["train"], tmp_path / "alone")
+    assert sizes == [alone.maps.size // 2] * 2
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for record in range(6):
+            for one, expected in zip(found[record], alone.maps.read(record), strict=True):
+                torch.testing.assert_close(one, expected, rtol=2e-2, atol=2e-2)
+    torch.manual_seed(0)
+    _, again, _ = both(load_coco(data)["train"], tmp_path / "run")
+    assert again.maps.parts == 2, "one process reads what two have written"
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
