@@ -3,6 +3,7 @@
 `checkpointing_steps` sets the interval of saving and of evaluation, which are always done together.
 """
 
+import difflib
 import logging
 import shlex
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
@@ -348,6 +351,7 @@ class TrainArguments(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and gpu_computes_in_bf16()
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        require_known_loggers([self.report_to] if isinstance(self.report_to, str) else self.report_to)
         if self.backbone_lr_multiplier is None:
             self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
@@ -376,6 +380,31 @@ class TrainArguments(TrainingArguments):
         """
         _ = self._setup_devices
 
+    def require_packages(self) -> None:
+        """Check that this machine has what the recipe's loggers and compiler need, before the data is read.
+
+        Raises:
+            RecipeError: it hasn't; the message names what is missing.
+        """
+        for name in self.report_to or ():
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except (ImportError, RuntimeError) as error:
+                raise RecipeError(f"report_to={name}: {error} Or give other loggers, or none.") from error
+        if self.torch_compile:
+            try:
+                compiled = torch.compile(
+                    torch.neg, backend=str(self.torch_compile_backend), mode=self.torch_compile_mode
+                )
+                compiled(torch.ones(2, device=self.device))
+            except Exception as error:  # of torch's compiler, or of one of the many packages that it uses
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise RecipeError(
+                    f"torch_compile with the backend {self.torch_compile_backend} and the mode "
+                    f"{self.torch_compile_mode} fails on this machine: {reason}. The usual backend is inductor, which "
+                    "needs a C++ compiler and on GPUs triton. Or leave torch_compile out."
+                ) from error
+
     @property
     def device(self) -> torch.device:
         """The device of this process."""
@@ -391,6 +420,7 @@ class TrainArguments(TrainingArguments):
     @cached_property
     def _setup_devices(self) -> torch.device:
         backend = self.ddp_backend or ("gloo" if self.use_cpu else None)
+        require_backend(self.ddp_backend, self.use_cpu)
         start_group(backend, self.ddp_timeout_delta)
         device: torch.device = TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
         if self._n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which splits the masks of a batch
@@ -501,6 +531,28 @@ def require_schedule(name: str, settings: object) -> None:
         get_scheduler(name, optimizer, 1, 2, settings if isinstance(settings, dict) else None)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {settings}: {error}.") from error
+
+
+def require_known_loggers(names: Sequence[str]) -> None:
+    """Raise RecipeError if transformers has no logger of one of these names."""
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise RecipeError(
+                f"report_to={name}: unknown logger; the nearest is {nearest}. Known: {', '.join(sorted(known))}."
+            )
+
+
+def require_backend(name: str | None, on_cpu: bool) -> None:
+    """Raise RecipeError if processes can't communicate by this backend here; None chooses one by the device."""
+    suitable = {"gloo": True, "mpi": True, "nccl": not on_cpu, "xccl": not on_cpu}
+    there = [one for one, suits in suitable.items() if suits and dist.is_backend_available(one)]
+    if name is not None and name not in there and (on_cpu or name in suitable):
+        raise RecipeError(
+            f"ddp_backend={name}: not available {'on CPUs' if on_cpu else 'in this installation of torch'}; available: "
+            f"{', '.join(there)}. Leave ddp_backend out: it is chosen by the device."
+        )
 
 
 def require_optimizer(arguments: TrainingArguments, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -122,6 +123,42 @@ def test_full_determinism_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     with pytest.raises(RecipeError, match="full_determinism: torch has no deterministic backward of grid_sample"):
         TrainArguments(full_determinism=True)
+
+
+def test_an_unknown_logger_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"report_to=wandbb: unknown logger; the nearest is wandb. Known: all, azure"):
+        TrainArguments(report_to=["tensorboard", "wandbb"])
+
+
+@pytest.mark.parametrize("name", INTEGRATION_TO_CALLBACK)
+def test_a_logger_is_accepted_or_refused_with_the_package_that_it_needs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files where they start
+    try:
+        TrainArguments(report_to=name).require_packages()
+    except RecipeError as error:
+        message = str(error)
+    else:
+        message = ""
+    pattern = rf"report_to={name}: .*(pip install|environment variable).* Or give other loggers, or none\."
+    assert not message or re.fullmatch(pattern, message)
+
+
+def test_a_backend_that_the_device_or_torch_lacks_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"ddp_backend=nccl: not available on CPUs; available: gloo.* Leave"):
+        TrainArguments(report_to="none", use_cpu=True, ddp_backend="nccl").start_process_group()
+    TrainArguments(report_to="none", use_cpu=True, ddp_backend="gloo").start_process_group()
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code
+def test_a_compiler_that_fails_on_this_machine_is_refused() -> None:
+    arguments = TrainArguments(report_to="none", torch_compile=True, torch_compile_backend="inducto")
+    with pytest.raises(
+        RecipeError, match=r"torch_compile with the backend inducto .* fails on this machine: .*inducto"
+    ):
+        arguments.require_packages()
+    TrainArguments(report_to="none", torch_compile=True, torch_compile_backend="eager").require_packages()
 
 
 @pytest.mark.parametrize("name", [one.value for one in OptimizerNames])

@@ -48,6 +48,23 @@ def test_ranks_on_cpus_train_one_model_together_without_being_told_of_the_cpu(tm
     assert json.loads((checkpoint / "recipe.json").read_text())["use_cpu"] is False
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"report_to": "clearml"}, "report_to=clearml: ClearMLCallback requires 'clearml' to be installed"),
+        ({"ddp_backend": "nccl"}, "ddp_backend=nccl: not available on CPUs"),
+        ({"torch_compile": True, "torch_compile_backend": "inducto"}, "torch_compile with the backend inducto"),
+    ],
+)
+@pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code
+def test_what_the_machine_lacks_is_refused_before_the_data_is_read(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe([str(write_tiny(tmp_path, **{**fields, "dataset_name": str(tmp_path / "missing")}))])
+    with pytest.raises(RecipeError, match=message):
+        train(recipe)
+
+
 def test_a_finished_run_that_is_resumed_trains_no_step_more_and_keeps_its_figures(tmp_path: Path) -> None:
     fields = {"max_steps": 1, "load_best_model_at_end": False, "lr_scheduler_type": "constant"}
     recipe = [str(write_tiny(tmp_path, images=(4, 1, 0), **fields))]
