@@ -7,7 +7,7 @@ import difflib
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations import integration_utils as loggers
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from m2f_trainer.config.fields import Theme, check_ranges, option
@@ -35,6 +35,24 @@ UNKNOWN = 10**9
 
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
 """Mask2Former's learning rate schedule, as arguments of transformers' `polynomial`."""
+
+LOGGERS: dict[str, tuple[Callable[[], bool], str]] = {
+    "azure_ml": (loggers.is_azureml_available, "pip install azureml-sdk"),
+    "clearml": (loggers.is_clearml_available, "pip install clearml"),
+    "codecarbon": (loggers.is_codecarbon_available, "pip install codecarbon"),
+    "comet_ml": (loggers.is_comet_available, "pip install comet-ml"),
+    "dagshub": (loggers.is_dagshub_available, "pip install dagshub mlflow"),
+    "dvclive": (loggers.is_dvclive_available, "pip install dvclive"),
+    "flyte": (loggers.is_flytekit_available, "pip install flytekit"),
+    "kubeflow": (loggers.is_kubeflow_available, "its environment variable KUBEFLOW_TRAINER_SERVER_URL is not set"),
+    "mlflow": (loggers.is_mlflow_available, "pip install mlflow"),
+    "neptune": (loggers.is_neptune_available, "pip install neptune"),
+    "swanlab": (loggers.is_swanlab_available, "pip install swanlab"),
+    "tensorboard": (loggers.is_tensorboard_available, "pip install tensorboard"),
+    "trackio": (loggers.is_trackio_available, "pip install trackio"),
+    "wandb": (loggers.is_wandb_available, "pip install wandb"),
+}
+"""Names for `report_to` -> whether the logger is available, and what to do if it isn't."""
 
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 FIXED: Theme = "fixed or derived (not to be set)"
@@ -387,10 +405,9 @@ class TrainArguments(TrainingArguments):
             RecipeError: it hasn't; the message names what is missing.
         """
         for name in self.report_to or ():
-            try:
-                INTEGRATION_TO_CALLBACK[name]()
-            except (ImportError, RuntimeError) as error:
-                raise RecipeError(f"report_to={name}: {error} Or give other loggers, or none.") from error
+            is_there, remedy = LOGGERS.get(name, (lambda: True, ""))
+            if not is_there():
+                raise RecipeError(f"report_to={name}: not available here; {remedy}. Or give other loggers, or none.")
         if self.torch_compile:
             try:
                 compiled = torch.compile(
@@ -535,7 +552,7 @@ def require_schedule(name: str, settings: object) -> None:
 
 def require_known_loggers(names: Sequence[str]) -> None:
     """Raise RecipeError if transformers has no logger of one of these names."""
-    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    known = ["none", "all", *loggers.INTEGRATION_TO_CALLBACK]
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

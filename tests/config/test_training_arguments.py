@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.config.training_arguments import LOGGERS, TrainArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.training.optimizer import build_optimizer
 from tests.model.tiny import tiny_model
@@ -130,19 +130,26 @@ def test_an_unknown_logger_is_refused_with_the_nearest() -> None:
         TrainArguments(report_to=["tensorboard", "wandbb"])
 
 
-@pytest.mark.parametrize("name", INTEGRATION_TO_CALLBACK)
-def test_a_logger_is_accepted_or_refused_with_the_package_that_it_needs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_that_is_not_available_is_refused_with_what_it_needs(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # some write files where they start
-    try:
-        TrainArguments(report_to=name).require_packages()
-    except RecipeError as error:
-        message = str(error)
-    else:
-        message = ""
-    pattern = rf"report_to={name}: .*(pip install|environment variable).* Or give other loggers, or none\."
-    assert not message or re.fullmatch(pattern, message)
+    assert LOGGERS.keys() == INTEGRATION_TO_CALLBACK.keys(), "each logger of transformers has a row"
+    arguments = TrainArguments(report_to=name)
+    monkeypatch.setitem(LOGGERS, name, (lambda: True, ""))
+    arguments.require_packages()
+    monkeypatch.undo()
+    _, remedy = LOGGERS[name]
+    assert "pip install" in remedy or "environment variable" in remedy
+    monkeypatch.setitem(LOGGERS, name, (lambda: False, remedy))
+    with pytest.raises(RecipeError, match=f"report_to={name}: not available here; {remedy}. Or give other loggers"):
+        arguments.require_packages()
+
+
+def test_a_logger_of_an_uninstalled_package_is_found_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="report_to=clearml: not available here; pip install clearml"):
+        TrainArguments(report_to="clearml").require_packages()
 
 
 def test_a_backend_that_the_device_or_torch_lacks_is_refused() -> None:

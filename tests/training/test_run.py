@@ -51,7 +51,7 @@ def test_ranks_on_cpus_train_one_model_together_without_being_told_of_the_cpu(tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"report_to": "clearml"}, "report_to=clearml: ClearMLCallback requires 'clearml' to be installed"),
+        ({"report_to": "clearml"}, "report_to=clearml: not available here; pip install clearml"),
         ({"ddp_backend": "nccl"}, "ddp_backend=nccl: not available on CPUs"),
         ({"torch_compile": True, "torch_compile_backend": "inducto"}, "torch_compile with the backend inducto"),
     ],
