@@ -5,6 +5,7 @@
 
 import difflib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ LOGGERS: dict[str, tuple[Callable[[], bool], str]] = {
     "wandb": (loggers.is_wandb_available, "pip install wandb"),
 }
 """Names for `report_to` -> whether the logger is available, and what to do if it isn't."""
+
+LAUNCHED = {"LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+"""Environment variables of launchers, by which accelerate knows that there are several processes."""
 
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 FIXED: Theme = "fixed or derived (not to be set)"
@@ -276,7 +279,7 @@ class TrainArguments(TrainingArguments):
 
     per_device_eval_batch_size: int = option(4, "Evaluation images per device and forward pass.", "machine", at_least=1)
     dataloader_num_workers: int = option(
-        min(4, cpu_count() or 1), "Processes per device that load and augment images.", "machine", at_least=0
+        min(4, os.cpu_count() or 1), "Processes per device that load and augment images.", "machine", at_least=0
     )
     dataloader_persistent_workers: bool = option(True, "Keep these processes alive between epochs.", "machine")
     dataloader_timeout: int = option(
@@ -439,7 +442,11 @@ class TrainArguments(TrainingArguments):
         backend = self.ddp_backend or ("gloo" if self.use_cpu else None)
         require_backend(self.ddp_backend, self.use_cpu)
         start_group(backend, self.ddp_timeout_delta)
+        given = self.ddp_backend
+        if not dist.is_initialized() and not LAUNCHED & os.environ.keys():
+            self.ddp_backend = None  # of one process; accelerate would take it for a group's
         device: torch.device = TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
+        self.ddp_backend = given
         if self._n_gpu > 1:  # the Trainer would wrap the model in nn.DataParallel, which splits the masks of a batch
             logger.warning(one_of_several_gpus(self._n_gpu, sys.argv[1:]))
             self._n_gpu = 1

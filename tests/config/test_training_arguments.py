@@ -155,7 +155,12 @@ def test_a_logger_of_an_uninstalled_package_is_found_to_be_missing(monkeypatch: 
 def test_a_backend_that_the_device_or_torch_lacks_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"ddp_backend=nccl: not available on CPUs; available: gloo.* Leave"):
         TrainArguments(report_to="none", use_cpu=True, ddp_backend="nccl").start_process_group()
-    TrainArguments(report_to="none", use_cpu=True, ddp_backend="gloo").start_process_group()
+
+
+def test_a_backend_means_nothing_to_a_process_without_others() -> None:
+    arguments = TrainArguments(report_to="none", use_cpu=True, ddp_backend="gloo")
+    assert arguments.world_size == 1
+    assert arguments.ddp_backend == "gloo"
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns at its own code
