@@ -46,6 +46,9 @@ PICTURES = "pictures"
 
 STAGING, RESUME_STAGING, LOCK = ".staging", ".resume", ".lock"
 
+WRITTEN_FOLDERS = {ADAPTER_FOLDER, FEATURE_CACHE, PICTURES, STAGING, RESUME_STAGING, "runs"}
+"""The folders inside of a run's folder that files are written into; transformers writes TensorBoard's into `runs`."""
+
 FORMULA_STARTS = tuple("=+-@\t\r")
 """First characters that make a spreadsheet take a cell for a formula."""
 
@@ -59,7 +62,8 @@ def check_no_links(folder: str | Path) -> None:
     """Check that a folder that files are written into holds no link that one of them would be written through.
 
     Libraries such as transformers open files by name and follow links. A received folder may hold a link named
-    `config.json` that leads to a file of the user. Links named `checkpoint-N` are allowed: they are only read.
+    `config.json` that leads to a file of the user. Two kinds of links are allowed: `checkpoint-N`, which is only read,
+    and links to folders that nothing is written into, such as a dataset on another disk.
 
     Raises:
         ModelFolderError: there is one, in the folder itself or in those of the adapter and the pictures.
@@ -67,7 +71,8 @@ def check_no_links(folder: str | Path) -> None:
     folder = Path(folder)
     places = [folder, *(folder / name for name in (ADAPTER_FOLDER, PICTURES))]
     for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
-        if path.is_symlink() and not path.name.startswith("checkpoint-"):
+        only_read = path.name.startswith("checkpoint-") or path.is_dir() and path.name.lower() not in WRITTEN_FOLDERS
+        if path.is_symlink() and not only_read:
             raise ModelFolderError(
                 f"{path} is a link to {path.readlink()}, and nothing is written through links. Remove it, or give "
                 "another output folder."

@@ -36,7 +36,7 @@ def test_a_run_follows_no_link_in_its_folder(
     assert precious.read_text() == PRECIOUS
 
 
-@pytest.mark.parametrize("name", [".staging", "pictures", "adapter"])
+@pytest.mark.parametrize("name", [".staging", "pictures", "adapter", "feature_cache", "runs", "Adapter"])
 def test_a_run_follows_no_link_to_a_folder(
     name: str, m2f: Command, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -46,6 +46,28 @@ def test_a_run_follows_no_link_to_a_folder(
     (tmp_path / "run" / name).symlink_to(elsewhere)
     assert m2f("train", recipe()).status == 1
     assert not list(elsewhere.iterdir())
+
+
+def test_a_run_accepts_a_link_to_a_folder_that_it_only_reads(
+    dataset: Path, m2f: Command, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Such as a user's dataset on another disk."""
+    link = tmp_path / "run" / "data"
+    link.parent.mkdir()
+    link.symlink_to(dataset)
+    before = sorted(dataset.rglob("*"))
+    ran = m2f("train", recipe(dataset_name=str(link)))
+    assert ran.status == 0, ran.err
+    assert link.is_symlink()
+    assert sorted(dataset.rglob("*")) == before
+
+
+def test_a_run_refuses_a_link_to_nothing(m2f: Command, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """A file would be created there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    assert m2f("train", recipe()).status == 1
+    assert not (tmp_path / "elsewhere.json").exists()
 
 
 def test_predictions_follow_no_link(precious: Path, m2f: Command, model: Path, photo: Path, tmp_path: Path) -> None:
