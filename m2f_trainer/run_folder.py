@@ -71,7 +71,7 @@ def check_no_links(folder: str | Path) -> None:
     folder = Path(folder)
     places = [folder, *(folder / name for name in (ADAPTER_FOLDER, PICTURES))]
     for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
-        only_read = path.name.startswith("checkpoint-") or path.is_dir() and path.name.lower() not in WRITTEN_FOLDERS
+        only_read = path.name.startswith("checkpoint-") or (path.is_dir() and path.name.lower() not in WRITTEN_FOLDERS)
         if path.is_symlink() and not only_read:
             raise ModelFolderError(
                 f"{path} is a link to {path.readlink()}, and nothing is written through links. Remove it, or give "
