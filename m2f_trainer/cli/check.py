@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.examine import UNUSABLE, examine
-    from m2f_trainer.doctor.fix import can_be_corrected
+    from m2f_trainer.doctor.fix import can_be_corrected, suggested_folder
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
     from m2f_trainer.masks.rle import allow_pixels
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""
             suggest(f"m2f train{recipe} --dataset_name {dataset}")
         elif can_be_corrected(result):
-            suggest(f"m2f check {dataset} --fix corrected")
+            suggest(f"m2f check {dataset} --fix {shlex.quote(str(suggested_folder(result)))}")
     return result.status
 
 

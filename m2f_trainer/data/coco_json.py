@@ -26,11 +26,11 @@ from m2f_trainer.data.image_names import (
     is_address,
     is_inside,
     outermost,
+    path_elsewhere,
     usual_name,
-    with_slashes,
 )
 from m2f_trainer.data.layouts import SplitFiles
-from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, usual_segmentation, whole_number
+from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, number, usual_box, usual_segmentation, whole_number
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
 from m2f_trainer.data.reading import Photo, Reading, size_in_frame
 from m2f_trainer.errors import DataError, ImageError, MaskError
@@ -114,15 +114,7 @@ class SplitAnnotations(ABC):
             message = f"{self.full_name(entry, image)}: its outline lies outside the image, {reach}."
             report("outside-image", self.name, [entry["id"]], f"{message} {self._scale_hint}", image["id"])
             return None
-        box, area = entry.get("bbox"), entry.get("area")
-        if box is not None and not _is_box(box):
-            problem = f"expected a `bbox` of four numbers x, y, width, height, got {rle.brief(box)}. Correct it."
-            report("bad-box", self.name, [entry["id"]], f"{self.full_name(entry, image)}: {problem}", image["id"])
-            box = None
-        if area is not None and not (_is_finite(area) and area >= 0):
-            problem = f"expected an `area` in pixels, got {rle.brief(area)}. Correct it or leave it out."
-            report("bad-area", self.name, [entry["id"]], f"{self.full_name(entry, image)}: {problem}", image["id"])
-            area = None
+        box, area = self._box_and_area(entry, image, report)
         if box is None or area is None:
             runs = rle.read_runs(counts, image["height"], image["width"])
             x0, y0, x1, y1 = rle.box_of(runs, image["height"])
@@ -136,6 +128,25 @@ class SplitAnnotations(ABC):
             "iscrowd": bool(entry.get("iscrowd", 0)),
             "counts": counts,
         }
+
+    def _box_and_area(self, entry: Entry, image: Entry, report: Report) -> tuple[list[float] | None, float | None]:
+        """The `bbox` and `area` of an annotation; None where it has none, or an invalid one, which is reported."""
+        box, area = usual_box(entry.get("bbox")), number(entry.get("area"))
+        area = None if area is not None and area < 0 else area
+        problems = []
+        if box is None and entry.get("bbox") not in (None, []):
+            got = f"expected a `bbox` of four numbers x, y, width, height, got {str(entry['bbox'])[:60]}. Correct it."
+            problems.append(("bad-box", got))
+        elif box is not None and any(isinstance(side, str) for side in entry["bbox"]):
+            problems.append(("unusual-number", f"bbox {str(entry['bbox'])[:60]}."))
+        if area is None and entry.get("area") is not None:
+            got = f"expected an `area` in pixels, got {rle.brief(entry['area'])}. Correct it or leave it out."
+            problems.append(("bad-area", got))
+        elif isinstance(entry.get("area"), str):
+            problems.append(("unusual-number", f"area {entry['area']!r}."))
+        for kind, problem in problems:
+            report(kind, self.name, [entry["id"]], f"{self.full_name(entry, image)}: {problem}", image["id"])
+        return box, area
 
     def _counts(self, entry: Entry, image: Entry, report: Report) -> str | None:
         segmentation, height, width = entry.get("segmentation"), image["height"], image["width"]
@@ -242,7 +253,9 @@ class FolderSplit(SplitAnnotations):
             found = self.find_by_base_name(image)
             if found is None:
                 raise
-            raise DataError(f"{error} The folder has a file of that name: write {found!r}.") from None
+            raise DataError(
+                f"{error} The folder has a file of that name: write {found!r}, as m2f check --fix does."
+            ) from None
 
     def find_by_base_name(self, image: Entry) -> str | None:
         """The right `file_name` for a path of another machine: the file with the same last part, in the image folder
@@ -294,14 +307,6 @@ def _base_name(name: str) -> str:
     return PureWindowsPath(name).name
 
 
-def _is_box(box: object) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in _NUMBERS and -1e15 < value < 1e15  # type: ignore[operator]
-
-
 def read_annotations(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     """Read and check the annotation file of one split.
 
@@ -340,9 +345,8 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:
     """Everything that the rows of a split depend on: the annotation file, and the names of the images."""
     yield from file_parts(files.annotations)
-    for path in sorted(
-        path for folder in outermost(files.image_folders) for path in image_paths(folder, files.follow_links)
-    ):
+    folders = [*files.image_folders, *([files.root] if files.root else [])]
+    for path in sorted(path for folder in outermost(folders) for path in image_paths(folder, files.follow_links)):
         yield os.fsencode(path)
 
 
@@ -433,21 +437,29 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
     """
     name, places = (
         str(files.annotations),
-        ImageNames(files.image_folders, files.annotations, files.split, files.follow_links),
+        ImageNames(
+            files.image_folders,
+            files.annotations,
+            files.split,
+            files.root,
+            files.other_splits,
+            files.follow_links,
+        ),
     )
-    named = [with_slashes(text) or text for image in images if (text := usual_name(image)) is not None]
+    named = [path_elsewhere(text) or text for image in images if (text := usual_name(image)) is not None]
     folder = places.folder(named, report)
     paths: dict[int, Path] = {}
     found: dict[int, list[Path]] = {}
     for image in images:
         text = usual_name(image)
-        slashed = with_slashes(text) if text is not None and is_text(text) else None
-        if text is None or not is_text(text) or not (is_inside(text) or is_address(text) or slashed):
+        elsewhere = path_elsewhere(text) if text is not None and is_text(text) else None
+        if text is None or not is_text(text) or not (is_inside(text) or is_address(text) or elsewhere):
             continue
         path = folder / text
-        if slashed or not os.path.lexists(path):
+        if elsewhere or not os.path.lexists(path):
             found[image["id"]] = places.find(text)
-        paths[image["id"]] = path
+        if not elsewhere:  # an absolute path would lead out of the folder
+            paths[image["id"]] = path
     exact = {os.path.normpath(path) for key, path in paths.items() if key not in found}
     names_of: dict[Path, set[str]] = {}
     for image in images:
@@ -465,6 +477,14 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
         if problem:
             where = f"{name}: image {image['id']}: no file has the name {text!r}; it"
             report("ambiguous-image", name, [image["id"]], f"{where} {problem}")
+            continue
+        misplaced = places.find_in_other_splits(str(text)) if image["id"] in found and not choices else []
+        if misplaced:
+            message = (
+                f"{name}: image {image['id']}: no file of this split has the name {text!r}. {misplaced[0]} is in a"
+                " folder of another split: write its path if it is meant, or add the missing file."
+            )
+            report("missing-image", name, [image["id"]], message)
             continue
         if choices:
             inside = choices[0].is_relative_to(folder)
@@ -615,7 +635,9 @@ def _with_annotation_ids(entries: list[Entry], name: str, report: Report) -> lis
 
 
 def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, name: str, report: Report) -> list[Entry]:
-    """The annotation entries with integers as references; a reference to an unknown id is left unchanged."""
+    """The annotation entries with integers as references, and 0 where `iscrowd` is null; a reference to an unknown id
+    is left unchanged.
+    """
     valid = []
     for entry in entries:
         changed: Entry = {}
@@ -632,6 +654,8 @@ def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, na
                 message = f"{name}: annotation {entry['id']}: {key} {rle.brief(value)} has the number {number}."
                 report("unusual-id", name, [entry["id"]], message)
         else:
+            if entry.get("iscrowd", 0) is None:
+                changed["iscrowd"] = 0
             valid.append({**entry, **changed} if changed else entry)
     return valid
 

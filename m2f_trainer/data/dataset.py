@@ -286,7 +286,7 @@ def used_categories(
     """
     matched, names = match_categories(splits, report)
     if not names:
-        everywhere = ", ".join(split.name for split in splits.values())
+        everywhere = ", ".join(dict.fromkeys(split.name for split in splits.values()))
         report(
             "no-objects", everywhere, [], f"expected annotated objects, found none in {everywhere}. Add annotations."
         )

@@ -36,7 +36,7 @@ from m2f_trainer.data.layouts import (
 )
 from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
-from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError, mistyped_path
 
@@ -74,7 +74,6 @@ FORMATS: Mapping[str, Format] = {
 }
 """Formats that are read, by name; the first one that is found in a folder is taken."""
 
-_SAM = "Add outlines: a promptable model such as SAM turns boxes into masks (in CVAT, Label Studio or FiftyOne)"
 _LISTED = 8  # files and folders that a description names
 _DATUM = "pip install datumaro && datum convert -if {} -i FOLDER -f coco_instances -o converted -- --save-media"
 OTHER_FORMATS: Mapping[str, str] = {
@@ -93,7 +92,10 @@ OTHER_FORMATS: Mapping[str, str] = {
     "COCO images without annotations": "It has no masks: add the annotations of the same images",
     "CVAT for images": "Export it from CVAT as 'COCO 1.0'",
     "Pascal VOC": f"Convert it: {_DATUM.format('voc')}",
-    "DOTA": f"Its oriented boxes aren't masks. {_SAM}",
+    "imagefolder without objects": (
+        "Its metadata.jsonl has no `objects`: add them to each line, with a category and a segmentation"
+    ),
+    "DOTA": f"Its oriented boxes aren't masks. {ADD_OUTLINES}",
     "archive": "Unpack it and name its folder",
 }
 """Formats that are recognised but not read -> how to convert them."""
@@ -120,10 +122,10 @@ class Layout:
         formats = ", ".join(dict.fromkeys(files.format for files in self.splits))
         lines = [f"dataset {self.root} ({formats}):"]
         for files in self.splits:
-            places = sorted(folders.get(files.split) or files.image_folders[:1])
+            places = sorted(folders.get(files.split) or ())
             places = places if len(places) <= _LISTED else [Path(os.path.commonpath(places))]
-            images = ", ".join(relative(place, base) for place in places)
-            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}, images in {images}")
+            images = f", images in {', '.join(relative(place, base) for place in places)}" if places else ""
+            lines.append(f"  {files.split:<5} {relative(files.annotations, base)}{images}")
         aside = self.aside(folders)
         if aside:
             more = f" and {len(aside) - _LISTED} more" if len(aside) > _LISTED else ""
@@ -145,13 +147,20 @@ class Layout:
         return [
             path
             for path in found
-            if (_is_annotation_file(path) or (path.parent == self.root and path.is_dir())) and _real(path) not in around
+            if (_is_annotation_file(path) or (path.parent == self.root and path.is_dir()))
+            and _real(path) not in around
+            and not _links_into(path, used)
         ]
 
 
 def _real(path: Path) -> Path:
     """The path without links. Path.resolve would raise on a link to itself."""
     return Path(os.path.realpath(path))
+
+
+def _links_into(folder: Path, used: Collection[Path]) -> bool:
+    """Whether a folder has links to files in used folders; few of its files are looked at."""
+    return any(path.is_symlink() and _real(path).parent in used for path in visible(folder)[:_LISTED])
 
 
 def relative(path: Path, base: Path) -> str:
@@ -184,7 +193,20 @@ def find_splits(
         splits = given_layout(base, annotations, images)
     else:
         splits = _with_images(path, _find(path), images or {})
-    return Layout(path, tuple(replace(files, exif_frame=exif_frame, follow_links=follow_links) for files in splits))
+    given = {SPLITS[name] for name in images or {}}
+    return Layout(
+        path,
+        tuple(
+            replace(
+                files,
+                exif_frame=exif_frame,
+                follow_links=follow_links,
+                root=path if path.is_dir() and files.split not in given else None,
+                other_splits=tuple(other.split for other in splits if other.split != files.split),
+            )
+            for files in splits
+        ),
+    )
 
 
 def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -199,7 +221,7 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
         image, entry = entries[0]
         raise DataError(
             f"{split.full_name(entry, image)}: segmentation is empty, as in all {len(entries)} annotations: these are"
-            f" boxes only. {_SAM}."
+            f" boxes only. {ADD_OUTLINES}."
         )
     return split
 
@@ -239,7 +261,10 @@ def _not_read(name: str, path: Path) -> DataError:
 def _find_file(path: Path) -> tuple[SplitFiles, ...]:
     """The splits of a file: a COCO file is one split, a data.yaml names its splits."""
     if path.suffix.lower() in (".yaml", ".yml"):
-        return find_yolo(path.parent, path)
+        splits = find_yolo(path.parent, path)
+        if not splits:
+            raise DataError(f"{path}: expected a data.yaml with `names` and with image folders as `train` and `val`.")
+        return splits
     if path.name.lower().endswith((".json", ".json.gz")):
         kind = kind_of_json(path)
         if kind in OTHER_FORMATS:
@@ -323,9 +348,13 @@ def other_format(folder: Path) -> tuple[str, Path] | None:
             name = path.name.lower()
             if name.endswith((".json", ".json.gz")) and (kind := kind_of_json(path)) in OTHER_FORMATS:
                 return kind, path
+            if name == "metadata.jsonl":
+                return "imagefolder without objects", path
             if name.endswith(".xml") and _starts_with(path, b"<annotations>"):
                 return "CVAT for images", path
             if name.endswith(".xml") and _starts_with(path, b"<annotation"):
+                return "Pascal VOC", path
+            if place.name.lower() == "segmentationobject":
                 return "Pascal VOC", path
             if place.name.lower() == "labeltxt":
                 return "DOTA", path

@@ -31,7 +31,7 @@ from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
-from m2f_trainer.data.reading import Reading, common_range, reading_of, size_in_frame, spaced
+from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.errors import DataError, ImageError, mistyped_path
 from m2f_trainer.masks.rle import allow_pixels, brief
 
@@ -362,6 +362,10 @@ class RowReader:
             DataError: at the first problem, naming row, object and remedy
         """
         entries = self.read(row, number, raise_problem)
+        if entries and entries[1] and self.exif_frame == "auto" and not self.ours:
+            where = f"{self.name}, row {number}"
+            if image_header(row["image"], where).orientation != 1:  # 5 to 8 are reported with the size
+                raise_problem("exif-frame", self.name, [number], f"{where}: {ASK_FRAME}")
         split = self._split([entries] if entries else [], [row], {entries[0]["id"]: 0} if entries else {})
         converted = next(split.rows())
         return dict(row) if self.ours else {**converted, "categories": None}

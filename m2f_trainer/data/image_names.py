@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import SUFFIXES
-from m2f_trainer.data.layouts import SPLITS
+from m2f_trainer.data.layouts import SPLITS, split_of
 from m2f_trainer.data.problems import Report
 from m2f_trainer.errors import DataError
 
@@ -26,10 +26,15 @@ def is_inside(name: str) -> bool:
     return "\\" not in name and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
-def with_slashes(name: str) -> str | None:
-    """A relative name with Windows separators, with / instead; None for other names."""
-    spelled = name.replace("\\", "/")
-    return spelled if "\\" in name and is_inside(spelled) and not PureWindowsPath(name).drive else None
+def path_elsewhere(name: str) -> str | None:
+    """The folders and the name, joined by /, of an absolute path or one with Windows separators, as another machine
+    wrote it; None for other names, and for paths with "..".
+    """
+    if "\\" not in name and not PurePosixPath(name).is_absolute():
+        return None
+    path = PureWindowsPath(name)
+    spelled = "/".join(path.relative_to(path.anchor).parts)
+    return spelled if spelled and is_inside(spelled) else None
 
 
 def is_address(name: str) -> bool:
@@ -44,15 +49,29 @@ class ImageNames:
         folders: those that the images may be in, the most likely first
         annotations: the annotation file
         split: the split, whose name a folder of its images may have
+        root: the dataset folder, below which names are searched that no file below `folders` has
+        other_splits: in whose folders no image is searched, unless its name has the folder, too
         follow_links: whether files that are links are found, too
     """
 
-    def __init__(self, folders: Sequence[Path], annotations: Path, split: str, follow_links: bool = False) -> None:
-        self._annotations, self._split, self._follow_links = annotations, split, follow_links
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        annotations: Path,
+        split: str,
+        root: Path | None = None,
+        other_splits: Sequence[str] = (),
+        follow_links: bool = False,
+    ) -> None:
+        self._annotations, self._split = annotations, split
+        self._other_splits = frozenset(other_splits)
         self._folders = [folder for folder in folders if folder.is_dir()]
         if not self._folders:
             tried = ", ".join(map(str, folders))
             raise DataError(f"{annotations}: found none of its image folders: {tried}. Put the images in one of them.")
+        self._places = [_Places(outermost(self._folders), follow_links)]
+        if root is not None and outermost([*self._folders, root]) != self._places[0].folders:
+            self._places.append(_Places([root], follow_links))
 
     def folder(self, names: Sequence[str], report: Report) -> Path:
         """The folder that holds most of the names, the first of several.
@@ -65,42 +84,58 @@ class ImageNames:
         best = max(self._folders, key=lambda folder: len(held[folder]))
         for other in self._folders:
             same = sorted(set(held[best]) & set(held[other])) if other != best else []
-            differs = next((name for name in same[:_COMPARED] if _differ(best / name, other / name)), None)
+            differs = next((name for name in same[:_COMPARED] if files_differ(best / name, other / name)), None)
             if differs is None:
                 continue
             certain = len(held[best]) == len(names) == len(set(names))
-            usual = self._is_usual(best) and not self._is_usual(other)
-            kind = "other-image-folder" if certain and usual else "two-image-folders"
+            usual = certain and self._is_usual(best) and not self._is_usual(other)
+            kind = "other-image-folder" if usual else "two-image-folders"
+            read = f"The images are read from {best}; if the other folder is meant, give" if usual else "Give"
             message = (
                 f"{self._annotations}: {best} and {other} both have {differs!r} and {len(same) - 1} more of the named"
-                f" images, with other content. The images are read from {best}; give --images {self._split}=FOLDER."
+                f" images, with other content. {read} --images {self._split}=FOLDER."
             )
             report(kind, self._annotations, [other.name], message)
         return best
 
     def find(self, name: str) -> list[Path]:
-        """The files below the folders that a name may refer to; a single one if it is unambiguous.
+        """The files that a name may refer to; a single one if it is unambiguous.
 
-        The name may be a URL, or differ in folders, case, percent-encoding or Unicode form. Among files with the same
-        last part, those that share the most folders with the name are returned, if they share any. A name with \\
-        between its folders only refers to files that share its last folder.
+        The name may be a URL, or differ in folders, case, percent-encoding or Unicode form, or lack its ending. Among
+        files with the same last part, those that share the most folders with the name are returned, if they share any.
+        An absolute path, or one with \\ between its folders, only refers to files that share its last folder.
         """
-        slashed = with_slashes(name)
-        parts = _parts(slashed or name)
-        if not parts:
-            return []
-        found = self._by_name.get(parts[-1]) or self._by_key.get(_key(parts[-1])) or []
-        if slashed is not None:  # the file's folder must be that of the name, too
-            found = [path for path in found if _common_end(parts, path.parts) > 1]
+        elsewhere = path_elsewhere(name)
+        parts = _parts(elsewhere or name)
+        found: list[Path] = []
+        for places in self._places:
+            found = [path for path in places.of_name(parts) if not self._is_of_another_split(path, parts)]
+            if elsewhere is not None:  # the file's folder must be that of the name, too
+                found = [path for path in found if _common_end(parts, path.parts) > 1]
+            if found:
+                break
         if len(found) < 2:
             return found
         shared = [_common_end(parts, path.parts) for path in found]
         best = [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
-        return best if max(shared) > 1 else found
+        best = best if max(shared) > 1 else found
+        return best if any(files_differ(best[0], other) for other in best[1:]) else best[:1]
+
+    def find_in_other_splits(self, name: str) -> list[Path]:
+        """The files in folders of other splits that a name would refer to."""
+        parts = _parts(name)
+        found = (path for places in self._places for path in places.of_name(parts))
+        return [path for path in found if self._is_of_another_split(path, parts)]
 
     def relative(self, path: Path) -> str:
         """The path below the outermost folder that holds it, with / between folders."""
-        return next(path.relative_to(folder).as_posix() for folder in self._outermost if path.is_relative_to(folder))
+        folders = (folder for places in self._places for folder in places.folders)
+        return next(path.relative_to(folder).as_posix() for folder in folders if path.is_relative_to(folder))
+
+    def _is_of_another_split(self, path: Path, parts: Sequence[str]) -> bool:
+        """Whether a file is in the folder of another split, and the name doesn't say so."""
+        folders = PurePosixPath(self.relative(path)).parts[:-1]
+        return not self._other_splits.isdisjoint(map(split_of, folders)) and _common_end(parts, path.parts) < 2
 
     def _has(self, folder: Path, name: str) -> bool:
         if "/" in name:
@@ -123,14 +158,24 @@ class ImageNames:
     def _listings(self) -> dict[Path, set[str]]:
         return {}
 
-    @cached_property
-    def _outermost(self) -> list[Path]:
-        return outermost(self._folders)
+
+class _Places:
+    """The image files below folders, by name."""
+
+    def __init__(self, folders: Sequence[Path], follow_links: bool) -> None:
+        self.folders, self._follow_links = folders, follow_links
+
+    def of_name(self, parts: Sequence[str]) -> list[Path]:
+        """The files with the last part of a name, in the first spelling in which there are some."""
+        if not parts:
+            return []
+        key = _key(parts[-1])
+        return self._by_name.get(parts[-1]) or self._by_key.get(key) or self._by_stem.get(key) or []
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
-        for folder in self._outermost:
+        for folder in self.folders:
             for path in image_paths(folder, self._follow_links):
                 found.setdefault(path.name, []).append(path)
         return found
@@ -140,6 +185,14 @@ class ImageNames:
         found: dict[str, list[Path]] = {}
         for name, paths in self._by_name.items():
             found.setdefault(_key(name), []).extend(paths)
+        return found
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        """As `_by_key`, by the names without their endings."""
+        found: dict[str, list[Path]] = {}
+        for key, paths in self._by_key.items():
+            found.setdefault(key.rpartition(".")[0], []).extend(paths)
         return found
 
 
@@ -190,7 +243,7 @@ def _common_end(parts: Sequence[str], others: Sequence[str]) -> int:
     return count
 
 
-def _differ(first: Path, second: Path) -> bool:
+def files_differ(first: Path, second: Path) -> bool:
     """Whether two files have other content; what isn't a file counts as the same."""
     try:
         if not (first.is_file() and second.is_file()) or os.path.samefile(first, second):  # noqa: PTH121

@@ -6,6 +6,7 @@ Alpha is dropped; only the first frame of an animation is read. Values of more t
 to 8 bits from a range of values. Images whose conversion to RGB is ambiguous are rejected, with the fix.
 """
 
+import importlib.util
 import io
 import logging
 import os
@@ -37,12 +38,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000
 _BY_SUFFIX = {".tga": "TGA", ".icb": "TGA", ".vda": "TGA", ".vst": "TGA", ".spider": "SPIDER", ".spi": "SPIDER"}
 """Formats without a signature, which can be recognised only by the suffix."""
 
+HEIF = importlib.util.find_spec("pillow_heif") is not None
+"""Whether HEIC photos can be opened: the extra `heic` is installed."""
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jpe", ".jfif", ".avif",
             ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".mpo", ".apng", ".pbm", ".pnm", ".pfm", ".dib",
             ".qoi", ".sgi", ".rgb", ".rgba", ".bw", ".pcx", ".dcx", ".psd", ".ico", ".cur", ".icns", ".dds", ".blp",
             ".xbm", ".xpm", ".msp", ".ras", ".fits", ".fit", ".fli", ".flc", ".ftc", ".ftu", ".gbr", ".pxr",
-            *_BY_SUFFIX)  # fmt: skip
+            *_BY_SUFFIX, *((".heic", ".heif", ".hif") if HEIF else ()))  # fmt: skip
 """The endings of image files, in lower case."""
+
+HEIC_ADVICE = "pip install 'm2f-trainer[heic]' to read HEIC photos, or save them as JPEG"
 
 _CUT = (
     "Cut the image into tiles, or raise the limit with --max_pixels if you trust the file; `m2f predict --tile` reads"
@@ -59,7 +65,12 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation; Pillow turns TIFF files itself
+}
+"""From the stored image to the displayed one, by EXIF orientation."""
+
+_BACK = {**_TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""The inverses of `_TURNS`."""
+
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # TIFF tags
@@ -118,22 +129,32 @@ def open_image(
     image = open_stored(source, where, limit)
     check_pixels(image.size, where, limit)
     turned = displayed and not isinstance(source, Image.Image)
+    orientation, by_pillow = exif_orientation(image), isinstance(image, TiffImagePlugin.TiffImageFile)
     if size is not None:
         turned = is_turned(image, size, displayed)
-    orientation = exif_orientation(image) if turned else 1
-    if size is not None:
-        check_annotated_size((image.height, image.width), size[::-1] if orientation > 4 else size, where)
+        check_annotated_size(stored_size(image), size[::-1] if turned and orientation > 4 else size, where)
+    elif by_pillow and isinstance(source, Image.Image):
+        turned = True  # as Pillow decodes it
     try:
         low_bytes = _low_bytes(image)
         if shrink_to is not None:
-            image.draft("RGB", shrink_to if orientation > 4 else shrink_to[::-1])
+            image.draft("RGB", shrink_to if turned and orientation > 4 else shrink_to[::-1])
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(
             f"{where}: the image data is damaged ({error}). Replace the file, or remove it from the set."
         ) from error
     rgb = _to_rgb(image, low_bytes, where, pixel_range)
-    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+    if by_pillow:  # it turns TIFF files itself when it decodes them
+        return rgb if turned or orientation == 1 else rgb.transpose(_BACK[orientation])
+    return rgb.transpose(_TURNS[orientation]) if turned and orientation != 1 else rgb
+
+
+def stored_size(image: Image.Image) -> Size:
+    """The size of an image as it is stored, before its pixels are decoded."""
+    size = image.height, image.width
+    swapped = isinstance(image, TiffImagePlugin.TiffImageFile) and exif_orientation(image) > 4  # by Pillow
+    return size[::-1] if swapped else size
 
 
 def is_turned(image: Image.Image, size: Size, displayed: bool = False) -> bool:
@@ -141,13 +162,10 @@ def is_turned(image: Image.Image, size: Size, displayed: bool = False) -> bool:
 
     `displayed` decides where both have the same size.
     """
-    stored = (image.height, image.width)
+    stored, orientation = stored_size(image), exif_orientation(image)
     if stored != size:
-        return stored == size[::-1] and exif_orientation(image) > 4
-    if not displayed:
-        return False
-    orientation = exif_orientation(image)
-    return orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height)
+        return stored == size[::-1] and orientation > 4
+    return displayed and (orientation in (2, 3, 4) or (orientation > 4 and image.width == image.height))
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ def image_header(source: Mapping[str, Any] | str | Path, where: str) -> ImageHea
     """
     with _identify(_file_of(source, where), where) as image:
         check_pixels(image.size, where)
-        return ImageHeader((image.height, image.width), exif_orientation(image), is_deep(image))
+        return ImageHeader(stored_size(image), exif_orientation(image), is_deep(image))
 
 
 def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
@@ -177,15 +195,17 @@ def image_size(source: Mapping[str, Any] | str | Path, where: str) -> Size:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 where there is none; 5 to 8 show it with width and height swapped."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns it
+    """The EXIF orientation of an image whose pixels are not decoded yet, 1 where there is none; 5 to 8 show it with
+    width and height swapped.
+    """
     if image.format == "PNG" and _METADATA.isdisjoint(image.info):
         return 1  # Image.getexif would decode the whole image to look for more
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else image.getexif()
+        found = int(tags.get(_ORIENTATION, 1))
     except (ValueError, TypeError, OSError, SyntaxError, KeyError):
         return 1  # viewers ignore damaged EXIF data
+    return found if found in _TURNS else 1
 
 
 def check_pixels(size: tuple[int, int], where: str, limit: int | None = None) -> None:
@@ -211,6 +231,12 @@ def check_annotated_size(found: Size, expected: Size, where: str) -> None:
     if found == expected:
         return
     fix = "Correct `width` and `height`, or restore the annotated image."
+    scales = [one / other for one, other in zip(found, expected, strict=True)]
+    if max(scales) < 1.02 * min(scales) and abs(scales[0] - 1) > 0.05:
+        fix = (
+            f"It seems to have been resized after it was annotated, to {scales[0]:.3g} times its size. Use the"
+            " annotated image, or multiply `width`, `height` and all coordinates by that factor."
+        )
     if found == expected[::-1]:
         fix = "Width and height are swapped, and no EXIF rotation of the image explains it. Correct them."
     raise ImageSizeError(
@@ -265,9 +291,13 @@ def _regular_file(path: Path, where: str) -> Path:
 
 @cache
 def _installed_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this version of Pillow has."""
+    """Those of `FORMATS` that this version of Pillow has, and HEIF if pillow-heif is installed."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    if HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()  # turns photos as viewers show them, and removes the EXIF orientation
+    return tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)
 
 
 def _open_file(file: Path | io.BytesIO, formats: tuple[str, ...], limit: int) -> Image.Image:
@@ -361,7 +391,7 @@ def _guess_content(file: Path | io.BytesIO) -> str:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page: the download failed"
     if head[4:8] == b"ftyp":
-        return "it may be HEIC, which Pillow opens with the package pillow-heif only: save it as JPEG"
+        return "it may be HEIC, which is not read" if HEIF else f"it may be HEIC: {HEIC_ADVICE}"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "it is EPS, which is not read: save it as PNG"
     if b"<svg" in head or head.startswith(b"<?xml"):

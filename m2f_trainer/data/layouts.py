@@ -59,6 +59,8 @@ class SplitFiles:
         classes: class names in the order of their ids from 1, of all splits, where the files don't number them
         exif_frame: the frame of annotations that don't say the sizes of their images
         follow_links: whether images may be links to files outside of the dataset folder
+        root: the dataset folder, below which images are searched that are in none of `image_folders`
+        other_splits: the other splits of the dataset, in whose folders no image is searched by its name alone
     """
 
     split: str
@@ -69,6 +71,8 @@ class SplitFiles:
     classes: tuple[str, ...] = ()
     exif_frame: ExifFrame = "auto"
     follow_links: bool = False
+    root: Path | None = None
+    other_splits: tuple[str, ...] = ()
 
 
 def find_coco(folder: Path, named: bool = True) -> tuple[SplitFiles, ...]:

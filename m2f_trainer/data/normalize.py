@@ -4,6 +4,7 @@ An ambiguous value gives None, and the caller reports it.
 """
 
 import ast
+import json
 import math
 import re
 from collections import Counter
@@ -17,6 +18,8 @@ from m2f_trainer.masks import segmentation as masks
 LARGEST_ID = 2**63 - 1
 _Key: TypeAlias = int | str
 _DECIMAL = re.compile(r"-?\d+", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+_LARGEST_NUMBER = 1e15
 _BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _BOX_TOLERANCE = 1.5  # pixels between the sides of a box and those of its mask
 
@@ -30,6 +33,21 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\d+(\.0*)?", value.strip(), re.ASCII):
         return int(value.strip().partition(".")[0])
     return None
+
+
+def number(value: object) -> float | None:
+    """A finite number, also one written as text; None for anything else."""
+    if isinstance(value, str) and len(value) < 40 and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    return float(value) if type(value) in (int, float) and abs(value) < _LARGEST_NUMBER else None  # type: ignore[arg-type]
+
+
+def usual_box(value: object) -> list[float] | None:
+    """The x, y, width and height of a `bbox`, also written as text; None for anything else."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    sides = [side for one in value if (side := number(one)) is not None]
+    return sides if len(sides) == 4 and min(sides[2:]) >= 0 else None
 
 
 class Ids:
@@ -102,8 +120,14 @@ def usual_segmentation(segmentation: object, height: int, width: int, box: objec
 
     Args:
         height, width: of the image in pixels
-        box: the annotation's `bbox` (x, y, width, height), which decides how an RLE with swapped sides is read
+        box: the annotation's `bbox` (x, y, width, height), which decides how an RLE with swapped sides or without a
+            size is read
     """
+    if isinstance(segmentation, str):  # JSON in text, as tables store it
+        try:
+            segmentation = json.loads(segmentation)
+        except (ValueError, RecursionError):
+            return None
     if isinstance(segmentation, Mapping):
         usual = _usual_rle(segmentation, height, width, box)
         return None if usual is None else (usual, "unusual-rle")
@@ -130,8 +154,9 @@ def _flat(part: object, wrapped: bool = True) -> list[float] | None:
     values = list(part)
     if all(map(_is_number, values)):
         return values
-    if all(isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d*)?", value.strip(), re.ASCII) for value in values):
-        return [float(value) for value in values]
+    if all(isinstance(value, str) for value in values):
+        numbers = [found for value in values if (found := number(value)) is not None]
+        return numbers if len(numbers) == len(values) else None
     points = [_point(value) for value in values]
     if None not in points:
         return [value for point in points for value in point or ()]
@@ -149,7 +174,7 @@ def _point(value: object) -> tuple[float, float] | None:
 
 def _has_no_pixel(part: Sequence[float] | None) -> bool:
     """Whether a polygon has fewer than three points, so that it covers nothing."""
-    return part is not None and len(part) < 6 and len(part) % 2 == 0 and all(map(math.isfinite, part))
+    return part is not None and len(part) < 6 and all(map(math.isfinite, part))
 
 
 def _is_number(value: object) -> bool:
@@ -163,13 +188,14 @@ def _usual_rle(segmentation: Mapping[Any, Any], height: int, width: int, box: ob
             counts = ast.literal_eval(counts).decode("ascii")
         except (ValueError, SyntaxError, MemoryError, RecursionError, AttributeError):
             return None
-    if not isinstance(size, Sequence) or isinstance(size, str | bytes):
-        return None
-    size = [whole_number(side) for side in size]
-    if size == [height, width]:
-        return {**segmentation, "size": size, "counts": counts}
-    if size != [width, height]:
-        return None
+    if size is not None:
+        if not isinstance(size, Sequence) or isinstance(size, str | bytes):
+            return None
+        size = [whole_number(side) for side in size]
+        if size == [height, width]:
+            return {**segmentation, "size": size, "counts": counts}
+        if size != [width, height]:
+            return None
     found = []  # the counts may be those of the mask, or of the transposed mask
     for turned in (False, True):
         rows, columns = (width, height) if turned else (height, width)

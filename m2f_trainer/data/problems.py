@@ -15,6 +15,9 @@ Key: TypeAlias = int | str
 Severity: TypeAlias = Literal["error", "warning", "note"]
 """An error stops training; a warning should be looked at; a note reports a value that was converted."""
 
+ADD_OUTLINES = "Add outlines: a promptable model such as SAM turns boxes into masks (in CVAT, Label Studio or FiftyOne)"
+"""Advice on a dataset of boxes only."""
+
 LISTED = 10  # ids or images that a message names
 LONGEST_LABEL = 40  # characters of a class name in a table
 
@@ -130,7 +133,8 @@ KINDS: Mapping[str, Kind] = {
     "missing-image": _error(
         "image file missing",
         "Training would stop when it loads the image.",
-        "Add the file, or remove the image and its annotations.",
+        "Add the file, name the folder of the images with --images SPLIT=FOLDER, or remove the image and its"
+        " annotations.",
         "removed",
         MissingImageError,
     ),
@@ -315,9 +319,7 @@ KINDS: Mapping[str, Kind] = {
         "Raise `num_queries`.",
     ),
     "size-from-file": _note("image size read from the file", "The annotation file has none that is valid.", "written"),
-    "unusual-number": _note(
-        "number written as text or as a fraction", "It is the same number.", "written as a whole number"
-    ),
+    "unusual-number": _note("number written as text or as a fraction", "It is the same number.", "written as a number"),
     "unusual-id": _note(
         "id that isn't an integer of 64 bits", "It is used as it is, under a number.", "replaced by a number"
     ),
@@ -333,7 +335,7 @@ KINDS: Mapping[str, Kind] = {
         "merged into the first entry",
     ),
     "unusual-outline": _note(
-        "polygon as flat numbers or as points", "It is the same polygon.", "written as COCO polygons"
+        "polygon as flat numbers, points or text", "It is the same polygon.", "written as COCO polygons"
     ),
     "stray-part": _note(
         "part of a polygon with fewer than three points",
@@ -341,7 +343,9 @@ KINDS: Mapping[str, Kind] = {
         "the part is removed",
     ),
     "unusual-rle": _note(
-        "RLE with swapped size or counts as Python bytes", "Its mask has the annotation's box.", "written as COCO RLE"
+        "RLE without size, with swapped size, or with counts as Python bytes",
+        "Its mask has the annotation's box.",
+        "written as COCO RLE",
     ),
     "turned-image": _note(
         "image turned by its EXIF orientation", "Its annotations lie on the image as viewers show it.", ""

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.layouts import SplitFiles, split_of
-from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
@@ -155,7 +155,8 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
     number = 0
-    for path in files.files or image_files(folder):
+    _check_outlines(labels, [(labels / path.relative_to(folder)).with_suffix(".txt") for path in _images(files)])
+    for path in _images(files):
         name, image_id = path.relative_to(folder).as_posix(), len(images) + 1
         if not is_text(name):
             report(
@@ -209,12 +210,36 @@ def label_folder(images: Path, root: Path) -> Path:
     return root.joinpath(*parts[:place], "labels", *parts[place + 1 :])
 
 
+def _images(files: SplitFiles) -> Sequence[Path]:
+    """The images of a split."""
+    return files.files or image_files(files.image_folders[0])
+
+
+def _check_outlines(labels: Path, paths: Sequence[Path]) -> None:
+    """Raise DataError if all lines of the label files are boxes."""
+    boxes = 0
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        except (OSError, UnicodeDecodeError):  # reported when its objects are read
+            return
+        lengths = [len(line.split()) for line in lines if line.strip()]
+        if set(lengths) - {5}:
+            return
+        boxes += len(lengths)
+    if boxes:
+        raise DataError(
+            f"{labels}: each line is a class and a box of four numbers, in all {boxes} lines: these are boxes only."
+            f" {ADD_OUTLINES}."
+        )
+
+
 def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
     """All content that the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
     yield files.annotations.read_bytes()
     folder = files.image_folders[0]
     labels = label_folder(folder, files.annotations.parent)
-    for path in files.files or image_files(folder):
+    for path in _images(files):
         yield os.fsencode(f"{path} {path.stat().st_size}")
         label = (labels / path.relative_to(folder)).with_suffix(".txt")
         yield label.read_bytes() if label.is_file() else b""

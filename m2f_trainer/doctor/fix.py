@@ -6,13 +6,13 @@ The copy is examined in a temporary folder first; if it has an error, nothing is
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from m2f_trainer.data.categories import normalized_name
-from m2f_trainer.data.coco_json import Entry, FolderSplit
+from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.dataset import held_out
 from m2f_trainer.data.layouts import annotated_folder
 from m2f_trainer.data.problems import KINDS, Finding, listed
@@ -40,13 +40,13 @@ class Repair:
     Attributes:
         changes: all changes, as in the file changes.json
         counts: split -> "images", "objects" or "classes" -> their number in the original and in the copy
-        left_out: split -> ids of the annotations that the copy lacks
+        left_out: split -> "images" or "annotations" -> ids of those that the copy lacks
         dropped: splits without a usable image, which the copy lacks
     """
 
     changes: list[Change]
     counts: Mapping[str, Mapping[str, tuple[int, int]]]
-    left_out: Mapping[str, Sequence[int | str]]
+    left_out: Mapping[str, Mapping[str, Sequence[int | str]]]
     dropped: Sequence[str]
 
     def to_text(self) -> str:
@@ -56,8 +56,7 @@ class Repair:
             found = ", ".join(f"{after} of {before} {what}" for what, (before, after) in counts.items())
             dropped = "; the split is dropped" if split in self.dropped else ""
             lines.append(f"  {split}: {found}{dropped}")
-            if self.left_out[split]:
-                lines.append(f"    left out: annotations {listed(self.left_out[split])}")
+            lines += [f"    left out: {what} {listed(ids)}" for what, ids in self.left_out[split].items() if ids]
         return "\n".join(lines)
 
 
@@ -110,8 +109,24 @@ def dataset_folders(examination: Examination) -> list[Path]:
 
 
 def can_be_corrected(examination: Examination) -> bool:
-    """Whether --fix corrects all errors but those that may follow from others."""
-    return examination.status != UNUSABLE and not _without_fix(examination)
+    """Whether --fix corrects all errors but those that may follow from others; never where no object can be kept."""
+    kept = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
+    return (
+        examination.status != UNUSABLE
+        and not _without_fix(examination)
+        and any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in kept)
+    )
+
+
+def suggested_folder(examination: Examination) -> Path:
+    """A new folder for a corrected copy, outside of the dataset: `corrected`, or one beside the dataset."""
+    inside = dataset_folders(examination)
+    places = [Path("corrected"), *(folder.with_name(f"{folder.name}-corrected") for folder in inside)]
+    names = (place.with_name(f"{place.name}{number}") for place in places for number in ("", *range(2, 100)))
+    return next(
+        (one for one in names if not one.exists() and not any(map(one.resolve().is_relative_to, inside))),
+        places[0],
+    )
 
 
 def _without_fix(examination: Examination) -> list[Finding]:
@@ -304,26 +319,33 @@ def _finding_changes(examination: Examination) -> Iterator[Change]:
 def _compared(examination: Examination, plan: _Plan, changes: list[Change]) -> Repair:
     """Compare the copy with the original by split."""
     counts: dict[str, dict[str, tuple[int, int]]] = {}
-    left_out: dict[str, list[int | str]] = {}
-    written: dict[str, set[int]] = {}  # of each file: a held-out split is of the same file as the training split
-    for split, content in plan.contents.items():
-        written.setdefault(examination.splits[split].name, set()).update(one["id"] for one in content["annotations"])
+    left_out: dict[str, dict[str, list[int | str]]] = {}
+    known, written, reported = _Ids(), _Ids(), _Ids()  # by file: a held-out split is of the same file as train
     for split, annotations in examination.splits.items():
-        content = plan.contents[split]
-        lost: dict[str, list[int | str]] = {"images": [], "objects": []}
-        first = next(key for key, other in examination.splits.items() if other.name == annotations.name)
-        for finding in examination.findings if split == first else ():
-            if finding.file == annotations.name:
-                lost["images"] += finding.ids if finding.kind in _LOST_IMAGES else []
-                lost["objects"] += finding.ids if finding.kind in _LOST_OBJECTS else []
-        entries = [entry for group in annotations.annotations.values() for entry in group]
-        gone = [entry["id"] for entry in entries if entry["id"] not in written[annotations.name]]
-        gone += [*(annotations.left_out if split == first else ()), *lost["objects"]]
-        left_out[split] = list(dict.fromkeys(gone))
-        before = {image["id"] for image in annotations.images} | set(lost["images"])
+        known.add(annotations.name, "images", (image["id"] for image in annotations.images))
+        known.add(annotations.name, "annotations", (entry["id"] for entry in _entries(annotations)))
+        for what, entries in plan.contents[split].items():
+            written.add(annotations.name, what, (entry["id"] for entry in entries))
+    for finding in examination.findings:
+        for what, kinds in (("images", _LOST_IMAGES), ("annotations", _LOST_OBJECTS)):
+            reported.add(finding.file, what, finding.ids if finding.kind in kinds else ())
+    for split, annotations in examination.splits.items():
+        content, name, entries = plan.contents[split], annotations.name, _entries(annotations)
+        is_first = split == next(key for key, other in examination.splits.items() if other.name == name)
+        ids: dict[str, list[int | str]] = {
+            "images": [image["id"] for image in annotations.images],
+            "annotations": [entry["id"] for entry in entries],
+        }
+        if is_first:
+            ids["annotations"] += annotations.left_out
+            for what in ids:
+                ids[what] += [key for key in reported[name, what] if key not in known[name, what]]
+        left_out[split] = {
+            what: [key for key in dict.fromkeys(found) if key not in written[name, what]] for what, found in ids.items()
+        }
         counts[split] = {
-            "images": (len(before), len(content["images"])),
-            "objects": (len(content["annotations"]) + len(left_out[split]), len(content["annotations"])),
+            "images": _before_and_after(content["images"], left_out[split]["images"]),
+            "objects": _before_and_after(content["annotations"], left_out[split]["annotations"]),
             "classes": (
                 len({entry["category_id"] for entry in entries}),
                 len({entry["category_id"] for entry in content["annotations"]}),
@@ -331,3 +353,21 @@ def _compared(examination: Examination, plan: _Plan, changes: list[Change]) -> R
         }
     dropped = [split for split, content in plan.contents.items() if not content["images"]]
     return Repair(changes, counts, left_out, dropped)
+
+
+class _Ids(dict[tuple[str, str], dict[int | str, None]]):
+    """Ids in order, by file and by "images" or "annotations"."""
+
+    def add(self, file: str, what: str, ids: Iterable[int | str]) -> None:
+        self.setdefault((file, what), {}).update(dict.fromkeys(ids))
+
+    def __missing__(self, key: tuple[str, str]) -> dict[int | str, None]:
+        return {}
+
+
+def _entries(annotations: SplitAnnotations) -> list[Entry]:
+    return [entry for group in annotations.annotations.values() for entry in group]
+
+
+def _before_and_after(kept: Sequence[Entry], left_out: Sequence[object]) -> tuple[int, int]:
+    return len(kept) + len(left_out), len(kept)

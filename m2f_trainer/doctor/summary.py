@@ -117,7 +117,7 @@ def verdict(examination: Examination) -> str:
 def relative_file(finding: Finding, examination: Examination) -> str:
     """The file of a finding, relative to the dataset folder where it lies inside it."""
     path = Path(finding.file)
-    inside = path.is_relative_to(examination.dataset)
+    inside = path.is_relative_to(examination.dataset) and path != Path(examination.dataset)
     return str(path.relative_to(examination.dataset)) if inside else finding.file
 
 
@@ -137,7 +137,7 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     )
     sizes = summary["image_sizes"]
     yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)
-    yield f"{len(summary['classes'])} classes:"
+    yield f"{len(summary['classes'])} class{'es' * (len(summary['classes']) != 1)}:"
     ordered = sorted(summary["classes"].items(), key=lambda item: -sum(item[1].values()))
     shown = [(label_text(name), counts) for name, counts in ordered[:_SHOWN_CLASSES]]
     widest = max((len(name) for name, _ in shown), default=0)
@@ -150,14 +150,16 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
 
 def _rarest_lines(rarest: Sequence[tuple[str, int, int]], images: int) -> Iterator[str]:
     """The rarest classes of the training split, and what can be done about them."""
-    if len(rarest) < 2 or not images:
+    total = len(rarest)
+    if total < 2 or not images:
         return
+    rarest = [row for row in rarest if row[2]]  # classes without training images are reported as missing
     shown = [f"{label_text(name)} in {of_them:,} ({objects:,} objects)" for name, objects, of_them in rarest[:_RAREST]]
     yield f"rarest classes, in how many of {images:,} training images: {', '.join(shown)}"
     rare = sum(of_them < _RARE * images for _, _, of_them in rarest)
     if rare:
         yield (
-            f"  {rare} of {len(rarest)} classes are in less than {100 * _RARE:g} % of the training images; to train"
+            f"  {rare} of {total} classes are in less than {100 * _RARE:g} % of the training images; to train"
             f" more on them: m2f train --repeat_factor_threshold {_RARE:g}, or --class_weights balanced"
         )
 

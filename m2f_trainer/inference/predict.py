@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from m2f_trainer.config.arguments import parse_pixel_range
 from m2f_trainer.data.files import is_hidden
-from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.images import HEIC_ADVICE, SUFFIXES
 from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageError
@@ -227,7 +227,7 @@ def describe_passed_over(passed_over: Mapping[str, int]) -> str:
     if not passed_over:
         return ""
     counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(passed_over.items()))
-    heic = "; save HEIC photos as JPEG" if {".heic", ".heif"} & passed_over.keys() else ""
+    heic = f" ({HEIC_ADVICE})" if {".heic", ".heif", ".hif"} & passed_over.keys() else ""
     return f"{sum(passed_over.values())} file(s) without the suffix of an image or video: {counts}{heic}"
 
 

@@ -18,6 +18,7 @@ from m2f_trainer.data.images import SEVERAL_PAGES, ImageSource, open_image, too_
 from m2f_trainer.errors import ImageError, needs
 from m2f_trainer.masks.rle import HIGHEST_LIMIT, Box, Size, max_pixels
 
+_ORIENTATION = 274  # the tag
 GREY, RGB, YCBCR = 1, 2, 6
 JPEG = 7
 """Photometric interpretations and the one compression whose decoder makes RGB of YCbCr, as TIFF 6.0 numbers them."""
@@ -60,7 +61,8 @@ class TiffWindows:
     """A TIFF of 8-bit grey or colour; reading a window decodes the tiles or strips it intersects.
 
     Raises:
-        ImageError: its first page is damaged, has other sample types, or its compression isn't supported.
+        ImageError: its first page is damaged, has other sample types or an orientation, or its compression isn't
+            supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,6 +85,12 @@ class TiffWindows:
 
     def _checked_size(self) -> Size:
         page, shape = self.page, self.page.shape
+        orientation = page.tags.get(_ORIENTATION)
+        if orientation is not None and orientation.value != 1:
+            raise ImageError(
+                f"{self.path}: reading by windows takes images that are stored upright, got the orientation"
+                f" {orientation.value}. Turn it, for instance with `vips autorot`."
+            )
         if page.samplesperpixel > 4:
             raise ImageError(f"{self.path}: {too_many_channels(page.samplesperpixel)}")
         colours = page.photometric in (GREY, RGB) or (page.photometric == YCBCR and page.compression == JPEG)

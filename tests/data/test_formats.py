@@ -9,8 +9,9 @@ from m2f_trainer.data.dataset import load_coco, log_once
 from m2f_trainer.data.formats import OTHER_FORMATS, find_splits
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
-from tests.data.exports import EXPORTS, label_studio, pictures, roboflow, train_and_val_files_in_the_folder, vgg
+from tests.data.exports import EXPORTS, coco, label_studio, pictures, roboflow, train_and_val_files_in_the_folder, vgg
 from tests.data.folders import content
 from tests.data.test_layouts import place
 from tests.data.test_mask_images import masked
@@ -51,6 +52,24 @@ def test_the_files_and_folders_taken_and_left_aside_are_logged_once(tmp_path, ca
     assert "not used: old.json, test" in text
 
 
+def test_a_yaml_that_names_no_images_is_refused(tmp_path):
+    (tmp_path / "settings.yaml").write_text("a: 1")
+    with pytest.raises(DataError, match=r"settings\.yaml: expected a data\.yaml with `names` and .*`train`"):
+        load_coco(tmp_path / "settings.yaml")
+
+
+def test_a_folder_of_links_that_are_read_is_not_called_unused(tmp_path):
+    root = tmp_path / "set"
+    names = [f"{k}.png" for k in range(5)]
+    pictures(tmp_path / "store", names)
+    (root / "images").mkdir(parents=True)
+    for name in names:
+        (root / "images" / name).symlink_to(tmp_path / "store" / name)
+    (root / "annotations.json").write_text(json.dumps(coco(names)))
+    assert "not used" not in examine(root, Settings(follow_links=True)).files
+    assert examine(root).files.endswith("train annotations.json\n  not used: images"), "its folder isn't known"
+
+
 def test_the_image_folder_that_was_used_is_named(tmp_path, caplog):
     root = label_studio(
         tmp_path / "set",
@@ -84,6 +103,7 @@ OTHERS = {
     "COCO captions": ("captions.json", {"images": [], "annotations": [{"caption": "a"}]}),
     "COCO images without annotations": ("annotations/image_info_x.json", {"images": [], "categories": []}),
     "Pascal VOC": ("Annotations/a.xml", "<annotation><object/></annotation>"),
+    "imagefolder without objects": ("train/metadata.jsonl", '{"file_name": "a.png", "text": "a cell"}'),
     "DOTA": ("train/labelTxt/a.txt", "imagesource:GoogleEarth"),
     "archive": ("export.zip", "PK"),
     "CVAT for images": ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version/></annotations>"),

@@ -1,5 +1,7 @@
 """Malformed rows of Hub datasets: training refuses them with row and remedy, m2f check reports all."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -124,6 +126,22 @@ def test_an_uploaded_set_of_ours_that_was_changed_is_refused(field, tmp_path):
     reported = [one for one in examine(folder).findings if one.severity == "error" and one.kind != "no-objects"]
     assert len({one.kind for one in reported}) == 1
     assert any(part in reported[0].message for part in (message, "annotation 3 of image 0"))
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_a_photo_that_viewers_turn_needs_the_frame_of_its_objects(orientation, tmp_path):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture(9).save(data, "PNG", exif=exif)
+    photo = {"bytes": data.getvalue(), "path": None}
+    folder = foreign(tmp_path / "set", {"image": photo, "objects": [OBJECT]})
+    with pytest.raises(DataError, match=r"row 1: viewers turn this photo .* Give --exif_frame displayed"):
+        load_hub(folder)
+    assert "exif-frame" in {one.kind for one in examine(folder, Settings(64, 64)).findings}
+    assert load_hub(folder, exif_frame="displayed")["train"]["displayed"][:] == [True, True]
+    if orientation < 5:
+        folder = foreign(tmp_path / "empty", {"image": photo, "objects": []})
+        assert len(load_hub(folder)["train"]) == 2
 
 
 def test_a_column_of_categories_alone_does_not_make_a_set_ours(tmp_path):

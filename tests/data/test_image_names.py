@@ -1,16 +1,19 @@
 """Images are found under every spelling that tools produce, and never chosen silently among candidates."""
 
+import json
 import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.image_names import ImageNames, is_inside, usual_name
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
+from tests.data.exports import coco
 from tests.data.honest import base, dataset, objects, picture
 
 SETTINGS = Settings(64, 64)
@@ -41,6 +44,10 @@ SPELLINGS = {
     "other folders": named(lambda name: f"set/pictures/{name}"),
     "windows folders": named(lambda name: f"images\\{name}"),
     "more windows folders": named(lambda name: f"set\\Images\\{name}"),
+    "windows path of another machine": named(lambda name: f"C:\\Users\\me\\set\\images\\{name}"),
+    "windows share": named(lambda name: f"\\\\host\\share\\images\\{name}"),
+    "absolute path of another machine": named(lambda name: f"/home/me/set/images/{name}"),
+    "no ending": named(lambda name: name.removesuffix(".png")),
     "dots": named(lambda name: f"./././{name}"),
     "spaces around": named(lambda name: f" {name} "),
     "other folders and case": named(lambda name: f"Data/{name.upper()}"),
@@ -139,6 +146,43 @@ def test_the_usual_folder_is_taken_with_a_warning_that_names_the_other(labels, t
 def test_copies_of_the_images_in_another_folder_are_no_question(tmp_path):
     root = dataset(tmp_path / "set", folder="a")
     dataset(root, folder="b")
+    assert len(objects(root, tmp_path / "cache")) == 6
+
+
+@pytest.mark.parametrize("folders", ["images/{}", "{}"])
+def test_the_files_of_another_split_are_not_taken_by_their_names_alone(folders, tmp_path):
+    """Frames of several videos have the same names; one that is missing must not be replaced by another video's."""
+    for split, numbers in (("train", (0, 1, 3, 4)), ("val", (2, 5))):
+        for k in numbers:
+            picture(tmp_path / "set" / folders.format(split) / f"frame_{k}.png")
+        names = [f"frame_{k}.png" for k in (range(5) if split == "train" else numbers)]
+        path = tmp_path / "set/annotations" / f"{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(coco(names)))
+    with pytest.raises(DataError, match=r"image 3: no file of this split has the name 'frame_2\.png'\. .*val"):
+        load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    (error,) = [one for one in examine(tmp_path / "set", SETTINGS).findings if one.severity == "error"]
+    assert (error.kind, error.ids) == ("missing-image", [3])
+
+
+def test_images_in_a_folder_that_all_splits_share_are_found(tmp_path):
+    for split, numbers in (("train", range(5)), ("val", range(5, 7))):
+        names = [f"{k}.png" for k in numbers]
+        for name in names:
+            picture(tmp_path / "set/pictures" / name)
+        (tmp_path / "set" / split).mkdir()
+        (tmp_path / "set" / split / "labels.json").write_text(json.dumps(coco(names)))
+    splits = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 5, "valid": 2}
+    assert examine(tmp_path / "set", SETTINGS).status == 0
+    files = {split: f"{split}/labels.json" for split in ("train", "val")}
+    assert len(load_coco(tmp_path / "set", cache_dir=tmp_path / "cache", annotations=files)["train"]) == 5
+
+
+def test_copies_of_one_image_in_two_folders_are_no_question(tmp_path):
+    root = dataset(tmp_path / "set", folder="images/batch1")
+    (root / "images/batch2").mkdir()
+    (root / "images/batch2/img_0.png").write_bytes((root / "images/batch1/img_0.png").read_bytes())
     assert len(objects(root, tmp_path / "cache")) == 6
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from m2f_trainer.data.dataset import load_coco
-from m2f_trainer.data.images import image_size, open_image
+from m2f_trainer.data.images import SUFFIXES, image_size, open_image
 from m2f_trainer.data.transforms import read_image
 from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.doctor.examine import examine
@@ -51,17 +51,28 @@ def test_a_palette_with_transparency_keeps_its_colours(tmp_path):
     assert np.array_equal(np.asarray(open_image(path, "a"))[..., 0], RAMP)
 
 
+def test_an_image_that_was_reduced_after_it_was_annotated_is_refused_with_the_factor(tmp_path):
+    path = save(Image.new("RGB", (200, 160)), tmp_path / "a.png")
+    with pytest.raises(
+        ImageError, match=r"1000x800 pixels .* got 200x160\. .*resized .* to 0\.2 times its size\..*mult"
+    ):
+        open_image(path, "a", size=(800, 1000))
+    with pytest.raises(ImageError, match="Correct `width` and `height`, or restore"):
+        open_image(path, "a", size=(160, 201))
+
+
 def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(path, "a").getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("form", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_left_alone_as_annotations_are_in_stored_pixels(orientation, tmp_path):
+def test_exif_orientation_is_left_alone_as_annotations_are_in_stored_pixels(orientation, form, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(Image.fromarray(RAMP), tmp_path / "a.png", exif=exif)
+    path = save(Image.fromarray(RAMP), tmp_path / f"a.{form}", exif=exif)
     assert image_size(path, "a") == (12, 16)
     assert np.array_equal(np.asarray(open_image(path, "a"))[..., 0], RAMP)
 
@@ -173,12 +184,31 @@ def test_new_photos_are_read_as_viewers_show_them(form, orientation, tmp_path):
     assert np.array_equal(found, shown)
 
 
+def test_heic_photos_are_read_with_the_extra(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="the extra `heic` is not installed")
+    pillow_heif.register_heif_opener()
+    stored = Image.fromarray(RAMP).resize((64, 48)).convert("RGB")
+    stored.save(tmp_path / "a.heic", quality=100)
+    found = np.asarray(open_image(tmp_path / "a.heic", "a", displayed=True)).astype(int)
+    assert np.abs(found - np.asarray(stored)).max() < 12
+    assert ".heic" in SUFFIXES
+
+
+def test_heic_photos_without_the_extra_name_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2f_trainer.data.images.HEIF", False)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(ImageError, match=r"may be HEIC: pip install 'm2f-trainer\[heic\]' to read .* as JPEG"):
+        open_image(tmp_path / "a.heic", "a")
+
+
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_an_image_is_turned_where_its_annotations_have_the_displayed_size(orientation, tmp_path):
-    shown = turned_photo(tmp_path / "a.png", orientation)
-    assert np.array_equal(open_image(tmp_path / "a.png", "photo", size=(40, 24)), shown)
-    with Image.open(tmp_path / "a.png") as stored:
-        assert np.array_equal(open_image(tmp_path / "a.png", "photo", size=(24, 40)), stored)
+    turned_photo(tmp_path / "stored.png", orientation)
+    with Image.open(tmp_path / "stored.png") as stored:
+        for form in ("png", "tif"):
+            shown = turned_photo(tmp_path / f"a.{form}", orientation)
+            assert np.array_equal(open_image(tmp_path / f"a.{form}", "photo", size=(40, 24)), shown)
+            assert np.array_equal(open_image(tmp_path / f"a.{form}", "photo", size=(24, 40)), stored)
     turned_photo(tmp_path / "a.jpg", orientation)
     assert open_image(tmp_path / "a.jpg", "photo", size=(40, 24), shrink_to=(20, 12)).size == (12, 20)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_trainer.data.normalize import Ids, usual_segmentation, whole_number
+from m2f_trainer.data.normalize import Ids, number, usual_box, usual_segmentation, whole_number
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
@@ -102,7 +102,21 @@ HONEST = {
     "rle of the turned mask": (outline({"size": [20, 16], "counts": TURNED}), "unusual-rle"),
     "rle size as fractions": (outline({"size": ["16", 20.0], "counts": COUNTS}), "unusual-rle"),
     "counts as Python bytes": (outline({"size": [16, 20], "counts": str(STRING.encode())}), "unusual-rle"),
+    "rle without a size": (outline({"counts": COUNTS}), "unusual-rle"),
+    "a stray number": (outline([SQUARE, [10, 8, 11]]), "stray-part"),
+    "a polygon as JSON text": (outline(json.dumps([SQUARE])), "unusual-outline"),
+    "rle as JSON text": (outline(json.dumps({"size": [16, 20], "counts": STRING})), "unusual-rle"),
+    "a box of numerals": (every("annotations", bbox=["2", "3.0", "10", "8"]), "unusual-number"),
+    "an area as text": (every("annotations", area="80.0"), "unusual-number"),
 }
+
+
+@pytest.mark.parametrize("change", [every("annotations", iscrowd=None), every("annotations", bbox=[], area=None)])
+def test_null_and_empty_lists_count_as_absent(change, tmp_path):
+    expected = objects(dataset(tmp_path / "base"), tmp_path / "cache")
+    root = dataset(tmp_path / "set", change)
+    assert objects(root, tmp_path / "cache") == expected
+    assert {one.kind for one in examine(root, SETTINGS).findings} == {"held-out"}
 
 
 @pytest.mark.parametrize("case", HONEST)
@@ -139,6 +153,11 @@ GUESSES = {
         in_turn(outline({"size": [20, 16], "counts": COUNTS}), every("annotations", bbox=[5, 5, 3, 3])),
         "expected an RLE of size",
     ),
+    "rle without a size or a box": (
+        in_turn(outline({"counts": COUNTS}), every("annotations", bbox=None)),
+        "expected an RLE of size",
+    ),
+    "a box with a word": (every("annotations", bbox=[2, 3, "ten", 8]), r"got \[2, 3, 'ten', 8\]"),
     "only a point": (outline([[10, 8]]), "expected at least three points"),
 }
 
@@ -202,8 +221,16 @@ def test_whole_numbers_in_any_spelling(value, number):
     assert whole_number(value) == number
 
 
+def test_numbers_and_boxes_as_text():
+    found = [number(value) for value in (2, 2.5, "2", " -2.5e1 ", ".5", "1e999", "2,5", "", True, None, float("nan"))]
+    assert found == [2, 2.5, 2, -25, 0.5, None, None, None, None, None, None]
+    assert usual_box(["1", 2, 3.5, "4"]) == [1, 2, 3.5, 4]
+    assert [usual_box(value) for value in ([1, 2, 3], [1, 2, -3, 4], "1 2 3 4", None)] == [None] * 4
+
+
 @pytest.mark.parametrize(
-    "value", [None, 3, "text", [], {}, [[]], [[1, 2]], [[[[1]]]], [[[[[SQUARE]]]]], {"size": 3, "counts": "b'\\"}]
+    "value",
+    [None, 3, "text", "[" * 100000, [], {}, [[]], [[1, 2]], [[[[1]]]], [[[[[SQUARE]]]]], {"size": 3, "counts": "b'\\"}],
 )
 def test_what_is_no_segmentation_has_no_usual_form(value):
     assert usual_segmentation(value, 16, 20, None) is None

@@ -1,6 +1,8 @@
 """A corrected copy has none of the problems that can be corrected, and the original stays as it is."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -86,6 +88,27 @@ def test_the_copy_of_a_json_file_is_not_written_into_its_dataset(place, tmp_path
         repair(examination, root / "images" / "copy")
 
 
+def test_the_suggested_copy_lies_beside_the_dataset(tmp_path, capsys, monkeypatch):
+    root = dataset(tmp_path / "set", lambda coco: coco["annotations"][0].update(category_id=9))
+    monkeypatch.chdir(root)
+    for taken in ("", "2"):
+        assert main(["check", "."]) == 1
+        suggested = re.search(r"m2f (check \. --fix .*)", capsys.readouterr().out)[1]
+        assert suggested == f"check . --fix {tmp_path / 'set-corrected'}{taken}"
+        assert main(shlex.split(suggested)) == 1
+        capsys.readouterr()
+        assert (tmp_path / f"set-corrected{taken}/train/_annotations.coco.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    main(["check", "set"])
+    assert "m2f check set --fix corrected\n" in capsys.readouterr().out
+
+
+def test_no_copy_is_suggested_where_no_object_could_be_kept(tmp_path, capsys):
+    root = dataset(tmp_path / "set", lambda coco: [one.update(category_id=9) for one in coco["annotations"]])
+    assert main(["check", str(root)]) == 1
+    assert "Next" not in capsys.readouterr().out
+
+
 def test_the_copy_is_compared_with_the_original_id_by_id(tmp_path):
     def damage(coco):
         coco["annotations"][0]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
@@ -95,10 +118,12 @@ def test_the_copy_is_compared_with_the_original_id_by_id(tmp_path):
     root = dataset(tmp_path / "set", damage)
     (root / "images/img_5.png").unlink()
     done = repair(examine(root, SETTINGS), tmp_path / "copy")
-    assert sorted(key for ids in done.left_out.values() for key in ids) == [1, 2, 6, 30]
+    assert sorted(key for ids in done.left_out.values() for key in ids["annotations"]) == [1, 2, 6, 30]
+    assert sorted(key for ids in done.left_out.values() for key in ids["images"]) == [6]
     assert [sum(counts["objects"][k] for counts in done.counts.values()) for k in (0, 1)] == [7, 3]
     assert [sum(counts["images"][k] for counts in done.counts.values()) for k in (0, 1)] == [6, 5]
     assert "left out: annotations" in done.to_text()
+    assert "left out: images 6\n" in done.to_text()
     assert {(one["finding"], one["id"]) for one in done.changes} >= {
         ("bad-mask", 1),
         ("unknown-category", 2),
@@ -171,7 +196,8 @@ def test_images_of_two_splits_are_only_removed_when_asked_for(remove, tmp_path):
         "train": (6, 3 if remove else 6),
         "valid": (6, 6),
     }
-    assert done.left_out["train"] == ([1, 2, 3] if remove else [])
+    ids = [1, 2, 3] if remove else []
+    assert done.left_out["train"] == {"images": ids, "annotations": ids}
 
 
 def test_a_split_without_usable_images_is_named_as_dropped(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError, MissingPackageError
@@ -37,6 +37,18 @@ def test_other_files_are_decoded_whole_and_a_deep_tiff_is_refused(tmp_path: Path
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 9), np.float32))
     with pytest.raises(ImageError, match="8-bit grey, RGB or RGBA"):
         open_windows(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("orientation", [2, 6])
+def test_a_tiff_that_viewers_turn_is_read_as_they_show_it(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(scene()).save(tmp_path / "a.tif", exif=exif)
+    with Image.open(tmp_path / "a.tif") as image:
+        shown = np.asarray(ImageOps.exif_transpose(image))
+    windows = open_windows(tmp_path / "a.tif")
+    assert windows.size == shown.shape[:2]
+    assert np.array_equal(windows.read((1, 2, 20, 30)), shown[2:30, 1:20])
 
 
 def tiffs(folder: Path) -> list[Path]:
