@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedConfig
 
+from .attention import NAME as ATTENTION
 from .backbones import ModelError, is_pyramidal
 
 
@@ -167,6 +168,8 @@ class Encoder(nn.Module):
     def __init__(self, backbone: PreTrainedConfig, neck: str, neck_channels: Sequence[int] | None) -> None:
         super().__init__()
         self.backbone = AutoBackbone.from_config(backbone)
+        if self.backbone._supports_sdpa:
+            self.backbone.set_attn_implementation(ATTENTION)
         self.neck, self.channels = build_neck(neck, backbone, neck_channels)
         _deepen_drop_path(self.backbone)
         for name, parameter in self.backbone.named_parameters():

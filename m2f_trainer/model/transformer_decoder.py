@@ -2,7 +2,7 @@
 
 The same numbers as transformers' `Mask2FormerTransformerModule` with less work. A query's mask at a coarse level is its
 embedding times the mask features resized to that level, because resizing and the inner product commute; so no mask is
-ever computed at full resolution and then resized. Attention is torch's scaled-dot-product attention.
+ever computed at full resolution and then resized.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,13 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
+from .attention import dot_product_attention
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Attention of projected (B, Q, C) over (B, S, C), mask (B, 1, Q, S), true where allowed -> (B, Q, C)."""
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    return dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def linear_with_positions(hidden: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
