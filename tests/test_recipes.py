@@ -43,8 +43,12 @@ def test_a_recipe_loads_and_survives_saving(path: Path, tmp_path: Path) -> None:
 def test_a_published_recipe_has_sixteen_images_per_step_and_their_learning_rate(path: Path) -> None:
     recipe = load_recipe([str(path), "--dataset_name", "coco"])
     train = recipe.train
-    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
-    assert train.learning_rate == 1e-4
+    if "vitl" in path.name:  # whose batch depends on the memory
+        sizes = {train.per_device_train_batch_size, train.gradient_accumulation_steps, train.learning_rate}
+        assert sizes == {"auto"}, "16 images, and 1e-4 for them, see tests/training/test_auto.py"
+    else:
+        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+        assert train.learning_rate == 1e-4
     assert recipe.model.num_queries == (200 if "vitl" in path.name else 100)
     assert train.output_dir == f"runs/{path.stem}"
     assert recipe.model.head_checkpoint is None, "the published heads are CC BY-NC: the user's choice, not a default"

@@ -118,6 +118,12 @@ class ModelArguments:
         at_least=1,
         defines_model=True,
     )
+    recompute_feed_forward: bool = option(
+        True,
+        "Compute the feed-forward layers of the pixel decoder again in the backward pass. At 1024 x 1024 in bf16: "
+        "0.26 GB less memory for each image; by the model of a GPU in benchmarks/roofline.py 0.4 ms more time.",
+        "precision and memory",
+    )
     feature_cache: int | None = option(
         None,
         "With tune frozen: precompute backbone features for N augmented views of each image and keep them on disk. "

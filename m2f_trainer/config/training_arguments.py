@@ -100,10 +100,11 @@ class TrainArguments(TrainingArguments):
     )
     gradient_accumulation_steps: int = option(
         1,
-        "Number of batches whose gradients are accumulated before an optimizer step.",
+        "Number of batches whose gradients are accumulated before an optimizer step; auto: as many as make 16 images.",
         "length and batch",
         at_least=1,
         changes_results=True,
+        auto=True,
     )
     dataloader_drop_last: bool = option(
         False, "Drop the last batch of an epoch if it is incomplete.", "length and batch", changes_results=True

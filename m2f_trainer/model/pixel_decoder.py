@@ -48,8 +48,13 @@ def encoder_layer(
     positions: Tensor,
     references: Tensor,
     shapes: tuple[Shape, ...],
+    recompute: bool = False,
 ) -> Tensor:
-    """One deformable layer, post-norm: hidden (B, S, C), positions (1, S, C), references (S, L, 2) -> (B, S, C)."""
+    """One deformable layer, post-norm: hidden (B, S, C), positions (1, S, C), references (S, L, 2) -> (B, S, C).
+
+    With `recompute`, the feed-forward part is computed again in the backward pass: its inner activations are the
+    largest of a layer.
+    """
     attention = layer.self_attn
     batch, length, _ = hidden.shape
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
@@ -69,13 +74,16 @@ def encoder_layer(
     places = (around.unsqueeze(1) + offsets.view(batch, length, heads, -1)).view(*weights.shape, 2)
     attended = attention.output_proj(deformable_attention(value, shapes, places, weights.to(places.dtype)))
     hidden = layer.self_attn_layer_norm(hidden + F.dropout(attended, layer.dropout, layer.training))
-    update = checkpoint(_feed_forward, layer, hidden, use_reentrant=False, preserve_rng_state=layer.dropout > 0)
+    if recompute:
+        update = checkpoint(_feed_forward, layer, hidden, use_reentrant=False, preserve_rng_state=layer.dropout > 0)
+    else:
+        update = _feed_forward(layer, hidden)
     output: Tensor = layer.final_layer_norm(hidden + update)
     return output
 
 
 def _feed_forward(layer: Mask2FormerPixelDecoderEncoderLayer, hidden: Tensor) -> Tensor:
-    """(B, S, C) -> (B, S, C). Recomputed in backward: its inner activations are the largest of a layer."""
+    """(B, S, C) -> (B, S, C)."""
     inner = F.dropout(F.relu(layer.fc1(hidden), inplace=True), layer.activation_dropout, layer.training)
     return F.dropout(layer.fc2(inner), layer.dropout, layer.training)
 
@@ -98,11 +106,16 @@ class PixelDecoder(Mask2FormerPixelDecoder):
 
     Under autocast, convolutions and linear layers compute in its type, and norms, sampling places, attention weights
     and sums of samples in float32. The original computes everything here in float32, at twice the time on a GPU.
+
+    Attributes:
+        recompute_feed_forward: compute the feed-forward parts again in the backward pass, for less memory. With
+            `gradient_checkpointing`, whole layers are recomputed anyway.
     """
 
     def __init__(self, config: Mask2FormerConfig, feature_channels: Sequence[int]) -> None:
         super().__init__(config, feature_channels=list(feature_channels))
         self.level_embed.requires_grad_(config.encoder_layers > 0)  # otherwise unused, which stops DDP
+        self.recompute_feed_forward = True
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor]  # transformers sets it with the flag
 
@@ -139,7 +152,10 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         parts = hidden.split([height * width for height, width in shapes], dim=1)
         return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _run(self, layer: Any, *inputs: Any) -> Tensor:
+    def _run(
+        self, layer: Any, hidden: Tensor, positions: Tensor, references: Tensor, shapes: tuple[Shape, ...]
+    ) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(encoder_layer, layer, *inputs)
-        return encoder_layer(layer, *inputs)
+            return self._gradient_checkpointing_func(encoder_layer, layer, hidden, positions, references, shapes)
+        recompute = self.recompute_feed_forward and self.training
+        return encoder_layer(layer, hidden, positions, references, shapes, recompute)

@@ -1,4 +1,4 @@
-"""Values for the recipe fields set to "auto": queries, learning rate, images per device, epochs."""
+"""Values for the recipe fields set to "auto": queries, learning rate, images per device, accumulation, epochs."""
 
 import logging
 import math
@@ -51,7 +51,8 @@ def resolve(
         for name, owner in owners.items():
             vars(owner)[name] = vars(before.model if owner is model else before.train)[name]
     else:
-        spread = train.world_size * train.gradient_accumulation_steps
+        accumulates = "gradient_accumulation_steps" in owners
+        spread = train.world_size * (1 if accumulates else train.gradient_accumulation_steps)
         if "num_queries" in owners:
             model.num_queries, reason = queries_for(samples.objects())
             reasons.append(reason)
@@ -60,6 +61,9 @@ def resolve(
         if "per_device_train_batch_size" in owners:
             limit = min(max(REFERENCE_IMAGES // spread, 1), len(samples))
             train.per_device_train_batch_size = probe(model, limit)
+        if accumulates:
+            train.gradient_accumulation_steps = accumulation_for(train.per_device_train_batch_size * train.world_size)
+            spread = train.world_size * train.gradient_accumulation_steps
         if "learning_rate" in owners:
             train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
     values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
@@ -96,6 +100,13 @@ def rate_for(images: int) -> float:
     The square-root rule for Adam: Malladi et al. 2022, https://arxiv.org/abs/2205.10287.
     """
     return REFERENCE_RATE * math.sqrt(images / REFERENCE_IMAGES)
+
+
+def accumulation_for(images: int) -> int:
+    """How many batches make 16 images per optimizer step, or as many as fit into it; `images` are those of one batch on
+    all devices.
+    """
+    return max(REFERENCE_IMAGES // images, 1)
 
 
 def epochs_for(images: int) -> float:

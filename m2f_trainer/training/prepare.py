@@ -169,6 +169,7 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
     )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
     set_tuning(built, model.tune, lora)
+    built.model.pixel_level_module.decoder.recompute_feed_forward = model.recompute_feed_forward
     return built
 
 

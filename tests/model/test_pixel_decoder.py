@@ -22,8 +22,37 @@ def test_a_layer_of_the_pixel_decoder_keeps_no_sum_of_features_and_positions() -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        encoder_layer(layer, hidden, positions, references, shapes)
+        encoder_layer(layer, hidden, positions, references, shapes, recompute=True)
     assert sum(tensor.numel() == hidden.numel() for tensor in kept.values()) == 6
+
+
+@pytest.mark.parametrize(
+    ("recompute", "whole_layers", "runs"), [(True, False, 2), (False, False, 1), (True, True, 2), (False, True, 2)]
+)
+def test_feed_forward_parts_run_again_in_backward_only_where_that_is_asked_for(
+    recompute: bool, whole_layers: bool, runs: int
+) -> None:
+    """The gradients are the same. Where whole layers are recomputed, their feed-forward parts run no third time."""
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    decoder, pixels = model.model.pixel_level_module.decoder, images() / 255
+    decoder.recompute_feed_forward, results = True, []
+    for settings in ((True, False), (recompute, whole_layers)):
+        decoder.recompute_feed_forward = settings[0]
+        if settings[1]:
+            model.activation_checkpointing_enable()
+        count: list[None] = []
+        hook = decoder.encoder.layers[0].fc1.register_forward_hook(lambda *_, count=count: count.append(None))
+        model.zero_grad()
+        sum(output.square().mean() for output in model.model(pixels)).backward()
+        hook.remove()
+        results.append(
+            (len(count), {name: one.grad.clone() for name, one in decoder.named_parameters() if one.grad is not None})
+        )
+    (_, expected), (found, gradients) = results
+    assert found == runs
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient)
 
 
 def test_mask_features_and_levels_are_transformers() -> None:

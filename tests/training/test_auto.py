@@ -28,6 +28,10 @@ def test_the_learning_rate_goes_with_the_root_of_the_images_a_step(images: int, 
     assert automatic.rate_for(images) == pytest.approx(rate)
 
 
+def test_batches_are_accumulated_to_sixteen_images_on_all_devices() -> None:
+    assert [automatic.accumulation_for(images) for images in (1, 2, 8, 12, 16, 64)] == [16, 8, 2, 1, 1, 1]
+
+
 def test_small_datasets_are_seen_more_often() -> None:
     assert [automatic.epochs_for(images) for images in (10, 499, 500, 9_999, 118_000)] == [150, 150, 75, 40, 25]
 
@@ -91,14 +95,14 @@ def test_a_run_saves_and_logs_the_values_of_auto_and_a_resumed_one_keeps_them(
     path = write_tiny(tmp_path, **words)
     with caplog.at_level(logging.WARNING):
         train(load_recipe([str(path)]))
-    assert "auto: num_queries = 20, num_train_epochs = 150, per_device_train_batch_size = 2, learning_rate = 3.5" in (
-        caplog.text
-    )
-    assert "; 99 % of the training samples have at most " in caplog.text
+    assert (
+        "auto: num_queries = 20, num_train_epochs = 150, per_device_train_batch_size = 2, "
+        "gradient_accumulation_steps = 8, learning_rate = 0.0001; 99 % of the training samples have at most "
+    ) in caplog.text
     checkpoint = tmp_path / "run" / "checkpoint-2"
     saved = json.loads((checkpoint / "recipe.json").read_text())
-    rate = 1e-4 * math.sqrt(2 / 16)
-    expected = {"num_queries": 20, "learning_rate": rate, "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    expected = {"num_queries": 20, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    expected |= {"gradient_accumulation_steps": 8}
     assert load_model(str(checkpoint)).config.num_queries == 20
     assert {name: saved[name] for name in AUTOMATIC} == pytest.approx(expected)
 
@@ -111,7 +115,7 @@ def test_a_run_saves_and_logs_the_values_of_auto_and_a_resumed_one_keeps_them(
     assert {name: ({**vars(again.train), **vars(again.model)})[name] for name in AUTOMATIC} == pytest.approx(expected)
 
 
-def test_auto_is_accepted_by_four_fields_and_by_no_other() -> None:
+def test_auto_is_accepted_by_five_fields_and_by_no_other() -> None:
     given = [token for name in AUTOMATIC for token in (f"--{name}", "auto")]
     recipe = load_recipe(["--dataset_name", "coco", *given])
     assert all(({**vars(recipe.train), **vars(recipe.model)})[name] == "auto" for name in AUTOMATIC)
