@@ -18,27 +18,20 @@ RATE, SIZE = 4.0, 0.2
 SIZE: the root mean square of an AdamW update, to which Liu et al. scale Muon's."""
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (M, n, m) with their singular values moved close to 1, in float32.
+def orthogonal(matrices: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Matrices (M, n, m) with their singular values moved close to 1, computed in `precision`; returns float32.
 
-    By the Newton-Schulz iteration of `torch.optim.Muon`. The polynomials of X X' are multiplied first, so that all but
-    two of the products are of square matrices with the smaller side.
+    By the Newton-Schulz iteration of `torch.optim.Muon`, which computes in bfloat16.
     """
-    x = matrices.float()
+    x = matrices.to(precision)
     tall = x.shape[1] > x.shape[2]
     x = x.transpose(1, 2) if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
-    gram = x @ x.transpose(1, 2)
-    total: Tensor | None = None
-    for step in range(STEPS):
-        factor = b * gram + c * (gram @ gram)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        total = factor if total is None else factor @ total
-        if step < STEPS - 1:
-            gram = factor @ gram @ factor
-    straight: Tensor = x if total is None else total @ x
-    return straight.transpose(1, 2) if tall else straight
+    for _ in range(STEPS):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(1, 2) if tall else x).float()
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -46,11 +39,19 @@ class MuonAdamW(torch.optim.AdamW):
     AdamW.
 
     `matrices` maps each parameter of Muon to the number of matrices stacked in it: 3 for a packed attention weight. The
-    kernel (out, in, h, w) of a convolution is used as a matrix (out, in x h x w).
+    kernel (out, in, h, w) of a convolution is used as a matrix (out, in x h x w). Updates are orthogonalised in
+    `precision`.
     """
 
-    def __init__(self, params: Iterable[Any], *, matrices: Mapping[nn.Parameter, int], **settings: Any) -> None:
-        self.matrices = dict(matrices)
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        matrices: Mapping[nn.Parameter, int],
+        precision: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        self.matrices, self.precision = dict(matrices), precision
         super().__init__(params, **settings)
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class MuonAdamW(torch.optim.AdamW):
         rate = RATE * group["lr"]
         for (rows, columns), parameters in alike.items():
             updates = torch.cat([self._update(one).reshape(-1, rows, columns) for one in parameters])
-            steps = orthogonal(updates).split([self.matrices[one] for one in parameters])
+            steps = orthogonal(updates, self.precision).split([self.matrices[one] for one in parameters])
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.add_(step.reshape(parameter.shape), alpha=-rate * SIZE * max(rows, columns) ** 0.5)

@@ -63,7 +63,8 @@ def build_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer
         stock.optim = OptimizerNames.ADAMW_TORCH if arguments.fp16 else OptimizerNames.ADAMW_TORCH_FUSED
     factory, settings = Trainer.get_optimizer_cls_and_kwargs(stock, model)  # type: ignore[arg-type]
     if arguments.optim == MUON:
-        factory, settings = MuonAdamW, {**settings, "matrices": matrices(model)}
+        precision = torch.bfloat16 if arguments.bf16 else torch.float32
+        factory, settings = MuonAdamW, {**settings, "matrices": matrices(model), "precision": precision}
     optimizer: Optimizer = factory(groups, **settings)
     if isinstance(arguments, TrainArguments) and arguments.ema_decay is not None:
         optimizer.register_step_post_hook(add_averages)

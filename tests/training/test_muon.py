@@ -1,6 +1,7 @@
 """Muon against torch's own, and against AdamW for what isn't a matrix."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,18 +30,22 @@ def trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, given: li
     return parameter.detach().clone()
 
 
-def muon(parameter: nn.Parameter, parts: int = 1) -> MuonAdamW:
-    return MuonAdamW([parameter], matrices={parameter: parts}, lr=LEARNING_RATE, weight_decay=DECAY)
+def muon(parameter: nn.Parameter, parts: int = 1, precision: torch.dtype = torch.float32) -> MuonAdamW:
+    settings = {"lr": LEARNING_RATE, "weight_decay": DECAY}
+    return MuonAdamW([parameter], matrices={parameter: parts}, precision=precision, **settings)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
-def test_a_matrix_is_stepped_as_by_torchs_muon_at_a_multiple_of_the_rate(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_stepped_as_by_torchs_muon_at_a_multiple_of_the_rate(
+    shape: tuple[int, int], precision: torch.dtype
+) -> None:
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     stock = torch.optim.Muon(
         [theirs], lr=RATE * LEARNING_RATE, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    moved = trained(ours, muon(ours), gradients(shape)) - start
+    moved = trained(ours, muon(ours, precision=precision), gradients(shape)) - start
     wanted = trained(theirs, stock, gradients(shape)) - start
     assert (moved - wanted).norm() < 0.02 * wanted.norm()  # torch's computes in bfloat16
 
@@ -135,3 +140,11 @@ def test_where_processes_hold_parts_of_matrices_muon_is_refused_and_not_the_defa
     assert TrainArguments(use_cpu=True, report_to="none", fsdp=True).optim == "adamw_torch_fused"
     with pytest.raises(RecipeError, match="optim=muon orthogonalises whole matrices, but fsdp"):
         TrainArguments(use_cpu=True, report_to="none", fsdp=True, optim="muon")
+
+
+def test_bf16_recipes_orthogonalise_in_bfloat16(tmp_path: Path) -> None:
+    for bf16, precision in ((True, torch.bfloat16), (False, torch.float32)):
+        arguments = TrainArguments(output_dir=str(tmp_path), optim="muon", bf16=bf16, use_cpu=True)
+        optimizer = build_optimizer(tiny_model(), arguments)
+        assert isinstance(optimizer, MuonAdamW)
+        assert optimizer.precision == precision
