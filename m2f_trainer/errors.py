@@ -149,6 +149,13 @@ def mistyped_path(name: str) -> str:
     return f"{name}: there is no such file or folder" + (f"; the nearest name is {place}." if is_complete else ".")
 
 
+def missing_path(name: str | Path) -> str:
+    """A message that a local path does not exist, with the nearest existing name; "" if it exists."""
+    if os.path.exists(name):  # noqa: PTH110 (False, not an error, for a name that is too long)
+        return ""
+    return mistyped_path(str(name)) or f"{name}: there is no such file or folder."
+
+
 def _names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 

@@ -35,7 +35,7 @@ from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
-from m2f_trainer.errors import ModelFolderError, escape_controls
+from m2f_trainer.errors import ModelFolderError, escape_controls, missing_path
 
 RECIPE, METRICS, EVALUATION, STATE = "recipe.json", "metrics.json", "evaluation.json", "trainer_state.json"
 FINGERPRINT, MANIFEST, PICKLED_ARGUMENTS = "fingerprint.json", "manifest.json", "training_args.bin"
@@ -206,6 +206,8 @@ def load_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         ModelFolderError: neither the folder nor a checkpoint in it holds an evaluation, or a file is damaged.
     """
+    if problem := missing_path(folder):
+        raise ModelFolderError(f"{problem} Give the folder of a run.")
     source = folder if (folder / EVALUATION).is_file() else newest_evaluated_checkpoint(folder)
     details = read_json(source / EVALUATION) if source else {}
     if source is None or not details:

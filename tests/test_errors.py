@@ -74,7 +74,18 @@ def test_a_mistyped_path_is_named_with_the_nearest_one(name, message, tmp_path, 
     assert mistyped_path(name) == message
 
 
-@pytest.mark.parametrize("command", ["check runs/frist", "predict runs/frist a.png", "evaluate runs/frist set"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check runs/frist",
+        "predict runs/frist a.png",
+        "evaluate runs/frist set",
+        "export runs/frist",
+        "report runs/frist",
+        "push runs/frist me/model",
+        "train quickstart --dataset_name set --init_from runs/frist",
+    ],
+)
 def test_a_mistyped_path_is_an_error_at_once_without_the_hub(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs/first").mkdir(parents=True)
     (tmp_path / "a.png").touch()

@@ -31,4 +31,6 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.evaluation.report import write_report
 
     say(f"page: {write_report(arguments.runs, arguments.output, arguments.images)}")
-    suggest(f"m2f predict {shlex.quote(str(arguments.runs[0]))} IMAGES")
+    models = [run for run in arguments.runs if (run / "config.json").is_file()]
+    if models:
+        suggest(f"m2f predict {shlex.quote(str(models[0]))} IMAGES")

@@ -21,6 +21,7 @@ import numpy as np
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import file_parts
 from m2f_trainer.data.image_names import (
+    LINK_ADVICE,
     ImageNames,
     image_paths,
     is_address,
@@ -39,8 +40,6 @@ from m2f_trainer.masks import segmentation as masks
 
 Entry: TypeAlias = dict[str, Any]
 """A JSON object of an annotation file, or a value of a dataset row."""
-
-LINK_ADVICE = "If it is a link of your own, give --follow_links."
 
 _NUMBERS = {int, float}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left where a tool cut a name: it can't be written again

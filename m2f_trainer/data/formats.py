@@ -26,6 +26,7 @@ from m2f_trainer.data.labelme import find_labelme, read_labelme
 from m2f_trainer.data.layouts import (
     SPLITS,
     SplitFiles,
+    annotated_folder,
     coco_file,
     find_coco,
     given_layout,
@@ -201,7 +202,7 @@ def find_splits(
                 files,
                 exif_frame=exif_frame,
                 follow_links=follow_links,
-                root=path if path.is_dir() and files.split not in given else None,
+                root=None if files.split in given else path if path.is_dir() else annotated_folder(path),
                 other_splits=tuple(other.split for other in splits if other.split != files.split),
             )
             for files in splits

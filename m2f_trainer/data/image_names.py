@@ -11,9 +11,11 @@ from urllib.parse import unquote, urlsplit
 
 from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import SUFFIXES
-from m2f_trainer.data.layouts import SPLITS, split_of
+from m2f_trainer.data.layouts import SPLITS, annotated_folder, split_of
 from m2f_trainer.data.problems import Report
 from m2f_trainer.errors import DataError
+
+LINK_ADVICE = "If it is a link of your own, give --follow_links."
 
 _COMPARED = 20  # images whose files are compared between two folders that hold the same names
 _USUAL = ("images", "image", "imgs", "img", "data", "jpegimages")
@@ -49,7 +51,8 @@ class ImageNames:
         folders: those that the images may be in, the most likely first
         annotations: the annotation file
         split: the split, whose name a folder of its images may have
-        root: the dataset folder, below which names are searched that no file below `folders` has
+        root: the dataset folder, below which names are searched that no file below `folders` has, and which the image
+            folder must not leave by a link unless `follow_links`; None for a folder that was given
         other_splits: in whose folders no image is searched, unless its name has the folder, too
         follow_links: whether files that are links are found, too
     """
@@ -63,7 +66,7 @@ class ImageNames:
         other_splits: Sequence[str] = (),
         follow_links: bool = False,
     ) -> None:
-        self._annotations, self._split = annotations, split
+        self._annotations, self._split, self._root, self._follow_links = annotations, split, root, follow_links
         self._other_splits = frozenset(other_splits)
         self._folders = [folder for folder in folders if folder.is_dir()]
         if not self._folders:
@@ -96,7 +99,20 @@ class ImageNames:
                 f" images, with other content. {read} --images {self._split}=FOLDER."
             )
             report(kind, self._annotations, [other.name], message)
+        self._check_inside(best)
         return best
+
+    def _check_inside(self, folder: Path) -> None:
+        """Raise DataError for an image folder that is a link out of the dataset folder."""
+        if self._follow_links or self._root is None:
+            return
+        allowed = [os.path.realpath(place) for place in (self._root, annotated_folder(self._annotations))]
+        found = os.path.realpath(folder)
+        if not any(Path(found).is_relative_to(place) for place in allowed):
+            raise DataError(
+                f"{folder}: the image folder leads out of {self._root}, to {found}. Copy the images into the dataset"
+                f" folder. {LINK_ADVICE}"
+            )
 
     def find(self, name: str) -> list[Path]:
         """The files that a name may refer to; a single one if it is unambiguous.
@@ -214,7 +230,7 @@ def image_paths(folder: Path, follow_links: bool = False) -> Iterator[Path]:
 
 def usual_name(image: dict[str, Any]) -> str | None:
     """The name of an image entry: its `file_name`, or else a URL as in LVIS."""
-    names = (image.get(key) for key in ("file_name", "coco_url", "path"))
+    names = (image.get(key) for key in ("file_name", "filename", "coco_url", "path"))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, kind_of_json
-from m2f_trainer.data.images import SUFFIXES
+from m2f_trainer.data.image_names import ImageNames
 from m2f_trainer.data.layouts import SplitFiles, by_split
 from m2f_trainer.data.problems import Report, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
@@ -65,15 +64,13 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
     folder, name = files.image_folders[0], str(files.annotations)
     names = dict(enumerate(files.classes, start=1))
     ids = {label: number for number, label in names.items()}
-    find = ImageFinder(folder)
+    places = ImageNames([folder], files.annotations, files.split, None, files.other_splits, files.follow_links)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
     number = 0
     for path in files.files:
         content = _read(path, name, report)
-        image = (
-            None if content is None else _image(content, path, find, len(images) + 1, files.exif_frame, name, report)
-        )
+        image = None if content is None else _image(content, path, files, places, len(images) + 1, report)
         if content is None or image is None:
             continue
         images.append(image)
@@ -100,51 +97,54 @@ def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
     return content
 
 
-class ImageFinder:
-    """Finds images below a folder by the paths that annotation files give them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._by_name: dict[str, list[Path]] = {}
-        for path in files_below(folder, SUFFIXES):
-            self._by_name.setdefault(path.name, []).append(path)
-
-    def __call__(self, written: str, beside: Path) -> str:
-        """The path of an image relative to the folder.
-
-        `written` is relative to the annotation file `beside`. If no image is there, the only image with that base name
-        is returned; without one, the path as written.
-        """
-        inside = os.path.normpath(beside.parent / written.replace("\\", "/"))
-        named = self._by_name.get(PureWindowsPath(written).name, [])
-        path = inside if Path(inside) in named or len(named) != 1 else named[0]
-        return os.path.relpath(path, self.folder)
-
-
 def _image(
-    content: dict[str, Any],
-    path: Path,
-    find: ImageFinder,
-    image_id: int,
-    exif_frame: ExifFrame,
-    name: str,
-    report: Report,
+    content: dict[str, Any], path: Path, files: SplitFiles, places: ImageNames, image_id: int, report: Report
 ) -> Entry | None:
-    written = content.get("imagePath")
+    folder, name, written = files.image_folders[0], str(files.annotations), content.get("imagePath")
     sides: list[Any] = [content.get("imageHeight"), content.get("imageWidth")]
     if not written or not is_text(written) or "\0" in written:
         message = f"{path}: expected the name of the image as `imagePath`, got {brief(written)}. Correct it."
         report("bad-image-entry", name, [path.name], message)
         return None
-    file_name = find(written, path)
+    file = _image_file(written, path, places, name, report)
+    if file is None:
+        return None
+    image = {"id": image_id, "file_name": os.path.relpath(file, folder), "height": sides[0], "width": sides[1]}
     if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > max_pixels():
         try:
-            where = f"image {image_id} ({file_name})"
-            sides = list(size_in_frame(find.folder / file_name, where, exif_frame, name, report))
+            source = FolderSplit(name, (), {}, {}, folder, follow_links=files.follow_links).source(image)
+            where = f"image {image_id} ({image['file_name']})"
+            image["height"], image["width"] = size_in_frame(source, where, files.exif_frame, name, report)
         except ImageError as error:
-            report("bad-image", name, [file_name], str(error))
+            report("bad-image", name, [image["file_name"]], str(error))
             return None
-    return {"id": image_id, "file_name": file_name, "height": sides[0], "width": sides[1]}
+        except DataError as error:
+            report("unsafe-path", name, [image["file_name"]], str(error))
+            return None
+    return image
+
+
+def _image_file(written: str, beside: Path, places: ImageNames, name: str, report: Report) -> Path | None:
+    """The path of an image: as written, relative to its annotation file, or that of the only image with its name; None
+    where there are several, or where only another split has it.
+    """
+    path = Path(os.path.normpath(beside.parent / written.replace("\\", "/")))
+    if os.path.isfile(path):  # noqa: PTH113 (False, not an error, for a name that is too long)
+        return path
+    base = PureWindowsPath(written).name
+    choices, misplaced = places.find(base), places.find_in_other_splits(base)
+    if len(choices) == 1:
+        report("found-image", name, [beside.name], f"{beside}: {written!r} is read from {choices[0]}.")
+        return choices[0]
+    if choices:
+        message = f"{beside}: {written!r} may be {listed(choices)}. Correct `imagePath`."
+        report("ambiguous-image", name, [beside.name], message)
+        return None
+    if misplaced:
+        message = f"{beside}: {written!r} is missing; {misplaced[0]} is in a folder of another split. Add the image."
+        report("missing-image", name, [beside.name], message)
+        return None
+    return path
 
 
 def _objects(shapes: Sequence[Any], image: Entry, path: Path, report: Any) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ may be gzipped. Two files for one split, or one beside them whose split isn't kn
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,7 +310,7 @@ def _ambiguous(files: Sequence[Path], problem: str) -> DataError:
     names = ", ".join(map(str, files[:8])) + (", ..." if len(files) > 8 else "")
     return DataError(
         f"{problem}: {names}. Keep one for each split, or name the file of each split: --annotations SPLIT=FILE, such"
-        f" as --annotations train={files[0].name}."
+        f" as --annotations {shlex.quote(f'train={files[0]}')}."
     )
 
 

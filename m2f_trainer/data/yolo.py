@@ -140,7 +140,8 @@ def _folder(root: Path, path: Path, split: str, value: object) -> Path:
     if not found.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{path}: {value!r} of {split!r} leads out of {root}. Name a folder inside it.")
     if not found.is_dir():
-        raise DataError(f"{path}: the image folder {found} of {split!r} doesn't exist. Correct its path.")
+        without = " or remove the line: a fifth of the training images is then held out" if split == "valid" else ""
+        raise DataError(f"{path}: the image folder {found} of {split!r} doesn't exist. Correct its path{without}.")
     return found
 
 

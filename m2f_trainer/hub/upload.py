@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-from m2f_trainer.errors import SharingError
+from m2f_trainer.errors import SharingError, missing_path
 from m2f_trainer.evaluation.gallery import rows_of_run
 from m2f_trainer.hub.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
@@ -124,6 +124,8 @@ def planned_files(folder: str | Path, target: Target) -> list[tuple[str, int | N
 
 def check_model(folder: Path, adapter_only: bool = False) -> None:
     """Raise SharingError unless the folder holds a configuration and weights, or with `adapter_only` an adapter."""
+    if problem := missing_path(folder):
+        raise SharingError(f"{problem} Give a run's folder or one of its checkpoints.")
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "config.json" not in present or not (adapter_only or any(name.endswith(".safetensors") for name in present)):
         raise SharingError(

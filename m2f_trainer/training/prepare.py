@@ -29,7 +29,7 @@ from m2f_trainer.data.reading import reading_of
 from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.lora import LoraSettings, set_tuning
@@ -53,6 +53,13 @@ class Data:
     test: Dataset | None
     categories: tuple[Category, ...]
     pixel_range: PixelRange
+
+
+def check_sources(model: ModelArguments) -> None:
+    """Raise ModelFolderError for a mistyped path of a model to start from."""
+    for source in (model.init_from, model.head_checkpoint):
+        if source is not None:
+            check_model_path(source)
 
 
 def load_data(data: DataArguments) -> Data:

@@ -61,6 +61,7 @@ from m2f_trainer.training.prepare import (
     SavedWithModel,
     augmentation_seed,
     build_recipe_model,
+    check_sources,
     eval_samples,
     load_data,
     report_overfull,
@@ -82,6 +83,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     begun = time.monotonic()
     recipe.train.start_process_group()
     recipe.train.require_packages()
+    check_sources(recipe.model)
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
         checkpoint = from_main(partial(find_checkpoint, recipe.train))
@@ -112,6 +114,7 @@ def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     recipe.train.start_process_group()
     recipe.train.require_packages()
+    check_sources(recipe.model)
     set_seed(recipe.train.seed)
     data = load_data(recipe.data)
     recipe = with_pixel_range(recipe, data.pixel_range)

@@ -8,7 +8,9 @@ from m2f_trainer.cli.main import main
 from tests.cli.stand_in import stand_in
 
 
-def test_the_runs_are_passed_on_in_order(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_are_passed_on_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def write_report(runs: list[Path], output: Path, load_images: bool) -> Path:
@@ -16,6 +18,10 @@ def test_the_runs_are_passed_on_in_order(capsys: pytest.CaptureFixture[str], mon
         return output
 
     stand_in(monkeypatch, "m2f_trainer.evaluation.report", write_report=write_report)
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/a", "runs/b"):
+        Path(run).mkdir(parents=True)
+    Path("runs/a/config.json").touch()  # runs/b is the output of an evaluation
     assert main(["report", "runs/b", "runs/a", "--output", "page.html", "--images"]) == 0
     assert seen == [([Path("runs/b"), Path("runs/a")], Path("page.html"), True)]
-    assert capsys.readouterr().out == "page: page.html\n\nNext:\n  m2f predict runs/b IMAGES\n"
+    assert capsys.readouterr().out == "page: page.html\n\nNext:\n  m2f predict runs/a IMAGES\n"

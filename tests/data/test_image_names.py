@@ -179,6 +179,23 @@ def test_images_in_a_folder_that_all_splits_share_are_found(tmp_path):
     assert len(load_coco(tmp_path / "set", cache_dir=tmp_path / "cache", annotations=files)["train"]) == 5
 
 
+def test_an_image_folder_that_is_a_link_out_of_the_dataset_needs_the_switch(tmp_path):
+    root = dataset(tmp_path / "set")
+    (root / "images").rename(tmp_path / "store")
+    (root / "images").symlink_to(tmp_path / "store")
+    (tmp_path / "link").symlink_to(root)
+    for path in (root, root / "annotations.json", tmp_path / "link"):
+        with pytest.raises(DataError, match=r"images: the image folder leads out of .*, to .*store\. .*--follow_links"):
+            load_coco(path, cache_dir=tmp_path / "cache")
+        assert len(load_coco(path, cache_dir=tmp_path / "cache", follow_links=True)["train"]) == 5
+        given = load_coco(path, cache_dir=tmp_path / "cache", images={"train": tmp_path / "store"})
+        assert len(given["train"]) == 5, "a folder that is named may lie anywhere"
+    (root / "images").unlink()
+    (tmp_path / "store").rename(root / "store")
+    (root / "images").symlink_to(root / "store")
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"]) == 5, "a link inside the dataset is no question"
+
+
 def test_copies_of_one_image_in_two_folders_are_no_question(tmp_path):
     root = dataset(tmp_path / "set", folder="images/batch1")
     (root / "images/batch2").mkdir()

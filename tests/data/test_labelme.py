@@ -83,9 +83,29 @@ def test_images_are_found_in_another_folder_or_by_their_name(written, tmp_path):
     assert [row["image"]["path"] for row in rows] == [str((root / f"images/{name}.png").resolve()) for name in "ab"]
 
 
+def test_an_image_is_found_by_its_name_in_its_own_split_only(tmp_path):
+    labelme(tmp_path / "set/train", "ab")
+    labelme(tmp_path / "set/val", "bc")
+    (tmp_path / "set/train/b.png").rename(tmp_path / "set/train/other.png")
+    with pytest.raises(DataError, match=r"train/b\.json: 'b\.png' is missing; .*val/b\.png is in a folder of another"):
+        load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    for folder in ("first", "second"):
+        pictures(tmp_path / "set/train" / folder, ["b.png"])
+    Image.new("RGB", (20, 16)).save(tmp_path / "set/train/second/b.png")
+    with pytest.raises(DataError, match=r"'b\.png' may be .*first/b\.png, .*second/b\.png"):
+        load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    (tmp_path / "set/train/second/b.png").unlink()
+    rows = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")["train"]
+    assert [row["image"]["path"].split("train/")[1] for row in rows] == ["a.png", "first/b.png"]
+    notes = {one.kind: one.ids for one in examine(tmp_path / "set").findings if one.severity == "note"}
+    assert notes == {"found-image": ["b.json"]}
+
+
+@pytest.mark.parametrize("sides", [{}, {"imageHeight": None}])
 @pytest.mark.parametrize("written", ["../../secret.png", "/etc/hostname", "../link.png"])
-def test_an_image_outside_the_folder_is_refused(written, tmp_path):
+def test_an_image_outside_the_folder_is_refused(written, sides, tmp_path):
     root = labelme(tmp_path / "set/a", "a", image_path=written).parent
+    (root / "a/a.json").write_text(json.dumps({**json.loads((root / "a/a.json").read_text()), **sides}))
     Image.new("RGB", (20, 16)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(DataError, match=r"file_name"):

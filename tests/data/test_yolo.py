@@ -107,6 +107,15 @@ def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_pat
     assert {finding.severity for finding in examine(root).findings} >= {"error"}
 
 
+def test_a_validation_folder_that_does_not_exist_is_refused_with_both_ways_out(tmp_path):
+    root = yolo(tmp_path / "set")
+    shutil.rmtree(root / "images/val")
+    with pytest.raises(
+        DataError, match=r"images/val of 'valid' doesn't exist\. Correct its path or remove the line: a"
+    ):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 def test_labels_of_boxes_only_are_refused_with_what_adds_outlines(tmp_path):
     root = yolo(tmp_path / "set", "1 0.5 0.5 0.2 0.2\n\n0 0.1 0.1 0.2 0.2")
     with pytest.raises(
