@@ -239,7 +239,9 @@ def test_a_file_that_holds_the_token_is_not_sent(tmp_path: Path, monkeypatch: py
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "absent" if missing == "." else write_model(tmp_path / "run")
     (folder / missing).unlink(missing_ok=True)
-    with pytest.raises(SharingError, match=r"holds no model: expected config\.json and model\.safetensors, found"):
+    message = r"holds no model: expected config\.json and model\.safetensors, found"
+    message = r"no such file or folder.* Give a run's folder" if missing == "." else message
+    with pytest.raises(SharingError, match=message):
         upload.push(folder, "me/pets")
 
 
