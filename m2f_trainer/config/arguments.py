@@ -52,7 +52,8 @@ class ModelArguments:
 
     backbone: str = option(
         "dinov3-vits16plus",
-        "Pretrained backbone: a name from the backbone table, a Hub id or a local folder.",
+        "Pretrained backbone: a name from the backbone table, a Hub id, a local folder, or a file of weights (Meta's "
+        ".pth or timm's .safetensors).",
         "model",
         defines_model=True,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedConfig
 
 from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.fields import Option, options_of
@@ -31,7 +31,7 @@ from m2f_trainer.config.typed_json import (
     takes_object,
 )
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.model.backbones import BACKBONES, is_pyramidal, read_config, stride_of
+from m2f_trainer.model.backbones import BACKBONES, find_row, is_pyramidal, read_config, stride_of
 from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
@@ -243,20 +243,24 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
 
 def backbone_stride(model: ModelArguments) -> int:
     """The number that both image sides must be a multiple of; 1 if it is unknown before the backbone is loaded."""
-    if isinstance(model.backbone_config, dict):
-        return stride_of(read_config(model.backbone_config))
-    if model.backbone in BACKBONES:
-        return BACKBONES[model.backbone].stride
-    return stride_of(read_config(model.backbone)) if Path(model.backbone).is_dir() else 1
+    config, row = _backbone_at_hand(model), find_row(model.backbone)
+    return stride_of(config) if config else row.stride if row else 1
 
 
 def backbone_layers(model: ModelArguments) -> int:
     """Layers of a ViT; 0 for other backbones, and where the number is unknown before the backbone is loaded."""
-    if isinstance(model.backbone_config, dict) or Path(model.backbone).is_dir():
-        config = read_config(model.backbone_config or model.backbone)
+    config, row = _backbone_at_hand(model), find_row(model.backbone)
+    if config:
         return 0 if is_pyramidal(config) else int(config.num_hidden_layers)
-    row = BACKBONES.get(model.backbone)
-    return row.depth if row and "convnext" not in model.backbone else 0
+    return row.layers if row else 0
+
+
+def _backbone_at_hand(model: ModelArguments) -> PreTrainedConfig | None:
+    """The configuration of a backbone that is given by its fields or is on this machine; None for one on the Hub."""
+    if isinstance(model.backbone_config, dict):
+        return read_config(model.backbone_config)
+    is_local = model.backbone not in BACKBONES and Path(model.backbone).exists()
+    return read_config(model.backbone) if is_local else None
 
 
 def check_sides(data: DataArguments, multiple: int) -> None:

@@ -24,6 +24,7 @@ from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
 from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
+from m2f_trainer.model.backbones import IMAGENET
 from m2f_trainer.run_folder import PICTURES, blame_damage, read_details, read_json, write_atomically
 from m2f_trainer.viz.overlay import save_image
 
@@ -115,6 +116,7 @@ def _render(folder: Path, options: CardOptions) -> str:
         dataset=dataset,
         built_with_dinov3=any(origin.licence == DINOV3 for origin in chain),
         config={key: config.get(key) for key in ("image_height", "image_width", "neck", "num_queries")},
+        normalization=normalization_text(config),
         tune=recipe.get("tune", "unknown"),
         results=results_table(metrics),
         classes=classes_table(metrics, details),
@@ -190,6 +192,13 @@ def backbone_title(config: Mapping[str, Any]) -> str:
     """The name of the backbone for the card's title, without folders."""
     architecture = (config.get("backbone_config") or {}).get("model_type", "backbone")
     return str(config.get("backbone_name") or f"a randomly initialised {architecture}").rsplit("/", 1)[-1]
+
+
+def normalization_text(config: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of the channels that images are normalised with."""
+    given = (config.get("image_mean") or IMAGENET[0], config.get("image_std") or IMAGENET[1])
+    mean, std = (", ".join(f"{float(value):.3f}" for value in values) for values in given)
+    return verbatim(f"mean {mean}; standard deviation {std}")
 
 
 # results

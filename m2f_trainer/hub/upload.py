@@ -16,7 +16,7 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from m2f_trainer.errors import SharingError, missing_path
 from m2f_trainer.evaluation.gallery import rows_of_run
-from m2f_trainer.hub.licences import AGREEMENT, DINOV3, DINOV3_LINK, legal_text, licence_chain
+from m2f_trainer.hub.licences import TERMS, Origin, agreements, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
 from m2f_trainer.hub.model_card import CARD, CardOptions, draw_pictures, is_untouched, render_card, write_card
 from m2f_trainer.model import mask2former
@@ -38,7 +38,7 @@ MODEL_FILES = {
     "adapter/config.json",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
-    AGREEMENT,
+    *(terms.agreement for terms in TERMS.values() if terms.agreement),
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MODEL_CODE = {path.name: path for path in (Path(__file__).parents[1] / "model").glob("*.py")}
@@ -85,7 +85,7 @@ def push(folder: str | Path, target: Target | str) -> str:
     check_model(folder, target.adapter_only)
     if not get_token():
         raise SharingError("No Hub token found: set the environment variable HF_TOKEN or run `hf auth login`.")
-    add_agreement(folder)
+    add_agreements(folder)
     if target.pictures:
         add_pictures(folder)
     add_card(folder, target.card_options)
@@ -117,8 +117,8 @@ def planned_files(folder: str | Path, target: Target) -> list[tuple[str, int | N
         sizes[CARD] = len(render_card(folder, target.card_options).encode())
     if target.pictures and not (folder / PICTURES).is_dir():
         sizes[f"{PICTURES}/"] = None
-    if dinov3_sources(folder):
-        sizes.setdefault(AGREEMENT, None)
+    for name in agreements(chain_of(folder)):
+        sizes.setdefault(name, None)
     return sorted(sizes.items())
 
 
@@ -139,35 +139,37 @@ def check_model(folder: Path, adapter_only: bool = False) -> None:
         )
 
 
-def add_agreement(folder: Path) -> None:
-    """Copy the DINOv3 agreement beside weights derived from DINOv3, as its licence requires.
+def add_agreements(folder: Path) -> None:
+    """Copy the agreements beside the weights that licences of their origins require, such as DINOv3's.
 
-    Raises SharingError if the agreement can't be read.
+    Raises SharingError if one can't be read.
     """
-    sources, path = dinov3_sources(folder), folder / AGREEMENT
-    if not sources or path.is_file():
-        return
-    try:
-        write_atomically(path, read_agreement(sources[0]))
-    except Exception as error:
-        raise SharingError(
-            f"The weights in {folder} derive from DINOv3, and its licence requires a copy of the agreement with them, "
-            f"which could not be fetched from {sources[0]}. Save the text at {DINOV3_LINK} as {path} and push again."
-        ) from error
+    for name, origin in agreements(chain_of(folder)).items():
+        if not (folder / name).is_file():
+            try:
+                write_atomically(folder / name, read_agreement(origin.source, name))
+            except Exception as error:
+                raise SharingError(
+                    f"The weights in {folder} derive from {origin.source}, and its licence ({origin.licence}) requires "
+                    "a copy of the agreement with them, which could not be fetched from there. Save the text at "
+                    f"{TERMS[origin.licence].link} as {folder / name} and push again."
+                ) from error
 
 
-def dinov3_sources(folder: Path) -> list[str]:
-    """The DINOv3 backbones that the weights derive from."""
-    return [origin.source for origin in licence_chain(read_json(folder / "config.json")) if origin.licence == DINOV3]
+def chain_of(folder: Path) -> list[Origin]:
+    """The licence chain of a model's folder."""
+    return licence_chain(read_json(folder / "config.json"))
 
 
-def read_agreement(source: str) -> bytes:
-    """The agreement that was published with the backbone, from its folder or its repository. Raises OSError."""
-    if not Path(source).is_dir():
+def read_agreement(source: str, name: str) -> bytes:
+    """The agreement that was published with a backbone, from its folder or its repository. Raises OSError."""
+    path = Path(source)
+    if not path.exists():
         return Path(hf_hub_download(source, "LICENSE.md")).read_bytes()
-    found = [path for path in (Path(source, AGREEMENT), Path(source, "LICENSE.md")) if path.is_file()]
+    beside = path if path.is_dir() else path.parent
+    found = [beside / one for one in (name, "LICENSE.md") if (beside / one).is_file()]
     if not found:
-        raise FileNotFoundError(f"no LICENSE.md in {source}")
+        raise FileNotFoundError(f"no LICENSE.md in {beside}")
     return found[0].read_bytes()
 
 

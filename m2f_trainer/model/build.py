@@ -8,7 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .backbones import BACKBONES, ModelError, is_pyramidal, load_pretrained, read_config, stride_of, taps_of
+from .backbones import (
+    BACKBONES,
+    IMAGENET,
+    ModelError,
+    feature_maps,
+    is_pyramidal,
+    licence_of,
+    load_pretrained,
+    normalization_of,
+    read_config,
+    stride_of,
+    taps_of,
+)
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 from .sources import check_limits
 from .weights import head_fields, load_head, load_model_weights
@@ -47,14 +59,22 @@ def build_model(
     backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
     if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
         backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
+    mean, std = normalization_of(backbone) if isinstance(backbone, str) else IMAGENET
+    if source is not None:
+        mean, std = source.config.image_mean, source.config.image_std
     config = M2FConfig(
         backbone_config=backbone_config,
-        backbone_name=_absolute_source(backbone) if isinstance(backbone, str) else "",
+        **(_source_fields(backbone) if isinstance(backbone, str) else {}),
         head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
         init_from=_absolute_source(init_from) if init_from else None,
         image_height=image_size[0],
         image_width=image_size[1],
-        **{**(head_fields(head_checkpoint) if head_checkpoint else {}), **config_fields},
+        **{
+            **(head_fields(head_checkpoint) if head_checkpoint else {}),
+            "image_mean": mean,
+            "image_std": std,
+            **config_fields,
+        },
         **_label_fields(categories),
     )
     _check_size(backbone_of(config), image_size)
@@ -73,13 +93,18 @@ def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
     """True for two ViTs of one architecture; `source` may lack the layers that `config` has after its last tap."""
     if is_pyramidal(source) or is_pyramidal(config):
         return False
-    alike = source.model_type == config.model_type and source.hidden_size == config.hidden_size
+    alike = source.model_type == config.model_type
+    alike = alike and feature_maps(source)[0].channels == feature_maps(config)[0].channels
     return bool(alike and source.num_hidden_layers <= config.num_hidden_layers)
 
 
+def _source_fields(backbone: str) -> dict[str, str]:
+    return {"backbone_name": _absolute_source(backbone), "backbone_licence": licence_of(backbone)}
+
+
 def _absolute_source(name: str) -> str:
-    """The absolute path of a folder: valid from any working directory, and never mistaken for a Hub id."""
-    return str(Path(name).resolve()) if name not in BACKBONES and Path(name).is_dir() else name
+    """The absolute path of a folder or file: valid from any working directory, and never mistaken for a Hub id."""
+    return str(Path(name).resolve()) if name not in BACKBONES and Path(name).exists() else name
 
 
 def load_backbone_weights(model: M2FModel) -> None:
@@ -114,3 +139,4 @@ def _check_size(backbone: PreTrainedConfig, image_size: tuple[int, int]) -> None
             raise ModelError(
                 f"{name} {side}: this backbone needs a multiple of {stride}; nearest are {below} and {below + stride}"
             )
+    feature_maps(backbone, image_size)  # some backbones take images of one size only

@@ -1,4 +1,4 @@
-"""The encoder: a DINO backbone and a neck that turns its features into Mask2Former's four maps."""
+"""The encoder: a backbone and a neck that turns its features into Mask2Former's four maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedConfig
 
 from .attention import NAME as ATTENTION
-from .backbones import ModelError, is_pyramidal
+from .backbones import ModelError, feature_maps, is_pyramidal
 
 
 class ChannelNorm(nn.Module):
@@ -127,7 +127,7 @@ class PlainNeck(nn.Module):
 
 
 class StagesNeck(nn.Module):
-    """The four stages of a ConvNeXt, unchanged."""
+    """The four stages of a Swin or a ConvNeXt, unchanged."""
 
     def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Four maps of strides 4, 8, 16 and 32 -> the same."""
@@ -144,9 +144,10 @@ _PYRAMIDS = {"pyramid": SimplePyramid, "adapter": AdapterPyramid}
 
 def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | None) -> tuple[nn.Module, list[int]]:
     """Return the neck and the channels of its four maps, fine to coarse. Raises ModelError for an unknown neck."""
+    maps = feature_maps(backbone)
     if is_pyramidal(backbone):
-        return StagesNeck(), list(backbone.hidden_sizes)[-4:]
-    dim, taps = int(backbone.hidden_size), len(backbone.out_features)
+        return StagesNeck(), [one.channels for one in maps]
+    dim, taps = maps[0].channels, len(maps)
     if neck == "plain":
         if taps > 4:
             raise ModelError(
@@ -182,10 +183,17 @@ class Encoder(nn.Module):
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Set the mode; a frozen backbone stays in evaluation mode (no drop path, no RoPE jitter)."""
+        """Set the mode; a frozen backbone stays in evaluation mode (no drop path, no RoPE jitter).
+
+        Batch norms stay in it too: their statistics are those of pretraining, as in the original (FrozenBN), because
+        batches are small.
+        """
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
     def forward(self, pixel_values: Tensor, maps: Sequence[Tensor] | None = None) -> list[Tensor]:

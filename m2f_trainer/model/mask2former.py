@@ -24,6 +24,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 
+from .backbones import IMAGENET
 from .compact_masks import CompactMasks
 from .criterion import Criterion, LossSettings
 from .encoder import Encoder
@@ -35,7 +36,6 @@ from .sources import ModelError, load_config, load_weights
 from .transformer_decoder import QueryDecoder
 
 AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @strict
@@ -56,7 +56,11 @@ class M2FConfig(Mask2FormerConfig):
     quality_weight  loss weight of the mask quality head, whose IoUs rescore queries (see `quality`); 0: no such head
     matrix_nms      whether Matrix NMS lowers the class logits of duplicates (see `ranking`)
     thresholds      score of the highest F1 of each class on the validation images; None before an evaluation
-    backbone_name   source of the backbone: a table name, Hub id or folder; "" for random initialisation
+    image_mean, image_std
+                    the normalisation of the images that the backbone was trained with, for values from 0 to 1
+    backbone_name   source of the backbone: a table name, Hub id, folder or file; "" for random initialisation
+    backbone_licence
+                    licence of the backbone's weights where it is known, such as "dinov3-license"
     head_checkpoint, init_from
                     sources of the initial weights, recorded for the licence chain
     """
@@ -76,9 +80,10 @@ class M2FConfig(Mask2FormerConfig):
     quality_weight: float = 0.0
     matrix_nms: bool = False
     thresholds: list[float] | None = None
-    image_mean: list[float] | tuple[float, ...] = IMAGE_MEAN
-    image_std: list[float] | tuple[float, ...] = IMAGE_STD
+    image_mean: list[float] | tuple[float, ...] = IMAGENET[0]
+    image_std: list[float] | tuple[float, ...] = IMAGENET[1]
     backbone_name: str = ""
+    backbone_licence: str = ""
     head_checkpoint: str | None = None
     init_from: str | None = None
 

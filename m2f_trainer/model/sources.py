@@ -4,12 +4,15 @@ No code from them is run, numbers in a configuration are bounded, and a model th
 the tensor would stay random.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 256,
@@ -71,6 +74,25 @@ def load_config(source: str) -> PreTrainedConfig:
             "a model of transformers or of m2f_trainer"
         )
     return without_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def read_json_file(source: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a folder or Hub id; None if there is none of that name.
+
+    Raises:
+        OSError: there is no such folder or Hub id.
+        ModelError: it is no JSON object.
+    """
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{name} of {source!r} is no JSON: {error}. Copy it again") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{name} of {source!r} is no JSON object. Copy it again")
+    return fields
 
 
 def without_kernels(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ import torch
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.inference.predict import predict_folder
-from m2f_trainer.model.backbones import BACKBONES
+from m2f_trainer.model.backbones import find_row
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.run import train
 
@@ -27,7 +27,8 @@ def demo(output_dir: Path, backbone: str | None = None, say: Callable[[str], Non
     write_sample(data)
     options = ["quickstart", "--dataset_name", str(data), "--output_dir", str(run)]
     if backbone is not None:
-        side = str(8 * BACKBONES[backbone].stride if backbone in BACKBONES else 128)
+        row = find_row(backbone)
+        side = str(8 * row.stride if row else 128)
         options += ["--backbone", backbone, "--backbone_config", "null", "--image_height", side, "--image_width", side]
     if (run / RECIPE).is_file():
         shutil.rmtree(run)  # of an earlier demo

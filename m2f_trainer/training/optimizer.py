@@ -26,13 +26,14 @@ BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"
 UNDECAYED_NAMES = (
     "level_embed", "position_embeddings", "cls_token", "register_tokens", "mask_token", "lambda1", "gamma",
+    "relative_position_bias_table",
 )  # fmt: skip
 NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
 LARGEST = 256
 """Muon leaves two kinds of matrices to AdamW. `NOT_MATRICES` are layers initialised with zero, and the first and last
 layer, as its author advises. Matrices whose smaller side is above `LARGEST` take too long to orthogonalise."""
 BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
-STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")
+STAGE = re.compile(r"(?:^|\.)(?:stages|encoder\.layers)\.(\d+)\.")
 
 
 @dataclass(frozen=True)

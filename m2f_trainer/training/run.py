@@ -17,6 +17,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.distributed import from_main, leave
 from m2f_trainer.errors import ImageError
+from m2f_trainer.hub.licences import commercial_warning, licence_chain
 from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
 from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
@@ -98,6 +99,8 @@ def train(recipe: Recipe) -> dict[str, float]:
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
         model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
+        if recipe.train.process_index == 0:
+            report_licences(model)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
         if start is not None and evaluation_owed(start):
@@ -134,6 +137,13 @@ def resolve_auto(recipe: Recipe, samples: InstanceDataset, checkpoint: Path | No
         return found
 
     return resolve(recipe, samples, checkpoint, probe)
+
+
+def report_licences(model: M2FModel) -> None:
+    """Log which of the initial weights rule out commercial use, if any do."""
+    warning = commercial_warning(licence_chain(model.config.to_dict()))
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def make_trainer(

@@ -94,6 +94,21 @@ def test_the_card_has_the_licence_and_a_row_for_each_origin_of_the_weights(tmp_p
     assert "Built with DINOv3." in card.text
 
 
+def test_the_card_names_the_normalisation_and_the_licence_of_satellite_weights(tmp_path: Path) -> None:
+    text = card_of(write_model(tmp_path / "run")).text
+    assert "mean 0.485, 0.456, 0.406; standard deviation 0.229, 0.224, 0.225" in text
+    satellite = {"backbone_name": "dinov3-vitl16-sat493m", "image_mean": [0.43, 0.411, 0.296]}
+    text = card_of(write_model(tmp_path / "sat", **satellite, image_std=[0.213, 0.156, 0.143])).text
+    assert "mean 0.430, 0.411, 0.296; standard deviation 0.213, 0.156, 0.143" in text
+    assert "Built with DINOv3." in text
+
+
+def test_the_card_of_weights_for_research_says_so(tmp_path: Path) -> None:
+    card = card_of(write_model(tmp_path / "run", backbone_name="eupe-vits16"))
+    assert card.data.license == "fair-noncommercial-research-license"
+    assert "for research, not for commercial use" in card.text
+
+
 def test_the_card_of_a_random_backbone_says_so(tmp_path: Path) -> None:
     card = card_of(write_model(tmp_path / "run", backbone_name="", backbone_config={"model_type": "dinov3_vit"}))
     assert card.data.license == "apache-2.0"

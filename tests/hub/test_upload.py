@@ -11,12 +11,12 @@ import pytest
 
 from m2f_trainer.errors import SharingError
 from m2f_trainer.hub import upload
-from m2f_trainer.hub.licences import AGREEMENT
 from m2f_trainer.hub.model_card import write_card
 from tests.hub.folder import write_model
 from tests.hub.loopback import CUT, HALF_HEARD, LATE, SILENT, STALLED, TOKEN, TRICKLE, Hub, hub_of_this_process
 from tests.model.tiny import tiny_model
 
+AGREEMENT = "DINOV3_AGREEMENT.md"
 DINOV3 = {"backbone_name": "dinov3-vits16plus", "backbone_config": {"model_type": "dinov3_vit"}}
 UPLOADED = {
     "DINOV3_LICENSE.md",

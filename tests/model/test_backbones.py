@@ -1,5 +1,6 @@
 """Random operations of a backbone in training: only those that were configured."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoBackbone
 
-from m2f_trainer.model.backbones import ModelError, load_pretrained, read_config
+from m2f_trainer.model.backbones import BACKBONES, ModelError, find_row, load_pretrained, normalization_of, read_config
 from tests.model.tiny import DINOV2, VIT, images
 
 
@@ -59,3 +60,66 @@ def test_layers_are_not_chosen_of_a_backbone_that_gives_its_stages() -> None:
 def test_noise_that_a_backbone_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="'dinov2' backbone has no pos_embed_rescale, so it can't be set to 2"):
         read_config(DINOV2, rope_rescale=2.0)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SATELLITE_MEAN, SATELLITE_STD = (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_each_backbone_of_the_table_has_the_normalisation_it_was_trained_with(name: str) -> None:
+    """DINOv3's satellite weights have their own; all others were trained with ImageNet's."""
+    expected = (SATELLITE_MEAN, SATELLITE_STD) if "sat493m" in name else (IMAGENET_MEAN, IMAGENET_STD)
+    row = BACKBONES[name]
+    for alias in (name, row.hub_id, *([row.ungated, f"/home/a/{row.file}-8aa4cbdd.pth"] if row.file else [])):
+        assert normalization_of(alias) == expected
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("facebook/dinov3-vits16plus-pretrain-lvd1689m", "dinov3-vits16plus"),
+        ("timm/vit_small_plus_patch16_dinov3.lvd1689m", "dinov3-vits16plus"),
+        ("timm/vit_small_plus_patch16_dinov3_qkvb.lvd1689m", "dinov3-vits16plus"),
+        ("timm/vit_large_patch16_dinov3.sat493m", "dinov3-vitl16-sat493m"),
+        ("/home/a/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "dinov3-vits16plus"),
+        ("/home/a/dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "dinov3-vits16"),
+        ("/models/dinov3-convnext-tiny-pretrain-lvd1689m", "dinov3-convnext-tiny"),
+        ("timm/vit_small_patch16_dinov3_qkvb.eupe_lvd1689m", "eupe-vits16"),
+        ("someone/dinov3-vits16-pretrain-lvd1689m", None),
+        ("/home/dinov2-small/mine", None),
+    ],
+)
+def test_published_names_of_the_same_weights_are_one_row(alias: str, name: str | None) -> None:
+    assert find_row(alias) == (BACKBONES[name] if name else None)
+
+
+def write_backbone(folder: Path, name: str, fields: dict[str, Any]) -> str:
+    """A folder with a configuration of transformers and another file."""
+    (folder / "config.json").write_text(json.dumps(VIT), encoding="utf-8")
+    (folder / name).write_text(json.dumps(fields), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, ((0.5,) * 3, (0.25,) * 3)),
+        ({"image_mean": [127.5] * 3, "image_std": [51] * 3, "do_rescale": False}, ((0.5,) * 3, (0.2,) * 3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}, ((0.25,) * 3, (0.25,) * 3)),
+        ({"size": 224}, (IMAGENET_MEAN, IMAGENET_STD)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": False}, (IMAGENET_MEAN, IMAGENET_STD)),
+    ],
+)
+def test_a_folder_states_its_normalisation_in_its_preprocessor_configuration(
+    fields: dict[str, Any], expected: tuple[tuple[float, ...], tuple[float, ...]], tmp_path: Path
+) -> None:
+    found = normalization_of(write_backbone(tmp_path, "preprocessor_config.json", fields))
+    assert found == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.5], [0.5, 0.5, 0], "wide", [0.5, None, 0.5], [0.5, 0.5, float("nan")]])
+def test_a_normalisation_that_cannot_be_used_is_refused(std: object, tmp_path: Path) -> None:
+    source = write_backbone(tmp_path, "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": std})
+    with pytest.raises(ModelError, match=r"expected three numbers each.*Correct its preprocessor_config\.json"):
+        normalization_of(source)

@@ -7,7 +7,26 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from m2f_trainer.model.backbones import ModelError
-from tests.model.tiny import DINOV2, tiny_model
+from m2f_trainer.model.mask2former import load_model
+from tests.model.published import MetaViT
+from tests.model.tiny import DINOV2, images, tiny_model
+
+SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
+
+
+def test_a_model_normalises_images_as_its_backbone_was_trained(tmp_path: Path) -> None:
+    """Also after saving, and in a run that starts from it."""
+    weights = tmp_path / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
+    torch.save(MetaViT().state_dict(), weights)
+    tiny_model(str(weights)).save_pretrained(tmp_path / "run")
+    again = load_model(str(tmp_path / "run"))
+    assert (tuple(again.config.image_mean), tuple(again.config.image_std)) == SATELLITE
+    assert again.config.backbone_licence == "dinov3-license"
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in SATELLITE)
+    pixels = images(1)
+    torch.testing.assert_close(again.normalise(pixels, None), (pixels / 255 - mean) / std)
+    started = tiny_model(again.config.backbone_config.to_dict(), init_from=str(tmp_path / "run"))
+    assert (tuple(started.config.image_mean), tuple(started.config.image_std)) == SATELLITE
 
 
 @pytest.mark.parametrize(("fields", "words"), [
@@ -26,8 +45,13 @@ def test_what_does_not_fit_is_refused_with_the_way_out(fields, words) -> None:  
 def test_a_gated_or_unknown_backbone_names_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="accept the licence") as caught:
-        tiny_model("dinov3-vits16")
-    assert "dinov2-small" in str(caught.value)
+        tiny_model("dinov3-vits16plus")
+    for way_out in (
+        "--backbone timm/vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
+        "dinov3_vits16plus_pretrain_lvd1689m-*.pth",
+        "dinov2-small, lingbot-vits16",
+    ):
+        assert way_out in str(caught.value)
 
 
 def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(tmp_path: Path) -> None:
