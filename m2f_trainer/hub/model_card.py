@@ -22,9 +22,9 @@ from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures
-from m2f_trainer.hub.licences import DINOV3, Origin, licence_chain, licence_fields
+from m2f_trainer.hub.licences import Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
-from m2f_trainer.model.backbones import IMAGENET
+from m2f_trainer.model.backbones import DINOV3, IMAGENET
 from m2f_trainer.run_folder import PICTURES, blame_damage, read_details, read_json, write_atomically
 from m2f_trainer.viz.overlay import save_image
 

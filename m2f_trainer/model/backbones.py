@@ -343,7 +343,7 @@ def _stated_normalization(source: str) -> Normalization | None:
 
 def licence_of(backbone: str) -> str:
     """The licence of a published backbone's weights, from the table or from timm's `config.json`; "" if unknown."""
-    row, stated = find_row(backbone), {}
+    row, stated = find_row(backbone), dict[str, Any]()
     if row is None and not backbone.endswith(FILES):
         timm = _with_advice(backbone, partial(timm_config, backbone)) or {}
         stated = timm.get("pretrained_cfg") or {}

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 from .backbones import (
     BACKBONES,
-    IMAGENET,
     ModelError,
     feature_maps,
     is_pyramidal,
@@ -59,20 +58,15 @@ def build_model(
     backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
     if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
         backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
-    mean, std = normalization_of(backbone) if isinstance(backbone, str) else IMAGENET
-    if source is not None:
-        mean, std = source.config.image_mean, source.config.image_std
     config = M2FConfig(
         backbone_config=backbone_config,
-        **(_source_fields(backbone) if isinstance(backbone, str) else {}),
         head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
         init_from=_absolute_source(init_from) if init_from else None,
         image_height=image_size[0],
         image_width=image_size[1],
         **{
             **(head_fields(head_checkpoint) if head_checkpoint else {}),
-            "image_mean": mean,
-            "image_std": std,
+            **_source_fields(backbone, source),
             **config_fields,
         },
         **_label_fields(categories),
@@ -98,8 +92,19 @@ def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
     return bool(alike and source.num_hidden_layers <= config.num_hidden_layers)
 
 
-def _source_fields(backbone: str) -> dict[str, str]:
-    return {"backbone_name": _absolute_source(backbone), "backbone_licence": licence_of(backbone)}
+def _source_fields(backbone: str | Mapping[str, Any], start: M2FModel | None) -> dict[str, Any]:
+    """The configuration's fields that follow from the backbone's source: its name, licence and normalisation.
+
+    A model that starts from another one keeps the normalisation of that one.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(backbone, str):
+        mean, std = normalization_of(backbone)
+        given = {"backbone_name": _absolute_source(backbone), "backbone_licence": licence_of(backbone)}
+        given |= {"image_mean": mean, "image_std": std}
+    if start is not None:
+        given |= {"image_mean": start.config.image_mean, "image_std": start.config.image_std}
+    return given
 
 
 def _absolute_source(name: str) -> str:
