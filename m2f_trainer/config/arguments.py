@@ -89,7 +89,8 @@ class ModelArguments:
     )
     head_checkpoint: str | None = option(
         None,
-        "Initialise pixel and transformer decoder from this Mask2Former checkpoint (Hub id or folder).",
+        "Initialise pixel and transformer decoder from this Mask2Former or OneFormer of transformers, from a model of "
+        "this package, or from a folder that save_head wrote (Hub id or folder).",
         "model",
     )
     init_from: str | None = option(

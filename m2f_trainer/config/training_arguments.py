@@ -238,6 +238,12 @@ class TrainArguments(TrainingArguments):
     output_dir: str | None = option(
         "runs/m2f", "Folder for checkpoints, metrics and the final model.", "checkpoints and resumption"
     )
+    save_head: str | None = option(
+        None,
+        "Folder for the trained model without its backbone, for later runs: --head_checkpoint FOLDER, also on another "
+        "backbone.",
+        "checkpoints and resumption",
+    )
     save_total_limit: int | None = option(
         3, "Number of checkpoints to keep, including the best one.", "checkpoints and resumption"
     )
@@ -366,6 +372,10 @@ class TrainArguments(TrainingArguments):
                 f"hub_strategy: expected end or every_save, got {self.hub_strategy}. Checkpoints with their "
                 "optimizer state are not uploaded, since they contain local paths. To resume elsewhere, copy "
                 "output_dir."
+            )
+        if self.save_head and Path(self.save_head, "config.json").exists():
+            raise RecipeError(
+                f"save_head={self.save_head}: this folder holds a model already. Give a new folder, or delete this one."
             )
         self._align_checkpointing()
         self._resolve_schedule()

@@ -11,7 +11,7 @@ from m2f_trainer.model.backbones import APACHE, DINOV3, EUPE, find_row, hub_id
 NON_COMMERCIAL, MIT = "cc-by-nc-4.0", "mit"
 DINOV3_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 EUPE_LINK = "https://huggingface.co/timm/vit_small_patch16_dinov3_qkvb.eupe_lvd1689m"
-PUBLISHED_HEADS = "facebook/mask2former"
+PUBLISHED_HEADS = {"facebook/mask2former": NON_COMMERCIAL, "shi-labs/oneformer": MIT}
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ def licence_chain(config: Mapping[str, Any]) -> list[Origin]:
 
 
 def with_ancestors(config: Mapping[str, Any], depth: int = 10) -> Iterator[Mapping[str, Any]]:
-    """A configuration, then those of the models it was initialised from, as long as their folders exist."""
+    """A configuration, then those of the models and heads it was initialised from, as long as their folders exist."""
     yield config
-    parent = Path(config.get("init_from") or "", "config.json")
-    if config.get("init_from") and depth and parent.is_file():
-        yield from with_ancestors(json.loads(parent.read_text(encoding="utf-8")), depth - 1)
+    for source in (config.get("init_from"), config.get("head_checkpoint")):
+        parent = Path(str(source or ""), "config.json")
+        if source and depth and parent.is_file():
+            yield from with_ancestors(json.loads(parent.read_text(encoding="utf-8")), depth - 1)
 
 
 def own_origins(config: Mapping[str, Any]) -> Iterator[Origin]:
@@ -96,9 +97,10 @@ def backbone_origin(name: str, config: Mapping[str, Any]) -> Origin:
 
 
 def head_origin(name: str) -> Origin:
-    """The licence of a head checkpoint; the published COCO heads do not allow commercial use."""
-    if name.startswith(PUBLISHED_HEADS):
-        return Origin(name, NON_COMMERCIAL, TERMS[NON_COMMERCIAL].duty)
+    """The licence of a head checkpoint. Mask2Former's COCO heads do not allow commercial use, OneFormer's do."""
+    for start, licence in PUBLISHED_HEADS.items():
+        if name.startswith(start):
+            return Origin(name, licence, TERMS[licence].duty)
     duty = "The licence of this head carries over. If it came from a published Mask2Former, that is CC BY-NC 4.0."
     return Origin(name, "", duty)
 

@@ -151,8 +151,8 @@ def add_agreements(folder: Path) -> None:
             except Exception as error:
                 raise SharingError(
                     f"The weights in {folder} derive from {origin.source}, and its licence ({origin.licence}) requires "
-                    "a copy of the agreement with them, which could not be fetched from there. Save the text at "
-                    f"{TERMS[origin.licence].link} as {folder / name} and push again."
+                    f"a copy of the agreement with them, which could not be fetched from {origin.source}. Save the "
+                    f"text at {TERMS[origin.licence].link} as {folder / name} and push again."
                 ) from error
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -235,10 +236,11 @@ def _run_on_meta(config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> 
     reasons = {}
     for height, width in sizes:
         try:
-            with torch.device("meta"), torch.no_grad():
-                backbone = AutoBackbone.from_config(config).eval()
-                maps = backbone(torch.zeros(1, 3, height, width)).feature_maps
-                return tuple(FeatureMap(one.shape[1], _stride(one, height, width)) for one in maps)
+            with torch.device("meta"):
+                backbone = AutoBackbone.from_config(deepcopy(config)).eval()
+            with torch.no_grad():  # not on "meta" by default: transformers keeps some tensors for later calls
+                maps = backbone(torch.zeros(1, 3, height, width, device="meta")).feature_maps
+            return tuple(FeatureMap(one.shape[1], _stride(one, height, width)) for one in maps)
         except Exception as error:  # the backbones of transformers fail in many ways
             reasons[height, width] = (str(error).strip() or type(error).__name__).splitlines()[0]
     found = "; ".join(f"{height} x {width}: {reason}" for (height, width), reason in reasons.items())

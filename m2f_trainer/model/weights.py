@@ -1,37 +1,73 @@
-"""Initial weights from elsewhere: a published Mask2Former head, or an m2f_trainer model with other classes."""
+"""Initial weights from elsewhere: a head of another model, or an m2f_trainer model with other classes."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    PreTrainedConfig,
+)
+from transformers.utils.hub import cached_file
 
-from .sources import ModelError, load_config, load_weights
+from .mask2former import M2FConfig, M2FModel
+from .sources import ModelError, load_config, load_weights, read_json_file
 
 logger = logging.getLogger(__name__)
 
+HEAD_FILE = "head.safetensors"
+"""The weights of a saved head: those of a model without its backbone."""
 HEAD_FIELDS = (
     "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "encoder_layers", "decoder_layers",
     "num_attention_heads", "dim_feedforward", "num_queries", "enforce_input_projection", "common_stride",
 )  # fmt: skip
 ENCODER = "model.pixel_level_module.encoder."
 BACKBONE = f"{ENCODER}backbone."
-HEAD_PARTS = ("model.pixel_level_module.decoder.", "model.transformer_module.")
+PIXEL_DECODER, DECODER = "model.pixel_level_module.decoder.", "model.transformer_module.decoder."
+HEAD_PARTS = (PIXEL_DECODER, "model.transformer_module.")
 QUERIES = ("queries_embedder.weight", "queries_features.weight")
+CLASS_HEAD = ("class_predictor.weight", "class_predictor.bias")
+UNUSED = re.compile(r".*\.lora_[AB]\..*|criterion\..*")
+ONEFORMER_FIELDS = {"feature_size": "conv_dim", "mask_feature_size": "mask_dim"} | {
+    "enforce_input_projection": "enforce_input_proj"
+}
+"""Fields of Mask2Former's configuration -> OneFormer's, where they have other names."""
+ONEFORMER = "oneformer."
+ONEFORMER_NAMES = {
+    r"(model\.pixel_level_module\.decoder\..*|model\.transformer_module\.level_embed\.weight)": r"\1",
+    rf"{DECODER}decoder_norm\.(.*)": rf"{DECODER}layernorm.\1",
+    rf"{DECODER}mask_embed\.layers\.(.*)": rf"{DECODER}mask_predictor.mask_embedder.\1",
+    rf"({DECODER}layers\.\d+\.cross_attn\.)multihead_attn\.(.*)": r"\1\2",
+    rf"({DECODER}layers\.\d+\.self_attn\.)self_attn\.(.*)": r"\1\2",
+    rf"({DECODER}layers\.\d+\.(?:cross|self)_attn)\.norm\.(.*)": r"\1_layer_norm.\2",
+    rf"({DECODER}layers\.\d+\.)ffn\.linear([12])\.(.*)": r"\1fc\2.\3",
+    rf"({DECODER}layers\.\d+\.)ffn\.norm\.(.*)": r"\1final_layer_norm.\2",
+}
+"""Pattern of a tensor's name in OneFormer -> its name in Mask2Former. The others have no counterpart: those of texts,
+the task, the queries, which OneFormer makes from both, and its class head.
+"""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors that were loaded, newly initialised, and unused in the source; and a note on the queries."""
+    """Names of tensors that were loaded, newly initialised, and unused in the source; notes on queries and classes."""
 
     loaded: tuple[str, ...]
     new: tuple[str, ...]
     unused: tuple[str, ...]
     queries: str = ""
+    classes: str = ""
 
     def __str__(self) -> str:
         """One line for the log, with the first names of the tensors that did not fit."""
@@ -39,83 +75,160 @@ class LoadReport:
         for word, names in (("new", self.new), ("unused", self.unused)):
             some = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
             parts.append(f"{len(names)} {word}{some}")
-        return "; ".join([*parts, self.queries] if self.queries else parts)
+        return "; ".join([*parts, *(note for note in (self.queries, self.classes) if note)])
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head to start from: its configuration as fields of `M2FConfig`, and its tensors under the names of `M2FModel`.
+
+    `classes` are the names of the class head's rows.
+    """
+
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    classes: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
-def _source(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
+def read_head(checkpoint: str) -> Head:
+    """The head of a Mask2Former or OneFormer of transformers, of a model of ours, or a saved head (`HEAD_FILE`).
+
+    Raises ModelError when there is none.
+    """
     try:
         config = load_config(checkpoint)
-        if not isinstance(config, Mask2FormerConfig):
-            raise ValueError(f"it holds a {config.model_type!r} model")
-        model: Mask2FormerForUniversalSegmentation = load_weights(
-            Mask2FormerForUniversalSegmentation, checkpoint, lambda name: name.startswith(HEAD_PARTS), config=config
-        )
-        return model
-    except (OSError, ValueError, KeyError) as error:
+        if isinstance(config, M2FConfig):
+            return _own_head(checkpoint, config)
+        if isinstance(config, Mask2FormerConfig):
+            return _mask2former_head(checkpoint, config)
+        if isinstance(config, OneFormerConfig):
+            return _oneformer_head(checkpoint, config)
+        raise ValueError(f"it holds a {config.model_type!r} model")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a transformers Mask2Former model "
-            "with safetensors weights, such as facebook/mask2former-swin-small-coco-instance, or a local copy of one"
+            f"head_checkpoint {checkpoint!r} could not be loaded: {first}\n  expected a Mask2Former or OneFormer of "
+            "transformers with safetensors weights, such as facebook/mask2former-swin-small-coco-instance, or a local "
+            "copy of one; or a model of m2f_trainer, or a head that save_head wrote"
         ) from error
 
 
+def _mask2former_head(checkpoint: str, config: PreTrainedConfig) -> Head:
+    model = load_weights(
+        Mask2FormerForUniversalSegmentation, checkpoint, lambda name: name.startswith(HEAD_PARTS), config=config
+    )
+    given = config.to_dict()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
+    return _head({name: given[name] for name in HEAD_FIELDS}, tensors, (config.id2label or {}).values())
+
+
+def _oneformer_head(checkpoint: str, config: PreTrainedConfig) -> Head:
+    """The pixel decoder and the transformer decoder's layers; queries and class head are new."""
+
+    def is_needed(name: str) -> bool:
+        return not _oneformer_name(name).startswith(ONEFORMER)
+
+    model = load_weights(OneFormerForUniversalSegmentation, checkpoint, is_needed, config=config)
+    given = config.to_dict()
+    fields = {name: given[ONEFORMER_FIELDS.get(name, name)] for name in HEAD_FIELDS if name != "num_queries"}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
+    return _head(fields, {_oneformer_name(name): tensor for name, tensor in state.items()}, ())
+
+
+def _oneformer_name(name: str) -> str:
+    """Mask2Former's name of a tensor of OneFormer; one without a counterpart is marked as OneFormer's."""
+    for pattern, new in ONEFORMER_NAMES.items():
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return match.expand(new)
+    return f"{ONEFORMER}{name}"
+
+
+def _own_head(checkpoint: str, config: M2FConfig) -> Head:
+    given = config.to_dict()
+    classes = [category["name"] for category in config.categories or []]
+    return _head({name: given[name] for name in HEAD_FIELDS}, head_tensors(checkpoint), classes)
+
+
+def _head(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:
+    """With the channels of the four maps that the pixel decoder reads, fine to coarse, as `neck_channels`."""
+    inputs = {name: tensor.shape[1] for name, tensor in tensors.items() if name.startswith(PIXEL_DECODER)}
+    finest = [inputs[name] for name in sorted(inputs) if re.search(r"\.adapter_\d+\.0\.weight$", name)]
+    coarser = [inputs[name] for name in sorted(inputs) if re.search(r"\.input_projections\.\d+\.0\.weight$", name)]
+    used = {name: tensor for name, tensor in tensors.items() if not UNUSED.fullmatch(name)}
+    return Head({**fields, "neck_channels": [*finest, *coarser[::-1]][-4:]}, used, tuple(classes))
+
+
+def head_tensors(checkpoint: str) -> dict[str, Tensor]:
+    """The tensors of one of our models or saved heads, without the backbone's."""
+    index = read_json_file(checkpoint, "model.safetensors.index.json")
+    if cached_file(checkpoint, HEAD_FILE, _raise_exceptions_for_missing_entries=False):
+        files = {HEAD_FILE}
+    else:
+        files = {Path(name).name for name in index["weight_map"].values()} if index else {"model.safetensors"}
+    tensors = {
+        name: one for file in sorted(files) for name, one in load_file(str(cached_file(checkpoint, file))).items()
+    }
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
+
+
 def head_fields(checkpoint: str) -> dict[str, Any]:
-    """Return the configuration fields of a published head, and the channels of its four input maps, fine to coarse."""
-    source = _source(checkpoint)
-    decoder = source.model.pixel_level_module.decoder
-    finest = [sequence[0].in_channels for sequence in decoder.lateral_convolutions[::-1]]
-    coarser = [projection[0].in_channels for projection in decoder.input_projections][::-1]
-    fields = {name: source.config.to_dict()[name] for name in HEAD_FIELDS}
-    return {**fields, "neck_channels": [*finest, *coarser][-4:]}
+    """Return the configuration fields of a head, and the channels of its four input maps, fine to coarse."""
+    return dict(read_head(checkpoint).fields)
 
 
-def load_head(model: nn.Module, checkpoint: str) -> LoadReport:
-    """Copy every head tensor whose name and shape match; backbone and neck stay as they are.
+def load_head(model: M2FModel, checkpoint: str) -> LoadReport:
+    """Copy every head tensor whose name and shape match, rows of the class head by the classes' names.
 
-    The class head is copied only when the number of classes is equal.
+    The backbone stays as it is; so does the neck, except from a head of ours.
     """
-    source = {name: tensor for name, tensor in _source(checkpoint).state_dict().items() if not name.startswith(ENCODER)}
-    source = {name: tensor for name, tensor in source.items() if not name.startswith("criterion.")}
-    report = _copy_matching(model, source, skip=ENCODER)
-    _source.cache_clear()
+    head = read_head(checkpoint)
+    has_neck = any(name.startswith(ENCODER) for name in head.tensors)
+    report = _copy_matching(model, head.tensors, head.classes, skip=BACKBONE if has_neck else ENCODER)
+    read_head.cache_clear()
     logger.warning("head from %s: %s", checkpoint, report)
     return report
 
 
-def load_model_weights(model: Any, source: Any) -> LoadReport:
+def load_model_weights(model: M2FModel, source: M2FModel) -> LoadReport:
     """Copy every matching tensor of an m2f_trainer model; rows of the class head are matched by category name.
 
     Raises ModelError when the backbones differ, since ours would stay randomly initialised.
     """
-    report = _copy_matching(model, source.state_dict())
+    classes = [category["name"] for category in source.config.categories or []]
+    tensors = {name: tensor for name, tensor in source.state_dict().items() if not UNUSED.fullmatch(name)}
+    report = _copy_matching(model, tensors, classes)
     missing = [name for name in report.new if name.startswith(BACKBONE)]
     if missing:
-        theirs = source.config.backbone_name or source.config.backbone_config.model_type
+        config: Any = source.config
+        theirs = config.backbone_name or config.backbone_config.model_type
         raise ModelError(
-            f"init_from {source.config.name_or_path!r}: its backbone ({theirs}) differs from this model's: "
+            f"init_from {config.name_or_path!r}: its backbone ({theirs}) differs from this model's: "
             f"{len(missing)} tensors are missing, such as {missing[0]}. Give the backbone and the backbone_config "
             "of the recipe.json there, or leave init_from out"
         )
-    _copy_classes(model, source)
     logger.warning("weights from %s: %s", source.config.name_or_path, report)
     return report
 
 
 @torch.no_grad()
-def _copy_matching(model: nn.Module, source: dict[str, Tensor], skip: str = "\0") -> LoadReport:
+def _copy_matching(
+    model: M2FModel, source: Mapping[str, Tensor], classes: Sequence[str], skip: str = "\0"
+) -> LoadReport:
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(skip)}
+    own = {name: tensor for name, tensor in own.items() if name not in CLASS_HEAD and not UNUSED.fullmatch(name)}
     fitting = [name for name in own if name in source and source[name].shape == own[name].shape]
     for name in fitting:
         own[name].copy_(source[name])
     resized = [name for name in own if name.endswith(QUERIES) and name in source and name not in fitting]
     queries = _copy_queries(own, source, resized)
     loaded = {*fitting, *(resized if queries else ())}
-    new, unused = (tuple(name for name in names if name not in loaded) for names in (own, source))
-    return LoadReport(tuple(fitting), new, unused, queries)
+    new, unused = (tuple(name for name in names if name not in {*loaded, *CLASS_HEAD}) for names in (own, source))
+    return LoadReport(tuple(fitting), new, unused, queries, _copy_classes(model, source, classes))
 
 
-def _copy_queries(own: dict[str, Tensor], source: dict[str, Tensor], names: Sequence[str]) -> str:
+def _copy_queries(own: dict[str, Tensor], source: Mapping[str, Tensor], names: Sequence[str]) -> str:
     """Copy as many queries as both models have when only their number differs, and describe it. Others stay new."""
     counts = ""
     for name in names:
@@ -127,12 +240,26 @@ def _copy_queries(own: dict[str, Tensor], source: dict[str, Tensor], names: Sequ
     return counts
 
 
-@torch.no_grad()
-def _copy_classes(model: Any, source: Any) -> None:
-    """Copy the class head's row of each category by name, and the row of "no object"."""
-    rows = {category["name"]: row for row, category in enumerate(source.config.categories)}
-    rows[None] = len(rows)
-    for row, name in enumerate([*(category["name"] for category in model.config.categories), None]):
-        if name in rows:
-            model.class_predictor.weight[row].copy_(source.class_predictor.weight[rows[name]])
-            model.class_predictor.bias[row].copy_(source.class_predictor.bias[rows[name]])
+def _copy_classes(model: M2FModel, source: Mapping[str, Tensor], classes: Sequence[str]) -> str:
+    """Copy the class head's row of each category by name, and the row of "no object"; describe what became of each."""
+    own = [category["name"] for category in model.config.categories or []]
+    weight, bias = (source.get(name) for name in CLASS_HEAD)
+    kept = [name for name in own if name in classes]
+    if weight is None or bias is None or weight.shape[1] != model.class_predictor.in_features:
+        kept = []
+    else:
+        rows = {name: row for row, name in enumerate(classes)} | {None: len(weight) - 1}
+        for row, name in enumerate([*own, None]):
+            if name in rows:
+                model.class_predictor.weight[row].copy_(weight[rows[name]])
+                model.class_predictor.bias[row].copy_(bias[rows[name]])
+    fates = {
+        "kept": kept,
+        "new": [name for name in own if name not in kept],
+        "dropped": [name for name in classes if name not in kept],
+    }
+    return "classes " + "; ".join(f"{fate}: {_named(names)}" for fate, names in fates.items() if names)
+
+
+def _named(names: Sequence[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

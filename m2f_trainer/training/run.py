@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import save
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from m2f_trainer.config.arguments import ModelArguments
@@ -22,6 +23,7 @@ from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
 from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.model.weights import HEAD_FILE, head_tensors
 from m2f_trainer.run_folder import (
     ADAPTER_FOLDER,
     EVALUATION,
@@ -29,7 +31,9 @@ from m2f_trainer.run_folder import (
     FINGERPRINT,
     METRICS,
     read_details,
+    read_json,
     read_metrics,
+    write_atomically,
     write_details,
     write_json,
     write_metrics,
@@ -110,6 +114,8 @@ def train(recipe: Recipe) -> dict[str, float]:
             test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None
             figures = evaluate(trainer, test)
         finish(trainer, figures, data.valid, hub_target(recipe.train) if recipe.train.push_to_hub else None)
+        if recipe.train.save_head and recipe.train.process_index == 0:
+            save_head(Path(recipe.train.output_dir or "."), Path(recipe.train.save_head))
     return figures
 
 
@@ -223,6 +229,15 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
             for upload in running_uploads(trainer.callback_handler.callbacks):
                 upload.wait()
             push(output, target)
+
+
+def save_head(model: Path, folder: Path) -> None:
+    """Write the weights of a model's folder without the backbone's, and its configuration, for `head_checkpoint`."""
+    config = read_json(model / "config.json")
+    config.pop("auto_map", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / HEAD_FILE, save(head_tensors(str(model)), {"format": "pt"}))
+    write_json(folder / "config.json", config)
 
 
 def illustrate(output: Path, rows: Dataset) -> None:

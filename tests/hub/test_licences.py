@@ -22,6 +22,7 @@ COCO_HEAD = "facebook/mask2former-swin-small-coco-instance"
         ({"backbone_name": "/home/a/dinov3/vit"}, "see-the-licences-below", "look it up where it was published"),
         ({"backbone_name": "someone/vit"}, "see-the-licences-below", "look it up where it was published"),
         ({"head_checkpoint": COCO_HEAD}, "cc-by-nc-4.0", "Not for commercial use"),
+        ({"head_checkpoint": "shi-labs/oneformer_coco_swin_large"}, "apache-2.0", "Keep its copyright"),
         ({"head_checkpoint": "/heads/mine"}, "see-the-licences-below", "that is CC BY-NC 4.0"),
         ({"backbone_name": "dinov3-vitl16-sat493m"}, "dinov3-license", 'show "Built with DINOv3"'),
         ({"backbone_name": "timm/vit_small_plus_patch16_dinov3.lvd1689m"}, "dinov3-license", "copy of the agreement"),
@@ -93,6 +94,13 @@ def test_the_licences_of_a_model_it_was_started_from_carry_over(tmp_path: Path) 
     first = write_model(tmp_path / "first", head_checkpoint=COCO_HEAD)
     second = write_model(tmp_path / "second", init_from=str(first))
     assert licence_fields(licence_chain({"init_from": str(second)})) == {"license": "cc-by-nc-4.0"}
+
+
+def test_the_licences_of_a_head_it_was_started_from_carry_over(tmp_path: Path) -> None:
+    head = write_model(tmp_path / "head", backbone_name="eupe-vits16", head_checkpoint=COCO_HEAD)
+    chain = licence_chain({"backbone_name": "dinov2-small", "head_checkpoint": str(head)})
+    names = licence_fields(chain)["license_name"]
+    assert names == "fair-noncommercial-research-license-and-cc-by-nc-4.0"
 
 
 def test_the_licence_notes_are_found_and_name_the_official_texts() -> None:

@@ -95,7 +95,7 @@ def test_a_family_trains_two_steps_is_saved_and_predicts_the_same_when_loaded(na
 def test_a_familys_onnx_file_equals_the_model(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     model = tiny_model(family(name), decoder_layers=2).eval()
-    path = export_model(model, "onnx", tmp_path)
+    path = export_model(model, "onnx", tmp_path, fixed_size=True)
     found = check_export(model, path, None, 4, FULL, fixed_size=True)
     assert found.met, found.to_text()
     assert found.mask_logits < 1e-3

@@ -77,7 +77,7 @@ def test_a_published_head_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None
     change_weights(tmp_path, lambda tensors: tensors.pop("model.transformer_module.level_embed.weight"))
     import m2f_trainer.model.weights as weights
 
-    weights._source.cache_clear()
+    weights.read_head.cache_clear()
     with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors, such as model\.transformer_module\.level"):
         head_fields(str(tmp_path))
 
