@@ -153,7 +153,7 @@ def _own_head(checkpoint: str, config: M2FConfig) -> Head:
 
 def _head(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:
     """With the channels of the four maps that the pixel decoder reads, fine to coarse, as `neck_channels`."""
-    inputs = {name: tensor.shape[1] for name, tensor in tensors.items() if name.startswith(PIXEL_DECODER)}
+    inputs = {name: one.shape[1] for name, one in tensors.items() if name.startswith(PIXEL_DECODER) and one.ndim > 1}
     finest = [inputs[name] for name in sorted(inputs) if re.search(r"\.adapter_\d+\.0\.weight$", name)]
     coarser = [inputs[name] for name in sorted(inputs) if re.search(r"\.input_projections\.\d+\.0\.weight$", name)]
     used = {name: tensor for name, tensor in tensors.items() if not UNUSED.fullmatch(name)}

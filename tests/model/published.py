@@ -25,7 +25,9 @@ def randomize(module: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) / math.sqrt(max(parameter.shape[-1:], default=1))
+            )
     return module.eval()
 
 
