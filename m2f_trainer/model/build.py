@@ -20,6 +20,7 @@ from .backbones import (
     stride_of,
     taps_of,
 )
+from .encoder import SCRIPT_NECKS
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 from .sources import check_limits
 from .weights import head_fields, load_head, load_model_weights
@@ -45,7 +46,8 @@ def build_model(
     taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it, or those of
                      init_from
     head_checkpoint  any Mask2Former checkpoint to initialise pixel decoder and transformer decoder from
-    init_from        an m2f_trainer model to initialise all weights from; its classes may differ
+    init_from        an m2f_trainer model to initialise all weights from; its classes may differ. A converted checkpoint
+                     of the original script keeps its own neck
     drop_path        stochastic depth rate of the backbone's last layer; it grows linearly from 0 at the first
     rope_rescale     scale DINOv3's RoPE coordinates in training by a random factor in [1 / this, this]; default off
     config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim
@@ -58,6 +60,9 @@ def build_model(
     backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
     if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
         backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
+    if source is not None and source.config.neck in SCRIPT_NECKS:
+        config_fields |= {name: getattr(source.config, name) for name in ("neck", "neck_channels", "last_norm")}
+        backbone_config.apply_layernorm = False
     config = M2FConfig(
         backbone_config=backbone_config,
         head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,

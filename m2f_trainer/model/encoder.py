@@ -139,6 +139,39 @@ def default_channels(dim: int) -> list[int]:
     return [min(width, 256) for width in (dim // 4, dim // 2, dim, dim)]
 
 
+class ScriptNeck(nn.Module):
+    """The necks of DINOv3-Mask2former's checkpoints: each tap to its own number of channels, at the patch stride.
+
+    With `resample`, the taps are first brought to strides p/4, p/2, p and 2p.
+    """
+
+    def __init__(self, dim: int, channels: Sequence[int], resample: bool) -> None:
+        super().__init__()
+        half, quarter = dim // 2, dim // 4
+        inputs = [dim] * 4
+        if resample:
+            inputs = [quarter, half, dim, dim]
+            upscale = [nn.ConvTranspose2d(dim, half, 2, 2), nn.GroupNorm(32, half), nn.GELU()]
+            self.resamplers = nn.ModuleList(
+                [
+                    nn.Sequential(*upscale, nn.ConvTranspose2d(half, quarter, 2, 2)),
+                    nn.ConvTranspose2d(dim, half, 2, 2),
+                    nn.Identity(),
+                    nn.MaxPool2d(2, 2),
+                ]
+            )
+        else:
+            self.resamplers = nn.ModuleList(nn.Identity() for _ in range(4))
+        self.projections = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(inputs, channels, strict=True))
+
+    def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
+        """Four taps of (B, dim, h, w) -> four maps, fine to coarse."""
+        steps = zip(self.projections, self.resamplers, maps, strict=True)
+        return [project(resample(one)) for project, resample, one in steps]
+
+
+SCRIPT_NECKS = {"script_plain": False, "script_pyramid": True}
+"""Necks of converted checkpoints (see `original_script`) -> whether they resample."""
 _PYRAMIDS = {"pyramid": SimplePyramid, "adapter": AdapterPyramid}
 
 
@@ -157,6 +190,8 @@ def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | 
     if neck in _PYRAMIDS:
         widths = list(channels or default_channels(dim))
         return _PYRAMIDS[neck](dim, taps, widths), widths
+    if neck in SCRIPT_NECKS and channels and taps == 4:
+        return ScriptNeck(dim, channels, SCRIPT_NECKS[neck]), list(channels)
     raise ModelError(f"neck must be 'pyramid', 'adapter' or 'plain', got {neck!r}")
 
 
@@ -166,11 +201,15 @@ class Encoder(nn.Module):
     A backbone without trainable weights runs in evaluation mode and without a graph.
     """
 
-    def __init__(self, backbone: PreTrainedConfig, neck: str, neck_channels: Sequence[int] | None) -> None:
+    def __init__(
+        self, backbone: PreTrainedConfig, neck: str, neck_channels: Sequence[int] | None, last_norm: bool = True
+    ) -> None:
         super().__init__()
         self.backbone = AutoBackbone.from_config(backbone)
         if self.backbone._supports_sdpa:
             self.backbone.set_attn_implementation(ATTENTION)
+        if not last_norm:
+            self.backbone.norm = nn.Identity()
         self.neck, self.channels = build_neck(neck, backbone, neck_channels)
         _deepen_drop_path(self.backbone)
         for name, parameter in self.backbone.named_parameters():

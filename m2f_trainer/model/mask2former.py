@@ -42,6 +42,7 @@ AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation
 class M2FConfig(Mask2FormerConfig):
     """Mask2Former's configuration with the neck, the categories and the image geometry.
 
+    last_norm       whether the last layer's map is normed; false for some converted checkpoints (`original_script`)
     categories      class k is the k-th entry, {"id": the dataset's own id, "name": ...}
     image_height, image_width
                     the padded frame that images are resized to fit into, multiples of the backbone's stride
@@ -69,6 +70,7 @@ class M2FConfig(Mask2FormerConfig):
 
     neck: str = "adapter"
     neck_channels: list[int] | None = None
+    last_norm: bool = True
     categories: list[dict[str, Any]] | None = None
     image_height: int = 1024
     image_width: int = 1024
@@ -96,7 +98,7 @@ class PixelLevelModule(nn.Module):
 
     def __init__(self, config: M2FConfig) -> None:
         super().__init__()
-        self.encoder = Encoder(backbone_of(config), config.neck, config.neck_channels)
+        self.encoder = Encoder(backbone_of(config), config.neck, config.neck_channels, config.last_norm)
         self.decoder = PixelDecoder(config, self.encoder.channels)
 
 
@@ -260,6 +262,8 @@ def layer_classes(backbone: Any) -> set[str]:
 def load_model(folder_or_hub_id: str) -> M2FModel:
     """Load an m2f_trainer model in evaluation mode, in float32. No code from the folder is executed.
 
+    Checkpoints of the script DINOv3-Mask2former are converted (see `original_script`).
+
     Raises ModelError when the folder holds no such model, or its weights are damaged, incomplete or of other shapes.
     """
     try:
@@ -269,6 +273,12 @@ def load_model(folder_or_hub_id: str) -> M2FModel:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"no model could be read from {folder_or_hub_id!r}: {first}") from error
+    if isinstance(config, Mask2FormerConfig) and not isinstance(config, M2FConfig):
+        from .original_script import load_original  # imports this module
+
+        original = load_original(folder_or_hub_id, config)
+        if original is not None:
+            return original
     if not isinstance(config, M2FConfig):
         raise ModelError(
             f"{folder_or_hub_id!r} holds a {config.model_type!r} model, not one of m2f_trainer's "

@@ -16,7 +16,7 @@ from transformers import (
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.transformer_decoder import decoder_layer
-from m2f_trainer.model.weights import load_head
+from m2f_trainer.model.weights import ENCODER, PIXEL_DECODER, _oneformer_name, load_head
 from tests.model.published import randomize
 from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, tiny_model
 
@@ -173,6 +173,21 @@ def test_a_oneformer_gives_its_pixel_decoder_and_its_decoder_layers(tmp_path: Pa
     torch.testing.assert_close(embed, theirs.model.transformer_module.decoder.mask_embed(hidden), atol=1e-6, rtol=1e-5)
     norm = theirs.model.transformer_module.decoder.decoder_norm
     assert torch.equal(model.model.transformer_module.decoder.layernorm(hidden), norm(hidden))
+
+
+def test_the_published_counts_of_loaded_tensors_hold() -> None:
+    """Of models of the published size, whose names and shapes alone are compared."""
+    names = ["stage1", "stage2", "stage3", "stage4"]
+    swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=names)
+    with torch.device("meta"):
+        theirs = OneFormerForUniversalSegmentation(OneFormerConfig(backbone_config=swin)).state_dict()
+        ours = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin)).state_dict()
+    head = {name: one.shape for name, one in ours.items() if not name.startswith(ENCODER) and "criterion" not in name}
+    given = {_oneformer_name(name): one.shape for name, one in theirs.items()}
+    loaded = [name for name in head if given.get(name) == head[name]]
+    pixel = [[name for name in names if name.startswith(PIXEL_DECODER)] for names in (loaded, head)]
+    assert (len(loaded), len(head)) == (324, 328)
+    assert [len(names) for names in pixel] == [117, 117]
 
 
 def test_a_new_run_leaves_out_the_layers_that_its_start_left_out(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
 from m2f_trainer.training.evaluate import evaluate_folder
 from m2f_trainer.training.run import train
-from tests.training.runs import m2f, write_tiny
+from tests.training.runs import TINY, m2f, write_tiny
 
 
 def test_a_best_figure_that_no_evaluation_has_is_refused_before_the_model_is_made(tmp_path: Path) -> None:
@@ -240,3 +240,20 @@ def test_a_dataset_without_a_valid_split_is_refused_before_training(tmp_path: Pa
     assert done.returncode == 1
     assert "valid" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_saved_head_starts_a_run_on_another_backbone_of_the_same_width(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = tmp_path / "head"
+    train(load_recipe([str(write_tiny(tmp_path / "first", save_head=str(head), max_steps=1, checkpointing_steps=1))]))
+    assert not any(".backbone." in name for name in load_file(head / "head.safetensors"))
+    with pytest.raises(RecipeError, match="this folder holds a model already"):
+        load_recipe([str(write_tiny(tmp_path / "second", save_head=str(head)))])
+    backbone = {**TINY["backbone_config"], "num_hidden_layers": 3}
+    second = write_tiny(
+        tmp_path / "second", backbone_config=backbone, pyramid_taps=[1, 3], head_checkpoint=str(head), max_steps=1,
+        checkpointing_steps=1,
+    )  # fmt: skip
+    train(load_recipe([str(second)]))
+    assert "0 new; 0 unused; classes kept: circle, square, triangle" in caplog.text
