@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.problems import Report, listed, raise_problem
+from m2f_trainer.data.splits import SplitAnnotations
 
 Annotations = TypeVar("Annotations", bound=SplitAnnotations)
 

@@ -6,22 +6,15 @@ Every problem is passed to a `Report`. Unless the report raises, the faulty part
 import gc
 import json
 import os
-import re
-from abc import ABC, abstractmethod
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeAlias
-
-import numpy as np
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import file_parts
 from m2f_trainer.data.image_names import (
-    LINK_ADVICE,
     ImageNames,
     image_paths,
     is_address,
@@ -31,279 +24,12 @@ from m2f_trainer.data.image_names import (
     usual_name,
 )
 from m2f_trainer.data.layouts import SplitFiles
-from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, number, usual_box, usual_segmentation, whole_number
+from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, is_text, type_name, whole_number
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
-from m2f_trainer.data.reading import Photo, Reading, size_in_frame
-from m2f_trainer.errors import DataError, ImageError, MaskError
+from m2f_trainer.data.reading import size_in_frame
+from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
+from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
-from m2f_trainer.masks import segmentation as masks
-
-Entry: TypeAlias = dict[str, Any]
-"""A JSON object of an annotation file, or a value of a dataset row."""
-
-_NUMBERS = {int, float}
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left where a tool cut a name: it can't be written again
-
-
-@dataclass(frozen=True)
-class SplitAnnotations(ABC):
-    """The checked annotations of one split: ids are unique integers, every annotation has an image and a category.
-
-    Attributes:
-        name: the split in messages and findings: its annotation file, its folder of labels, or the Hub dataset
-        images: COCO image entries, in the file's order
-        annotations: COCO annotation entries by image id
-        categories: names by category id, whether used or not
-        left_out: ids of the annotations of images that were reported and left out
-        reading: how its images are read
-    """
-
-    name: str
-    images: tuple[Entry, ...]
-    annotations: Mapping[int, list[Entry]]
-    categories: Mapping[int, str]
-    left_out: Sequence[int] = field(default=(), kw_only=True)
-    reading: Reading = field(default=Reading(), kw_only=True)
-
-    @abstractmethod
-    def source(self, image: Entry) -> Entry:
-        """The image's data as `datasets.Image` stores it: `{"path", "bytes"}`.
-
-        Raises:
-            DataError: the file name leads out of the dataset folder
-        """
-
-    def used_categories(self) -> set[int]:
-        """The ids of the categories with at least one annotation."""
-        return {entry["category_id"] for group in self.annotations.values() for entry in group}
-
-    def rows(self, report: Report = raise_problem) -> Iterator[Entry]:
-        """The dataset rows, one per image, in the order of `images`.
-
-        Raises:
-            DataError: at the first row that can't be built
-        """
-        for image in self.images:
-            yield {
-                "image": self.source(image),
-                "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
-                **self.reading.columns(),
-                "objects": self.objects(image, report),
-            }
-
-    def photos(self) -> Iterator[Photo]:
-        """The image files."""
-        for image in self.images:
-            size, annotated = (image["height"], image["width"]), bool(self.annotations.get(image["id"]))
-            source = partial(self.source, image)
-            yield Photo(self.name, image["id"], image["file_name"], source, size, annotated)
-
-    def objects(self, image: Entry, report: Report = raise_problem) -> list[Entry]:
-        """The annotations of one image as a row's `objects`, each with its mask as a valid RLE."""
-        found = (self._object(entry, image, report) for entry in self.annotations.get(image["id"], []))
-        return [entry for entry in found if entry is not None]
-
-    def _object(self, entry: Entry, image: Entry, report: Report) -> Entry | None:
-        counts = self._counts(entry, image, report)
-        if counts is None:
-            return None
-        if counts == _empty_counts(image["height"], image["width"]) and (reach := _reach(entry, image)):
-            message = f"{self.full_name(entry, image)}: its outline lies outside the image, {reach}."
-            report("outside-image", self.name, [entry["id"]], f"{message} {self._scale_hint}", image["id"])
-            return None
-        box, area = self._box_and_area(entry, image, report)
-        if box is None or area is None:
-            runs = rle.read_runs(counts, image["height"], image["width"])
-            x0, y0, x1, y1 = rle.box_of(runs, image["height"])
-            box = [x0, y0, x1 - x0, y1 - y0] if box is None else box
-            area = rle.area(runs) if area is None else area
-        return {
-            "id": entry["id"],
-            "category_id": entry["category_id"],
-            "bbox": [float(value) for value in box],
-            "area": float(area),  # the file's own, which official COCO scores use
-            "iscrowd": bool(entry.get("iscrowd", 0)),
-            "counts": counts,
-        }
-
-    def _box_and_area(self, entry: Entry, image: Entry, report: Report) -> tuple[list[float] | None, float | None]:
-        """The `bbox` and `area` of an annotation; None where it has none, or an invalid one, which is reported."""
-        box, area = usual_box(entry.get("bbox")), number(entry.get("area"))
-        area = None if area is not None and area < 0 else area
-        problems = []
-        if box is None and entry.get("bbox") not in (None, []):
-            got = f"expected a `bbox` of four numbers x, y, width, height, got {str(entry['bbox'])[:60]}. Correct it."
-            problems.append(("bad-box", got))
-        elif box is not None and any(isinstance(side, str) for side in entry["bbox"]):
-            problems.append(("unusual-number", f"bbox {str(entry['bbox'])[:60]}."))
-        if area is None and entry.get("area") is not None:
-            got = f"expected an `area` in pixels, got {rle.brief(entry['area'])}. Correct it or leave it out."
-            problems.append(("bad-area", got))
-        elif isinstance(entry.get("area"), str):
-            problems.append(("unusual-number", f"area {entry['area']!r}."))
-        for kind, problem in problems:
-            report(kind, self.name, [entry["id"]], f"{self.full_name(entry, image)}: {problem}", image["id"])
-        return box, area
-
-    def _counts(self, entry: Entry, image: Entry, report: Report) -> str | None:
-        segmentation, height, width = entry.get("segmentation"), image["height"], image["width"]
-        try:
-            return masks.to_counts(segmentation, height, width, "")
-        except MaskError:
-            pass  # tried again below with the annotation's name, which takes time to build
-        usual = usual_segmentation(segmentation, height, width, entry.get("bbox"))
-        if usual is not None:
-            try:
-                counts = masks.to_counts(usual[0], height, width, "")
-            except MaskError:
-                pass
-            else:
-                message = f"{self.full_name(entry, image)}: {rle.brief(segmentation)}."
-                report(usual[1], self.name, [entry["id"]], message, image["id"])
-                entry["segmentation"] = usual[0]
-                return counts
-        try:
-            return masks.to_counts(segmentation, height, width, self.full_name(entry, image))
-        except MaskError as error:
-            report("bad-mask", self.name, [entry["id"]], str(error), image["id"])
-        return None
-
-    @cached_property
-    def _scale_hint(self) -> str:
-        """Advice for outlines outside of their images; if most are, the images were probably rescaled."""
-        ratios = [
-            max(right / image["width"], bottom / image["height"])
-            for image in self.images
-            for entry in self.annotations.get(image["id"], [])
-            for _, _, right, bottom in _outline_boxes(entry)
-        ]
-        if sum(ratio > 1.05 for ratio in ratios) <= len(ratios) / 2:
-            return "Correct the outline or the size of the image."
-        return (
-            "Most outlines reach beyond their images: the images seem to have been reduced after they were annotated,"
-            f" to 1/{max(ratios):.3g} of their size or less. Divide all coordinates by that factor, or use the original"
-            " images."
-        )
-
-    def full_name(self, entry: Entry, image: Entry) -> str:
-        """An annotation in messages, with the split that it is in."""
-        return f"{self.name}: {self.annotation_name(entry, image)}"
-
-    def annotation_name(self, entry: Entry, image: Entry) -> str:
-        """An annotation in messages."""
-        return f"annotation {entry['id']} of image {image['id']} ({image['file_name']})"
-
-
-@lru_cache
-def _empty_counts(height: int, width: int) -> str:
-    """The RLE of a mask without a pixel."""
-    return rle.write_counts(np.array([height * width]), height, width)
-
-
-def _outline_boxes(entry: Entry) -> list[tuple[float, float, float, float]]:
-    """The box of all polygons of an annotation as (left, top, right, bottom), in a list; none for other masks."""
-    parts = entry.get("segmentation")
-    if not isinstance(parts, list) or not all(isinstance(part, array) and len(part) > 1 for part in parts):
-        return []
-    across, down = [x for part in parts for x in part[::2]], [y for part in parts for y in part[1::2]]
-    return [(min(across), min(down), max(across), max(down))] if across else []
-
-
-def _reach(entry: Entry, image: Entry) -> str:
-    """The extent of an annotation's polygons for messages; "" if they touch their image."""
-    for left, top, right, bottom in _outline_boxes(entry):
-        if right <= 0 or bottom <= 0 or left >= image["width"] or top >= image["height"]:
-            size = f"{image['width']}x{image['height']}"
-            return f"x {left:g} to {right:g} and y {top:g} to {bottom:g} in {size} pixels"
-    return ""
-
-
-@dataclass(frozen=True)
-class FolderSplit(SplitAnnotations):
-    """A split whose images are files in a folder, as in COCO and YOLO datasets.
-
-    `elsewhere` has the paths, by image id, of images in other folders of the dataset. `follow_links`: whether links may
-    lead out of the folder.
-    """
-
-    folder: Path
-    elsewhere: Mapping[int, Path] = field(default_factory=dict)
-    follow_links: bool = False
-
-    def source(self, image: Entry) -> Entry:
-        """The path of the image file; the file itself may be missing."""
-        name = image["file_name"]
-        if image["id"] in self.elsewhere:
-            return {"path": os.path.realpath(self.elsewhere[image["id"]]), "bytes": None}
-        path = f"{self._root}/{name}"
-        if not {"/", "\\", "\0"}.isdisjoint(name) or name in (".", "..") or os.path.islink(path):  # noqa: PTH114
-            path = self._path_inside(image)
-        return {"path": path, "bytes": None}
-
-    def _path_inside(self, image: Entry) -> str:
-        """The path of a file name with folders or links; the message names the right file name where it is known."""
-        name = image["file_name"]
-        try:
-            where = f"{self.name}: image {image['id']} ({name})"
-            return resolve_inside(self.folder, name, where, self.follow_links)
-        except DataError as error:
-            found = self.find_by_base_name(image)
-            if found is None:
-                raise
-            raise DataError(
-                f"{error} The folder has a file of that name: write {found!r}, as m2f check --fix does."
-            ) from None
-
-    def find_by_base_name(self, image: Entry) -> str | None:
-        """The right `file_name` for a path of another machine: the file with the same last part, in the image folder
-        or its subfolder `images`. None where there is none, or where two images have the same last part.
-        """
-        base = _base_name(image["file_name"])
-        if self._base_names[base] != 1 or not base or "\0" in base:
-            return None
-        for name in (base, f"images/{base}"):
-            path = os.path.realpath(self.folder / name)
-            if path.startswith(self._root.rstrip("/") + "/") and os.path.isfile(path):  # noqa: PTH113
-                return name
-        return None
-
-    @cached_property
-    def _base_names(self) -> Counter[str]:
-        return Counter(_base_name(image["file_name"]) for image in self.images)
-
-    @cached_property
-    def _root(self) -> str:
-        return os.path.realpath(self.folder)
-
-
-def resolve_inside(folder: Path, name: str, where: str, follow_links: bool = False) -> str:
-    """The path of a `file_name`, which must stay inside its image folder, also after links are followed.
-
-    `follow_links`: links may lead out of it.
-
-    Raises:
-        DataError: an absolute path, `..`, a link out of the folder, a NUL, or Windows separators
-    """
-    if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise DataError(
-            f"{where}: expected a `file_name` relative to {folder} with / between folders, without '..', got {name!r}."
-            " Correct the file name."
-        )
-    root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 (called for every image with folders in its name)
-    if not follow_links and not path.startswith(root.rstrip("/") + "/"):
-        raise DataError(
-            f"{where}: `file_name` {name!r} leads out of {folder}, to {path}. Copy the file into the folder."
-            f" {LINK_ADVICE}"
-        )
-    return path
-
-
-def _base_name(name: str) -> str:
-    """The last part of a path with / or \\."""
-    return PureWindowsPath(name).name
 
 
 def read_annotations(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -322,9 +48,9 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
         raise DataError(f"{name}: `images` is empty. Add images, or remove the split.")
     image_ids, category_ids = (Ids(one.get("id") for one in group) for group in (images, categories))
     images = _unique(_with_ids(images, image_ids, "image", name, report), "image", name, report)
-    images, paths, folder = _locate(images, files, report)
-    sized = _sized(images, paths, files.exif_frame, name, report)
-    images, first_entry = _merged(check_images(sized, name, report), paths, name, report)
+    located = _locate(images, files, report)
+    sized = _sized(located.images, located.paths, files.exif_frame, name, report)
+    images, first_entry = _merged(check_images(sized, name, report), located.paths, name, report)
     categories = _with_ids(categories, category_ids, "category", name, report)
     used = {category_ids.number_of(one.get("category_id")) for one in entries}
     names = _check_categories(categories, used, name, report)
@@ -337,8 +63,20 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
             groups[image_id].append(entry if image_id == entry["image_id"] else {**entry, "image_id": image_id})
         else:
             left_out.append(entry["id"])
-    outside = {key: path for key, path in paths.items() if key in groups and not path.is_relative_to(folder)}
-    return FolderSplit(name, tuple(images), groups, names, folder, outside, files.follow_links, left_out=left_out)
+    elsewhere = {
+        key: path for key, path in located.paths.items() if key in groups and not path.is_relative_to(located.folder)
+    }
+    return FolderSplit(
+        name,
+        tuple(images),
+        groups,
+        names,
+        located.folder,
+        elsewhere,
+        files.follow_links,
+        located.right_names,
+        left_out=left_out,
+    )
 
 
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:
@@ -372,17 +110,6 @@ def _parse(path: Path) -> Mapping[str, Any]:
             f"{path}: expected a COCO object with images, annotations and categories, got a {type_name(content)}."
         )
     return content
-
-
-def pack_polygons(entry: Entry) -> Entry:
-    """The entry with well-formed polygons as arrays of float64, which take a quarter of the memory of lists."""
-    parts = entry.get("segmentation")
-    if type(parts) is list and all(type(part) is list and set(map(type, part)) <= _NUMBERS for part in parts):
-        try:
-            entry["segmentation"] = [array("d", part) for part in parts]
-        except OverflowError:  # an integer beyond the range of float64; the polygon's check reports it
-            return entry
-    return entry
 
 
 def _list_of(content: Mapping[str, Any], key: str, name: str) -> list[Entry]:
@@ -428,35 +155,47 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     return valid
 
 
-def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[list[Entry], dict[int, Path], Path]:
+@dataclass(frozen=True)
+class _Located:
     """The image entries with their actual file names, the path of each entry with a safe name, and the image folder.
+
+    `right_names`: by image id, the file in the folder that a name which leads out of it probably means.
+    """
+
+    images: list[Entry]
+    paths: dict[int, Path]
+    folder: Path
+    right_names: dict[int, str]
+
+
+def _locate(images: list[Entry], files: SplitFiles, report: Report) -> _Located:
+    """Find the image files.
 
     A name that no file has is searched with other spellings. A name that fits two files, and a file that fits two
     names, are reported and left out.
     """
-    name, places = (
-        str(files.annotations),
-        ImageNames(
-            files.image_folders,
-            files.annotations,
-            files.split,
-            files.root,
-            files.other_splits,
-            files.follow_links,
-        ),
+    name = str(files.annotations)
+    places = ImageNames(
+        files.image_folders, files.annotations, files.split, files.root, files.other_splits, files.follow_links
     )
     named = [path_elsewhere(text) or text for image in images if (text := usual_name(image)) is not None]
     folder = places.folder(named, report)
     paths: dict[int, Path] = {}
     found: dict[int, list[Path]] = {}
+    outside: dict[int, str] = {}  # the last part of names that lead out of the folder
     for image in images:
         text = usual_name(image)
         elsewhere = path_elsewhere(text) if text is not None and is_text(text) else None
-        if text is None or not is_text(text) or not (is_inside(text) or is_address(text) or elsewhere):
+        if text is None or not is_text(text):
+            continue
+        if not (is_inside(text) or is_address(text) or elsewhere):
+            outside[image["id"]] = PureWindowsPath(text).name
             continue
         path = folder / text
         if elsewhere or not os.path.lexists(path):
             found[image["id"]] = places.find(text)
+        if elsewhere and not found[image["id"]]:
+            outside[image["id"]] = PureWindowsPath(text).name
         if not elsewhere:  # an absolute path would lead out of the folder
             paths[image["id"]] = path
     exact = {os.path.normpath(path) for key, path in paths.items() if key not in found}
@@ -495,7 +234,20 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> tuple[lis
         elif text is not None and not image.get("file_name"):
             image = {**image, "file_name": text}
         located.append(image)
-    return located, paths, folder
+    return _Located(located, paths, folder, _right_names(images, outside, places, folder))
+
+
+def _right_names(images: list[Entry], outside: Mapping[int, str], places: ImageNames, folder: Path) -> dict[int, str]:
+    """The only file in the folder with the last part of each name, unless other images have the same last part."""
+    if not outside:
+        return {}
+    counts = Counter(PureWindowsPath(text).name for image in images if (text := usual_name(image)) is not None)
+    choices = {key: places.find(base) for key, base in outside.items() if counts[base] == 1}
+    return {
+        key: found[0].relative_to(folder).as_posix()
+        for key, found in choices.items()
+        if len(found) == 1 and found[0].is_relative_to(folder)
+    }
 
 
 def _sized(
@@ -682,13 +434,3 @@ def _unique(entries: list[Entry], kind: str, name: str, report: Report) -> list[
             kept[unused] = {**entry, "id": unused}
             unused += 1
     return list(kept.values())
-
-
-def is_text(value: object) -> bool:
-    """Whether this is text that can be encoded as UTF-8."""
-    return isinstance(value, str) and not _SURROGATE.search(value)
-
-
-def type_name(value: object) -> str:
-    """The type of a JSON value, for messages."""
-    return "null" if value is None else type(value).__name__

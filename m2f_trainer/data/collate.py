@@ -67,16 +67,16 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         classes = [self.class_of[key] for key in ids[~crowd.astype(bool)].tolist()]
         return np.column_stack([images, classes]).astype(np.int64)
 
-    def class_places(self) -> npt.NDArray[np.int64]:
-        """Every pair of a place and a class that has objects there, (P, 2). A place is a row, or a tile of one."""
+    def unit_classes(self) -> npt.NDArray[np.int64]:
+        """Every pair of a unit and a class that has objects in it, (P, 2). A unit is a row, or a tile of one."""
         return np.unique(self.labels(), axis=0)
 
-    def places(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The place of each sample of an epoch, (len,)."""
+    def units(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The unit of each sample of an epoch, (len,)."""
         return np.arange(len(self))
 
     def shares(self) -> npt.NDArray[np.float64]:
-        """Average number of times that an epoch shows each place."""
+        """Average number of times that an epoch shows each unit."""
         return np.ones(len(self.rows))
 
     def name(self, index: int) -> str:

@@ -26,11 +26,11 @@ from datasets.exceptions import DatasetGenerationError
 
 from m2f_trainer.config.arguments import ExifFrame, PixelRange
 from m2f_trainer.data.categories import Annotations, match_categories
-from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.formats import Layout, contents, find_splits, read_split
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import KINDS, Report, TrainingReport, raise_problem
 from m2f_trainer.data.reading import find_reading
+from m2f_trainer.data.splits import SplitAnnotations
 from m2f_trainer.errors import DataError
 
 logger = logging.getLogger(__name__)

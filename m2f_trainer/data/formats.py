@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.coco_json import FolderSplit, coco_contents, read_annotations
+from m2f_trainer.data.coco_json import coco_contents, read_annotations
 from m2f_trainer.data.files import (
     NO_CATEGORIES,
     file_parts,
@@ -38,6 +38,7 @@ from m2f_trainer.data.layouts import (
 from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
+from m2f_trainer.data.splits import FolderSplit
 from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
 from m2f_trainer.errors import DataError, mistyped_path
 

@@ -16,7 +16,7 @@ import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from m2f_trainer.config.arguments import ExifFrame, PixelRange, parse_pixel_range
-from m2f_trainer.data.coco_json import Entry, SplitAnnotations, check_images, pack_polygons, type_name
+from m2f_trainer.data.coco_json import check_images
 from m2f_trainer.data.dataset import (
     FEATURES,
     Category,
@@ -29,9 +29,11 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
+from m2f_trainer.data.normalize import type_name
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
+from m2f_trainer.data.splits import Entry, SplitAnnotations, pack_polygons
 from m2f_trainer.errors import DataError, ImageError, mistyped_path
 from m2f_trainer.masks.rle import allow_pixels, brief
 

@@ -11,14 +11,13 @@ from urllib.parse import unquote, urlsplit
 
 from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import SUFFIXES
-from m2f_trainer.data.layouts import SPLITS, annotated_folder, split_of
+from m2f_trainer.data.layouts import IMAGE_FOLDERS, SPLITS, annotated_folder, split_of
 from m2f_trainer.data.problems import Report
 from m2f_trainer.errors import DataError
 
 LINK_ADVICE = "If it is a link of your own, give --follow_links."
 
 _COMPARED = 20  # images whose files are compared between two folders that hold the same names
-_USUAL = ("images", "image", "imgs", "img", "data", "jpegimages")
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
@@ -166,7 +165,7 @@ class ImageNames:
         own = re.sub(r"\.json(\.gz)?$", "", self._annotations.name.lower()).removeprefix("instances_")
         return (
             folder == self._annotations.parent
-            or name in (*_USUAL, own)
+            or name in (*IMAGE_FOLDERS, own)
             or SPLITS.get(name.rstrip("0123456789")) == self._split
         )
 

@@ -41,11 +41,11 @@ class RepeatedSamples(InstanceDataset):
         super().__init__(dataset.rows, dataset.transform, dataset.categories)
         self.dataset, self.threshold, self.seed = dataset, threshold, seed
         shares = dataset.shares()
-        places, classes = dataset.class_places().T
-        self.class_samples = np.bincount(classes, weights=shares[places], minlength=len(self.categories))
+        units, classes = dataset.unit_classes().T
+        self.class_samples = np.bincount(classes, weights=shares[units], minlength=len(self.categories))
         self.class_factors = repeat_factors(self.class_samples / shares.sum(), threshold)
         self.factors = np.ones(len(shares))
-        np.maximum.at(self.factors, places, self.class_factors[classes])
+        np.maximum.at(self.factors, units, self.class_factors[classes])
         self._length = math.ceil(float((self.factors * shares).sum()) - 1e-9)
         self._chosen: tuple[int, NDArray[np.int64]] | None = None
 
@@ -55,7 +55,7 @@ class RepeatedSamples(InstanceDataset):
     def chosen(self, epoch: int) -> NDArray[np.int64]:
         """Index in `dataset` of each sample of an epoch, (len,), ascending."""
         if self._chosen is None or self._chosen[0] != epoch:
-            ends = np.cumsum(self.factors[self.dataset.places(epoch)])
+            ends = np.cumsum(self.factors[self.dataset.units(epoch)])
             start = np.random.default_rng([self.seed, epoch, 0, RNG_STREAM]).random()
             points = (start + np.arange(len(self))) * (ends[-1] / len(self))
             found = np.searchsorted(ends, points, side="right")

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, kind_of_json
 from m2f_trainer.data.image_names import ImageNames
 from m2f_trainer.data.layouts import SplitFiles, by_split
+from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import Report, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
+from m2f_trainer.data.splits import Entry, FolderSplit
 from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import segmentation as masks
 from m2f_trainer.masks.rle import brief, max_pixels

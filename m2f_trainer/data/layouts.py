@@ -43,7 +43,7 @@ _KNOWN_NAMES = (
     "instances_default",
 )
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "label", "ann")
-_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "data", "jpegimages")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "data", "jpegimages")
 _OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")  # beside COCO's instances_*
 
 
@@ -179,7 +179,7 @@ def _split_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
         inside = [one for one in subfolders(folder) if one.name.lower() in _ANNOTATION_FOLDERS]
         files = next((found for where in (folder, *inside) if (found := _coco_files(where, named))), [])
         for file in files:
-            candidates = (folder, *_named(folder, _IMAGE_FOLDERS), *subfolders(folder))
+            candidates = (folder, *_named(folder, IMAGE_FOLDERS), *subfolders(folder))
             yield SplitFiles(split, file, tuple(dict.fromkeys(candidates)))
 
 
@@ -203,7 +203,7 @@ def _split_files(root: Path, named: bool) -> Iterator[SplitFiles]:
 
 def _single_file(root: Path, named: bool) -> Iterator[SplitFiles]:
     for file in _coco_files(root, named):
-        folders = (root, *_named(root, _IMAGE_FOLDERS), *subfolders(root))
+        folders = (root, *_named(root, IMAGE_FOLDERS), *subfolders(root))
         yield SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 
 
@@ -241,7 +241,7 @@ def image_folders_of(root: Path, name: str, split: str) -> tuple[Path, ...]:
     """The folders that may hold the images of an annotation file, the most likely first: [images/]train2017 for
     instances_train2017, then folders that are named after the split, then those that hold all images.
     """
-    containers = _named(root, _IMAGE_FOLDERS)
+    containers = _named(root, IMAGE_FOLDERS)
     inside = [folder for container in (*containers, root) for folder in subfolders(container)]
     name = name.lower().removeprefix("instances_")
     same_name = [folder for folder in inside if folder.name.lower() == name]

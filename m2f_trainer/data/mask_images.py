@@ -23,12 +23,13 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.image_names import LINK_ADVICE
 from m2f_trainer.data.images import SUFFIXES, check_pixels, image_size, open_stored
 from m2f_trainer.data.layouts import SplitFiles, by_split, split_of
+from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import Key, Report, listed, raise_problem
+from m2f_trainer.data.splits import Entry, FolderSplit
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief, write_counts
 

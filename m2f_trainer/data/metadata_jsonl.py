@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text, pack_polygons, type_name
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
+from m2f_trainer.data.normalize import is_text, type_name
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
+from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief
 

@@ -20,8 +20,19 @@ _Key: TypeAlias = int | str
 _DECIMAL = re.compile(r"-?\d+", re.ASCII)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _LARGEST_NUMBER = 1e15
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left where a tool cut a name: it can't be written again
 _BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _BOX_TOLERANCE = 1.5  # pixels between the sides of a box and those of its mask
+
+
+def is_text(value: object) -> bool:
+    """Whether this is text that can be encoded as UTF-8."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def type_name(value: object) -> str:
+    """The type of a JSON value, for messages."""
+    return "null" if value is None else type(value).__name__
 
 
 def whole_number(value: object) -> int | None:

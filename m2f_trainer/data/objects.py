@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from m2f_trainer.data.coco_json import type_name
+from m2f_trainer.data.normalize import type_name
 from m2f_trainer.errors import DataError
 
 CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "class")

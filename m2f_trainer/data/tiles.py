@@ -100,8 +100,8 @@ class TileGrid:
         counts: list[NDArray[np.int64]] = []
         for image, (size, boxes) in enumerate(sizes_and_boxes(rows)):
             down, across = (math.ceil(length / side) for length in size)
-            places = np.indices((down, across)).reshape(2, -1).T  # (n, 2)
-            cells.append(np.column_stack([np.tile([image, down, across], (len(places), 1)), places]))
+            grid = np.indices((down, across)).reshape(2, -1).T  # (n, 2)
+            cells.append(np.column_stack([np.tile([image, down, across], (len(grid), 1)), grid]))
             counts.append(count_inside(boxes, size, side, (down, across)).reshape(-1))
         self.cells, self.counts = np.concatenate(cells), np.concatenate(counts)
         filled = order.permutation(np.flatnonzero(self.counts))
@@ -118,11 +118,11 @@ class TileGrid:
     def cell(self, index: int, epoch: int) -> Cell:
         """Tile `index` of an epoch: image after image, then those without objects."""
         group = int(np.searchsorted(self.starts, index, "right")) - 1
-        place = self.cycles[group].place(index - int(self.starts[group]), epoch)
-        image, rows, columns, row, column = self.cells[place].tolist()
-        return Cell(image, rows, columns, row, column, bool(self.counts[place]))
+        tile = self.cycles[group].tile(index - int(self.starts[group]), epoch)
+        image, rows, columns, row, column = self.cells[tile].tolist()
+        return Cell(image, rows, columns, row, column, bool(self.counts[tile]))
 
-    def places(self, epoch: int) -> NDArray[np.int64]:
+    def tiles(self, epoch: int) -> NDArray[np.int64]:
         """Index of each tile of an epoch in `cells`, which lists all tiles of all images."""
         return np.concatenate([cycle.of_epoch(epoch) for cycle in self.cycles])
 
@@ -130,7 +130,7 @@ class TileGrid:
         """Average number of times that an epoch shows each tile of `cells`."""
         shares = np.zeros(len(self.cells))
         for cycle in self.cycles:
-            shares[cycle.places] = cycle.per_epoch / max(len(cycle.places), 1)
+            shares[cycle.tiles] = cycle.per_epoch / max(len(cycle.tiles), 1)
         return shares
 
 
@@ -138,21 +138,21 @@ class TileGrid:
 class _Cycle:
     """Tile numbers that are cycled through, `per_epoch` of them in each epoch."""
 
-    places: NDArray[np.int64]
+    tiles: NDArray[np.int64]
     per_epoch: int
 
-    def place(self, index: int, epoch: int) -> int:
-        return int(self.places[(epoch * self.per_epoch + index) % len(self.places)])
+    def tile(self, index: int, epoch: int) -> int:
+        return int(self.tiles[(epoch * self.per_epoch + index) % len(self.tiles)])
 
     def of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """The `per_epoch` tile numbers of an epoch."""
-        return self.places[(epoch * self.per_epoch + np.arange(self.per_epoch)) % max(len(self.places), 1)]
+        return self.tiles[(epoch * self.per_epoch + np.arange(self.per_epoch)) % max(len(self.tiles), 1)]
 
 
-def _by_image(places: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The places of each image, in their order."""
+def _by_image(tiles: NDArray[np.int64], images: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The tiles of each image, in their order."""
     order = np.argsort(images, kind="stable")
-    return np.split(places[order], np.flatnonzero(np.diff(images[order])) + 1)
+    return np.split(tiles[order], np.flatnonzero(np.diff(images[order])) + 1)
 
 
 def sizes_and_boxes(rows: datasets.Dataset) -> Iterator[tuple[Size, NDArray[np.float64]]]:
@@ -237,9 +237,9 @@ class TrainTiles(InstanceDataset):
 
     def objects(self) -> NDArray[np.int64]:
         """The number of objects in each tile of the first epoch, before the grid is shifted."""
-        return self.grid.counts[self.grid.places(0)]
+        return self.grid.counts[self.grid.tiles(0)]
 
-    def class_places(self) -> NDArray[np.int64]:
+    def unit_classes(self) -> NDArray[np.int64]:
         """Every pair of a tile of the unshifted grid and a class that has objects in it, (P, 2)."""
         columns = self.rows.select_columns(["height", "width", "objects"]).with_format(None)
         starts = np.searchsorted(self.grid.cells[:, 0], np.arange(len(self.rows)))
@@ -253,9 +253,9 @@ class TrainTiles(InstanceDataset):
                 found.append(np.column_stack([tiles, np.full(len(tiles), k)]))
         return np.concatenate(found)
 
-    def places(self, epoch: int) -> NDArray[np.int64]:
+    def units(self, epoch: int) -> NDArray[np.int64]:
         """The tile of each sample of an epoch."""
-        return self.grid.places(epoch)
+        return self.grid.tiles(epoch)
 
     def shares(self) -> NDArray[np.float64]:
         """Average number of times that an epoch shows each tile."""
@@ -315,16 +315,16 @@ class EvalTiles(InstanceDataset):
             least = loads.index(min(loads))
             shares[least].append(image)
             loads[least] += len(self._tiles[image])
-        self._places = [(image, tile) for image in sorted(shares[rank]) for tile in range(len(self._tiles[image]))]
+        self._samples = [(image, tile) for image in sorted(shares[rank]) for tile in range(len(self._tiles[image]))]
         batches = max(math.ceil(load / batch_size) for load in loads)
-        self._places += [(0, -1)] * ((batches - 1) * batch_size + 1 - len(self._places))
+        self._samples += [(0, -1)] * ((batches - 1) * batch_size + 1 - len(self._samples))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._samples)
 
     def row(self, index: int, epoch: int) -> Row:
         """The image's row without objects, its index in the split, and the tile's index in the image."""
-        image, tile = self._places[index]
+        image, tile = self._samples[index]
         return {**self._images[image], "number": image, "tile": tile}
 
     def _show(self, row: Row, epoch: int, index: int, rows: Sequence[Row]) -> Sample:

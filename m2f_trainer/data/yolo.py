@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from m2f_trainer.data.coco_json import Entry, FolderSplit, is_text
 from m2f_trainer.data.files import files_below, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.layouts import SplitFiles, split_of
+from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
+from m2f_trainer.data.splits import Entry, FolderSplit
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks import rle
 

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from m2f_trainer.config.arguments import parse_pixel_range, pixel_range_text
 from m2f_trainer.data.categories import normalized_name
-from m2f_trainer.data.coco_json import SplitAnnotations
 from m2f_trainer.data.dataset import (
     Category,
     used_categories,
@@ -23,6 +22,7 @@ from m2f_trainer.data.hub_dataset import check_no_files, is_hub_dataset, read_hu
 from m2f_trainer.data.images import FEWEST_LEVELS, FULL_RANGE
 from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
+from m2f_trainer.data.splits import SplitAnnotations
 from m2f_trainer.doctor.duplicates import find_duplicates
 from m2f_trainer.doctor.scan import Scan, Settings, scan_split
 from m2f_trainer.errors import DataError

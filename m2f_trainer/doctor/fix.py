@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from m2f_trainer.data.categories import normalized_name
-from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.dataset import held_out
 from m2f_trainer.data.layouts import annotated_folder
 from m2f_trainer.data.problems import KINDS, Finding, listed
+from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.transforms import read_image
 from m2f_trainer.doctor.duplicates import same_in_detail
 from m2f_trainer.doctor.examine import CLEAN, UNUSABLE, Examination, ImageKey, examine

@@ -8,10 +8,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.coco_json import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.images import FEWEST_LEVELS
 from m2f_trainer.data.problems import Report, kind_of
+from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.polygons import crosses_itself
@@ -122,7 +122,7 @@ def _read_images(split: SplitAnnotations, report: Report) -> Iterator[tuple[Entr
                     safe.append((entry, split.source(entry)))
                 except DataError as error:
                     report("unsafe-path", split.name, [entry["id"]], str(error))
-                    found = split.find_by_base_name(entry) if isinstance(split, FolderSplit) else None
+                    found = split.right_names.get(entry["id"]) if isinstance(split, FolderSplit) else None
                     if found is not None:
                         renamed = {**entry, "file_name": found}
                         safe.append((renamed, split.source(renamed)))

@@ -22,8 +22,7 @@ GAP = 6  # pixels between the two images
 
 def rows_of_run(run: Run) -> Dataset | None:
     """The valid split that the run was scored on; None if its dataset can't be loaded on this machine."""
-    name = run.recipe.get("dataset_name")
-    if not name or run.recipe.get("streaming"):  # a streamed run of an earlier version: its dataset may be huge
+    if not run.recipe.get("dataset_name"):
         return None
     try:
         return load_recipe_dataset(run.recipe).get("valid")

@@ -116,7 +116,7 @@ def test_tiles_that_take_turns_are_repeated_in_the_epochs_that_have_them(tmp_pat
     for epoch in range(4):
         cells = [row for row in (samples.row(index, epoch) for index in range(5)) if row["image_id"] == 3]
         rare = sum(row["cell"].column == 1 for row in cells)
-        assert rare == (2 if 7 in tiles.places(epoch).tolist() else 0)
+        assert rare == (2 if 7 in tiles.units(epoch).tolist() else 0)
 
 
 def test_balanced_weights_follow_the_root_of_the_counts(rows: Dataset) -> None:

@@ -63,7 +63,7 @@ def rows(tmp_path: Path) -> Dataset:
 def test_an_epoch_shows_each_tile_with_objects_once_and_a_share_of_the_others(rows: Dataset) -> None:
     grid = TileGrid(rows, 50, 0.5)
     assert len(grid) == 4
-    assert grid.counts[grid.places(0)].tolist() == [1, 1, 0, 0]
+    assert grid.counts[grid.tiles(0)].tolist() == [1, 1, 0, 0]
     filled = {(cell.image, cell.row, cell.column) for cell in (grid.cell(index, 7) for index in range(2))}
     assert filled == {(0, 0, 0), (0, 1, 2)}
     assert len(TileGrid(rows, 50, 0.0)) == 2

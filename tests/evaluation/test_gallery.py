@@ -55,5 +55,4 @@ def test_a_runs_rows_are_its_valid_split_or_none_where_that_is_not_here(data: Pa
 
     assert rows(dataset_name=str(data)) == list(load_coco(data)["valid"]["image_id"])
     assert rows(dataset_name=str(tmp_path / "gone")) is None
-    assert rows(dataset_name=str(data), streaming=True) is None
     assert rows() is None

@@ -145,17 +145,6 @@ def test_a_randomly_initialised_backbone_is_not_called_by_the_default_name(data:
     assert "vits16plus" not in text
 
 
-def test_a_report_on_a_streamed_run_downloads_nothing_and_has_no_pictures(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_run(tmp_path / "run", data)
-    (folder / "recipe.json").write_text(json.dumps({"dataset_name": "name/set", "streaming": True}))
-    opened: list[str] = []
-    monkeypatch.setattr("m2f_trainer.evaluation.gallery.load_recipe_dataset", opened.append)
-    assert "img" not in Reader(write_report([folder], tmp_path / "page.html", load_images=True).read_text()).tags
-    assert opened == []
-
-
 def test_an_unfinished_run_is_reported_from_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         write_run(tmp_path / "run" / f"checkpoint-{step}", data)

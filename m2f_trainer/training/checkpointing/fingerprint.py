@@ -78,8 +78,6 @@ def step_samples(facts: Mapping[str, Any]) -> int:
 
 def same_sample(step: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     """The step of the changed run that has seen as many samples as `step` of the former one, to the nearest step."""
-    if then["train_images"] is None:  # a streamed run of an earlier version, whose length was unknown
-        return round(step * step_samples(then) / step_samples(now))
     epochs, within = divmod(step, updates_per_epoch(then))
     images, images_now = int(then["train_images"]), int(now["train_images"])
     seen = epochs * images + min(within * step_samples(then), images)
