@@ -98,7 +98,7 @@ OTHER_FORMATS: Mapping[str, str] = {
         "Its metadata.jsonl has no `objects`: add them to each line, with a category and a segmentation"
     ),
     "DOTA": f"Its oriented boxes aren't masks. {ADD_OUTLINES}",
-    "archive": "Unpack it and name its folder",
+    "archive": "Unpack it and name its folder: a zip file as in `python -m zipfile -e export.zip export`",
 }
 """Formats that are recognised but not read -> how to convert them."""
 

@@ -57,10 +57,11 @@ def read_facts(source: Mapping[str, Any], where: str, size: Size, reading: Readi
     """
     stored = open_stored(source, where)
     mode, turned, deep = stored.mode, is_turned(stored, size, reading.displayed), is_deep(stored)
+    orientation = exif_orientation(stored)
     image = open_image(stored, where, size=size, displayed=reading.displayed, pixel_range=reading.pixel_range)
     digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
     counts = _counts_of_values(source, where, reading) if deep else (0, None)
-    return ImageFacts(mode, exif_orientation(stored), digest, thumbnail(image), turned, *counts)
+    return ImageFacts(mode, orientation, digest, thumbnail(image), turned, *counts)
 
 
 def _counts_of_values(source: Mapping[str, Any], where: str, reading: Reading) -> tuple[int, int]:

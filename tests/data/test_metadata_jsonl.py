@@ -121,5 +121,5 @@ def test_boxes_without_masks_are_refused_as_such(tmp_path):
 def test_a_metadata_file_without_objects_is_no_dataset(tmp_path):
     pictures(tmp_path, ["a.png"])
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
-    with pytest.raises(DataError, match="found no annotations"):
+    with pytest.raises(DataError, match="imagefolder without objects"):
         load_coco(tmp_path)

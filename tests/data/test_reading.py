@@ -75,6 +75,7 @@ def is_on_object(row: dict[str, Any]) -> bool:
 
 
 SQUARE, WIDE = (24, 24), (20, 32)
+FRAMES = ("displayed", "stored")
 
 
 @pytest.mark.parametrize("form", ["png", "tif"])
@@ -89,6 +90,11 @@ def test_a_frame_that_sizes_do_not_tell_is_asked_for_and_then_followed(orientati
     assert all(is_on_object(row) for row in rows)
     rows = load_coco(root, cache_dir=tmp_path / "cache", exif_frame="stored")["train"]
     assert not any(is_on_object(row) for row in rows)
+    kinds = {
+        frame: {one.kind for one in examine(root, Settings(64, 64, exif_frame=frame)).findings} for frame in FRAMES
+    }
+    assert "turned-image" in kinds["displayed"] - kinds["stored"]
+    assert "exif-rotation" in kinds["stored"] - kinds["displayed"]
 
 
 @pytest.mark.parametrize("form", ["png", "tif"])
