@@ -137,10 +137,9 @@ class ImageNames:
         return best if any(files_differ(best[0], other) for other in best[1:]) else best[:1]
 
     def find_in_other_splits(self, name: str) -> list[Path]:
-        """The files in folders of other splits that a name would refer to."""
+        """The files below the folders, but in those of other splits, that a name would refer to."""
         parts = _parts(name)
-        found = (path for places in self._places for path in places.of_name(parts))
-        return [path for path in found if self._is_of_another_split(path, parts)]
+        return [path for path in self._places[0].of_name(parts) if self._is_of_another_split(path, parts)]
 
     def relative(self, path: Path) -> str:
         """The path below the outermost folder that holds it, with / between folders."""

@@ -110,12 +110,10 @@ def dataset_folders(examination: Examination) -> list[Path]:
 
 def can_be_corrected(examination: Examination) -> bool:
     """Whether --fix corrects all errors but those that may follow from others; never where no object can be kept."""
-    kept = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
-    return (
-        examination.status != UNUSABLE
-        and not _without_fix(examination)
-        and any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in kept)
-    )
+    if examination.status == UNUSABLE or _without_fix(examination):
+        return False
+    objects = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
+    return any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in objects)
 
 
 def suggested_folder(examination: Examination) -> Path:

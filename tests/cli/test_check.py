@@ -25,7 +25,8 @@ def test_the_next_step_depends_on_what_was_found(
     status: int, kind: str, step: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = [Finding(kind, "a.json", "message")] if kind else []
-    result = SimpleNamespace(status=status, files="", findings=findings)
+    scans = {"train": [SimpleNamespace(objects=[{"iscrowd": False, "findings": []}])]}
+    result = SimpleNamespace(status=status, files="", findings=findings, dataset="my coco", splits={}, scans=scans)
     monkeypatch.setattr(examine, "examine", lambda *_, **__: result)
     monkeypatch.setattr(summary, "summary_text", lambda result: f"status {result.status}")
     assert main(["check", "my coco"]) == status
