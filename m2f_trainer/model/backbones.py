@@ -1,6 +1,7 @@
 """The table of known backbones, and loading of any of them, of any Hub id or folder."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -19,8 +20,8 @@ from .conversion import FILES, foreign_file, load_foreign, timm_config
 from .sources import ModelError as ModelError
 from .sources import check_limits, load_config, load_weights, read_json_file, without_kernels
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
 
 STRIDES = (4, 8, 16, 32)
 """Those of Mask2Former's four maps."""
@@ -152,7 +153,7 @@ def read_config(
     DINOv3's papers for dense tasks); the layers after the last of them are left out. A Swin or a ConvNeXt outputs its
     four stages.
 
-    `drop_path` and `rope_rescale` act in training only: see `_set_noise`.
+    `drop_path` and `rope_rescale` act in training only: see `set_noise`.
 
     Raises ModelError when the configuration can't be read; the message names the steps to get access.
     """
@@ -169,7 +170,7 @@ def read_config(
             "'timm_backbone' needs the package timm wherever the model is used. Give timm's weights with DINOv3's "
             "architecture as timm/NAME, which are converted, or a backbone of transformers"
         )
-    _set_noise(config, drop_path, rope_rescale)
+    set_noise(config, drop_path, rope_rescale)
     stages = list(config.to_dict().get("stage_names") or ())
     config.out_features = after_stem = [name for name in stages if name != "stem"]
     strides = [one.stride for one in feature_maps(config)]
@@ -280,7 +281,7 @@ def taps_of(config: PreTrainedConfig) -> tuple[int, ...]:
     return () if is_pyramidal(config) else tuple(config.out_indices)
 
 
-def _set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | None) -> None:
+def set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | None) -> None:
     """Set stochastic depth and RoPE rescaling, the backbone's randomness in training.
 
     Raises ModelError where the backbone has no such setting.
@@ -320,6 +321,8 @@ def normalization_of(backbone: str) -> Normalization:
     if row is not None and not Path(backbone).is_dir():
         return row.normalization
     stated = None if backbone.endswith(FILES) else _with_advice(backbone, partial(_stated_normalization, backbone))
+    if stated is None and row is None:
+        logger.warning("%s doesn't say how its images were normalised: taken as ImageNet's", backbone)
     return stated or (row.normalization if row else IMAGENET)
 
 

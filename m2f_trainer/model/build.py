@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from .backbones import (
     BACKBONES,
     ModelError,
     feature_maps,
+    find_row,
     is_pyramidal,
     licence_of,
     load_pretrained,
     normalization_of,
     read_config,
+    set_noise,
     stride_of,
     taps_of,
 )
@@ -57,12 +60,17 @@ def build_model(
     _check_fields(config_fields)
     check_limits(config_fields, "the head's configuration")
     source = load_model(init_from) if init_from else None
-    backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
-    if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
-        backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
-    if source is not None and source.config.neck in SCRIPT_NECKS:
-        config_fields |= {name: getattr(source.config, name) for name in ("neck", "neck_channels", "last_norm")}
-        backbone_config.apply_layernorm = False
+    if source is not None and (_is_converted(source) or (not taps and _has_backbone(source, backbone))):
+        backbone_config = deepcopy(backbone_of(source.config))  # without access to a gated backbone, too
+        set_noise(backbone_config, drop_path, rope_rescale)
+    else:
+        backbone_config = read_config(backbone, tuple(taps), drop_path, rope_rescale)
+        if source is not None and not taps and _same_backbone(backbone_of(source.config), backbone_config):
+            backbone_config = read_config(backbone, taps_of(backbone_of(source.config)), drop_path, rope_rescale)
+    if source is not None and _is_converted(source):
+        kept = ("neck", "neck_channels", "last_norm", "backbone_name", "backbone_licence")
+        config_fields |= {name: getattr(source.config, name) for name in kept}
+        head_checkpoint = source.config.head_checkpoint  # for the licence chain; its weights are not read
     config = M2FConfig(
         backbone_config=backbone_config,
         head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
@@ -70,7 +78,7 @@ def build_model(
         image_height=image_size[0],
         image_width=image_size[1],
         **{
-            **(head_fields(head_checkpoint) if head_checkpoint else {}),
+            **(head_fields(head_checkpoint) if head_checkpoint and source is None else {}),
             **_source_fields(backbone, source),
             **config_fields,
         },
@@ -86,6 +94,20 @@ def build_model(
     if head_checkpoint:
         load_head(model, head_checkpoint)
     return model
+
+
+def _is_converted(source: M2FModel) -> bool:
+    """True for a checkpoint of the original script, which keeps its own backbone and neck."""
+    return source.config.neck in SCRIPT_NECKS
+
+
+def _has_backbone(source: M2FModel, backbone: str | Mapping[str, Any]) -> bool:
+    """True if `source` was built on the published backbone that `backbone` names."""
+    if not isinstance(backbone, str) or not source.config.backbone_name:
+        return False
+    row = find_row(backbone)
+    is_row = row is not None and row == find_row(source.config.backbone_name)
+    return is_row or _absolute_source(backbone) == source.config.backbone_name
 
 
 def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:

@@ -62,6 +62,20 @@ def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(
     assert len(tiny_model(init_from=str(tmp_path), taps=(1, 2)).config.backbone_config.out_features) == 2
 
 
+def test_a_new_run_from_a_model_needs_no_access_to_its_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+    torch.save(MetaViT().state_dict(), weights)
+    old = tiny_model(str(weights))
+    old.save_pretrained(tmp_path / "run")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("dinov3-vits16", "timm/vit_small_patch16_dinov3.lvd1689m"):
+        new = tiny_model(name, init_from=str(tmp_path / "run"))
+        assert all(torch.equal(tensor, old.state_dict()[key]) for key, tensor in new.state_dict().items())
+        assert new.config.backbone_name == name
+
+
 def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
