@@ -8,6 +8,7 @@ may read the address of a dead process and wait for it until the timeout; most r
 
 import atexit
 import gc
+import logging
 import os
 import time
 import uuid
@@ -153,6 +154,12 @@ def from_every_rank(values: list[T]) -> list[T]:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def warn_on_main(logger: logging.Logger, message: str, *values: object) -> None:
+    """Log a warning on the main rank only: one that every rank would log."""
+    if rank_and_world_size()[0] == 0:
+        logger.warning(message, *values)
 
 
 def any_rank(flag: bool | torch.Tensor, device: torch.device) -> bool:

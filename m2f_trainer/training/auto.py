@@ -18,6 +18,7 @@ from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import RECIPE
@@ -67,7 +68,7 @@ def resolve(
         if "learning_rate" in owners:
             train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
     values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
-    logger.warning("auto: %s", "; ".join([values, *reasons]))
+    warn_on_main(logger, "auto: %s", "; ".join([values, *reasons]))
     return Recipe(model, recipe.data, train)
 
 

@@ -29,6 +29,7 @@ from m2f_trainer.data.reading import reading_of
 from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.model.build import build_model
@@ -74,7 +75,7 @@ def load_data(data: DataArguments) -> Data:
     test = first_rows(splits["test"], data.max_eval_samples) if "test" in splits else None
     pixel_range = reading_of(train[0]).pixel_range
     if data.pixel_range == "auto" and pixel_range is not None:
-        logger.warning("auto: pixel_range = %s, found in the training images", pixel_range_text(pixel_range))
+        warn_on_main(logger, "auto: pixel_range = %s, found in the training images", pixel_range_text(pixel_range))
     return Data(train, first_rows(splits["valid"], data.max_eval_samples), test, categories_of(train), pixel_range)
 
 
@@ -93,10 +94,10 @@ def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Seq
     if isinstance(transform, TileTransform):
         samples = TrainTiles(rows, transform, categories, data.empty_tiles, data.tiles_per_image)
         sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
-        logger.warning("tiles: %s per epoch, from %s images; %s", f"{len(samples):,}", f"{len(rows):,}", sizes)
+        warn_on_main(logger, "tiles: %s per epoch, from %s images; %s", f"{len(samples):,}", f"{len(rows):,}", sizes)
     if data.repeat_factor_threshold:
         samples = RepeatedSamples(samples, data.repeat_factor_threshold, seed)
-        logger.warning("%s", samples.summary())
+        warn_on_main(logger, "%s", samples.summary())
     return samples
 
 
@@ -109,7 +110,7 @@ def with_class_weights(recipe: Recipe, samples: InstanceDataset) -> Recipe:
     if recipe.model.class_weights is None:
         return recipe
     weights = resolve_weights(recipe.model.class_weights, samples)
-    logger.warning("%s", weights_text(weights, samples))
+    warn_on_main(logger, "%s", weights_text(weights, samples))
     return replace(recipe, model=replace(recipe.model, class_weights=weights))
 
 
@@ -118,7 +119,8 @@ def report_overfull(samples: InstanceDataset, num_queries: int) -> None:
     over = np.flatnonzero(samples.objects() > num_queries)
     if len(over):
         named = ", ".join(samples.name(int(index)) for index in over[:NAMED]) + (", ..." if len(over) > NAMED else "")
-        logger.warning(
+        warn_on_main(
+            logger,
             "%s of %s training samples hold more objects than the %s queries, so that some of their objects are not "
             "learnt: %s. Raise num_queries, or use tiles (tile_size).",
             f"{len(over):,}", f"{len(samples):,}", num_queries, named,

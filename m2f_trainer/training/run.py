@@ -98,8 +98,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         require_figure(recipe.train.metric_for_best_model, data.valid)
         samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
         recipe = with_class_weights(resolve_auto(recipe, samples, checkpoint), samples)
-        if recipe.train.process_index == 0:
-            report_overfull(samples, recipe.model.num_queries)
+        report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
         model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)

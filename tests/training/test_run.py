@@ -37,11 +37,18 @@ def test_a_best_figure_that_no_evaluation_has_is_refused_before_the_model_is_mad
 def test_ranks_on_cpus_train_one_model_together_without_being_told_of_the_cpu(tmp_path: Path) -> None:
     """Each rank would otherwise train alone, on all samples, into one folder."""
     recipe = write_tiny(
-        tmp_path, use_cpu=False, bf16=False, max_steps=-1, num_train_epochs=1, checkpointing_steps="epoch"
+        tmp_path,
+        num_queries="auto",
+        use_cpu=False,
+        bf16=False,
+        max_steps=-1,
+        num_train_epochs=1,
+        checkpointing_steps="epoch",
     )
     done = m2f("train", recipe, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("4 training samples, 4 a step, 1 steps, 1.0 epochs") == 1
+    assert (done.stdout + done.stderr).count("auto: num_queries = 20;") == 1, "not once for each rank"
     checkpoint = tmp_path / "run" / "checkpoint-1"
     assert json.loads((checkpoint / "fingerprint.json").read_text())["world_size"] == 2
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
