@@ -25,6 +25,7 @@ OPTIONAL = {
     "onnxruntime": "m2f export",
     "tifffile": "large TIFF files, read window by window",
     "av": "video",
+    "pillow-heif": "HEIC photos",
     "tensorboard": "the default logger",
     "deepspeed": "ZeRO 2",
     "supervision": "Instances.to_supervision",

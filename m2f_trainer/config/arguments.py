@@ -94,7 +94,10 @@ class ModelArguments:
         "model",
     )
     init_from: str | None = option(
-        None, "Initialise a new run from a model trained by this package; its classes may differ.", "model"
+        None,
+        "Initialise a new run from a model trained by this package, or by the script it is modelled on; its classes "
+        "may differ.",
+        "model",
     )
     pyramid_taps: list[int] | None = option(
         None,

@@ -45,6 +45,8 @@ def backbone_attention(
     if plain and key.shape[1] == query.shape[1] and settings.get("scaling") in (None, query.shape[-1] ** -0.5):
         return dot_product_attention(query, key, value).transpose(1, 2).contiguous(), None
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if torch.compiler.is_exporting():  # a trace lacks `contiguous` there, and torch's decomposition for ONNX needs it
+        output = output.clone(memory_format=torch.contiguous_format)
     return output, None
 
 

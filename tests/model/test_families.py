@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoBackbone
 
 from m2f_trainer.export.export import export_model
 from m2f_trainer.export.parity import FULL, check_export
@@ -88,6 +89,17 @@ def test_a_family_trains_two_steps_is_saved_and_predicts_the_same_when_loaded(na
     photo = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
     first, second = (Predictor(one)(photo)[0].scores for one in (model, again))
     assert np.array_equal(first, second)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_maps_of_a_family_are_those_of_transformers_with_its_own_attention(name: str) -> None:
+    encoder = tiny_model(family(name)).eval().encoder
+    theirs = AutoBackbone.from_config(read_config(family(name)), attn_implementation="eager").eval()
+    theirs.load_state_dict(encoder.backbone.state_dict())
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for found, expected in zip(encoder.backbone_features(pixels), theirs(pixels).feature_maps, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
