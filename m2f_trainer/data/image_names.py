@@ -67,6 +67,7 @@ class ImageNames:
     ) -> None:
         self._annotations, self._split, self._root, self._follow_links = annotations, split, root, follow_links
         self._other_splits = frozenset(other_splits)
+        self._best: Path | None = None
         self._folders = [folder for folder in folders if folder.is_dir()]
         if not self._folders:
             tried = ", ".join(map(str, folders))
@@ -99,6 +100,7 @@ class ImageNames:
             )
             report(kind, self._annotations, [other.name], message)
         self._check_inside(best)
+        self._best = best
         return best
 
     def _check_inside(self, folder: Path) -> None:
@@ -125,6 +127,7 @@ class ImageNames:
         found: list[Path] = []
         for places in self._places:
             found = [path for path in places.of_name(parts) if not self._is_of_another_split(path, parts)]
+            found = [path for path in found if _common_end(parts, path.parts) > 1 or not self._is_version(path.parent)]
             if elsewhere is not None:  # the file's folder must be that of the name, too
                 found = [path for path in found if _common_end(parts, path.parts) > 1]
             if found:
@@ -151,12 +154,24 @@ class ImageNames:
         folders = PurePosixPath(self.relative(path)).parts[:-1]
         return not self._other_splits.isdisjoint(map(split_of, folders)) and _common_end(parts, path.parts) < 2
 
+    def _is_version(self, folder: Path) -> bool:
+        """Whether a folder has other files of the names in the image folder: label pictures, or reduced images."""
+        if self._best is None or folder == self._best:
+            return False
+        if folder not in self._versions:
+            same = sorted(self._listing(self._best) & self._listing(folder))[:_COMPARED]
+            self._versions[folder] = any(files_differ(self._best / name, folder / name) for name in same)
+        return self._versions[folder]
+
+    def _listing(self, folder: Path) -> set[str]:
+        if folder not in self._listings:
+            self._listings[folder] = set(os.listdir(folder))  # noqa: PTH208 (names only, of perhaps 100,000 files)
+        return self._listings[folder]
+
     def _has(self, folder: Path, name: str) -> bool:
         if "/" in name:
             return os.path.lexists(folder / name)
-        if folder not in self._listings:
-            self._listings[folder] = set(os.listdir(folder))  # noqa: PTH208 (names only, of perhaps 100,000 files)
-        return name in self._listings[folder]
+        return name in self._listing(folder)
 
     def _is_usual(self, folder: Path) -> bool:
         """Whether images are expected there: beside the annotations, in images, or in a folder named as the split."""
@@ -167,6 +182,10 @@ class ImageNames:
             or name in (*IMAGE_FOLDERS, own)
             or SPLITS.get(name.rstrip("0123456789")) == self._split
         )
+
+    @cached_property
+    def _versions(self) -> dict[Path, bool]:
+        return {}
 
     @cached_property
     def _listings(self) -> dict[Path, set[str]]:
@@ -184,7 +203,10 @@ class _Places:
         if not parts:
             return []
         key = _key(parts[-1])
-        return self._by_name.get(parts[-1]) or self._by_key.get(key) or self._by_stem.get(key) or []
+        found = self._by_name.get(parts[-1]) or self._by_key.get(key) or []
+        if not found and not key.endswith(SUFFIXES):  # masks are often named a.jpg.png
+            found = self._by_stem.get(key, [])
+        return found
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:

@@ -199,10 +199,6 @@ def _usual_rle(segmentation: Mapping[Any, Any], height: int, width: int, box: ob
             counts = ast.literal_eval(counts).decode("ascii")
         except (ValueError, SyntaxError, MemoryError, RecursionError, AttributeError):
             return None
-    elif isinstance(counts, Sequence) and not isinstance(counts, str | bytes):
-        counts = [whole_number(count) for count in counts]
-        if None in counts:
-            return None
     if size is not None:
         if not isinstance(size, Sequence) or isinstance(size, str | bytes):
             return None

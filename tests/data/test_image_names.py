@@ -9,10 +9,11 @@ from PIL import Image
 
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.image_names import ImageNames, is_inside, usual_name
+from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, ImageError
 from tests.data.exports import coco
 from tests.data.honest import base, dataset, objects, picture
 
@@ -163,6 +164,32 @@ def test_the_files_of_another_split_are_not_taken_by_their_names_alone(folders, 
         load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
     (error,) = [one for one in examine(tmp_path / "set", SETTINGS).findings if one.severity == "error"]
     assert (error.kind, error.ids) == ("missing-image", [3])
+
+
+@pytest.mark.parametrize("labels", ["masks", "images/small"])
+def test_a_missing_image_is_not_replaced_by_another_version_of_it(labels, tmp_path):
+    root = dataset(tmp_path / "set")
+    (root / labels).mkdir()
+    for image in base()["images"][2:]:
+        Image.fromarray(np.eye(16, 20, dtype=np.uint8) * 255).save(root / labels / image["file_name"])
+    (root / "images/img_3.png").unlink()
+    if labels == "masks":  # found before the image folder is known to lack images: both are named
+        with pytest.raises(DataError, match=r"images and .*masks both have 'img_2\.png'"):
+            load_coco(root, cache_dir=tmp_path / "cache")
+        return
+    with pytest.raises(ImageError, match=r"img_3\.png can't be read"):
+        check_dataset(load_coco(root, cache_dir=tmp_path / "cache", images=None))
+    (error,) = [one for one in examine(root, SETTINGS).findings if one.severity == "error"]
+    assert (error.kind, error.ids) == ("missing-image", [4])
+
+
+def test_a_mask_is_not_taken_for_the_missing_image_whose_name_it_extends(tmp_path):
+    root = dataset(tmp_path / "set", named(lambda name: name.replace(".png", ".jpg")))
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(f"{path.stem}.jpg.png"))
+    with pytest.raises(ImageError, match=r"img_0\.jpg can't be read"):
+        check_dataset(load_coco(root, cache_dir=tmp_path / "cache"))
+    assert {one.kind for one in examine(root, SETTINGS).findings} >= {"missing-image"}
 
 
 def test_images_in_a_folder_that_all_splits_share_are_found(tmp_path):
