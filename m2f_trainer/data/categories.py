@@ -121,7 +121,7 @@ class _Matcher:
         name, where = split.categories[key], self._first[key].name
         message = (
             f"category {key} is {first!r} in {where} but {name!r} in {split.name}."
-            " Use one name if it is one class, or two ids if there are two."
+            " Give it one name if it is one class, or use two ids if there are two."
         )
         self._report("renamed-category", split.name, [key], message)
         return True
