@@ -37,7 +37,12 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample `index` of the epoch that was set; see `sample`."""
-        return self.sample(index, int(self._epoch))
+        return self.sample(index, self.epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set."""
+        return int(self._epoch)
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The sample of `transform` with class_labels int64 (N,) for its category ids.
@@ -71,6 +76,10 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         """Every pair of a unit and a class that has objects in it, (P, 2). A unit is a row, or a tile of one."""
         return np.unique(self.labels(), axis=0)
 
+    def images(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The number of the row that each sample of an epoch is made from, (len,)."""
+        return np.arange(len(self))
+
     def units(self, epoch: int) -> npt.NDArray[np.int64]:
         """The unit of each sample of an epoch, (len,)."""
         return np.arange(len(self))
@@ -81,7 +90,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def name(self, index: int) -> str:
         """A sample in messages."""
-        return f"image {self.row(index, int(self._epoch))['image_id']} (sample {index})"
+        return f"image {self.row(index, self.epoch)['image_id']} (sample {index})"
 
 
 def with_class_labels(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class RepeatedSamples(InstanceDataset):
         """The row of sample `index` of the epoch."""
         return self.dataset.row(int(self.chosen(epoch)[index]), epoch)
 
+    def images(self, epoch: int) -> NDArray[np.int64]:
+        """As `InstanceDataset`."""
+        return self.dataset.images(epoch)[self.chosen(epoch)]
+
     def objects(self) -> NDArray[np.int64]:
         """As `InstanceDataset`, for the first epoch."""
         return self.dataset.objects()[self.chosen(0)]

@@ -7,6 +7,7 @@ prediction: overlapping tiles at the same scale (`lay_tiles`), whose instances `
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import Sampler
 
 from m2f_trainer.config.arguments import DataArguments
 from m2f_trainer.data.collate import InstanceDataset
@@ -26,6 +28,9 @@ from m2f_trainer.data.transforms import Row, Sample, TrainTransform, pad, read_i
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.masks.rle import Box, Size
 from m2f_trainer.model.mask2former import M2FConfig
+
+RECENT_PIXELS = 2**26
+"""Total size of the decoded images that a data worker keeps, in pixels: 256 MB, because Pillow stores 4 bytes each."""
 
 LEAST_VISIBLE = 0.1
 """Smallest visible fraction of an object in a training tile; see `geometry.Crop`."""
@@ -178,6 +183,53 @@ def _starts(centres: Any, side: float, length: float) -> Any:
     return np.clip(centres - side / 2, 0, max(0.0, length - side))
 
 
+class RecentImages:
+    """The images that this process read last: the last one, and others up to `limit` pixels in all."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._images: OrderedDict[int, Image.Image] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["RecentImages"], tuple[int]]:
+        """Without its images: a data worker reads its own."""
+        return RecentImages, (self.limit,)
+
+    def read(self, row: Row) -> Image.Image:
+        """As `read_image`. The image must not be changed."""
+        key: int = row["image_id"]
+        if key not in self._images:
+            self._images[key] = read_image(row)
+        self._images.move_to_end(key)
+        while len(self._images) > 1 and sum(one.width * one.height for one in self._images.values()) > self.limit:
+            self._images.popitem(last=False)
+        return self._images[key]
+
+
+class TileOrder(Sampler[int]):
+    """The samples of the dataset's epoch in a random order that lets `RecentImages` read each image about once.
+
+    The images are shuffled and divided into groups of `limit` pixels; the samples of a group are shuffled together, and
+    the groups follow one another. The order is a function of (seed, epoch).
+    """
+
+    def __init__(self, dataset: InstanceDataset, seed: int, limit: int = RECENT_PIXELS) -> None:
+        self.dataset, self.seed, self.limit = dataset, seed, limit
+        self.pixels = np.asarray(dataset.rows["height"]) * np.asarray(dataset.rows["width"])  # of each image
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        """The samples of the epoch that is set when the first one is asked for."""
+        epoch = self.dataset.epoch
+        rng = np.random.default_rng([self.seed, epoch, 2])  # the tiles' shifts are drawn from other streams
+        shuffled = rng.permutation(len(self.pixels))
+        groups = np.empty(len(shuffled), np.int64)
+        groups[shuffled] = (np.cumsum(self.pixels[shuffled]) - self.pixels[shuffled]) // self.limit
+        images = self.dataset.images(epoch)
+        yield from np.lexsort((rng.random(len(images)), groups[images])).tolist()
+
+
 class TileTransform(TrainTransform):
     """`TrainTransform` for tiles: the frame covers `side` original pixels, times the jitter of lsj_min_ and _max_scale.
 
@@ -187,6 +239,12 @@ class TileTransform(TrainTransform):
     def __init__(self, image_height: int, image_width: int, side: int, **settings: Any) -> None:
         super().__init__(image_height, image_width, **settings)
         self.side = side
+        self.recent = RecentImages(RECENT_PIXELS)
+
+    def read(self, row: Row, crop: Crop) -> Image.Image:
+        """As `TrainTransform.read`. The images of tiles are kept, unless a JPEG may be decoded at a smaller size."""
+        reduced = 2 * crop.resized[0] <= crop.original[0] or 2 * crop.resized[1] <= crop.original[1]
+        return super().read(row, crop) if reduced or "cell" not in row else self.recent.read(row)
 
     def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
         """The cell with the grid shift of this epoch and image; unshifted if the crop would contain no object."""
@@ -252,6 +310,11 @@ class TrainTiles(InstanceDataset):
                 tiles = start + np.flatnonzero(inside)
                 found.append(np.column_stack([tiles, np.full(len(tiles), k)]))
         return np.concatenate(found)
+
+    def images(self, epoch: int) -> NDArray[np.int64]:
+        """As `InstanceDataset`."""
+        images: NDArray[np.int64] = self.grid.cells[self.units(epoch), 0]
+        return images
 
     def units(self, epoch: int) -> NDArray[np.int64]:
         """The tile of each sample of an epoch."""

@@ -163,8 +163,11 @@ class TrainTransform:
         """One image with a random crop and random colours, before copy-paste."""
         crop = self.random_crop(row, epoch, rng)
         colors = random_colors(self.color_jitter, rng)
-        image = read_image(row, shrink_to=crop.resized)
-        return make_sample(image, row, crop, self.size, colors, fast=True)
+        return make_sample(self.read(row, crop), row, crop, self.size, colors, fast=True)
+
+    def read(self, row: Row, crop: Crop) -> Image.Image:
+        """The row's image, in which the crop will be made."""
+        return read_image(row, shrink_to=crop.resized)
 
     def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
         """A random scale, window, flip and rotation."""

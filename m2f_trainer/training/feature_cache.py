@@ -134,6 +134,10 @@ class CachedViews(InstanceDataset):
         view = epoch % self.maps.views
         return {**self.dataset.sample(index, view), "backbone_maps": self.maps.read(index * self.maps.views + view)}
 
+    def images(self, epoch: int) -> NDArray[np.int64]:
+        """As `InstanceDataset`."""
+        return self.dataset.images(epoch % self.maps.views)
+
     def objects(self) -> NDArray[np.int64]:
         """As `InstanceDataset`."""
         return self.dataset.objects()

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
-from m2f_trainer.data.tiles import EvalTiles
+from m2f_trainer.data.tiles import EvalTiles, TileOrder, TileTransform
 from m2f_trainer.distributed import from_main
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
@@ -228,6 +228,10 @@ class M2FTrainer(Trainer):
             self.watched.append(dataset)
             if isinstance(dataset.dataset, EvalTiles):
                 return watch(tile_loader(dataset, dataset.dataset, int(kwargs["batch_size"]), self.args), limit)
+            if kwargs.get("is_training") and self.args.train_sampling_strategy == "random":
+                transform = dataset.dataset.transform
+                if isinstance(transform, TileTransform):
+                    kwargs["sampler_fn"] = lambda watched: TileOrder(watched.dataset, transform.seed)
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
         return watch(loader, limit)
 

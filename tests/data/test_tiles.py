@@ -1,19 +1,30 @@
 """Tiles of images: what an epoch shows of them, what a sample holds, and what each rank evaluates."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
 
 from m2f_trainer.data.collate import collate
 from m2f_trainer.data.dataset import Category
-from m2f_trainer.data.tiles import EvalTiles, TileGrid, TileTransform, Tiling, TrainTiles, lay_tiles
-from m2f_trainer.data.transforms import TrainTransform, target_boxes
+from m2f_trainer.data.tiles import (
+    EvalTiles,
+    RecentImages,
+    TileGrid,
+    TileOrder,
+    TileTransform,
+    Tiling,
+    TrainTiles,
+    lay_tiles,
+)
+from m2f_trainer.data.transforms import TrainTransform, read_image, target_boxes
 from m2f_trainer.errors import ImageError, RecipeError
 from m2f_trainer.masks.segmentation import encode
 from tests.data.test_transforms import whole
@@ -228,3 +239,48 @@ def test_an_image_of_another_size_than_its_row_is_named(rows: Dataset, tmp_path:
         EvalTiles(rows, Tiling(50, 0.2, (50, 50)), KINDS)[0]
     with pytest.raises(RecipeError, match=r"overlap from 0 to below 0\.5"):
         EvalTiles(rows, Tiling(50, 0.5, (50, 50)), KINDS)
+
+
+def test_an_epoch_shows_every_tile_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    split = write_rows(tmp_path, [((100, 150), [(0, 0, 150, 100)]), ((50, 200), [(0, 0, 200, 50)])])
+    tiles = TrainTiles(split, plain(50, 50), KINDS)
+    order = TileOrder(tiles, seed=3)
+    first = list(order)
+    assert list(order) == first
+    assert sorted(first) == list(range(10)) == list(range(len(order)))
+    assert first != sorted(first)
+    tiles.set_epoch(1)
+    assert list(order) != first
+    assert list(TileOrder(tiles, seed=4)) != list(order)
+
+
+def test_images_that_do_not_fit_in_memory_together_are_read_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = write_rows(tmp_path, [((100, 150), [(0, 0, 150, 100)])] * 6)
+    transform = plain(50, 50)
+    transform.recent = RecentImages(limit=2 * 100 * 150)
+    tiles, opened = TrainTiles(split, transform, KINDS), []
+    monkeypatch.setattr(
+        "m2f_trainer.data.tiles.read_image", lambda row: opened.append(row["image_id"]) or read_image(row)
+    )
+    order = list(TileOrder(tiles, seed=0, limit=2 * 100 * 150))
+    shown = [tiles.sample(index, 0) for index in order]
+    assert sorted(opened) == sorted(split["image_id"])
+    of_images = [sample["image_id"] for sample in shown]
+    assert len({tuple(sorted(set(of_images[k : k + 12]))) for k in range(0, 36, 12)}) == 3, "two images at a time"
+    assert len(set(of_images[:6])) == 2, "mixed"
+    fresh = TrainTiles(split, plain(50, 50), KINDS)
+    for index, sample in zip(order, shown, strict=True):
+        assert torch.equal(sample["pixel_values"], fresh.sample(index, 0)["pixel_values"])
+
+
+def test_a_worker_starts_without_the_images_of_another_process(rows: Dataset) -> None:
+    recent = RecentImages(limit=1)
+    image = recent.read(rows[0])
+    assert recent.read(rows[0]) is image
+    copied = pickle.loads(pickle.dumps(recent))
+    assert copied.limit == 1
+    assert copied.read(rows[0]) is not image
+    recent.read(rows[1])
+    assert recent.read(rows[0]) is not image, "one image is kept even if it is larger than the limit, no other"
