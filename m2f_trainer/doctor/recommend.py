@@ -262,14 +262,24 @@ def _cpu_tuning(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
 
 def _feature_cache(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
     """Keep the frozen backbone's features where a run is long enough to use each of them several times."""
-    minutes = chosen.get("max_minutes") or CPU_MINUTES
-    shown = 60 * minutes / (CPU_SECONDS_PER_PIXEL * chosen["image_height"] * chosen["image_width"])
     tile = chosen.get("tile_size")
-    samples = facts.pixels / tile**2 if tile else facts.images
-    times = shown / (CACHED_VIEWS * max(samples, 1))
+    samples = max(facts.pixels / tile**2 if tile else facts.images, 1)
+    times = _samples_shown(samples, chosen) / (CACHED_VIEWS * samples)
     if times < WORTH_CACHE:
         return []
     return [Choice("feature_cache", CACHED_VIEWS, f"features are kept on disk and used about {times:.0f} times each")]
+
+
+def _samples_shown(samples: float, chosen: Mapping[str, Any]) -> float:
+    """How many samples a run on a CPU trains on, by the length that the user has set; `samples`: of an epoch."""
+    if chosen.get("max_steps", -1) > 0:
+        given = chosen.get("per_device_train_batch_size")
+        batch: int = given if isinstance(given, int) else as_recipe(_batch(chosen))["per_device_train_batch_size"]
+        return float(chosen["max_steps"]) * batch
+    if isinstance(chosen.get("num_train_epochs"), (int, float)):
+        return float(chosen["num_train_epochs"]) * samples
+    minutes = chosen.get("max_minutes") or CPU_MINUTES
+    return 60 * minutes / (CPU_SECONDS_PER_PIXEL * chosen["image_height"] * chosen["image_width"])
 
 
 def _multiple(side: float, stride: int) -> int:

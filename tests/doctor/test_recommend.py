@@ -66,6 +66,11 @@ def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None
     few = Facts(images=20, most=5, object_side=100, large_side=100, image_side=300, pixels=1_800_000)
     assert as_recipe(recommend(few, LAPTOP, {"max_minutes": 20}))["feature_cache"] == 2
     assert "feature_cache" not in as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))
+    for given, times in (({"max_steps": 60}, 6), ({"num_train_epochs": 8}, 4)):  # 4 images a step, 2 views
+        reason = next(choice.reason for choice in recommend(few, LAPTOP, given) if choice.field == "feature_cache")
+        assert reason.endswith(f"used about {times} times each")
+    for given in ({"max_steps": 2}, {"num_train_epochs": 2.0}):
+        assert "feature_cache" not in as_recipe(recommend(few, LAPTOP, given))
 
 
 def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
