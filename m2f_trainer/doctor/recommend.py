@@ -278,8 +278,9 @@ def _samples_shown(samples: float, chosen: Mapping[str, Any]) -> float:
         return float(chosen["max_steps"]) * batch
     if isinstance(chosen.get("num_train_epochs"), (int, float)):
         return float(chosen["num_train_epochs"]) * samples
-    minutes = chosen.get("max_minutes") or CPU_MINUTES
-    return 60 * minutes / (CPU_SECONDS_PER_PIXEL * chosen["image_height"] * chosen["image_width"])
+    minutes: float = chosen.get("max_minutes") or CPU_MINUTES
+    pixels: int = chosen["image_height"] * chosen["image_width"]
+    return 60 * minutes / (CPU_SECONDS_PER_PIXEL * pixels)
 
 
 def _multiple(side: float, stride: int) -> int:
