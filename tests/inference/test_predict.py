@@ -248,12 +248,12 @@ def test_every_format_that_pillow_opens_is_an_input_and_other_files_are_counted(
         if f".{suffix}" in Image.registered_extensions() and suffix != "psd":
             picture(80, 60).convert("1" if suffix == "pbm" else "RGB").save(tmp_path / f"in/{suffix}.{suffix}")
             written.append(suffix)
-    for name in ("notes.txt", "more.txt", "phone.HEIC", "README", ".hidden"):
+    for name in ("notes.txt", "more.txt", "photo.DNG", "README", ".hidden"):
         (tmp_path / "in" / name).write_text("text")
     out = predict_folder("m", [tmp_path / "in"], tmp_path / "out")
     assert {path.name for path in out.glob("*.png")} == {f"{suffix}.instances.png" for suffix in written}
     assert len(written) >= 14
-    assert "4 file(s) without the suffix of an image or video: 1 without suffix, 1 .heic, 2 .txt" in caplog.text
+    assert "4 file(s) without the suffix of an image or video: 1 without suffix, 1 .dng, 2 .txt" in caplog.text
     assert "1 subfolder(s) are passed over; --recursive includes them" in caplog.text
     for name in written:
         (tmp_path / f"in/{name}.{name}").unlink()
