@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from m2f_trainer.distributed import agree_on_prefix, from_main, leave, leave_at_exit
+from tests.ranks import run_two_ranks
 
 LIMIT = timedelta(seconds=5)
 
@@ -93,11 +94,5 @@ def decide_slowly(rank: int, folder: Path) -> None:
 
 
 def test_ranks_wait_for_the_main_one_beyond_the_limit_of_collectives(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=decide_slowly, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_two_ranks(decide_slowly, tmp_path, 60)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["[7, 8]"] * 2

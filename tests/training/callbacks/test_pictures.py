@@ -1,6 +1,5 @@
 """Pictures of samples and predictions reach the loggers in use, and nothing is drawn where there are none."""
 
-import multiprocessing
 import sys
 import time
 from datetime import timedelta
@@ -22,6 +21,7 @@ from m2f_trainer.data.transforms import TrainTransform
 from m2f_trainer.distributed import leave
 from m2f_trainer.training.callbacks.pictures import Pictures
 from tests.evaluation.truth import perfect
+from tests.ranks import run_two_ranks
 
 TOLD: Any = None, TrainerState(global_step=7), TrainerControl()
 
@@ -114,13 +114,7 @@ def draw_slowly(rank: int, folder: Path) -> None:
 
 
 def test_other_ranks_draw_nothing_and_wait_beyond_the_limit_of_collectives(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=draw_slowly, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_two_ranks(draw_slowly, tmp_path, 120)
     assert (tmp_path / "0.txt").read_text().split() == [*SAMPLES, "train/global_step"]
     assert (tmp_path / "1.txt").read_text() == ""
 
