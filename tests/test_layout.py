@@ -26,6 +26,7 @@ ROOMS = [
     "inference",
     "evaluation",
     "export",
+    "serve",
     "hub",
     "training",
     "cli",

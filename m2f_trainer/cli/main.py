@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from m2f_trainer.cli import check, convert, demo, env, evaluate, export, predict, push, report, train
+from m2f_trainer.cli import check, convert, demo, env, evaluate, export, predict, push, report, serve, train
 from m2f_trainer.cli.console import say
 from m2f_trainer.errors import M2FError, RunStopped, escape_controls
 from m2f_trainer.version import __version__
@@ -22,7 +22,7 @@ from m2f_trainer.version import __version__
 GROUPS: dict[str, tuple[ModuleType, ...]] = {
     "start": (demo, check, env),
     "train": (train, evaluate, report),
-    "use": (predict, export, push, convert),
+    "use": (predict, serve, export, push, convert),
 }
 COMMANDS = {module.__name__.rpartition(".")[2]: module for modules in GROUPS.values() for module in modules}
 

@@ -47,7 +47,7 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
     details = {run.name: run.details for run in runs}
     return render_page(
         "report.html",
-        sortable=True,
+        script="sort.js",
         title=f"m2f report: {heading}",
         heading=heading,
         summary=_runs_table(runs),

@@ -89,7 +89,7 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
     annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records):
         for entry in record.instances:
-            polygons = _polygons(entry["segmentation"])
+            polygons = polygons_of(entry["segmentation"])
             fields = {key: entry[key] for key in ("category_id", "bbox", "area", "score")}
             if polygons:
                 identity = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
@@ -111,7 +111,8 @@ def _names_below(records: Sequence[Record]) -> list[str]:
     return [PurePath(*path.parts[shared:]).as_posix() for path in paths]
 
 
-def _polygons(segmentation: Mapping[str, Any]) -> list[list[float]]:
+def polygons_of(segmentation: Mapping[str, Any]) -> list[list[float]]:
+    """The polygons of a mask that this package wrote as compressed RLE, as of `mask_to_polygons`."""
     runs, height = rle.read_runs_of_any_size(segmentation["counts"]), segmentation["size"][0]
     box = rle.box_of(runs, height)
     return mask_to_polygons(rle.paint(runs, box, height).astype(np.bool_), box[0], box[1]) if box[2] > box[0] else []

@@ -93,3 +93,34 @@ def crosses_itself(part: Sequence[float]) -> bool:
     right = np.diff(x)[:, None] * from_y < np.diff(y)[:, None] * from_x
     crosses_line = (left[:, :-1] & right[:, 1:]) | (right[:, :-1] & left[:, 1:])  # edge j has an end on each side
     return bool((crosses_line & crosses_line.T).any())
+
+
+def simplify(polygon: Sequence[float], tolerance: float) -> list[float]:
+    """A closed polygon with fewer corners, none of the old ones farther than `tolerance` from its edges.
+
+    The algorithm of Douglas and Peucker (1973), on the two halves between the first corner and the farthest from it.
+
+    >>> simplify([0, 0, 4, 0.5, 8, 0, 8, 8, 0, 8], tolerance=1)
+    [0.0, 0.0, 8.0, 0.0, 8.0, 8.0, 0.0, 8.0]
+    """
+    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    count = len(points)
+    if count < 4:
+        return [float(value) for value in polygon]
+    closed = np.concatenate([points, points[:1]])
+    far = int(np.argmax(((points - points[0]) ** 2).sum(1)))
+    kept = {0, far}
+    spans = [(0, far), (far, count)]
+    while spans:
+        start, end = spans.pop()
+        if end - start < 2:
+            continue
+        between, origin, along = closed[start + 1 : end], closed[start], closed[end] - closed[start]
+        along_share = ((between - origin) @ along / max(float(along @ along), 1e-12)).clip(0, 1)  # of the nearest point
+        distances = np.hypot(*(between - origin - along_share[:, None] * along).T)
+        farthest = int(np.argmax(distances))
+        if distances[farthest] > tolerance:
+            middle = start + 1 + farthest
+            kept.add(middle)
+            spans += [(start, middle), (middle, end)]
+    return [float(value) for value in points[sorted(kept)].reshape(-1)]

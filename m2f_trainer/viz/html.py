@@ -1,7 +1,7 @@
 """HTML pages from the templates in m2f_trainer/templates: self-contained, with every value escaped.
 
-A page holds its style, charts (SVG) and pictures (JPEG). Its content security policy forbids every request, and every
-script but the page's own, which is named by its digest.
+A page holds its style, charts (SVG) and pictures (JPEG). Its content security policy forbids every script but the
+page's own, which is named by its digest, and every request; the page of `m2f serve` may ask its own server.
 """
 
 from __future__ import annotations
@@ -78,23 +78,25 @@ def template_environment(**options: Any) -> Environment:
     )
 
 
-def render_page(template: str, *, sortable: bool = False, **values: Any) -> str:
+def render_page(template: str, *, script: str | None = None, requests: bool = False, **values: Any) -> str:
     """The text of a page.
 
     Args:
         template: a file of m2f_trainer/templates that extends page.html.
-        sortable: add the script that sorts tables by the buttons in their heads.
+        script: the file of the page's script; sort.js sorts tables by the buttons in their heads.
+        requests: allow the script to ask the server that the page came from.
         values: the variables of the template; `title` is the title of the window.
     """
     from markupsafe import Markup
 
     environment = template_environment()
-    script = environment.get_template("sort.js").render() if sortable else ""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    code = environment.get_template(script).render() if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
     scripts = f"'sha256-{digest}'" if script else "'none'"
+    own_server = "'self'" if requests else "'none'"
     policy = (
         # matplotlib writes style attributes, which no digest can allow
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}; "
-        "base-uri 'none'; form-action 'none'"
+        f"connect-src {own_server}; base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template(template).render(policy=policy, script=Markup(script), **values)
+    return environment.get_template(template).render(policy=policy, script=Markup(code), **values)

@@ -1,0 +1,133 @@
+"""Concurrent requests in batches: one thread runs the model on the images that wait in a queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from m2f_trainer.errors import M2FError
+from m2f_trainer.inference.instances import Instances
+from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.serve.answers import NAME
+
+logger = logging.getLogger(__name__)
+
+Threshold: TypeAlias = float | Literal["auto"]
+"""The minimum score of an instance; "auto": the model's own threshold of each class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The bytes of an image file, and where its instances, or the error, are delivered."""
+
+    image: bytes
+    threshold: Threshold
+    future: Future[Instances] = field(default_factory=Future)
+
+
+class Batcher:
+    """Predict images that arrive one by one in batches, in one thread.
+
+    A batch is predicted as soon as `batch_size` images wait, or `max_wait` seconds after its first image arrived.
+    Images with different thresholds are predicted apart, because the merging of tiles depends on the threshold: an
+    image has the same instances in any company.
+
+    Args:
+        predictor: no other thread may use it until `close` returns.
+        batch_size: most images, or tiles, in memory of the model.
+        max_wait: seconds.
+        observe: called with the number of images of each batch.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        batch_size: int,
+        max_wait: float,
+        observe: Callable[[int], object] = lambda size: None,
+    ) -> None:
+        self.predictor, self.batch_size, self.max_wait, self._observe = predictor, batch_size, max_wait, observe
+        self.seconds_per_image = 0.0
+        """Of the last batch."""
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, image: bytes, threshold: Threshold) -> Future[Instances]:
+        """The instances of an image file, later; the future raises an M2FError for an image that can't be used."""
+        job = Job(image, threshold)
+        self._jobs.put(job)
+        return job.future
+
+    @property
+    def waiting(self) -> int:
+        """The number of images in the queue."""
+        return self._jobs.qsize()
+
+    @property
+    def alive(self) -> bool:
+        """Whether images are predicted."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Predict the images in the queue, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            batch, closing = self._next_batch()
+            started = time.perf_counter()
+            by_threshold: dict[Threshold, list[Job]] = {}
+            for job in batch:
+                by_threshold.setdefault(job.threshold, []).append(job)
+            for jobs in by_threshold.values():
+                self._observe(len(jobs))
+                self._predict(jobs)
+            if batch:
+                self.seconds_per_image = (time.perf_counter() - started) / len(batch)
+
+    def _next_batch(self) -> tuple[list[Job], bool]:
+        """The next images, after waiting for the first one, and whether `close` was called after them."""
+        first = self._jobs.get()
+        if first is None:
+            return [], True
+        batch, latest = [first], time.monotonic() + self.max_wait
+        while len(batch) < self.batch_size:
+            try:
+                job = self._jobs.get(timeout=max(0.0, latest - time.monotonic()))
+            except queue.Empty:
+                break
+            if job is None:
+                return batch, True
+            batch.append(job)
+        return batch, False
+
+    def _predict(self, jobs: list[Job]) -> None:
+        """Deliver the instances, or the error, of each image; all have one threshold."""
+        failed: dict[int, M2FError] = {}
+        try:
+            for instances in self.predictor.stream(
+                (job.image for job in jobs),
+                batch_size=self.batch_size,
+                threshold=jobs[0].threshold,
+                unreadable=failed.__setitem__,
+            ):
+                if instances.image_id not in failed:  # a later tile of it can't be read
+                    jobs[instances.image_id].future.set_result(instances)
+            for position, error in failed.items():
+                message = str(error).replace(f"image {position}:", f"{NAME}:", 1)
+                jobs[position].future.set_exception(type(error)(message))
+        except Exception as error:  # the thread lives on: the next batch may fit in memory
+            logger.exception("A batch of %d image(s) failed.", len(jobs))
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(error)
