@@ -132,7 +132,7 @@ def create_app(predictor: Predictor, options: ServeOptions) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="m2f serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Gate, service=service)  # type: ignore[arg-type]  # mypy can't match the protocol's ParamSpec
+    app.add_middleware(Gate, service=service)
     _add_error_answers(app)
 
     @app.post("/instances", response_class=Response)

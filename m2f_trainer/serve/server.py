@@ -31,7 +31,7 @@ def serve(
         port: 0 for any that is free.
         options: where `host` is not a loopback address, `hosts` becomes None: any host name leads to the server.
         precision: as of `Predictor`.
-        ready: called with the server's address before it accepts requests.
+        ready: called with the server's address as soon as clients can connect.
 
     Raises:
         OSError: the address can't be used.
@@ -46,6 +46,7 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has stopped
             signal.signal(number, lambda *_: None)
         address = f"[{host}]" if ":" in host else host
+        listening.listen(2048)  # connections wait until uvicorn accepts them
         ready(f"http://{address}:{listening.getsockname()[1]}/")
         uvicorn_server(app).run(sockets=[listening])
 
