@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -240,6 +243,25 @@ def test_answers_forbid_browsers_to_run_or_store_them(port: int) -> None:
     assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["cache-control"] == "no-store"
+
+
+def test_the_page_loads_nothing_and_asks_its_own_server_only(port: int) -> None:
+    answer = ask(port, "GET", "/")
+    page = answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)
+    assert html.unescape(policy).startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha"
+    )
+    assert "connect-src 'self';" in html.unescape(policy)
+    assert not re.findall(r"<(?!input)[^>]* (?:src|href|action)=", page)
+    (model,) = re.findall(r'data-model="(.*?)"', page)
+    assert json.loads(html.unescape(model)) == {
+        "model": "tiny",
+        "categories": [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}],
+        "thresholds": {"3": 0.5, "17": 0.5},
+    }
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])

@@ -144,6 +144,16 @@ def test_a_task_is_answered_with_polygons_in_percent(port: int) -> None:
     assert (mask & drawn).sum() / (mask | drawn).sum() > 0.9
 
 
+@pytest.mark.parametrize("tag", ["BrushLabels", "PolygonLabels"])
+def test_label_studio_itself_accepts_a_prediction(port: int, tag: str) -> None:
+    interface = pytest.importorskip(
+        "label_studio_sdk.label_interface", reason="pip install label-studio-sdk to compare"
+    )
+    answer = post(port, "/predict", predict_request(data_uri(picture()), label_config=config(tag))).json["results"][0]
+    assert len(answer["result"]) == 1
+    assert interface.LabelInterface(config(tag)).validate_prediction(answer, return_errors=True) == []
+
+
 def test_a_task_without_a_readable_image_has_no_regions_but_the_reason(
     port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
