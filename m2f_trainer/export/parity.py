@@ -59,7 +59,7 @@ class Parity:
     mask_iou_lowest: float
     model_ap: float
     file_ap: float
-    model_seconds: float  # median per image
+    model_seconds: float  # median per frame of the network: an image, or a tile of one
     file_seconds: float
     other_size: float | None  # largest difference of mask logits in a frame of another size; None for a fixed size
     limits: ParityLimits
@@ -80,7 +80,7 @@ class Parity:
             f"(limit {self.limits.iou} on average), of {self.instances} instances scored above {COMPARED}",
             f"  mask AP        model {self.model_ap:.5f}, file {self.file_ap:.5f}: "
             f"{abs(self.file_ap - self.model_ap):.5f} apart (limit {self.limits.ap})",
-            f"  per image      model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
+            f"  per frame      model {1000 * self.model_seconds:.1f} ms, file {1000 * self.file_seconds:.1f} ms "
             "(network only, median wall time on this device)",
         ]
         if self.other_size is not None:
@@ -173,9 +173,9 @@ def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLim
         for runner, found in zip((original, exported), predictions, strict=True):
             (instances,) = Predictor(runner)(row["image"], threshold=0.0)  # type: ignore[arg-type]
             found.append(replace(instances, image_id=row["image_id"]))
-        (model_logits,), (file_logits,) = original.logits, exported.logits
-        differences.append([_largest_difference(*pair) for pair in zip(model_logits, file_logits, strict=True)])
-        size = max(size, float(model_logits[1].abs().max()))
+        for model_logits, file_logits in zip(original.logits, exported.logits, strict=True):
+            differences.append([_largest_difference(*pair) for pair in zip(model_logits, file_logits, strict=True)])
+            size = max(size, float(model_logits[1].abs().max()))
         original.logits.clear()
         exported.logits.clear()
     overlaps = np.concatenate([best_ious(*pair) for pair in zip(*predictions, strict=True)])

@@ -22,6 +22,7 @@ class Faulty(ModelRunner):
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         super().__init__(model_of(SMALL))
+        self.config = config
 
     def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         classes, masks = super().run(pixel_values, pixel_mask)
@@ -43,6 +44,21 @@ def test_a_file_with_other_logits_fails_the_comparison(
     assert ("NOT MET" in found.to_text()) is not met
     assert json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["met"] is met
     assert (found.mask_logits == 0) is met
+
+
+def test_a_model_of_tiles_is_compared_on_every_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FaultyOnce(Faithful):
+        """Differs on the fifth tile only."""
+
+        def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+            classes, masks = super().run(pixel_values, pixel_mask)
+            return classes, masks + (len(self.logits) == 4)
+
+    model = model_of(SMALL, tile_size=48, tile_overlap=0.25)
+    monkeypatch.setitem(parity.RUNNERS, ".pt2", FaultyOnce)
+    found = check_export(model, tmp_path / "model.pt2", None, 1, FULL, fixed_size=True)
+    assert found.images == 1
+    assert found.mask_logits == pytest.approx(1, abs=1e-4)
 
 
 def test_a_difference_in_ap_alone_fails_the_comparison() -> None:
