@@ -50,9 +50,9 @@ def test_the_tutorial_leads_from_a_labelled_folder_to_predictions_of_an_onnx_fil
     outputs = {
         line.split()[1]: run(line.replace("dinov3_vits16plus_1024", "small.json"), tmp_path) for line in commands()
     }
-    assert list(outputs) == ["check", "train", "evaluate", "predict", "export", "recipes/onnx_predict.py"]
+    assert list(outputs) == ["check", "train", "evaluate", "predict", "export", "recipes/predict_exported.py"]
     for before, after in (("check", "m2f train"), ("train", "m2f evaluate"), ("evaluate", "m2f predict"),
-                          ("predict", "m2f export"), ("export", "python recipes/onnx_predict.py")):  # fmt: skip
+                          ("predict", "m2f export"), ("export", "python recipes/predict_exported.py")):  # fmt: skip
         assert re.search(rf"Next:\n(  .*\n)*  {re.escape(after)} ", outputs[before]), before
     assert "parity is met" in outputs["export"]
     assert (tmp_path / "new_photos" / "a.instances.png").is_file()

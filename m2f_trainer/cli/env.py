@@ -23,6 +23,7 @@ OPTIONAL = {
     "onnx": "m2f export",
     "onnxscript": "m2f export",
     "onnxruntime": "m2f export",
+    "openvino": "m2f export --format openvino",
     "fastapi": "m2f serve",
     "uvicorn": "m2f serve",
     "python-multipart": "m2f serve",

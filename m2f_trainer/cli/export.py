@@ -7,13 +7,14 @@ from pathlib import Path
 
 from m2f_trainer.cli.console import add_file_options, positive_int, say, suggest
 
-SUMMARY = "one ONNX or torch file of a model, compared with it on real images"
+SUMMARY = "a model as an ONNX, OpenVINO or torch file, compared with it on real images"
 DESCRIPTION = (
-    "Write a model as one file for other runtimes, with a JSON file of the constants needed to use it, and compare it "
+    "Write a model for other runtimes, with a JSON file of the constants needed to use it, and compare it "
     "with the model on validation images. Exit status: 0 parity, 1 no parity."
 )
 EXAMPLES = (
     "m2f export runs/first --format onnx --validation my_coco",
+    "m2f export runs/first --format openvino --output_dir export_openvino",
     "m2f export runs/first --half --output_dir export_half",
 )
 READING = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
@@ -22,10 +23,17 @@ READING = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a model")
-    file = parser.add_argument_group("the file", "onnx needs pip install 'm2f-trainer[export]'")
-    file.add_argument("--format", default="onnx", choices=["onnx", "torch"], help="[%(default)s]")
+    file = parser.add_argument_group(
+        "the file", "onnx needs pip install 'm2f-trainer[export]', openvino pip install 'm2f-trainer[openvino]'"
+    )
+    file.add_argument("--format", default="onnx", choices=["onnx", "openvino", "torch"], help="[%(default)s]")
     file.add_argument("--output_dir", type=Path, default=Path("export"), help="output folder [%(default)s]")
-    file.add_argument("--half", action="store_true", help="backbone and neck in float16")
+    file.add_argument(
+        "--half",
+        action="store_true",
+        help="backbone and neck in float16; openvino: all weights in float16, and the arithmetic that the device "
+        "prefers, such as bfloat16",
+    )
     file.add_argument("--fixed_size", action="store_true", help="accept only images of the model's own size")
     parity = parser.add_argument_group("the comparison")
     parity.add_argument(
@@ -56,12 +64,14 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     path = export_model(
         model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
     )
-    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB. {path.with_name(CONSTANTS)} describes how to use it.")
+    files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    say(f"{' and '.join(map(str, files))}: {size:.1f} MB. {path.with_name(CONSTANTS)} describes how to use it.")
     if dataset is None:
         say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
     reference = load_model(arguments.model)
     parity = check_export(reference, path, dataset, arguments.num_images, limits, arguments.fixed_size)
     say(parity.to_text())
-    if arguments.format == "onnx":
-        suggest(f"python recipes/onnx_predict.py {shlex.quote(str(path))} IMAGE")
+    if arguments.format != "torch":
+        suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")
     return 0 if parity.met else 1

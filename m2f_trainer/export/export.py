@@ -1,4 +1,4 @@
-"""Export a model as one file for other runtimes, ONNX or a torch program, and a JSON file of the constants to use it.
+"""Export a model for other runtimes, as ONNX, OpenVINO or a torch program, and a JSON file of the constants to use it.
 
 The graph takes unnormalised uint8 pixels, normalises them and returns the logits. It contains only standard operators
 (deformable attention becomes GridSample). With dynamic height and width the graph is traced on a frame that is neither
@@ -8,6 +8,7 @@ square nor of the model's size, so that the tracer treats no side as a constant.
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from m2f_trainer.errors import ModelFolderError, needs
+from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
@@ -28,7 +30,7 @@ OPSET = 18
 FEWEST_STRIDES, MOST_STRIDES = 4, 512
 """Limits of a side of a graph with dynamic size, in strides. From 4 strides the coarsest map has at least 2 cells."""
 
-FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 CONSTANTS = "model.json"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("class_logits", "mask_logits")
 _ONE_FILE = 2**31 - 2**24  # bytes; protobuf allows less than 2 GiB
@@ -57,26 +59,33 @@ class Graph(nn.Module):
 
 
 def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = False, fixed_size: bool = False) -> Path:
-    """Write model.onnx or model.pt2, and model.json, to `output_dir`; return the path of the model file.
+    """Write the model file (see `FILES`) and model.json to `output_dir`; return the path of the model file.
 
     Args:
-        form: "onnx" or "torch".
-        half: backbone and neck in float16.
+        form: "onnx", "openvino" or "torch". OpenVINO's model.xml has its weights beside it, in model.bin.
+        half: backbone and neck in float16; for OpenVINO all weights in float16, and the device's preferred arithmetic.
         fixed_size: accept only images of the model's own frame size; the batch size stays dynamic.
 
     Raises:
-        MissingPackageError: `form` is "onnx" and the extra `export` is not installed.
+        MissingPackageError: the packages of the format are not installed.
         ModelFolderError: the backbone can't be traced, or a file of `output_dir` is a link.
     """
     if form == "onnx":
         needs("onnx", "onnxscript", "onnxruntime", extra="export")
+    elif form == "openvino":
+        needs("onnx", "onnxscript", "openvino", extra="openvino")
     check_no_links(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
     with quiet_exporters():
-        program = trace(Graph(model, half), model.config, fixed_size)
+        program = trace(Graph(model, half and form != "openvino"), model.config, fixed_size)
         if form == "onnx":
             _write_onnx(program, path)
+        elif form == "openvino":
+            # through ONNX: OpenVINO's converter of torch programs lacks resizing with antialias (2026.4)
+            with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+                _write_onnx(program, Path(folder, FILES["onnx"]))
+                convert_onnx(Path(folder, FILES["onnx"]), path, half)
         else:
             torch.export.save(program, path)
     write_json(output_dir / CONSTANTS, export_constants(model.config, form, half=half, fixed_size=fixed_size))
@@ -134,10 +143,12 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
 
     height, width, stride = config.image_height, config.image_width, frame_stride(config)
     sides = f"multiples of {stride}, from {FEWEST_STRIDES * stride} to {MOST_STRIDES * stride}"
+    halved = "float16 weights" if form == "openvino" else "float16 backbone and neck, float32 decoders"
     return {
         "made_by": f"m2f_trainer {__version__}",
         "file": FILES[form],
-        "precision": "float16 backbone and neck, float32 decoders" if half else "float32",
+        "precision": halved if half else "float32",
+        **({"compile_options": compile_options(half)} if form == "openvino" else {}),
         "inputs": {
             "pixel_values": "uint8 (batch, 3, height, width): RGB, resized and padded",
             "pixel_mask": "bool (batch, height, width): true on the image, false on padding",

@@ -24,7 +24,8 @@ from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.validate import check_split
 from m2f_trainer.evaluation.coco import CocoMap
-from m2f_trainer.export.export import INPUTS, frame_stride
+from m2f_trainer.export.export import CONSTANTS, INPUTS, frame_stride
+from m2f_trainer.export.openvino import CompiledFile
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
@@ -147,6 +148,17 @@ class OnnxRunner(Runner):
         return torch.from_numpy(classes), torch.from_numpy(masks)
 
 
+class OpenVinoRunner(Runner):
+    """An OpenVINO file (.xml) on the CPU, compiled with the options of its model.json."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        super().__init__(config)
+        self.compiled = CompiledFile(path, read_json(path.with_name(CONSTANTS))["compile_options"])
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.compiled(pixel_values, pixel_mask)
+
+
 class ProgramRunner(Runner):
     """A torch program (.pt2)."""
 
@@ -160,7 +172,7 @@ class ProgramRunner(Runner):
         return classes, masks
 
 
-RUNNERS = {".onnx": OnnxRunner, ".pt2": ProgramRunner}
+RUNNERS = {".onnx": OnnxRunner, ".xml": OpenVinoRunner, ".pt2": ProgramRunner}
 
 
 def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLimits, fixed_size: bool) -> Parity:

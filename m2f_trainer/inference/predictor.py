@@ -144,7 +144,7 @@ class Predictor:
         unreadable: Callable[[int, M2FError], object] | None,
     ) -> Iterator[Instances]:
         lowest = self.thresholds() if threshold == "auto" else dict.fromkeys(self.category_ids, threshold)
-        frames, merger = self._frames(images, unreadable), Merger(self.tiling) if self.tiling else None
+        frames, merger = self.frames(images, unreadable), Merger(self.tiling) if self.tiling else None
         while batch := list(islice(frames, batch_size)):
             for frame, instances in zip(batch, self._predict(batch, min(lowest.values()), top_k), strict=True):
                 whole = merger.add(instances, frame.tile, frame.size) if merger else instances
@@ -156,7 +156,7 @@ class Predictor:
         stored = self.model.config.thresholds or [DEFAULT_THRESHOLD] * len(self.category_ids)
         return dict(zip(self.category_ids, stored, strict=True))
 
-    def _frames(
+    def frames(
         self,
         images: Iterable[PredictorInput],
         unreadable: Callable[[int, M2FError], object] | None = None,

@@ -24,7 +24,7 @@ from m2f_trainer.model.mask2former import M2FModel
 from tests.export.models import SHAPES, SMALL, model_of
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images
 
-EXAMPLE = Path(__file__).parents[2] / "recipes" / "onnx_predict.py"
+EXAMPLE = Path(__file__).parents[2] / "recipes" / "predict_exported.py"
 
 
 def logits(model: M2FModel, pixels: Tensor) -> list[Tensor]:
@@ -58,7 +58,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 def example() -> object:
     """The module of the example, which does not import this package."""
-    spec = importlib.util.spec_from_file_location("onnx_predict", EXAMPLE)
+    spec = importlib.util.spec_from_file_location("predict_exported", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -100,7 +100,7 @@ def test_an_onnx_file_equals_the_model_at_any_size(
 
 @pytest.mark.slow
 def test_the_example_equals_the_predictor_and_a_float16_file_nearly_so(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     data = write_sample(tmp_path / "data", images=(1, 2, 0)) / "valid"
     model = model_of(VIT)
     model.config.thresholds = [0.0] * len(model.config.categories)
@@ -109,10 +109,10 @@ def test_the_example_equals_the_predictor_and_a_float16_file_nearly_so(tmp_path:
     path = export_model(model, "onnx", tmp_path / "full")
     assert half.stat().st_size < path.stat().st_size
     module = example()
-    session = onnxruntime.InferenceSession(str(path))
     constants = json.loads(path.with_name("model.json").read_text(encoding="utf-8"))
+    network = module.open_network(path, constants)  # type: ignore[attr-defined]
     for file in sorted(data.glob("*.png")) + sorted(data.glob("*.jpg")):
-        found = list(module.predict(session, constants, Image.open(file).convert("RGB")))  # type: ignore[attr-defined]
+        found = list(module.predict(network, constants, Image.open(file).convert("RGB")))  # type: ignore[attr-defined]
         (expected,) = Predictor(model)(file)
         assert len(found) == len(expected) > 0
         found.sort(key=lambda instance: -instance[1])

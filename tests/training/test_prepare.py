@@ -79,7 +79,7 @@ def test_the_range_of_16_bit_images_is_stored_in_the_model_and_used_for_new_file
     assert list(model.config.pixel_range) == [low, high]
     assert export_constants(model.config, "onnx", half=False, fixed_size=False)["preprocessing"]["pixel_range"]
     sample = eval_samples(data.valid, recipe.data, data.categories)[0]
-    (frame,) = Predictor(model)._frames([data.valid[0]["image"]["path"]])
+    (frame,) = Predictor(model).frames([data.valid[0]["image"]["path"]])
     assert torch.equal(frame.pixel_values, sample["pixel_values"])
     assert len(sample["pixel_values"].unique()) > 90
 

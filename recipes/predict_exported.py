@@ -1,5 +1,6 @@
-"""Run an exported model with only onnxruntime, numpy and Pillow: python onnx_predict.py model.onnx IMAGE [...]
+"""Run an exported model with only numpy, Pillow and a runtime: python predict_exported.py model.onnx IMAGE [...]
 
+The runtime is onnxruntime for model.onnx, openvino for model.xml.
 Prints one JSON line per instance and writes IMAGE.instances.png. model.json describes the steps."""
 
 import json
@@ -7,8 +8,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageOps
+
+
+def open_network(path, constants):
+    """A function of pixels (1, 3, H, W) and mask (1, H, W) that returns the logits of the classes and of the masks."""
+    if path.suffix == ".xml":
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", constants["compile_options"])
+        return lambda pixels, mask: compiled([pixels, mask], share_outputs=False).to_tuple()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    return lambda pixels, mask: session.run(None, {"pixel_values": pixels, "pixel_mask": mask})
 
 
 def read_rgb(path, pixel_range):
@@ -42,12 +55,12 @@ def resize(values, size):
     return values
 
 
-def predict(session, constants, image):
+def predict(network, constants, image):
     """Yields (category, score, mask (H, W)) of the instances above their class's threshold, likeliest class first."""
     before, after = constants["preprocessing"], constants["postprocessing"]
     frame = before["image_height"], before["image_width"]
     pixels, mask, (h, w) = prepare(image, *frame)
-    classes, masks = session.run(None, {"pixel_values": pixels, "pixel_mask": mask})
+    classes, masks = network(pixels, mask)
     odds = np.exp(classes[0] - classes[0].max(1, keepdims=True))
     pairs = (odds / odds.sum(1, keepdims=True))[:, :-1]  # the last column is no object
     best = np.argsort(-pairs, axis=None)[: after["top_k"]]
@@ -61,11 +74,12 @@ def predict(session, constants, image):
 
 
 if __name__ == "__main__":
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=onnxruntime.get_available_providers())
-    constants = json.loads(Path(sys.argv[1]).with_name("model.json").read_text())
+    model = Path(sys.argv[1])
+    constants = json.loads(model.with_name("model.json").read_text())
+    network = open_network(model, constants)
     for path in map(Path, sys.argv[2:]):
         pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
-        for number, (category, score, inside) in enumerate(predict(session, constants, image)):
+        for number, (category, score, inside) in enumerate(predict(network, constants, image)):
             print(json.dumps({"file": str(path), **category, "score": round(score, 4), "pixels": int(inside.sum())}))
             pixels[inside] = pixels[inside] // 2 + np.random.default_rng(number).integers(0, 128, 3, np.uint8)
         Image.fromarray(pixels).save(path.with_suffix(".instances.png"))
