@@ -21,6 +21,21 @@ EXAMPLES = (
 )
 
 
+def port_number(text: str) -> int:
+    """An argparse type: a port, or 0."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def waiting_time(text: str) -> float:
+    """An argparse type: up to a minute, in seconds. argparse reports the ValueError."""
+    seconds = float(text)
+    if not 0 <= seconds <= 60:
+        raise argparse.ArgumentTypeError(f"expected 0 to 60 seconds, got {text!r}")
+    return seconds
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a model")
     parser.add_argument(
@@ -28,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0: all, for a proxy that checks who asks [%(default)s]",
     )
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free [%(default)s]")
+    parser.add_argument("--port", type=port_number, default=8000, help="0: any that is free [%(default)s]")
     parser.add_argument(
         "--threshold",
         type=threshold,
@@ -42,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_wait",
-        type=float,
+        type=waiting_time,
         metavar="SECONDS",
         default=0.02,
         help="how long an image waits for others to fill a batch [%(default)s]",

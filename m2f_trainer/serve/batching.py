@@ -88,7 +88,8 @@ class Batcher:
             started = time.perf_counter()
             by_threshold: dict[Threshold, list[Job]] = {}
             for job in batch:
-                by_threshold.setdefault(job.threshold, []).append(job)
+                if job.future.set_running_or_notify_cancel():
+                    by_threshold.setdefault(job.threshold, []).append(job)
             for jobs in by_threshold.values():
                 self._observe(len(jobs))
                 self._predict(jobs)

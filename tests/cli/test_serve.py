@@ -55,3 +55,20 @@ def test_a_missing_package_is_named_with_the_extra(
 def test_a_mistyped_model_is_an_error(capsys: pytest.CaptureFixture[str], installed: None, tmp_path: Path) -> None:
     assert main(["serve", str(tmp_path / "nothing")]) == 1
     assert "there is no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--port", "65536", "expected a whole number from 0 to 65535, got '65536'"),
+        ("--max_wait", "inf", "expected 0 to 60 seconds, got 'inf'"),
+        ("--max_wait", "nan", "expected 0 to 60 seconds, got 'nan'"),
+        ("--max_open", "0", "expected a whole number of at least 1, got '0'"),
+    ],
+)
+def test_a_wrong_number_is_wrong_usage(
+    option: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "m", option, value])
+    assert reason in capsys.readouterr().err

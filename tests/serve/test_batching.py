@@ -50,6 +50,17 @@ def test_a_broken_image_does_not_disturb_its_batch() -> None:
     batcher.close()
 
 
+def test_an_image_that_nobody_waits_for_any_more_is_left_out() -> None:
+    predictor = brightness()
+    batcher = Batcher(predictor, batch_size=3, max_wait=60.0)
+    first, second = batcher.submit(picture(), 0.5), batcher.submit(picture(left=20), 0.5)
+    assert first.cancel()
+    third = batcher.submit(picture(left=0), 0.5)
+    assert [left_edge(second), left_edge(third)] == pytest.approx([20, 0], abs=3)
+    batcher.close()
+    assert predictor.model.batches == [2]
+
+
 def test_images_with_different_thresholds_keep_their_own() -> None:
     batcher = Batcher(brightness(), batch_size=3, max_wait=60.0)
     found = [batcher.submit(picture(), threshold) for threshold in (0.0, 0.99999, "auto")]
