@@ -4,7 +4,7 @@ const model = JSON.parse(find("main").dataset.model);
 const canvas = find("canvas"), slider = find("input[type=range]"), drop = find(".drop"), auto = find("#auto");
 const classes = new Map(model.categories.map(({ id, name }, index) => [id, { name, index }]));
 const lowest = Math.min(0.05, ...Object.values(model.thresholds));
-const LONGEST = 1600, MOST_LABELS = 20;
+const SHORTEST = 800, LONGEST = 1600, MOST_LABELS = 20;  // of the longer side of the canvas, in pixels
 let shown = null, latest = 0;
 
 // The index-th colour, as in the package's own pictures.
@@ -88,13 +88,14 @@ const draw = () => {
   find("output").textContent = auto.ariaPressed === "true" ? "" : Number(slider.value).toFixed(2);
 };
 
-// The label of an instance, where it covers no label of a better one.
+// The label of an instance that is larger than its label, where it covers no label of a better one.
 const write = ({ mask, ink, score, category_id }, taken) => {
   const context = canvas.getContext("2d"), size = Math.max(11, Math.min(canvas.width, canvas.height) / 36);
   const text = `${classes.size > 1 ? classes.get(category_id).name + " " : ""}${Math.round(100 * score)}%`;
   context.font = `${size}px system-ui, sans-serif`;
   const width = context.measureText(text).width + 6, height = size * 1.3;
   const x = Math.max(0, Math.min(mask.x0 * shown.scale, canvas.width - width)), y = Math.max(0, mask.y0 * shown.scale - height);
+  if ((mask.x1 - mask.x0) * mask.rows * shown.scale ** 2 < width * height) return;
   if (taken.some(([left, top, right, bottom]) => x < right && left < x + width && y < bottom && top < y + height)) return;
   taken.push([x, y, x + width, y + height]);
   context.fillStyle = `rgb(${ink})`;
@@ -112,6 +113,8 @@ const say = (text, failed = false) => {
 const predict = async file => {
   const mine = ++latest;
   say(`${file.name || "Image"}: predicting ...`);
+  shown = null;
+  find("#result").hidden = true;
   try {
     const started = performance.now();
     const [photo, answer] = await Promise.all([
@@ -122,7 +125,7 @@ const predict = async file => {
     if (mine !== latest) return;
     if (!answer.ok) throw new Error(results.detail);
     const [height, width] = results.length ? results[0].segmentation.size : [photo?.height || 1, photo?.width || 1];
-    const scale = Math.min(1, LONGEST / Math.max(height, width));
+    const scale = Math.max(SHORTEST, Math.min(LONGEST, Math.max(height, width))) / Math.max(height, width);
     Object.assign(canvas, { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });
     const instances = results.map((result, index) => {
       const mask = maskOf(result.segmentation), ink = color(classes.size > 1 ? classes.get(result.category_id).index : index);
