@@ -35,6 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "prefers, such as bfloat16",
     )
     file.add_argument("--fixed_size", action="store_true", help="accept only images of the model's own size")
+    file.add_argument(
+        "--portable",
+        action="store_true",
+        help="without GridSample, which some runtimes lack or compute wrongly (see recipes/tensorrt.md)",
+    )
     parity = parser.add_argument_group("the comparison")
     parity.add_argument(
         "--validation", metavar="DATASET", help="compare on the valid split of this dataset [the run's own dataset]"
@@ -62,7 +67,12 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             f"{', '.join(named)} without --validation DATASET, which they are about: give it, or leave them out."
         )
     path = export_model(
-        model, arguments.format, arguments.output_dir, half=arguments.half, fixed_size=arguments.fixed_size
+        model,
+        arguments.format,
+        arguments.output_dir,
+        half=arguments.half,
+        fixed_size=arguments.fixed_size,
+        portable=arguments.portable,
     )
     files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
     size = sum(file.stat().st_size for file in files) / 1e6

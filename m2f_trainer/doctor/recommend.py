@@ -19,9 +19,13 @@ from m2f_trainer.config.recipe import backbone_layers, backbone_stride
 from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks.rle import Size
+from m2f_trainer.model.backbones import BACKBONES
 
 Image = tuple[Size, list[tuple[int, float]]]
 """(height, width) of an image, and the category id and area of each instance, in pixels of the original image."""
+
+DEFAULT_BACKBONE = "dinov3-vits16plus"
+"""The backbone on a machine with a GPU."""
 
 TILE_IN_OBJECTS, CPU_SCALE = 4.7, 1.4
 """Side of a tile in median object sides, and its enlargement to the model's input on a CPU.
@@ -188,8 +192,11 @@ def _backbone(machine: Machine) -> Choice:
     if not machine.accelerator:
         return Choice("backbone", "dinov2-small", "no GPU: the smallest backbone")
     if not machine.token:
-        return Choice("backbone", "dinov2-small", "no Hub token: weights that need no access")
-    return Choice("backbone", "dinov3-vits16plus", "the default, since there are a GPU and a Hub token")
+        reason = (
+            f"no Hub token: the weights of {DEFAULT_BACKBONE} in a repository without access requests (DINOv3 licence)"
+        )
+        return Choice("backbone", BACKBONES[DEFAULT_BACKBONE].ungated, reason)
+    return Choice("backbone", DEFAULT_BACKBONE, "the default, since there are a GPU and a Hub token")
 
 
 def _taps(model: ModelArguments, view: Mapping[str, Any]) -> list[Choice]:

@@ -1,13 +1,14 @@
 """Export a model for other runtimes, as ONNX, OpenVINO or a torch program, and a JSON file of the constants to use it.
 
 The graph takes unnormalised uint8 pixels, normalises them and returns the logits. It contains only standard operators
-(deformable attention becomes GridSample). With dynamic height and width the graph is traced on a frame that is neither
-square nor of the model's size, so that the tracer treats no side as a constant.
+(deformable attention becomes GridSample, or Gather). With dynamic height and width the graph is traced on a frame that
+is neither square nor of the model's size, so that the tracer treats no side as a constant.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 from m2f_trainer.model.backbones import stride_of
+from m2f_trainer.model.deformable_attention import exported_as
+from m2f_trainer.model.deformable_gather import attend_gather
+from m2f_trainer.model.deformable_grid import attend_grid
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import check_no_links, write_json
 
@@ -30,9 +34,13 @@ OPSET = 18
 FEWEST_STRIDES, MOST_STRIDES = 4, 512
 """Limits of a side of a graph with dynamic size, in strides. From 4 strides the coarsest map has at least 2 cells."""
 
+ONE_SIZE = ("hiera", "swin", "swinv2")
+"""Families of backbones whose traces hold for one size of images. That of a Swin for any size takes minutes to fail."""
+
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 CONSTANTS = "model.json"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("class_logits", "mask_logits")
+_FIXED_SIZE = "Export it with --fixed_size, for images of the model's own size"
 _ONE_FILE = 2**31 - 2**24  # bytes; protobuf allows less than 2 GiB
 
 
@@ -58,13 +66,22 @@ class Graph(nn.Module):
         return classes.float(), masks.float()
 
 
-def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = False, fixed_size: bool = False) -> Path:
+def export_model(
+    model: M2FModel,
+    form: str,
+    output_dir: Path,
+    *,
+    half: bool = False,
+    fixed_size: bool = False,
+    portable: bool = False,
+) -> Path:
     """Write the model file (see `FILES`) and model.json to `output_dir`; return the path of the model file.
 
     Args:
         form: "onnx", "openvino" or "torch". OpenVINO's model.xml has its weights beside it, in model.bin.
         half: backbone and neck in float16; for OpenVINO all weights in float16, and the device's preferred arithmetic.
         fixed_size: accept only images of the model's own frame size; the batch size stays dynamic.
+        portable: deformable attention by Gather instead of GridSample, for runtimes that lack the latter.
 
     Raises:
         MissingPackageError: the packages of the format are not installed.
@@ -78,9 +95,11 @@ def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = F
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
     with quiet_exporters():
-        program = trace(Graph(model, half and form != "openvino"), model.config, fixed_size)
+        with exported_as(attend_gather if portable else attend_grid):
+            program = trace(Graph(model, half and form != "openvino"), model.config, fixed_size)
+        constants = export_constants(model.config, form, half=half, fixed_size=fixed_size)
         if form == "onnx":
-            _write_onnx(program, path)
+            constants["operators"] = _write_onnx(program, path)
         elif form == "openvino":
             # through ONNX: OpenVINO's converter of torch programs lacks resizing with antialias (2026.4)
             with tempfile.TemporaryDirectory(dir=output_dir) as folder:
@@ -88,7 +107,7 @@ def export_model(model: M2FModel, form: str, output_dir: Path, *, half: bool = F
                 convert_onnx(Path(folder, FILES["onnx"]), path, half)
         else:
             torch.export.save(program, path)
-    write_json(output_dir / CONSTANTS, export_constants(model.config, form, half=half, fixed_size=fixed_size))
+    write_json(output_dir / CONSTANTS, constants)
     return path
 
 
@@ -96,8 +115,10 @@ def trace(graph: Graph, config: M2FConfig, fixed_size: bool) -> torch.export.Exp
     """Trace the graph with a dynamic batch size and, unless `fixed_size`, dynamic height and width.
 
     Raises:
-        ModelFolderError: torch can't trace it.
+        ModelFolderError: torch can't trace it, or only for one size of images.
     """
+    if not fixed_size:
+        _check_any_size(config)
     stride = frame_stride(config)
     height, width = config.image_height, config.image_width + (0 if fixed_size else stride)
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8), torch.ones(2, height, width, dtype=torch.bool)
@@ -108,15 +129,75 @@ def trace(graph: Graph, config: M2FConfig, fixed_size: bool) -> torch.export.Exp
     free = {0: batch} if fixed_size else {0: batch, 2: rows, 3: columns}
     shapes = (free, {axis - (axis > 0): dim for axis, dim in free.items()})
     try:
-        with torch.no_grad():
-            return torch.export.export(graph.eval(), example, dynamic_shapes=shapes, strict=False)
+        with torch.no_grad(), symbolic_sizes(graph.model.encoder.backbone):
+            program = torch.export.export(graph.eval(), example, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        advice = "" if fixed_size else " Try --fixed_size: images of one size are easier to trace."
-        raise ModelFolderError(f"this model can't be traced by torch.export: {first}.{advice}") from error
+        advice = "" if fixed_size else f". {_FIXED_SIZE}"
+        raise ModelFolderError(f"{_named(config)} can't be traced by torch.export: {first}{advice}") from error
+    if not fixed_size:
+        _check_another_size(program, config)
+    return program
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def _named(config: M2FConfig) -> str:
+    assert isinstance(config.backbone_config, PreTrainedConfig)
+    return f"this model with a {config.backbone_config.model_type!r} backbone"
+
+
+def _check_any_size(config: M2FConfig) -> None:
+    """Refuse a model whose file can only take images of one size, before minutes are spent on it.
+
+    Raises:
+        ModelFolderError: the backbone is one of `ONE_SIZE`, or the model's own frame is below `FEWEST_STRIDES`.
+    """
+    assert isinstance(config.backbone_config, PreTrainedConfig)
+    if config.backbone_config.model_type in ONE_SIZE:
+        raise ModelFolderError(f"{_named(config)} can't be exported for images of any size. {_FIXED_SIZE}")
+    height, width, smallest = config.image_height, config.image_width, FEWEST_STRIDES * frame_stride(config)
+    if min(height, width) < smallest:
+        raise ModelFolderError(
+            f"{_named(config)} takes images of {height} x {width}, and a file for images of any size takes those from "
+            f"{smallest} x {smallest} on. {_FIXED_SIZE}"
+        )
+
+
+def _check_another_size(program: torch.export.ExportedProgram, config: M2FConfig) -> None:
+    """Run the program on a small image: torch.export doesn't notice every size that became constant.
+
+    Raises:
+        ModelFolderError: the program takes no other size than that of the example.
+    """
+    height, width = ((FEWEST_STRIDES + more) * frame_stride(config) for more in (1, 2))
+    try:
+        with torch.no_grad():
+            program.module()(
+                torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.ones(1, height, width, dtype=torch.bool)
+            )
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelFolderError(
+            f"{_named(config)} takes images of one size only once it is traced: {first}. {_FIXED_SIZE}"
+        ) from error
+
+
+@contextmanager
+def symbolic_sizes(backbone: nn.Module) -> Iterator[None]:
+    """Keep the sizes of images symbolic in a trace where transformers' `torch_int` would turn them into constants."""
+    names = vars(sys.modules[type(backbone).__module__])
+    original = names.get("torch_int")
+    if original is None:
+        yield
+        return
+    names["torch_int"] = lambda size: size if isinstance(size, torch.SymInt) else original(size)
+    try:
+        yield
+    finally:
+        names["torch_int"] = original
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> list[str]:
+    """Write the file; return the names of its operators."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     converted = torch.onnx.export(
         program,
@@ -129,6 +210,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     )
     assert converted is not None
     converted.save(path, external_data=size > _ONE_FILE)
+    return sorted({node.op_type for node in converted.model.graph.all_nodes()})
 
 
 def frame_stride(config: M2FConfig) -> int:

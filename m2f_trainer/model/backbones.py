@@ -425,6 +425,12 @@ def _advice(backbone: str, source: str, error: Exception) -> str:
             "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
         )
         steps.append("backbones with an open licence: dinov2-small, lingbot-vits16 and the larger ones of these names")
+    if source.count("/") == 1 and not Path(source).exists():
+        steps.append(
+            "if this machine can't reach the Hub, download config.json and model.safetensors from "
+            f"https://huggingface.co/{source} on another one and give their folder: --backbone FOLDER. A file of "
+            "Meta's or timm's weights works without the configuration: --backbone FILE.pth or FILE.safetensors"
+        )
     steps.append(
         f"known names: {', '.join(BACKBONES)}; any Hub id or local folder of a transformers backbone works too, and "
         "weights with DINOv3's architecture in timm's or Meta's format"

@@ -12,7 +12,9 @@ import logging
 import os
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -37,12 +39,26 @@ def deformable_attention(value: Tensor, shapes: Shapes, places: Tensor, weights:
 
     value (B, S, heads, D); places (B, S, heads, L, P, 2) as (x, y) in pixels of each level, 0 being the first one's
     centre; weights (B, S, heads, L, P), summing to 1 over L x P. S runs over all positions of all levels, in the order
-    of `shapes`. An exported model holds torch's `grid_sample`, because other runtimes lack the operator.
+    of `shapes`. An exported model holds torch's `grid_sample`, or gathers (see `exported_as`), because other runtimes
+    lack the operator.
     """
     if _exporting():
-        return attend_grid(value, places, weights, shapes)
+        return _exported.get()(value, places, weights, shapes)
     output: Tensor = attend(value, places, weights, [side for shape in shapes for side in shape])
     return output
+
+
+_exported: ContextVar[Forward] = ContextVar("exported", default=attend_grid)
+
+
+@contextmanager
+def exported_as(implementation: Forward) -> Iterator[None]:
+    """Make exports within this context hold another implementation than `attend_grid`."""
+    token = _exported.set(implementation)
+    try:
+        yield
+    finally:
+        _exported.reset(token)
 
 
 def _exporting() -> bool:

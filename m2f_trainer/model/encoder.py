@@ -95,7 +95,8 @@ class ConvStem(nn.Module):
         The image is first resized to four times the finest map: its own size when the patch size is 16.
         """
         size = [4 * side for side in finest]
-        features = nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=True)
+        shrinks = size[0] < pixel_values.shape[-2]  # antialias changes nothing otherwise, and TensorRT lacks it
+        features = nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=shrinks)
         maps = []
         for k, stage in enumerate(self.stages):
             features = stage(features)

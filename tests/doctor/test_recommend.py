@@ -52,7 +52,16 @@ def test_a_laptop_gets_an_open_backbone_and_a_bounded_run_and_a_server_the_defau
     assert as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))["tune"] == "frozen"
     assert as_recipe(recommend(STREETS, LAPTOP))["tune"] == "frozen"
     assert (server["backbone"], server["tune"]) == ("dinov3-vits16plus", "lora")
-    assert as_recipe(recommend(NUCLEI, Machine(accelerator=True, token=False)))["backbone"] == "dinov2-small"
+
+
+def test_a_server_without_a_hub_token_gets_the_same_weights_where_no_access_is_needed() -> None:
+    choices = recommend(NUCLEI, Machine(accelerator=True, token=False))
+    assert as_recipe(choices) == {
+        **as_recipe(recommend(NUCLEI, SERVER)),
+        "backbone": "timm/vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
+    }
+    assert "no Hub token" in choices[0].reason
+    assert "DINOv3 licence" in choices[0].reason
 
 
 def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.synthetic import write_sample
-from m2f_trainer.errors import MissingPackageError
+from m2f_trainer.errors import MissingPackageError, ModelFolderError
 from m2f_trainer.export.export import export_model
 from m2f_trainer.export.parity import FULL, HALF, check_export
 from m2f_trainer.inference.predictor import Predictor
@@ -46,6 +47,11 @@ def test_a_torch_program_gives_the_models_logits_for_any_number_of_images(tmp_pa
     assert constants["postprocessing"]["categories"] == SHAPES
     assert constants["preprocessing"]["image_height"] == 64
     assert constants["inputs"]["sides"] == "64 x 64 only"
+
+
+def test_a_model_of_small_images_is_exported_for_its_own_size_only(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"images of 64 x 64.* from 128 x 128 on\. Export it with --fixed_size"):
+        export_model(model_of(CONVNEXT), "torch", tmp_path)
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
@@ -80,22 +86,49 @@ def test_the_example_scales_values_of_more_than_8_bits_as_the_predictor_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backbone", "fields"),
-    [(VIT, {}), (DINOV2, {}), (CONVNEXT, {}), (VIT, {"quality_weight": 1.0, "matrix_nms": True})],
-    ids=["dinov3_vit", "dinov2", "dinov3_convnext", "ranking"],
+    ("backbone", "fields", "portable"),
+    [
+        (VIT, {}, False),
+        (DINOV2, {}, False),
+        (CONVNEXT, {}, False),
+        (VIT, {"quality_weight": 1.0, "matrix_nms": True}, False),
+        (VIT, {}, True),
+        (CONVNEXT, {}, True),
+    ],
+    ids=["dinov3_vit", "dinov2", "dinov3_convnext", "ranking", "portable", "portable dinov3_convnext"],
 )
 def test_an_onnx_file_equals_the_model_at_any_size(
-    backbone: dict[str, object], fields: dict[str, object], tmp_path: Path
+    backbone: dict[str, object], fields: dict[str, object], portable: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     size = (56, 56) if backbone is DINOV2 else (128, 128) if backbone is CONVNEXT else (64, 64)
     model = model_of(backbone, image_size=size, **fields)
-    path = export_model(model, "onnx", tmp_path)
+    path = export_model(model, "onnx", tmp_path, portable=portable)
+    operators = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["operators"]
+    assert ("GridSample" in operators) is not portable
     found = check_export(model, path, None, 4, FULL, fixed_size=False)
     assert found.met, found.to_text()
     assert found.mask_logits < 1e-3
     assert found.other_size is not None
     assert found.other_size < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_tensorrt_page_lists_the_operators_and_inputs_of_a_real_export(portable: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    page = Path(__file__).parents[2].joinpath("recipes", "tensorrt.md").read_text(encoding="utf-8")
+    path = export_model(model_of({**SMALL, "patch_size": 16}, neck="adapter"), "onnx", tmp_path, portable=portable)
+    graph = onnx.load(path).graph
+    names = sorted({node.op_type for node in graph.node})
+    assert json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))["operators"] == names
+    assert "\n\n" + ", ".join(names) + "\n\n" in page.replace(",\n", ", ")
+    resizes = [attribute for node in graph.node if node.op_type == "Resize" for attribute in node.attribute]
+    assert not any(attribute.i for attribute in resizes if attribute.name == "antialias")
+    ranks = {one.name: len(one.type.tensor_type.shape.dim) for one in graph.input}
+    for shapes in re.findall(r"--(?:min|opt|max)Shapes=(\S+)", page):
+        given = dict(one.split(":") for one in shapes.split(","))
+        assert {name: len(shape.split("x")) for name, shape in given.items()} == ranks
 
 
 @pytest.mark.slow

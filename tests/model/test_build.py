@@ -54,6 +54,16 @@ def test_a_gated_or_unknown_backbone_names_the_steps(monkeypatch: pytest.MonkeyP
         assert way_out in str(caught.value)
 
 
+def test_an_unknown_name_without_access_to_the_hub_says_how_to_use_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "timm/vit_small_patch16_dinov4.lvd1689m"
+    with pytest.raises(ModelError, match=f"the backbone '{name}' could not be loaded") as caught:
+        tiny_model(name)
+    download = f"download config.json and model.safetensors from https://huggingface.co/{name} on another one"
+    for way_out in (download, "--backbone FOLDER", "--backbone FILE.pth or FILE.safetensors", "known names"):
+        assert way_out in str(caught.value)
+
+
 def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(tmp_path: Path) -> None:
     old = tiny_model(taps=(2,))
     old.save_pretrained(tmp_path)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoBackbone
 
+from m2f_trainer.errors import ModelFolderError
+from m2f_trainer.export.export import ONE_SIZE as ONE_EXPORTED_SIZE
 from m2f_trainer.export.export import export_model
 from m2f_trainer.export.parity import FULL, check_export
 from m2f_trainer.inference.predictor import Predictor
@@ -58,14 +60,15 @@ def family(name: str) -> dict[str, Any]:
 
 def table() -> str:
     """The table of recipes/README.md, made from the configurations of this file."""
-    rows = ["| family | strides of its maps | image sizes |", "|---|---|---|"]
+    rows = ["| family | strides of its maps | image sizes | exported files |", "|---|---|---|---|"]
     for name in FAMILIES:
         strides = [one.stride for one in feature_maps(read_config(family(name)))]
         shape = ", ".join(map(str, strides)) if len(set(strides)) > 1 else "that of its patches (a ViT)"
         sizes = "that of its configuration" if name in ONE_SIZE else "any multiple of the largest stride"
-        rows.append(f"| `{name}` | {shape} | {sizes} |")
+        exported = "`--fixed_size`" if name in ONE_EXPORTED_SIZE else "any size"
+        rows.append(f"| `{name}` | {shape} | {sizes} | {exported} |")
     for name, (_, reason) in REFUSED.items():
-        rows.append(f"| `{name}` | refused: {reason} | |")
+        rows.append(f"| `{name}` | refused: {reason} | | |")
     return "\n".join(rows)
 
 
@@ -104,13 +107,23 @@ def test_the_maps_of_a_family_are_those_of_transformers_with_its_own_attention(n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_familys_onnx_file_equals_the_model(name: str, tmp_path: Path) -> None:
+def test_a_familys_onnx_file_equals_the_model_at_the_sizes_of_the_table(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-    model = tiny_model(family(name), decoder_layers=2).eval()
-    path = export_model(model, "onnx", tmp_path, fixed_size=True)
-    found = check_export(model, path, None, 4, FULL, fixed_size=True)
+    fixed = name in ONE_EXPORTED_SIZE
+    model = tiny_model(family(name), decoder_layers=2, image_size=(64, 64) if name in ONE_SIZE else (128, 128)).eval()
+    path = export_model(model, "onnx", tmp_path, fixed_size=fixed)
+    found = check_export(model, path, None, 4, FULL, fixed_size=fixed)
     assert found.met, found.to_text()
     assert found.mask_logits < 1e-3
+    if found.other_size is not None:
+        assert found.other_size < 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_EXPORTED_SIZE)
+def test_an_export_for_any_size_is_refused_with_the_way_out_where_it_is_not_possible(name: str, tmp_path: Path) -> None:
+    model = tiny_model(family(name), decoder_layers=2, image_size=(64, 64) if name in ONE_SIZE else (128, 128)).eval()
+    with pytest.raises(ModelFolderError, match=f"(?s){name}.*Export it with --fixed_size"):
+        export_model(model, "torch", tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)
