@@ -179,7 +179,7 @@ def test_each_of_many_concurrent_requests_gets_its_own_answer() -> None:
     def answer(left: int) -> Any:
         return ask(port, "POST", "/instances?threshold=0.5", picture(left=left)).json
 
-    with running(predictor, max_wait=0.5) as port, ThreadPoolExecutor(8) as pool:
+    with running(predictor, max_wait=5.0) as port, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, places)) == [truth[left] for left in places]
         sizes = ask(port, "GET", "/metrics").body.decode()
     assert sum(predictor.model.batches) == len(places)
