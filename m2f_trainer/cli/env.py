@@ -24,6 +24,7 @@ OPTIONAL = {
     "onnxscript": "m2f export",
     "onnxruntime": "m2f export",
     "openvino": "m2f export --format openvino",
+    "nncf": "m2f export --int8",
     "fastapi": "m2f serve",
     "uvicorn": "m2f serve",
     "python-multipart": "m2f serve",

@@ -14,7 +14,7 @@ DESCRIPTION = (
 )
 EXAMPLES = (
     "m2f export runs/first --format onnx --validation my_coco",
-    "m2f export runs/first --format openvino --output_dir export_openvino",
+    "m2f export runs/first --format openvino --int8 --validation my_coco --output_dir export_int8",
     "m2f export runs/first --half --output_dir export_half",
 )
 READING = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
@@ -34,6 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="backbone and neck in float16; openvino: all weights in float16, and the arithmetic that the device "
         "prefers, such as bfloat16",
     )
+    file.add_argument(
+        "--int8",
+        action="store_true",
+        help="8-bit integers in feed-forward layers of the backbone and in the pixel decoder, calibrated on validation "
+        "images; needs --format openvino and pip install 'm2f-trainer[int8]'",
+    )
     file.add_argument("--fixed_size", action="store_true", help="accept only images of the model's own size")
     file.add_argument(
         "--portable",
@@ -51,13 +57,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from m2f_trainer.errors import DataError, check_model_path
+    from m2f_trainer.errors import ArgumentError, DataError, check_model_path
     from m2f_trainer.export.export import CONSTANTS, export_model
-    from m2f_trainer.export.parity import FULL, HALF, check_export, recorded_dataset
+    from m2f_trainer.export.parity import FULL, HALF, INT8, check_export, recorded_dataset
+    from m2f_trainer.export.quantize import calibration_frames
     from m2f_trainer.model.mask2former import load_model
+    from m2f_trainer.run_folder import read_json
 
+    if arguments.int8 and arguments.format != "openvino":
+        raise ArgumentError(f"--int8 needs --format openvino, got --format {arguments.format}.")
     check_model_path(arguments.model)
-    model, limits = load_model(arguments.model), HALF if arguments.half else FULL
+    limits = INT8 if arguments.int8 else HALF if arguments.half else FULL
+    model, calibration = load_model(arguments.model), None
     dataset = recorded_dataset(Path(arguments.model))
     given = {name: vars(arguments)[name] for name in READING}
     if arguments.validation:
@@ -66,6 +77,11 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         raise DataError(
             f"{', '.join(named)} without --validation DATASET, which they are about: give it, or leave them out."
         )
+    if arguments.int8 and dataset is None:
+        raise DataError("--int8 is calibrated on the images of a dataset: give --validation DATASET.")
+    if arguments.int8 and dataset is not None:
+        calibration = calibration_frames(model, dataset, arguments.num_images)
+        say(f"int8: calibrated on {len(calibration)} images or tiles of the valid split.")
     path = export_model(
         model,
         arguments.format,
@@ -73,10 +89,13 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         half=arguments.half,
         fixed_size=arguments.fixed_size,
         portable=arguments.portable,
+        calibration=calibration,
     )
     files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
     size = sum(file.stat().st_size for file in files) / 1e6
     say(f"{' and '.join(map(str, files))}: {size:.1f} MB. {path.with_name(CONSTANTS)} describes how to use it.")
+    if left := read_json(path.with_name(CONSTANTS)).get("int8", {}).get("left_in_float"):
+        say(f"int8: left in float, since their errors move masks or ranks: {', '.join(left)}.")
     if dataset is None:
         say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
     reference = load_model(arguments.model)

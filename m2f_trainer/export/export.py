@@ -11,7 +11,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.export.openvino import compile_options, convert_onnx
+from m2f_trainer.export.quantize import CalibrationFrame, quantize_onnx
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.deformable_attention import exported_as
@@ -74,6 +75,7 @@ def export_model(
     half: bool = False,
     fixed_size: bool = False,
     portable: bool = False,
+    calibration: Sequence[CalibrationFrame] | None = None,
 ) -> Path:
     """Write the model file (see `FILES`) and model.json to `output_dir`; return the path of the model file.
 
@@ -82,6 +84,7 @@ def export_model(
         half: backbone and neck in float16; for OpenVINO all weights in float16, and the device's preferred arithmetic.
         fixed_size: accept only images of the model's own frame size; the batch size stays dynamic.
         portable: deformable attention by Gather instead of GridSample, for runtimes that lack the latter.
+        calibration: frames to quantize the model to int8 with (see `quantize`), for OpenVINO only.
 
     Raises:
         MissingPackageError: the packages of the format are not installed.
@@ -91,6 +94,8 @@ def export_model(
         needs("onnx", "onnxscript", "onnxruntime", extra="export")
     elif form == "openvino":
         needs("onnx", "onnxscript", "openvino", extra="openvino")
+        if calibration is not None:
+            needs("nncf", extra="int8")
     check_no_links(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
@@ -103,8 +108,13 @@ def export_model(
         elif form == "openvino":
             # through ONNX: OpenVINO's converter of torch programs lacks resizing with antialias (2026.4)
             with tempfile.TemporaryDirectory(dir=output_dir) as folder:
-                _write_onnx(program, Path(folder, FILES["onnx"]))
-                convert_onnx(Path(folder, FILES["onnx"]), path, half)
+                onnx_file = Path(folder, FILES["onnx"])
+                _write_onnx(program, onnx_file)
+                if calibration is None:
+                    convert_onnx(onnx_file, path, half)
+                else:
+                    constants["int8"] = {"left_in_float": quantize_onnx(onnx_file, path, calibration, half)}
+                    constants["precision"] = f"int8 in part, otherwise {constants['precision']}"
         else:
             torch.export.save(program, path)
     write_json(output_dir / CONSTANTS, constants)

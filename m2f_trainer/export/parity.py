@@ -38,13 +38,18 @@ COMPARED = 0.05
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """Limits of parity: the mask APs differ by less than `ap`, and the mean IoU of the masks is above `iou`."""
+    """Limits of parity: the mask APs differ by less than `ap`, and the mean IoU of the masks is above `iou`.
+
+    In a frame of another size, where two images of noise are compared, mask logits differ by at most the fraction
+    `other_size` of the largest.
+    """
 
     ap: float
     iou: float
+    other_size: float = 0.05
 
 
-FULL, HALF = ParityLimits(0.001, 0.99), ParityLimits(0.01, 0.95)
+FULL, HALF, INT8 = ParityLimits(0.001, 0.99), ParityLimits(0.01, 0.95), ParityLimits(0.01, 0.9, 0.5)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Parity:
     @property
     def met(self) -> bool:
         """Whether the file can replace the model: all differences are within the limits."""
-        other_size = self.other_size is None or self.other_size <= 0.05 * self.mask_logits_size
+        other_size = self.other_size is None or self.other_size <= self.limits.other_size * self.mask_logits_size
         return abs(self.file_ap - self.model_ap) < self.limits.ap and self.mask_iou > self.limits.iou and other_size
 
     def to_text(self) -> str:

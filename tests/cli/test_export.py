@@ -18,9 +18,11 @@ def stand_in_for_the_export(monkeypatch: pytest.MonkeyPatch, path: Path, check: 
         "m2f_trainer.export.parity",
         FULL=1,
         HALF=2,
+        INT8=3,
         check_export=check,
         recorded_dataset=lambda _: None,
     )
+    stand_in(monkeypatch, "m2f_trainer.export.quantize", calibration_frames=lambda *given: list(given))
     stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
 
 
@@ -57,3 +59,24 @@ def test_the_files_of_a_validation_dataset_can_be_given(
     for options, names in ((files, "--annotations, --images"), (["--max_pixels", "9"], "--max_pixels")):
         assert main(["export", "user/model", *options]) == 1
         assert f"{names} without --validation DATASET" in capsys.readouterr().err
+
+
+def test_int8_needs_openvino_and_images_and_has_limits_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.xml"
+    for file in (path, path.with_suffix(".bin")):
+        file.write_bytes(bytes(1_000_000))
+    asked: list[object] = []
+    parity = SimpleNamespace(met=True, to_text=str)
+    stand_in_for_the_export(monkeypatch, path, lambda *given: (asked.append(given[4]), parity)[1])
+    assert main(["export", "user/model", "--int8", "--validation", "coco"]) == 1
+    assert "--int8 needs --format openvino, got --format onnx" in capsys.readouterr().err
+    assert main(["export", "user/model", "--int8", "--format", "openvino"]) == 1
+    assert "give --validation DATASET" in capsys.readouterr().err
+    assert main(["export", "user/model", "--int8", "--format", "openvino", "--validation", "coco"]) == 0
+    assert asked == [3]
+    out = capsys.readouterr().out
+    assert f"{path} and {path.with_suffix('.bin')}: 2.0 MB." in out
+    assert "python recipes/predict_exported.py" in out
