@@ -20,4 +20,4 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     from m2f_trainer.training.demo import demo
 
     demo(arguments.output_dir, arguments.backbone, say)
-    suggest("m2f check my_coco", "m2f train dinov3_vits16plus_1024 --dataset_name my_coco --output_dir runs/first")
+    suggest("m2f check my_coco", "m2f train --dataset_name my_coco --max_minutes 30 --output_dir runs/first")
