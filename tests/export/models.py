@@ -1,5 +1,8 @@
 """A model for the synthetic dataset."""
 
+from pathlib import Path
+
+from m2f_trainer.export.parity import FULL, check_export
 from m2f_trainer.model.mask2former import M2FModel
 from tests.model.tiny import VIT, tiny_model
 
@@ -12,3 +15,12 @@ SMALL = {**VIT, "num_hidden_layers": 1}
 def model_of(backbone: dict[str, object], **fields: object) -> M2FModel:
     """A model for the synthetic dataset, with masks that differ from each other."""
     return tiny_model(backbone, categories=SHAPES, **{"decoder_layers": 2, **fields}).eval()
+
+
+def assert_equal_at_any_size(model: M2FModel, path: Path) -> None:
+    """Assert that an exported file gives the model's instances, and its logits at two sizes of images."""
+    found = check_export(model, path, None, 4, FULL, fixed_size=False)
+    assert found.met, found.to_text()
+    assert found.mask_logits < 1e-3
+    assert found.other_size is not None
+    assert found.other_size < 1e-3

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.model.mask2former import M2FConfig
+from tests.inference.test_predictor import BrightnessModel
 
 for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
     pytest.importorskip(package, reason=f"the server needs {package}: pip install 'm2f-trainer[serve]'")
@@ -29,37 +28,26 @@ from m2f_trainer.serve.server import uvicorn_server  # noqa: E402
 OPTIONS = ServeOptions(name="tiny", threshold=0.0, max_wait=0.01)
 
 
-class BrightnessModel(torch.nn.Module):
-    """Finds what is bright: one query whose mask logits are the image's own grey levels, four pixels to a cell.
-
-    A batch waits until `gate` is set; with `failures` left, it fails.
-    """
+class GatedModel(BrightnessModel):
+    """A `BrightnessModel` whose batches wait until `gate` is set, and fail while `failures` are left."""
 
     def __init__(self) -> None:
         super().__init__()
-        categories = [{"id": 7, "name": "light"}, {"id": 3, "name": "other"}]
-        self.config = M2FConfig(categories=categories, image_height=64, image_width=96)
-        self.device = torch.device("cpu")
-        self.batches: list[int] = []
         self.started, self.gate, self.failures = threading.Semaphore(0), threading.Event(), 0
         self.gate.set()
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Mask2FormerForUniversalSegmentationOutput:
-        self.batches.append(len(pixel_values))
         self.started.release()
         assert self.gate.wait(60)
         if self.failures:
             self.failures -= 1
             raise RuntimeError("out of memory")
-        grey = pixel_values.float().mean(1, keepdim=True) / 16 - 8
-        masks = torch.nn.functional.avg_pool2d(grey, 4)
-        classes = torch.tensor([[[9.0, 0.0, 0.0]]]).expand(len(pixel_values), 1, 3)
-        return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+        return super().forward(pixel_values, pixel_mask)
 
 
 def brightness() -> Predictor:
     """A predictor of bright areas."""
-    return Predictor(BrightnessModel())  # type: ignore[arg-type]
+    return Predictor(GatedModel())  # type: ignore[arg-type]
 
 
 def picture(height: int = 80, width: int = 60, left: int = 10) -> bytes:
