@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     name = os.path.basename(os.path.normpath(arguments.model))  # noqa: PTH119 (no other part of a path is shown)
 
     def announce(address: str) -> None:
-        say(f"{name} answers at {address} Ctrl-C stops it.")
+        say(f"{name} answers at {address} (Ctrl-C stops it)")
         sys.stdout.flush()  # it may be a file or a pipe
 
     options = ServeOptions(

@@ -40,7 +40,7 @@ def test_the_options_are_passed_on(
     options["reader"] = ("http://ls:8080", "secret", 1000)
     assert seen == [((model, "::1", 80, options), {"precision": "float32"})]
     out = capsys.readouterr().out
-    assert out == "first answers at http://[::1]:80/ Ctrl-C stops it.\nStopped: all requests are answered.\n"
+    assert out == "first answers at http://[::1]:80/ (Ctrl-C stops it)\nStopped: all requests are answered.\n"
 
 
 def test_a_missing_package_is_named_with_the_extra(

@@ -31,7 +31,7 @@ def test_a_stopped_server_answers_what_it_has_received_and_exits_with_0(model: P
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.fullmatch(r"tiny answers at http://127\.0\.0\.1:(\d+)/ Ctrl-C stops it\.\n", line)
+            found = re.fullmatch(r"tiny answers at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C stops it\)\n", line)
             assert found, line
             port = int(found[1])
             with ThreadPoolExecutor(3) as pool:
