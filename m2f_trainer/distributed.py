@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group starts: its functions' defaults would keep the group for ever
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
@@ -92,12 +93,15 @@ def leave() -> None:
     A process that exits with its group open may abort: gloo's threads go on while Python is finalised (SIGABRT,
     "terminate called without an active exception"). torchrun takes that for a failure and restarts a finished run.
     Those threads are joined when the last reference to the group is dropped. Models wrapped for it hold references,
-    possibly in reference cycles.
+    possibly in reference cycles. The last reference must be one of Python's: it is dropped without the interpreter's
+    lock, which a thread may need to end. Where a wrapped model drops it, the lock is held, and both wait for ever.
     """
     if dist.is_available() and dist.is_initialized():
+        last = dist.group.WORLD
         _patient.clear()
         dist.destroy_process_group()
         gc.collect()
+        del last
 
 
 def leave_at_exit() -> None:

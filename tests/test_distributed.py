@@ -78,6 +78,42 @@ def test_every_rank_leaves_its_group_at_exit_also_when_one_fails(failing: int | 
     assert [(tmp_path / f"{rank}.left").read_text() for rank in range(2)] == ["True", "True"]
 
 
+def leave_early(rank: int, folder: Path) -> None:
+    """Rank 0 leaves while a thread of its group still works, for a tensor of Python, and its model is in a cycle."""
+    sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    model: Any = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    model.itself = model
+    del model
+    tensor: Any = torch.ones(1)
+    tensor.of_python = True
+    if rank == 1:
+        time.sleep(1)
+    work = dist.all_reduce(tensor, async_op=True)
+    if rank == 1:
+        work.wait()
+    del tensor, work
+    leave()
+    (folder / f"{rank}.txt").write_text(str(sum(name.startswith(("gloo", "pt_gloo")) for name in thread_names())))
+
+
+def thread_names() -> list[str]:
+    return [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads from Linux's /proc")
+def test_leaving_the_group_ends_its_threads_and_does_not_hang(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=leave_early, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 120
+    for process in ranks:
+        process.join(max(end - time.monotonic(), 0))
+        process.kill()
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["0", "0"]
+
+
 def decide_slowly(rank: int, folder: Path) -> None:
     """Rank 0 takes longer than the time limit of the group's collectives."""
     sys.stderr = (folder / f"{rank}.log").open("w", buffering=1)
