@@ -165,7 +165,6 @@ EXCLUDES = {
     "backbone_config": ("backbone",),
     "init_from": ("backbone", "pyramid_taps", "head"),
     "head_checkpoint": ("head",),
-    "head_config": ("head",),
     "augmentation": ("lsj_min_scale", "lsj_max_scale"),
     "fp16": ("bf16",),
     "max_steps": ("max_minutes", "num_train_epochs"),

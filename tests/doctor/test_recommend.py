@@ -83,13 +83,17 @@ def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None
 
 
 def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
-    given = {"tune": "lora", "max_steps": 10, "backbone_config": {**VIT, "patch_size": 16}, "head_config": {}}
+    given = {"tune": "lora", "max_steps": 10, "backbone_config": {**VIT, "patch_size": 16}}
     chosen = as_recipe(recommend(NUCLEI, LAPTOP, given))
-    assert not chosen.keys() & {"tune", "feature_cache", "max_minutes", "backbone", "head"}
+    assert not chosen.keys() & {"tune", "feature_cache", "max_minutes", "backbone"}
     assert chosen["image_height"] % 16 == 0
     assert as_recipe(recommend(STREETS, LAPTOP, {"tile_size": 256}))["image_height"] == 364
     assert "pyramid_taps" not in as_recipe(recommend(NUCLEI, LAPTOP, {"backbone": "dinov3-convnext-tiny"}))
     assert as_recipe(recommend(NUCLEI, LAPTOP, {"backbone": "dinov2-large"}))["pyramid_taps"] == [4, 8, 12]
+
+
+def test_a_head_with_a_changed_setting_is_still_the_one_for_the_machine() -> None:
+    assert as_recipe(recommend(NUCLEI, LAPTOP, {"head_config": {"encoder_layers": 1}}))["head"] == "light"
 
 
 def test_objects_are_measured_in_pixels_of_the_original_image(tmp_path: Path) -> None:
