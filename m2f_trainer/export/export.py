@@ -11,7 +11,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,17 +193,23 @@ def _check_another_size(program: torch.export.ExportedProgram, config: M2FConfig
 
 @contextmanager
 def symbolic_sizes(backbone: nn.Module) -> Iterator[None]:
-    """Keep the sizes of images symbolic in a trace where transformers' `torch_int` would turn them into constants."""
-    names = vars(sys.modules[type(backbone).__module__])
-    original = names.get("torch_int")
-    if original is None:
-        yield
-        return
-    names["torch_int"] = lambda size: size if isinstance(size, torch.SymInt) else original(size)
+    """Keep the sizes of images symbolic in a trace, without conditions.
+
+    transformers' `torch_int` would turn sizes into constants. Its ViTs don't interpolate position embeddings at their
+    pretraining size, unless `torch.jit` traces, although this changes nothing: the program would refuse that size.
+    """
+    replaced: list[tuple[dict[str, Any], str, Callable[..., Any]]] = [(vars(torch.jit), "is_tracing", lambda: True)]
+    module = vars(sys.modules[type(backbone).__module__])
+    if to_int := module.get("torch_int"):
+        replaced.append((module, "torch_int", lambda size: size if isinstance(size, torch.SymInt) else to_int(size)))
+    originals = [names[name] for names, name, _ in replaced]
+    for names, name, replacement in replaced:
+        names[name] = replacement
     try:
         yield
     finally:
-        names["torch_int"] = original
+        for (names, name, _), original in zip(replaced, originals, strict=True):
+            names[name] = original
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> list[str]:

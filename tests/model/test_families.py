@@ -11,7 +11,7 @@ from transformers import AutoBackbone
 
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.export.export import ONE_SIZE as ONE_EXPORTED_SIZE
-from m2f_trainer.export.export import export_model
+from m2f_trainer.export.export import export_model, symbolic_sizes
 from m2f_trainer.export.parity import FULL, check_export
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.backbones import ModelError, feature_maps, read_config
@@ -156,3 +156,17 @@ def test_batch_norms_keep_their_pretrained_statistics_in_training() -> None:
 def test_the_published_table_of_families_is_what_these_tests_find() -> None:
     page = Path(__file__).parents[2].joinpath("recipes", "README.md").read_text(encoding="utf-8")
     assert table() in page
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_with_registers", "vitdet"])
+def test_a_traced_vit_takes_the_size_of_its_pretraining_and_others(name: str) -> None:
+    backbone = AutoBackbone.from_config(read_config(family(name))).eval()
+    free = {2: 16 * torch.export.Dim("rows", min=4, max=64), 3: 16 * torch.export.Dim("columns", min=4, max=64)}
+    with symbolic_sizes(backbone):
+        program = torch.export.export(backbone, (torch.randn(1, 3, 96, 112),), dynamic_shapes=(free,), strict=False)
+    assert not torch.jit.is_tracing()
+    for height, width in ((64, 64), (80, 128)):
+        pixels = torch.randn(1, 3, height, width)
+        found, expected = program.module()(pixels).feature_maps, backbone(pixels).feature_maps
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
