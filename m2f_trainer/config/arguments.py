@@ -344,6 +344,14 @@ class DataArguments:
         at_least=8,
         changes_results=True,
     )
+    eval_tile_size: int | None = option(
+        None,
+        "Side of the tiles in evaluation and prediction. Smaller tiles than in training are enlarged more, which finds "
+        "more small objects and takes longer. Default: tile_size.",
+        "data",
+        at_least=8,
+        changes_results=True,
+    )
     tile_overlap: float = option(
         0.3,
         "Fraction of a tile that is shared with its neighbours in evaluation and prediction.",
@@ -438,6 +446,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_ranges(self)
         parse_pixel_range(self.pixel_range)
+        if self.eval_tile_size and not self.tile_size:
+            raise RecipeError(
+                f"eval_tile_size={self.eval_tile_size} needs tile_size: a model that is trained on whole images is "
+                "evaluated on whole images. Give tile_size too, or leave eval_tile_size out."
+            )
         augment = self.augment()
         if augment["lsj_min_scale"] > augment["lsj_max_scale"]:
             raise RecipeError(

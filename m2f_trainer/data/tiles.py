@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Sampler
 
-from m2f_trainer.config.arguments import DataArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.geometry import Crop, Frames, Pixels, crop_image, in_crop
@@ -348,10 +347,10 @@ class Tiling:
         return *pad(crop_image(Image.fromarray(pixels), crop), crop, self.frame), Frames(size, crop.resized, self.frame)
 
 
-def tiling_of(data: DataArguments | M2FConfig) -> Tiling | None:
-    """The tiling of a recipe or of a trained model; None for whole images."""
-    frame = (data.image_height, data.image_width)
-    return Tiling(data.tile_size, data.tile_overlap, frame) if data.tile_size else None
+def tiling_of(config: M2FConfig) -> Tiling | None:
+    """The tiling of a model in evaluation and prediction; None for whole images."""
+    frame = (config.image_height, config.image_width)
+    return Tiling(config.tile_size, config.tile_overlap, frame) if config.tile_size else None
 
 
 class EvalTiles(InstanceDataset):

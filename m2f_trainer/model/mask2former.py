@@ -50,8 +50,8 @@ class M2FConfig(Mask2FormerConfig):
                     weight of the instance discrimination loss (see `discrimination`); 0: off
     class_weights   weight of each class in the classification loss; None for 1 each
     tile_size, tile_overlap
-                    side of the square tiles in original pixels, and the fraction of it that neighbours share; tiles
-                    are resized to the frame. None for whole images
+                    side of the square tiles of evaluation and prediction in original pixels, and the fraction of it
+                    that neighbours share; tiles are resized to the frame. None for whole images
     pixel_range     for images of more than 8 bits: the values [low, high] that become 0 and 255, or "image" for
                     percentiles of each image; None: 0 to 65535
     quality_weight  loss weight of the mask quality head, whose IoUs rescore queries (see `quality`); 0: no such head

@@ -127,12 +127,12 @@ def report_overfull(samples: InstanceDataset, num_queries: int) -> None:
         )  # fmt: skip
 
 
-def eval_samples(rows: Dataset, data: DataArguments | M2FConfig, categories: Sequence[Category]) -> InstanceDataset:
+def eval_samples(rows: Dataset, config: M2FConfig, categories: Sequence[Category]) -> InstanceDataset:
     """Rows to score on: whole images, resized and padded, or tiles of them."""
-    tiling = tiling_of(data)
+    tiling = tiling_of(config)
     if tiling is not None:
         return EvalTiles(rows, tiling, categories)
-    return InstanceDataset(rows, EvalTransform(data.image_height, data.image_width), categories)
+    return InstanceDataset(rows, EvalTransform(config.image_height, config.image_width), categories)
 
 
 def with_feature_cache(
@@ -168,7 +168,7 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
         init_from=model.init_from,
         neck=model.neck,
         num_queries=model.num_queries,
-        tile_size=data.tile_size,
+        tile_size=data.eval_tile_size or data.tile_size,
         tile_overlap=data.tile_overlap,
         pixel_range=None if pixel_range == "auto" else pixel_range,
         drop_path=model.drop_path,

@@ -110,7 +110,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             trainer.add_callback(OwedEvaluation(trainer, start))
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout), report_broken_uploads(callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-            test = eval_samples(data.test, recipe.data, data.categories) if data.test is not None else None
+            test = eval_samples(data.test, model.config, data.categories) if data.test is not None else None
             figures = evaluate(trainer, test)
         finish(trainer, figures, data.valid, hub_target(recipe.train) if recipe.train.push_to_hub else None)
         if recipe.train.save_head and recipe.train.process_index == 0:
@@ -164,7 +164,7 @@ def make_trainer(
         model,
         recipe.train.for_trainer(),
         train_dataset=with_feature_cache(samples, model, recipe.model.feature_cache, recipe.train),
-        eval_dataset=eval_samples(data.valid, recipe.data, data.categories),
+        eval_dataset=eval_samples(data.valid, model.config, data.categories),
         callbacks=callbacks,
         fingerprint=facts,
         processing_class=SavedWithModel(recipe, model.config),

@@ -220,6 +220,11 @@ def test_a_tile_fills_a_square_frame_which_by_default_is_of_its_own_size() -> No
         frame("--tile_size", "112", "--image_height", "224", "--image_width", "1022")
 
 
+def test_tiles_of_evaluation_need_tiles_of_training() -> None:
+    with pytest.raises(RecipeError, match=r"eval_tile_size=64 needs tile_size: .* Give tile_size too, or leave"):
+        load_recipe(["--dataset_name", "x", "--eval_tile_size", "64"])
+
+
 def test_tiles_keep_the_scale_of_the_images_unless_a_size_is_given() -> None:
     def scales(*options: str) -> tuple[float, float]:
         augment = load_recipe(["--dataset_name", "x", "--tile_size", "128", *options]).data.augment()

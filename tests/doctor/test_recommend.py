@@ -49,7 +49,7 @@ def test_what_is_chosen_is_a_recipe_that_loads(facts: Facts, machine: Machine, t
 def test_a_laptop_gets_an_open_backbone_and_a_bounded_run_and_a_server_the_default() -> None:
     laptop, server = as_recipe(recommend(NUCLEI, LAPTOP)), as_recipe(recommend(NUCLEI, SERVER))
     assert (laptop["backbone"], laptop["tune"], laptop["max_minutes"]) == ("dinov2-small", "lora", 60)
-    assert as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))["tune"] == "frozen"
+    assert as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 3}))["tune"] == "frozen"
     assert as_recipe(recommend(STREETS, LAPTOP))["tune"] == "frozen"
     assert (server["backbone"], server["tune"]) == ("dinov3-vits16plus", "lora")
 
@@ -80,6 +80,14 @@ def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None
         assert reason.endswith(f"used about {times} times each")
     for given in ({"max_steps": 2}, {"num_train_epochs": 2.0}):
         assert "feature_cache" not in as_recipe(recommend(few, LAPTOP, given))
+
+
+def test_tiles_of_evaluation_are_smaller_on_a_cpu_unless_the_user_chose_the_tiles() -> None:
+    chosen = as_recipe(recommend(NUCLEI, LAPTOP))
+    assert (chosen["tile_size"], chosen["eval_tile_size"]) == (80, 64)
+    assert "eval_tile_size" not in as_recipe(recommend(NUCLEI, SERVER))
+    assert "eval_tile_size" not in as_recipe(recommend(NUCLEI, LAPTOP, {"tile_size": 96}))
+    assert "eval_tile_size" not in as_recipe(recommend(STREETS, LAPTOP))
 
 
 def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:

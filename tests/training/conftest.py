@@ -19,8 +19,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps on tiles."""
+    """A finished run of four steps on tiles of 56 pixels, which is evaluated on tiles of 48."""
     folder = tmp_path_factory.mktemp("tiled")
-    fields = {"tile_size": 48, "tile_overlap": 0.25, "augmentation": "light", "copy_paste": 0.5}
+    fields = {"tile_size": 56, "eval_tile_size": 48, "tile_overlap": 0.25, "augmentation": "light", "copy_paste": 0.5}
     train(load_recipe([str(write_tiny(folder, **fields))]))
     return folder

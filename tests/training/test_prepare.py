@@ -34,7 +34,9 @@ def test_the_data_of_a_run_are_its_splits_cut_to_the_recipes_limits(tmp_path: Pa
     assert [len(split) for split in (data.train, data.valid, data.test)] == [2, 1, 1]
     for samples in (
         train_samples(data.train, recipe.data, 0, data.categories),
-        eval_samples(data.valid, recipe.data, data.categories),
+        eval_samples(
+            data.valid, build_recipe_model(recipe.model, recipe.data, data.categories).config, data.categories
+        ),
     ):
         assert samples[0]["pixel_values"].shape == (3, 64, 64)
 
@@ -78,7 +80,7 @@ def test_the_range_of_16_bit_images_is_stored_in_the_model_and_used_for_new_file
     model = build_recipe_model(recipe.model, recipe.data, data.categories)
     assert list(model.config.pixel_range) == [low, high]
     assert export_constants(model.config, "onnx", half=False, fixed_size=False)["preprocessing"]["pixel_range"]
-    sample = eval_samples(data.valid, recipe.data, data.categories)[0]
+    sample = eval_samples(data.valid, model.config, data.categories)[0]
     (frame,) = Predictor(model).frames([data.valid[0]["image"]["path"]])
     assert torch.equal(frame.pixel_values, sample["pixel_values"])
     assert len(sample["pixel_values"].unique()) > 90
