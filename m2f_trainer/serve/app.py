@@ -210,7 +210,10 @@ def _add_label_studio(app: FastAPI, service: Service) -> None:
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, Any]:
-        """Predictions of tasks; a task whose image can't be used has no regions and an `error`."""
+        """Predictions of tasks; a task whose image can't be used has an `error` and no `result`.
+
+        Label Studio logs the error and stores no prediction, so that it asks again when the image has been replaced.
+        """
         with service.admitted():
             content = await _read_json(request, options.max_bytes)
             control, tasks, results = _control(content.get("label_config")), content.get("tasks"), []
@@ -229,7 +232,7 @@ def _add_label_studio(app: FastAPI, service: Service) -> None:
             found = await service.predict(image, options.threshold)
         except M2FError as error:
             logger.warning("Label Studio: %s", error)
-            return {"result": [], "score": 0.0, **version, "error": str(error)}
+            return {"error": str(error)}
         return await service.write(prediction, found, control, options.name)
 
     def _control(config: object) -> Control:
@@ -243,7 +246,7 @@ def _add_label_studio(app: FastAPI, service: Service) -> None:
         await read_body(request, options.max_bytes)
         return {"status": "ignored", **version}
 
-    @app.post("/versions")
+    @app.api_route("/versions", methods=["GET", "POST"])
     async def versions(request: Request) -> dict[str, Any]:
         """The only version of the model."""
         await read_body(request, options.max_bytes)
