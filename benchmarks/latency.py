@@ -1,4 +1,4 @@
-"""Latency of one image in each runtime, network only: torch, torch.compile, ONNX Runtime, OpenVINO and int8.
+"""Latency of one image in each runtime, network only: torch, torch.compile, AOTInductor, ONNX Runtime, OpenVINO, int8.
 
 python -m benchmarks.latency --side 512 1024 --head original light tiny --rivals YOLO11n-seg RF-DETR-Seg-Nano
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch._inductor import aoti_load_package
 
 from benchmarks.measure import Run, alternate, parser, report
 from benchmarks.rivals.environments import prepare
@@ -29,7 +30,7 @@ from m2f_trainer.export.export import FILES, INPUTS, Graph, export_model
 from m2f_trainer.export.openvino import compile_options, import_openvino
 from m2f_trainer.export.quantize import quantize_onnx
 
-RUNTIMES = ("torch", "compiled", "onnx", "openvino", "openvino bfloat16", "int8", "int8 bfloat16")
+RUNTIMES = ("torch", "compiled", "aotinductor", "onnx", "openvino", "openvino bfloat16", "int8", "int8 bfloat16")
 """int8 and its bfloat16 row are the scheme of `m2f_trainer.export.quantize`."""
 
 
@@ -112,8 +113,10 @@ def ours(arguments: argparse.Namespace, head: str, side: int, folder: Path) -> d
     inputs = [pixels.numpy(), mask.numpy()]
     model = our_model(arguments.backbone, side, **HEADS[head]).eval()
     graph, int8_file = Graph(model), folder / "int8.xml"
-    onnx_file = folder / FILES["onnx"]
-    if not onnx_file.exists() and set(arguments.runtime) - {"torch", "compiled"}:
+    package, onnx_file = folder / FILES["aotinductor"], folder / FILES["onnx"]
+    if not package.exists() and "aotinductor" in arguments.runtime:
+        export_model(model, "aotinductor", folder)
+    if not onnx_file.exists() and set(arguments.runtime) - {"torch", "compiled", "aotinductor"}:
         export_model(model, "onnx", folder)
     if not int8_file.exists() and any(name.startswith("int8") for name in arguments.runtime):
         quantize_onnx(onnx_file, int8_file, [(inputs[0], inputs[1])], half=False)
@@ -129,6 +132,7 @@ def ours(arguments: argparse.Namespace, head: str, side: int, folder: Path) -> d
     made: dict[str, Callable[[], Run]] = {
         "torch": lambda: in_torch(graph),
         "compiled": lambda: in_torch(torch.compile(graph)),
+        "aotinductor": lambda: in_torch(aoti_load_package(str(package))),
         "onnx": lambda: in_onnxruntime(onnx_file, threads, dict(zip(INPUTS, inputs, strict=True))),
         "openvino": lambda: in_openvino(onnx_file, threads, inputs, in_float32),
         "openvino bfloat16": lambda: in_openvino(onnx_file, threads, inputs, {}),

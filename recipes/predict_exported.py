@@ -1,6 +1,6 @@
 """Run an exported model with only numpy, Pillow and a runtime: python predict_exported.py model.onnx IMAGE [...]
 
-The runtime is onnxruntime for model.onnx, openvino for model.xml.
+The runtime is onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and model.aoti.pt2.
 Prints one JSON line per instance and writes IMAGE.instances.png. model.json describes the steps."""
 
 import json
@@ -18,6 +18,13 @@ def open_network(path, constants):
 
         compiled = openvino.Core().compile_model(path, "CPU", constants["compile_options"])
         return lambda pixels, mask: compiled([pixels, mask], share_outputs=False).to_tuple()
+    if path.suffix == ".pt2":
+        import torch
+        from torch._inductor import aoti_load_package
+
+        compiled = path.name.endswith(".aoti.pt2")
+        program = aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+        return torch.no_grad()(lambda *inputs: [one.numpy() for one in program(*map(torch.from_numpy, inputs))])
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m2f_trainer.cli.console import add_file_options, positive_int, say, suggest
 
-SUMMARY = "a model as an ONNX, OpenVINO or torch file, compared with it on real images"
+SUMMARY = "a model as an ONNX, OpenVINO, torch or AOTInductor file, compared with it on real images"
 DESCRIPTION = (
     "Write a model for other runtimes, with a JSON file of the constants needed to use it, and compare it "
     "with the model on validation images. Exit status: 0 parity, 1 no parity."
@@ -24,9 +24,16 @@ READING = ("annotations", "images", "exif_frame", "follow_links", "max_pixels")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a model")
     file = parser.add_argument_group(
-        "the file", "onnx needs pip install 'm2f-trainer[export]', openvino pip install 'm2f-trainer[openvino]'"
+        "the file",
+        "onnx needs pip install 'm2f-trainer[export]', openvino pip install 'm2f-trainer[openvino]', aotinductor a C++ "
+        "compiler",
     )
-    file.add_argument("--format", default="onnx", choices=["onnx", "openvino", "torch"], help="[%(default)s]")
+    file.add_argument(
+        "--format",
+        default="onnx",
+        choices=["onnx", "openvino", "torch", "aotinductor"],
+        help="torch: a program of torch.export; aotinductor: the same compiled for CPUs like this one [%(default)s]",
+    )
     file.add_argument("--output_dir", type=Path, default=Path("export"), help="output folder [%(default)s]")
     file.add_argument(
         "--half",
@@ -94,13 +101,15 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
     size = sum(file.stat().st_size for file in files) / 1e6
     say(f"{' and '.join(map(str, files))}: {size:.1f} MB. {path.with_name(CONSTANTS)} describes how to use it.")
-    if left := read_json(path.with_name(CONSTANTS)).get("int8", {}).get("left_in_float"):
+    constants = read_json(path.with_name(CONSTANTS))
+    if "runs_on" in constants:
+        say(f"It runs on: {constants['runs_on']}. It contains machine code: load it only from sources that you trust.")
+    if left := constants.get("int8", {}).get("left_in_float"):
         say(f"int8: left in float, since their errors move masks or ranks: {', '.join(left)}.")
     if dataset is None:
         say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
     reference = load_model(arguments.model)
     parity = check_export(reference, path, dataset, arguments.num_images, limits, arguments.fixed_size)
     say(parity.to_text())
-    if arguments.format != "torch":
-        suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")
+    suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")
     return 0 if parity.met else 1

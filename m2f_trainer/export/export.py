@@ -1,4 +1,4 @@
-"""Export a model for other runtimes, as ONNX, OpenVINO or a torch program, and a JSON file of the constants to use it.
+"""Export a model for other runtimes, as ONNX, OpenVINO, a torch program or machine code, with the constants to use it.
 
 The graph takes unnormalised uint8 pixels, normalises them and returns the logits. It contains only standard operators
 (deformable attention becomes GridSample, or Gather). With dynamic height and width the graph is traced on a frame that
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from m2f_trainer.errors import ModelFolderError, needs
+from m2f_trainer.export.aotinductor import check_compiler, compile_program, supported_machines
 from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.export.quantize import CalibrationFrame, quantize_onnx
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
@@ -38,7 +39,7 @@ FEWEST_STRIDES, MOST_STRIDES = 4, 512
 ONE_SIZE = ("hiera", "swin", "swinv2")
 """Families of backbones whose traces hold for one size of images. That of a Swin for any size takes minutes to fail."""
 
-FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
+FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "aotinductor": "model.aoti.pt2"}
 CONSTANTS = "model.json"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("class_logits", "mask_logits")
 _FIXED_SIZE = "Export it with --fixed_size, for images of the model's own size"
@@ -80,14 +81,14 @@ def export_model(
     """Write the model file (see `FILES`) and model.json to `output_dir`; return the path of the model file.
 
     Args:
-        form: "onnx", "openvino" or "torch". OpenVINO's model.xml has its weights beside it, in model.bin.
+        form: one of `FILES`. OpenVINO's model.xml has its weights beside it, in model.bin.
         half: backbone and neck in float16; for OpenVINO all weights in float16, and the device's preferred arithmetic.
         fixed_size: accept only images of the model's own frame size; the batch size stays dynamic.
         portable: deformable attention by Gather instead of GridSample, for runtimes that lack the latter.
         calibration: frames to quantize the model to int8 with (see `quantize`), for OpenVINO only.
 
     Raises:
-        MissingPackageError: the packages of the format are not installed.
+        MissingPackageError: the packages of the format are not installed, or the C++ compiler that it needs.
         ModelFolderError: the backbone can't be traced, or a file of `output_dir` is a link.
     """
     if form == "onnx":
@@ -96,6 +97,8 @@ def export_model(
         needs("onnx", "onnxscript", "openvino", extra="openvino")
         if calibration is not None:
             needs("nncf", extra="int8")
+    elif form == "aotinductor":
+        check_compiler()
     check_no_links(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILES[form]
@@ -115,8 +118,10 @@ def export_model(
                 else:
                     constants["int8"] = {"left_in_float": quantize_onnx(onnx_file, path, calibration, half)}
                     constants["precision"] = f"int8 in part, otherwise {constants['precision']}"
-        else:
+        elif form == "torch":
             torch.export.save(program, path)
+        else:
+            compile_program(program, path)
     write_json(output_dir / CONSTANTS, constants)
     return path
 
@@ -241,16 +246,18 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
 
     height, width, stride = config.image_height, config.image_width, frame_stride(config)
     sides = f"multiples of {stride}, from {FEWEST_STRIDES * stride} to {MOST_STRIDES * stride}"
+    sides = f"{height} x {width} only" if fixed_size else sides
     halved = "float16 weights" if form == "openvino" else "float16 backbone and neck, float32 decoders"
     return {
         "made_by": f"m2f_trainer {__version__}",
         "file": FILES[form],
         "precision": halved if half else "float32",
         **({"compile_options": compile_options(half)} if form == "openvino" else {}),
+        **({"runs_on": supported_machines()} if form == "aotinductor" else {}),
         "inputs": {
             "pixel_values": "uint8 (batch, 3, height, width): RGB, resized and padded",
             "pixel_mask": "bool (batch, height, width): true on the image, false on padding",
-            "sides": f"{height} x {width} only" if fixed_size else sides,
+            "sides": f"{sides}; not checked by the file" if form == "aotinductor" else sides,
         },
         "outputs": {
             "class_logits": f"float32 (batch, {config.num_queries}, {len(config.categories or []) + 1}): "

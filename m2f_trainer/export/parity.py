@@ -24,7 +24,7 @@ from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.validate import check_split
 from m2f_trainer.evaluation.coco import CocoMap
-from m2f_trainer.export.export import CONSTANTS, INPUTS, frame_stride
+from m2f_trainer.export.export import CONSTANTS, FILES, INPUTS, frame_stride
 from m2f_trainer.export.openvino import CompiledFile
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
@@ -154,7 +154,7 @@ class OnnxRunner(Runner):
 
 
 class OpenVinoRunner(Runner):
-    """An OpenVINO file (.xml) on the CPU, compiled with the options of its model.json."""
+    """An OpenVINO file on the CPU, compiled with the options of its model.json."""
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         super().__init__(config)
@@ -165,7 +165,7 @@ class OpenVinoRunner(Runner):
 
 
 class ProgramRunner(Runner):
-    """A torch program (.pt2)."""
+    """A torch program."""
 
     def __init__(self, path: Path, config: M2FConfig) -> None:
         super().__init__(config)
@@ -177,12 +177,31 @@ class ProgramRunner(Runner):
         return classes, masks
 
 
-RUNNERS = {".onnx": OnnxRunner, ".xml": OpenVinoRunner, ".pt2": ProgramRunner}
+class PackageRunner(Runner):
+    """An AOTInductor package."""
+
+    def __init__(self, path: Path, config: M2FConfig) -> None:
+        from torch._inductor import aoti_load_package
+
+        super().__init__(config)
+        self.package = aoti_load_package(str(path))
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        classes, masks = self.package(pixel_values, pixel_mask)
+        return classes, masks
+
+
+RUNNERS = {
+    FILES["onnx"]: OnnxRunner,
+    FILES["openvino"]: OpenVinoRunner,
+    FILES["torch"]: ProgramRunner,
+    FILES["aotinductor"]: PackageRunner,
+}
 
 
 def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLimits, fixed_size: bool) -> Parity:
     """Run model and file on the images of `rows`, one by one, and write parity.json beside the file."""
-    original, exported = ModelRunner(model), RUNNERS[path.suffix](path, model.config)
+    original, exported = ModelRunner(model), RUNNERS[path.name](path, model.config)
     differences: list[list[float]] = []
     predictions: tuple[list[Instances], list[Instances]] = [], []
     size = 0.0

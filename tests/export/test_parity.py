@@ -38,7 +38,7 @@ class Faithful(Faulty):
 def test_a_file_with_other_logits_fails_the_comparison(
     runner: type[Runner], met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+    monkeypatch.setitem(parity.RUNNERS, "model.pt2", runner)
     found = check_export(model_of(SMALL), tmp_path / "model.pt2", None, 2, FULL, fixed_size=True)
     assert found.met is met
     assert ("NOT MET" in found.to_text()) is not met
@@ -55,7 +55,7 @@ def test_a_model_of_tiles_is_compared_on_every_tile(tmp_path: Path, monkeypatch:
             return classes, masks + (len(self.logits) == 4)
 
     model = model_of(SMALL, tile_size=48, tile_overlap=0.25)
-    monkeypatch.setitem(parity.RUNNERS, ".pt2", FaultyOnce)
+    monkeypatch.setitem(parity.RUNNERS, "model.pt2", FaultyOnce)
     found = check_export(model, tmp_path / "model.pt2", None, 1, FULL, fixed_size=True)
     assert found.images == 1
     assert found.mask_logits == pytest.approx(1, abs=1e-4)
@@ -85,7 +85,7 @@ def test_the_command_exits_with_1_where_parity_is_not_met(
     monkeypatch.setattr("m2f_trainer.export.export.trace", lambda *_: None)
     monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"program"))
     for runner, status in ((Faulty, 1), (Faithful, 0)):
-        monkeypatch.setitem(parity.RUNNERS, ".pt2", runner)
+        monkeypatch.setitem(parity.RUNNERS, "model.pt2", runner)
         argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
         assert cli.main([*argv, "--num_images", "2", "--fixed_size"]) == status
     out = capsys.readouterr().out
