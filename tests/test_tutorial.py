@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from m2f_trainer.cli.main import build_parser
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.export.export import FILES
 from tests.training.runs import ROOT, TINY
 
 TEXT = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-SECTION = "## From a labelled folder to a served ONNX file"
+SECTION = "## From a labelled folder to a served model"
 
 
-def commands() -> list[str]:
-    (block,) = re.findall(SECTION + r"\n\n```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+def commands(number: int = 0) -> list[str]:
+    """The commands of a block of the section."""
+    block = re.findall(r"```bash\n(.*?)```", TEXT.partition(SECTION)[2], flags=re.DOTALL)[number]
     return [line.partition("  #")[0] for line in block.splitlines() if not line.startswith("pip install")]
 
 
@@ -33,6 +36,12 @@ def run(command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def test_every_way_to_serve_a_model_is_a_command_that_parses() -> None:
+    parsed = [build_parser().parse_args(shlex.split(line)[1:]) for line in commands(1)]
+    assert {arguments.format for arguments in parsed if "format" in arguments} == FILES.keys()
+    assert len({arguments.output_dir for arguments in parsed if "output_dir" in arguments}) == len(parsed) - 1
 
 
 @pytest.mark.slow
