@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
@@ -116,7 +116,7 @@ class Predictor:
 
     def stream(
         self,
-        images: Iterable[PredictorInput],
+        images: Iterable[PredictorInput | Frame],
         *,
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
@@ -126,7 +126,8 @@ class Predictor:
         """The same as an iterator over any number of images; `batch_size` images, or tiles, are in memory at a time.
 
         `top_k` limits the instances per image, or per tile. `unreadable` is called with the position and the error of
-        each image that can't be read, which has no instances then; by default the error is raised.
+        each image that can't be read, which has no instances then; by default the error is raised. An image may also be
+        given as its `whole_frame`.
         """
         if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
             raise ArgumentError(f'threshold: expected a number or "auto", got {threshold!r}.')
@@ -137,7 +138,7 @@ class Predictor:
 
     def _stream(
         self,
-        images: Iterable[PredictorInput],
+        images: Iterable[PredictorInput | Frame],
         batch_size: int,
         threshold: float | Literal["auto"],
         top_k: int,
@@ -158,11 +159,14 @@ class Predictor:
 
     def frames(
         self,
-        images: Iterable[PredictorInput],
+        images: Iterable[PredictorInput | Frame],
         unreadable: Callable[[int, M2FError], object] | None = None,
     ) -> Iterator[Frame]:
         """The model's input for each image: the whole image, or its tiles in order."""
         for position, image in enumerate(images):
+            if isinstance(image, Frame):
+                yield replace(image, position=position)
+                continue
             try:
                 yield from self._frames_of(position, source_of(image, f"image {position}"))
             except (DataError, MissingPackageError) as error:
@@ -173,13 +177,24 @@ class Predictor:
     def _frames_of(self, position: int, image: ImageSource) -> Iterator[Frame]:
         where = str(image) if isinstance(image, (str, Path)) else f"image {position}"
         if self.tiling is None:
-            transform = EvalTransform(*self.padded_size, self.pixel_range)
-            values, valid, frames = transform.prepare(image, where)
-            yield Frame(position, frames.original, 0, values, valid, frames)
+            yield self.whole_frame(image, where, position)
             return
         windows = windows_of(image, where, self.pixel_range)
         for number, tile in enumerate(self.tiling.lay(windows.size)):
             yield Frame(position, windows.size, number, *self.tiling.prepare(windows.read(tile.box)))
+
+    def whole_frame(self, image: ImageSource, where: str = "image", position: int = 0) -> Frame:
+        """The model's input for a whole image, which `stream` takes in its place; threads may call this at any time.
+
+        Raises:
+            ImageError: the image can't be read; `where` names it.
+            ArgumentError: the predictor cuts images into tiles.
+        """
+        if self.tiling is not None:
+            raise ArgumentError("whole_frame: this predictor cuts images into tiles. Set its tiling to None.")
+        transform = EvalTransform(*self.padded_size, self.pixel_range)
+        values, valid, frames = transform.prepare(image, where)
+        return Frame(position, frames.original, 0, values, valid, frames)
 
     @torch.inference_mode()
     def _predict(self, batch: Sequence[Frame], threshold: float, top_k: int) -> list[Instances]:

@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2f_trainer.errors import M2FError
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.predictor import Predictor
-from m2f_trainer.serve.answers import Format, check_image, coco_results, overlay_picture, polygon_results
+from m2f_trainer.inference.predictor import Frame, Predictor
+from m2f_trainer.serve.answers import NAME, Format, check_image, coco_results, overlay_picture, polygon_results
 from m2f_trainer.serve.batching import Batcher, Threshold
 from m2f_trainer.serve.label_studio import Control, ImageReader, find_control, prediction
 from m2f_trainer.serve.metrics import Metrics
@@ -75,6 +75,7 @@ class Service:
             observe=self.metrics.count_batch,
         )
         self.metrics.watch(lambda: self.batcher.waiting, lambda: self.opened)
+        self._decoders = ThreadPoolExecutor(2, "images")  # a huge image delays others little; each takes much memory
         self._writer = ThreadPoolExecutor(1, "answers")  # one at a time: a picture takes much memory
 
     @contextmanager
@@ -105,8 +106,11 @@ class Service:
             HTTPException: 500, the model failed.
         """
         await asyncio.to_thread(check_image, image, overlay)
+        given: bytes | Frame = image
         try:
-            return await asyncio.wrap_future(self.batcher.submit(image, threshold))
+            if self.predictor.tiling is None:  # the tiles of an image are read as the model gets to them
+                given = await self._in(self._decoders, self.predictor.whole_frame, image, NAME)
+            return await asyncio.wrap_future(self.batcher.submit(given, threshold))
         except M2FError:
             raise
         except Exception as error:
@@ -114,10 +118,14 @@ class Service:
 
     async def write(self, function: Callable[..., T], *values: Any) -> T:
         """The result of a function that makes an answer, in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._writer, function, *values)
+        return await self._in(self._writer, function, *values)
+
+    async def _in(self, threads: ThreadPoolExecutor, function: Callable[..., T], *values: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *values)
 
     def close(self) -> None:
         """Answer what is in the queue and stop."""
+        self._decoders.shutdown()
         self.batcher.close()
         self._writer.shutdown()
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from m2f_trainer.errors import M2FError
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.inference.predictor import Frame, Predictor
 from m2f_trainer.serve.answers import NAME
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,9 @@ Threshold: TypeAlias = float | Literal["auto"]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The bytes of an image file, and where its instances, or the error, are delivered."""
+    """An image file or its `whole_frame`, and where its instances, or the error, are delivered."""
 
-    image: bytes
+    image: bytes | Frame
     threshold: Threshold
     future: Future[Instances] = field(default_factory=Future)
 
@@ -39,7 +39,7 @@ class Batcher:
     image has the same instances in any company.
 
     Args:
-        predictor: no other thread may use it until `close` returns.
+        predictor: no other thread may predict with it until `close` returns.
         batch_size: most images, or tiles, in memory of the model.
         max_wait: seconds.
         observe: called with the number of images of each batch.
@@ -60,8 +60,11 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, image: bytes, threshold: Threshold) -> Future[Instances]:
-        """The instances of an image file, later; the future raises an M2FError for an image that can't be used."""
+    def submit(self, image: bytes | Frame, threshold: Threshold) -> Future[Instances]:
+        """The instances of an image file, or of its `whole_frame`, later.
+
+        The future raises an M2FError for a file that can't be used.
+        """
         job = Job(image, threshold)
         self._jobs.put(job)
         return job.future

@@ -114,6 +114,18 @@ def test_a_stream_reads_no_more_images_than_a_batch(predictor: Predictor) -> Non
     assert read == [0, 1]
 
 
+def test_an_image_may_be_prepared_before_it_is_predicted(predictor: Predictor) -> None:
+    images = [picture(), picture(90, 70), picture(60, 50)]
+    prepared = [images[0], predictor.whole_frame(images[1]), predictor.whole_frame(images[2])]
+    found, truth = list(predictor.stream(prepared, batch_size=2)), predictor(images, batch_size=2)
+    assert [one.image_id for one in found] == [0, 1, 2]
+    assert [one.to_coco() for one in found] == [one.to_coco() for one in truth]
+    with pytest.raises(ImageError, match=r"^upload: not an image of a known format"):
+        predictor.whole_frame(b"none", "upload")
+    with pytest.raises(ArgumentError, match="this predictor cuts images into tiles"):
+        Predictor(tiny_model(tile_size=64, tile_overlap=0.3)).whole_frame(images[0])
+
+
 def test_an_unreadable_image_is_an_error_with_its_path(predictor: Predictor, tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not an image")

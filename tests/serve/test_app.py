@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.data import transforms
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.masks.segmentation import decode, to_counts
 from tests.model.tiny import tiny_model
@@ -104,6 +105,26 @@ def test_what_is_no_image_is_refused_with_the_reason(
     answer = ask(port, "POST", "/instances", body, headers)
     assert answer.status == 400
     assert reason in answer.reason
+
+
+def test_an_image_that_is_slow_to_decode_delays_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_now, finish = transforms.open_image, threading.Event()
+
+    def slow_if_wide(image: bytes, *arguments: Any, **options: Any) -> Image.Image:
+        opened = decode_now(image, *arguments, **options)
+        assert opened.width < 200 or finish.wait(20)
+        return opened
+
+    monkeypatch.setattr(transforms, "open_image", slow_if_wide)
+    with running(brightness(), threshold=0.5) as port, ThreadPoolExecutor(1) as pool:
+        wide = pool.submit(ask, port, "POST", "/instances", picture(width=200))
+        try:
+            answers = [ask(port, "POST", "/instances?format=polygons", picture(left=left)) for left in (0, 10, 20)]
+            assert not wide.done()
+        finally:
+            finish.set()
+        assert [answer.json["instances"][0]["bbox"][0] for answer in answers] == pytest.approx([0, 10, 20], abs=3)
+        assert wide.result().status == 200
 
 
 def test_an_image_of_too_many_pixels_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
