@@ -108,6 +108,6 @@ def _label_lines(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
     for minutes, ap, label, colour in sorted(ends, key=lambda end: end[1]):
         last = max(ap, last + height)
         axes.annotate(
-            f"{label} {ap:.1f}", (minutes, ap), (1.03 * right, last), color=colour, fontsize=9, va="center",
+            f"{label} {ap:.1f}", (minutes, ap), (minutes + 0.03 * right, last), color=colour, fontsize=9, va="center",
             annotation_clip=False,
         )  # fmt: skip
