@@ -13,7 +13,7 @@ from .compact_masks import CompactMasks, chunks
 from .deformable_grid import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
-from .quality import best_overlaps
+from .quality import best_overlaps, seen_queries
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Criterion(nn.Module):
         """Return the weighted terms: loss_cross_entropy, loss_mask and loss_dice, each (L,) for the L outputs.
 
         With a discrimination_weight there is also loss_discrimination (1,), which depends on the features only.
-        With quality_logits (B, Q) of the last output there is also loss_quality (1,).
+        With quality_logits of the last output, (B, Q') for `seen_queries`, there is also loss_quality (1,).
 
         embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), divisors as `normalizer` gives
         them (default: of this batch), T masks and class_labels [(N_b,)] in the batch's order.
@@ -148,9 +148,11 @@ class Criterion(nn.Module):
                 apart = discrimination(sampled, targets) / count
                 terms["loss_discrimination"] = self.settings.discrimination_weight * apart.unsqueeze(0)
             if quality_logits is not None:
-                truth = best_overlaps(embeddings[-1], features, masks, sampled, targets)
+                seen = seen_queries(self.training)
+                truth = best_overlaps(embeddings[-1][:, seen], features, masks, sampled, targets)
                 losses = F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
-                quality = (losses * weights[-1]).sum() / divisors[1]
+                share = losses.shape[1] / weights.shape[2]
+                quality = (losses * weights[-1][:, seen]).sum() / (share * divisors[1])
                 terms["loss_quality"] = self.settings.quality_weight * quality.unsqueeze(0)
             return terms
 

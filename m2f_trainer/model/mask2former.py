@@ -30,7 +30,7 @@ from .criterion import Criterion, LossSettings
 from .encoder import Encoder
 from .initialization import NECK_LAYERS, init_class_head, init_head_layer, init_neck_layer
 from .pixel_decoder import PixelDecoder
-from .quality import QualityHead
+from .quality import QualityHead, seen_queries
 from .ranking import rank
 from .sources import ModelError, load_config, load_weights
 from .transformer_decoder import QueryDecoder
@@ -178,7 +178,8 @@ class M2FModel(Mask2FormerPreTrainedModel):
         mask_logits = quality = loss = None
         if not self.training or self.quality_predictor is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not labelled):
-                mask_logits = torch.einsum("bqc,bchw->bqhw", embeddings[-1], features)
+                chosen = embeddings[-1][:, seen_queries(self.training)]
+                mask_logits = torch.einsum("bqc,bchw->bqhw", chosen, features)
         if self.quality_predictor is not None:
             quality = self.quality_predictor(mask_logits, features)
         if mask_labels is not None and class_labels is not None:

@@ -19,6 +19,8 @@ MEASURES, WIDTH = 5, 32
 EPSILON = 1e-3
 GRID = 32
 """Points per side of the grid on which an IoU is measured."""
+TRAINED = 4
+"""In training the head sees every fourth query: enough for its 1,281 weights, at a quarter of the time and memory."""
 
 
 class QualityHead(nn.Module):
@@ -47,6 +49,11 @@ class QualityHead(nn.Module):
             measured = F.relu(layer(measured))
         logits: Tensor = self.score(measured).squeeze(-1)
         return logits
+
+
+def seen_queries(training: bool) -> slice:
+    """The queries that the head is applied to."""
+    return slice(None, None, TRAINED if training else 1)
 
 
 @torch.no_grad()

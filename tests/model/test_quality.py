@@ -11,7 +11,7 @@ from torch import Tensor
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.mask2former import M2FModel, load_model
-from m2f_trainer.model.quality import overlaps
+from m2f_trainer.model.quality import overlaps, seen_queries
 from tests.model.tiny import CATEGORIES, HEAD, VIT, images, labels, tiny_model
 
 PIXELS = torch.stack(torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij"))
@@ -75,6 +75,15 @@ def test_the_quality_loss_trains_the_quality_head_alone() -> None:
             torch.testing.assert_close(parameter.grad, others[name].grad)
 
 
+def test_training_predicts_the_iou_of_every_fourth_query_only() -> None:
+    model, shapes = tiny_model(quality_weight=2.0), []
+    assert model.quality_predictor is not None
+    model.quality_predictor.register_forward_hook(lambda head, given, logits: shapes.append(given[0].shape[:2]))
+    model.train()(images(), **labels())
+    queries = model.eval()(images(), **labels()).class_queries_logits.shape[1]
+    assert shapes == [(2, -(-queries // 4)), (2, queries)]
+
+
 def test_a_head_trained_on_two_images_predicts_the_ious_of_their_masks() -> None:
     model = tiny_model(quality_weight=1.0).train()
     for parameter in model.parameters():
@@ -87,7 +96,7 @@ def test_a_head_trained_on_two_images_predicts_the_ious_of_their_masks() -> None
     for _ in range(60):
         torch.manual_seed(3)
         hidden, embeddings, features = model.model(model.normalise(images(), None))
-        mask_logits = torch.einsum("bqc,bchw->bqhw", embeddings[-1], features)
+        mask_logits = torch.einsum("bqc,bchw->bqhw", embeddings[-1][:, seen_queries(training=True)], features)
         classes, quality = model.class_predictor(hidden), head(mask_logits, features)
         given = labels()
         masks = CompactMasks.from_dense(given["mask_labels"])
