@@ -110,7 +110,7 @@ class Criterion(nn.Module):
         """Return the weighted terms: loss_cross_entropy, loss_mask and loss_dice, each (L,) for the L outputs.
 
         With a discrimination_weight there is also loss_discrimination (1,), which depends on the features only.
-        With quality_logits of the last output, (B, Q') for `seen_queries`, there is also loss_quality (1,).
+        With quality_logits (B, Q') of the last output's `seen_queries` there is a loss_quality (1,), scaled to Q.
 
         embeddings (L, B, Q, C), features (B, C, h, w), class_logits (L, B, Q, K + 1), divisors as `normalizer` gives
         them (default: of this batch), T masks and class_labels [(N_b,)] in the batch's order.

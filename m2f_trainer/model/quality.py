@@ -19,8 +19,8 @@ MEASURES, WIDTH = 5, 32
 EPSILON = 1e-3
 GRID = 32
 """Points per side of the grid on which an IoU is measured."""
-TRAINED = 4
-"""In training the head sees every fourth query: enough for its 1,281 weights, at a quarter of the time and memory."""
+QUERY_STRIDE = 4
+"""In training the head is applied to every fourth query, and learns as much (benchmarks/accuracy/TABLES.md)."""
 
 
 class QualityHead(nn.Module):
@@ -52,8 +52,8 @@ class QualityHead(nn.Module):
 
 
 def seen_queries(training: bool) -> slice:
-    """The queries that the head is applied to."""
-    return slice(None, None, TRAINED if training else 1)
+    """The queries that the head is applied to: every `QUERY_STRIDE`-th in training, otherwise all."""
+    return slice(None, None, QUERY_STRIDE if training else 1)
 
 
 @torch.no_grad()

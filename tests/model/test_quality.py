@@ -84,6 +84,13 @@ def test_training_predicts_the_iou_of_every_fourth_query_only() -> None:
     assert shapes == [(2, -(-queries // 4)), (2, queries)]
 
 
+def test_the_quality_loss_of_every_fourth_query_is_scaled_to_all_queries() -> None:
+    model = tiny_model(quality_weight=2.0)  # a new head predicts 0.5 for each mask: without objects all terms are equal
+    nothing = {"mask_labels": [torch.zeros(0, 64, 64)] * 2, "class_labels": [torch.zeros(0, dtype=torch.int64)] * 2}
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(images(), **nothing).loss, model.eval()(images(), **nothing).loss)
+
+
 def test_a_head_trained_on_two_images_predicts_the_ious_of_their_masks() -> None:
     model = tiny_model(quality_weight=1.0).train()
     for parameter in model.parameters():
