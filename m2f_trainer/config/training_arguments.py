@@ -280,6 +280,12 @@ class TrainArguments(TrainingArguments):
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time.", "precision and memory"
     )
+    cuda_graphs: bool = option(
+        True,
+        "Record a training step on one GPU as CUDA graphs: less time for small images and batches. Not with "
+        "accumulation, gradient_checkpointing, torch_compile or several processes, where it changes nothing.",
+        "precision and memory",
+    )
     fsdp: bool | None = option(  # type: ignore[assignment]
         None, "Shard weights, gradients and optimizer states over all processes (FSDP2).", "precision and memory"
     )

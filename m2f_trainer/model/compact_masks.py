@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,23 @@ class CompactMasks:
         starts = torch.arange(count, device=dense.device) * (height * width)
         return cls(dense.flatten(), box.expand(count, 4), starts, (height - 2, width - 2))
 
-    def sample(self, which: Tensor, points: Tensor) -> Tensor:
+    def sample(self, which: Tensor, points: Tensor, own: Tensor | None = None) -> Tensor:
         """Bilinear values of masks `which` (M,) at points (M, P, 2), x and y in [0, 1] -> (M, P) in [0, 1].
 
-        Equal to torch's grid_sample(align_corners=False, padding_mode="zeros") on the dense masks.
+        With `own` (M,) the points of mask m are points[own[m]]. Equal to torch's grid_sample(align_corners=False,
+        padding_mode="zeros") on the dense masks.
         """
-        values = points.new_empty(points.shape[:-1])
+        values = points.new_empty(len(which), points.shape[1])
         for rows in chunks(len(which), points.shape[1], points.device):
-            self._sample(which[rows], points[rows], values[rows])
+            self._sample(which[rows], points[rows if own is None else own[rows]], values[rows])
         return values
 
     def sample_images(self, counts: Sequence[int], points: Tensor) -> list[Tensor]:
         """Sample all masks of each image at that image's points: counts [N_b], points (B, P, 2) -> [(N_b, P)]."""
-        which = torch.arange(sum(counts), device=points.device).split(list(counts))
-        return [self.sample(own, at.expand(len(own), -1, -1)) for own, at in zip(which, points, strict=True)]
+        which = torch.arange(sum(counts), device=points.device)
+        images = torch.arange(len(counts), device=points.device)
+        own = torch.cat([image.expand(count) for image, count in zip(images, counts, strict=True)])
+        return list(self.sample(which, points, own).split(list(counts)))
 
     def _sample(self, which: Tensor, points: Tensor, values: Tensor) -> None:
         """Sample masks `which` into `values`; positions are in pixels from the bitmap's corner."""
@@ -87,3 +91,34 @@ def chunks(count: int, each: int, device: torch.device) -> list[slice]:
     """Split `count` rows of `each` values into slices that the device processes at once."""
     size = max(1, VALUES_AT_ONCE["cpu" if device.type == "cpu" else "accelerator"] // max(1, each))
     return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def chunks_of_images(
+    counts: Sequence[int], each: int, device: torch.device
+) -> list[tuple[slice, list[tuple[int, slice]]]]:
+    """As `chunks`, for rows that are ordered by image, counts[b] of image b.
+
+    Returns for every chunk its rows, and for every image in it the rows of that image, counted from the chunk's first.
+    """
+    ends = list(accumulate(counts))
+    found = []
+    for rows in chunks(ends[-1], each, device):
+        stop = min(rows.stop, ends[-1])
+        parts = []
+        for image, (count, end) in enumerate(zip(counts, ends, strict=True)):
+            first, last = max(end - count, rows.start), min(end, stop)
+            if first < last:
+                parts.append((image, slice(first - rows.start, last - rows.start)))
+        found.append((slice(rows.start, stop), parts))
+    return found
+
+
+def pair_logits(embeddings: Tensor, features: Tensor, parts: Sequence[tuple[int, slice]]) -> Tensor:
+    """Mask logits of pairs of query and image: embeddings (M, C), features (B, C, h, w) -> (M, h, w).
+
+    `parts`: the rows of each image, which together are all rows. Not differentiable.
+    """
+    logits = embeddings.new_empty(len(embeddings), *features.shape[-2:])
+    for image, rows in parts:
+        torch.mm(embeddings[rows], features[image].flatten(1), out=logits[rows].flatten(1))
+    return logits

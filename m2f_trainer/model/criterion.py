@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compact_masks import CompactMasks, chunks
+from .compact_masks import CompactMasks, chunks_of_images, pair_logits
 from .deformable_grid import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
@@ -208,8 +208,10 @@ class PointLosses(torch.autograd.Function):
         chosen = pairs.new_empty(len(pairs), settings.num_points, 2)
         inside = pairs.new_empty(chosen.shape[:2])
         cross_entropy, dice = pairs.new_empty(len(pairs)), pairs.new_empty(len(pairs))
-        for image, some in _pieces(matches, features, settings):
-            logits = (pairs[some] @ features[image].flatten(1)).view(-1, *features.shape[-2:])
+        each = max(features[0, 0].numel(), int(settings.num_points * settings.oversample_ratio))
+        ctx.chunks = chunks_of_images(matches.per_image, each, features.device)
+        for some, parts in ctx.chunks:
+            logits = pair_logits(pairs[some], features, parts)
             chosen[some] = uncertain_points(logits, settings, points.of(some))
             truth = masks.sample(matches.target[some], chosen[some])
             sampled = sample_logits(logits, chosen[some])
@@ -218,7 +220,7 @@ class PointLosses(torch.autograd.Function):
             overlap, union = _overlap(inside[some], truth)
             dice[some] = 1 - (overlap + 1) / (union + 1)
         ctx.save_for_backward(pairs, features, chosen, inside)
-        ctx.masks, ctx.targets, ctx.pieces = masks, matches.target, _pieces(matches, features, settings)
+        ctx.masks, ctx.targets = masks, matches.target
         return cross_entropy, dice
 
     @staticmethod
@@ -227,7 +229,7 @@ class PointLosses(torch.autograd.Function):
         """Gradients of the embeddings (M, C) and the features (B, C, h, w)."""
         pairs, features, chosen, inside = ctx.saved_tensors
         grad_pairs, grad_features = torch.empty_like(pairs), torch.zeros_like(features)
-        for image, some in ctx.pieces:
+        for some, parts in ctx.chunks:
             within, target = inside[some], ctx.masks.sample(ctx.targets[some], chosen[some])
             overlap, union = (tensor.unsqueeze(1) for tensor in _overlap(within, target))
             entropy = (grad_entropy[some] / target.shape[1]).unsqueeze(1)
@@ -235,20 +237,10 @@ class PointLosses(torch.autograd.Function):
             slope = share * ((overlap + 1) / (union + 1) - 2 * target)  # dice, to the probability
             slope = torch.addcmul(entropy * (within - target), slope, within * (1 - within))  # to the logit
             grad_logits = _scatter_gradients(slope, chosen[some], features.shape[-2:])  # (m, h x w)
-            grad_pairs[some] = grad_logits @ features[image].flatten(1).T
-            grad_features[image].flatten(1).addmm_(pairs[some].T, grad_logits)
+            for image, rows in parts:
+                torch.mm(grad_logits[rows], features[image].flatten(1).T, out=grad_pairs[some][rows])
+                grad_features[image].flatten(1).addmm_(pairs[some][rows].T, grad_logits[rows])
         return grad_pairs, grad_features, None, None, None, None
-
-
-def _pieces(matches: Matches, features: Tensor, settings: LossSettings) -> list[tuple[int, slice]]:
-    """The pairs, in chunks of one image each: (image, rows)."""
-    each = max(features[0, 0].numel(), int(settings.num_points * settings.oversample_ratio))
-    pieces, start = [], 0
-    for image, count in enumerate(matches.per_image):
-        for part in chunks(count, each, features.device):
-            pieces.append((image, slice(start + part.start, start + min(part.stop, count))))
-        start += count
-    return pieces
 
 
 def _overlap(inside: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .compact_masks import CompactMasks, chunks
+from .compact_masks import CompactMasks, chunks_of_images, pair_logits
 from .initialization import init_class_head
 
 MEASURES, WIDTH = 5, 32
@@ -91,28 +91,35 @@ def best_overlaps(
     embeddings (B, Q, D), features (B, D, h, w). The best matching object is determined at points: sampled (B, D, P) are
     the features and targets [(N_b, P)] the masks there.
     """
-    found, start = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.float32), 0
+    counts = [embeddings.shape[1] if len(target) else 0 for target in targets]
+    if not any(counts):
+        return embeddings.new_zeros(embeddings.shape[:2], dtype=torch.float32)
+    best, start = [], 0
     for image, target in enumerate(targets):
         if len(target):
             true = (target >= 0.5).to(sampled)  # (N, P)
             predicted = (embeddings[image] @ sampled[image] > 0).to(sampled)  # (Q, P)
             common = predicted @ true.T
-            best = start + (common / (predicted.sum(1, True) + true.sum(1) - common).clamp(min=1)).argmax(1)
-            found[image] = overlaps(embeddings[image], features[image], masks, best)
+            best.append(start + (common / (predicted.sum(1, True) + true.sum(1) - common).clamp(min=1)).argmax(1))
         start += len(target)
-    return found
+    own = torch.cat([embeddings[image] for image, count in enumerate(counts) if count])
+    found = overlaps(own, features, masks, torch.cat(best), counts).split(counts)
+    return torch.stack([one if len(one) else one.new_zeros(embeddings.shape[1]) for one in found])
 
 
 @torch.no_grad()
-def overlaps(embeddings: Tensor, features: Tensor, masks: CompactMasks, targets: Tensor) -> Tensor:
-    """IoU of M pairs of predicted and target masks of one image: (M,). Pair m is embeddings[m] and mask targets[m].
+def overlaps(
+    embeddings: Tensor, features: Tensor, masks: CompactMasks, targets: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """IoU of M pairs of predicted and target masks: float32 (M,). Pair m is embeddings[m] and mask targets[m].
 
-    embeddings (M, D), features (D, h, w). Both masks are sampled on a grid in the smallest box around the two, so that
-    the relative precision does not depend on the object's size.
+    embeddings (M, D) ordered by image, counts[b] of image b, features (B, D, h, w). Both masks are sampled on a grid in
+    the smallest box around the two, so that the relative precision does not depend on the object's size.
     """
-    found = embeddings.new_empty(len(embeddings))
-    for some in chunks(len(embeddings), max(features[0].numel(), GRID**2), features.device):
-        logits = (embeddings[some] @ features.flatten(1)).view(-1, *features.shape[1:])
+    found = embeddings.new_empty(len(embeddings), dtype=torch.float32)
+    each = max(features[0, 0].numel(), GRID**2)
+    for some, parts in chunks_of_images(counts, each, features.device):
+        logits = pair_logits(embeddings[some], features, parts)
         points = grid_points(enclosing_boxes(logits > 0, masks.boxes[targets[some]], masks.size)).to(features)
         predicted = F.grid_sample(logits.unsqueeze(1), 2 * points.unsqueeze(2) - 1, align_corners=False)[:, 0, :, 0] > 0
         target = masks.sample(targets[some], points) >= 0.5

@@ -5,7 +5,7 @@ share one learning rate (Liu et al. 2025, https://arxiv.org/abs/2502.16982, sect
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,18 +78,22 @@ class MuonAdamW(torch.optim.AdamW):
                 alike[rows, parameter[0].numel()].append(parameter)
         rate = RATE * group["lr"]
         for (rows, columns), parameters in alike.items():
-            updates = torch.cat([self._update(one).reshape(-1, rows, columns) for one in parameters])
+            updates = torch.cat([update.reshape(-1, rows, columns) for update in self._updates(parameters)])
             steps = orthogonal(updates, self.precision).split([self.matrices[one] for one in parameters])
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(step.reshape(parameter.shape), alpha=-rate * SIZE * max(rows, columns) ** 0.5)
+            shaped = [step.reshape(parameter.shape) for parameter, step in zip(parameters, steps, strict=True)]
+            torch._foreach_mul_([*parameters], 1 - rate * group["weight_decay"])
+            torch._foreach_add_([*parameters], shaped, alpha=-rate * SIZE * max(rows, columns) ** 0.5)
 
-    def _update(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient with Nesterov's momentum, in the parameter's shape."""
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:  # AdamW expects a step count when it loads a checkpoint
-            state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(parameter))
-        momentum: Tensor = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(momentum, MOMENTUM)
+    def _updates(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+        """The gradients with Nesterov's momentum, in the parameters' shapes."""
+        gradients, momenta = [], []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:  # AdamW expects a step count when it loads a checkpoint
+                state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(parameter))
+            gradients.append(parameter.grad)
+            momenta.append(state["momentum_buffer"])
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates: tuple[Tensor, ...] = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        return updates

@@ -48,6 +48,7 @@ from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, con
 from m2f_trainer.training.callbacks.signals import EvaluationStopped
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload, running_uploads
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
+from m2f_trainer.training.cuda_graphs import StepGraphs, can_record
 from m2f_trainer.training.data_workers import Watched, watch
 from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.optimizer import build_optimizer, with_rate_shape
@@ -96,6 +97,7 @@ class M2FTrainer(Trainer):
         autocast_sharded(model, arguments)
         if args.torch_compile:
             model.model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self.graphs = StepGraphs(model.model) if args.cuda_graphs and can_record(args) else None
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self.scorer = compute_metrics
@@ -178,6 +180,8 @@ class M2FTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's. If a signal breaks it off, the step is saved without figures, and RunStopped is raised."""
+        if self.graphs is not None:
+            self.graphs.release()
         try:
             return super().evaluate(*args, **kwargs)
         except EvaluationStopped:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from m2f_trainer.data.collate import pack_masks
 from m2f_trainer.model import compact_masks
-from m2f_trainer.model.compact_masks import CompactMasks, chunks
+from m2f_trainer.model.compact_masks import CompactMasks, chunks, chunks_of_images, pair_logits
 
 BOXES = [(0, 0, 5, 4), (30, 20, 40, 32), (7, 9, 8, 10), (0, 3, 40, 32), (35, 0, 40, 2)]
 """In a frame of 32 x 40: at both corners, one pixel, a whole side."""
@@ -56,6 +56,26 @@ def test_chunks_cover_every_row_once() -> None:
     rows = [row for some in chunks(1000, 2**16, torch.device("cpu")) for row in range(1000)[some]]
     assert rows == list(range(1000))
     assert chunks(0, 5, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("values", [1, 30, 40, 10**6])
+def test_rows_of_several_images_share_chunks(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compact_masks.VALUES_AT_ONCE, "cpu", values)
+    counts, device = [3, 0, 5, 1], torch.device("cpu")
+    found = chunks_of_images(counts, 10, device)
+    assert [rows for rows, _ in found] == [slice(one.start, min(one.stop, 9)) for one in chunks(9, 10, device)]
+    pairs = [
+        (image, rows.start + row) for rows, parts in found for image, own in parts for row in range(*own.indices(9))
+    ]
+    images = [image for image, count in enumerate(counts) for _ in range(count)]
+    assert pairs == list(zip(images, range(9), strict=True))
+
+
+def test_the_logits_of_pairs_are_products_with_their_own_images_features() -> None:
+    embeddings, features = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    found = pair_logits(embeddings, features, [(0, slice(0, 2)), (2, slice(2, 5))])
+    expected = torch.einsum("mc,mchw->mhw", embeddings, features[[0, 0, 2, 2, 2]])
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_masks_of_each_image_are_sampled_at_its_own_points() -> None:

@@ -45,7 +45,9 @@ def test_the_measured_iou_is_pycocotools_at_the_frames_own_size() -> None:
     ours = [disc(44, 66, 16), disc(11, 10, 9), disc(84, 121, 12), disc(50, 90, 12)]
     logits = F.avg_pool2d(torch.stack(ours), 4) - 0.5  # (4, 24, 32): of the centres' surroundings
     full = F.interpolate(logits[None], size=(96, 128), mode="bilinear", align_corners=False)[0] > 0
-    found = overlaps(torch.eye(4), logits, compact(truth), torch.arange(4))  # mask m is the features' channel m
+    found = overlaps(
+        torch.eye(4), logits[None], compact(truth), torch.arange(4), [4]
+    )  # mask m is the features' channel m
     expected = [pycocotools_iou(*pair) for pair in zip(full, truth, strict=True)]
     assert min(expected) < 0.2 < 0.6 < max(expected)
     np.testing.assert_allclose(found.numpy(), expected, atol=0.03)
@@ -54,7 +56,7 @@ def test_the_measured_iou_is_pycocotools_at_the_frames_own_size() -> None:
 def test_a_mask_without_a_cell_and_one_far_away_have_iou_zero() -> None:
     features = torch.stack([torch.full((24, 32), -1.0), F.avg_pool2d(disc(90, 120, 5)[None], 4)[0] - 0.5])
     masks = compact([disc(10, 10, 6)])
-    assert overlaps(torch.eye(2), features, masks, torch.tensor([0, 0])).tolist() == [0, 0]
+    assert overlaps(torch.eye(2), features[None], masks, torch.tensor([0, 0]), [2]).tolist() == [0, 0]
 
 
 def test_the_quality_loss_trains_the_quality_head_alone() -> None:
