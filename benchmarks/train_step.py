@@ -2,7 +2,7 @@
 
 python -m benchmarks.train_step --side 512 --instances 20 --tune full frozen
 python -m benchmarks.train_step --side 256 512 1024 --instances 5 20 60 200 --tune full lora frozen
-python -m benchmarks.train_step --device cuda --backbone vitl16 --side 1024 --batch 4 --queries 200 --bf16
+python -m benchmarks.train_step --device cuda --backbone vitl16 --side 1024 --batch 4 --queries 200 --bf16 --graphs
 """
 
 import argparse
@@ -16,6 +16,7 @@ from benchmarks.measure import alternate, compared, parser, peak_mb, report, syn
 from benchmarks.stock import BACKBONES, our_model, scene, stock_model
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.training.cuda_graphs import StepGraphs
 from m2f_trainer.training.dry_run import kept_bytes
 
 
@@ -40,6 +41,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--queries", type=int, default=100)
     made.add_argument("--bf16", action="store_true", help="autocast")
     made.add_argument("--compile", action="store_true", help="compile ours as torch_compile does, and all of stock")
+    made.add_argument("--graphs", action="store_true", help="replay ours as cuda_graphs does")
     return made.parse_args()
 
 
@@ -81,7 +83,9 @@ def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int)
 
 def forward_of(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namespace) -> Callable[[], Tensor]:
     if arguments.compile:
-        (model.model if isinstance(model, M2FModel) else model).compile()
+        (model.encoder if isinstance(model, M2FModel) else model).compile()
+    if arguments.graphs and isinstance(model, M2FModel):
+        StepGraphs(model.model)
 
     def forward() -> Tensor:
         with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bf16):

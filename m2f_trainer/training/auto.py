@@ -22,7 +22,7 @@ from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import RECIPE
-from m2f_trainer.training.optimizer import parameter_groups, rates_of
+from m2f_trainer.training.optimizer import trainable
 
 logger = logging.getLogger(__name__)
 REFERENCE_RATE, REFERENCE_IMAGES = 1e-4, 16  # of the original Mask2Former and all of its published configurations
@@ -177,8 +177,7 @@ def fits(model: M2FModel, samples: Sequence[dict[str, Any]], train: TrainArgumen
 def trial_step(model: M2FModel, batch: dict[str, Any], train: TrainArguments) -> None:
     """One training step as the Trainer does it, at learning rate 0: the weights do not change."""
     device = train.device
-    groups = [{**group, "lr": 0.0, "weight_decay": 0.0} for group in parameter_groups(model, rates_of(train))]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.0, weight_decay=0.0)
     moved = {name: batch[name].to(device) for name in ("pixel_values", "pixel_mask")}
     masks = {name: tensor.to(device) for name, tensor in batch["mask_labels"].items()}
     classes = [labels.to(device) for labels in batch["class_labels"]]

@@ -96,7 +96,7 @@ class M2FTrainer(Trainer):
         )
         autocast_sharded(model, arguments)
         if args.torch_compile:
-            model.model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            model.encoder.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.graphs = StepGraphs(model.model) if args.cuda_graphs and can_record(args) else None
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True

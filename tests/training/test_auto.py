@@ -59,7 +59,7 @@ def test_the_largest_power_of_two_that_fits_is_found_and_nothing_is_tried_twice(
 
 
 def test_a_trial_step_takes_the_images_with_most_objects_and_changes_no_weight(tmp_path: Path) -> None:
-    recipe = load_recipe([str(write_tiny(tmp_path))])
+    recipe = load_recipe([str(write_tiny(tmp_path, learning_rate="auto", per_device_train_batch_size="auto"))])
     rows = load_coco(tmp_path / "data")["train"]
     categories = categories_of(rows)
     dataset = InstanceDataset(rows, train_transform(recipe.data, 0), categories)
