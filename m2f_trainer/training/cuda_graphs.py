@@ -130,6 +130,7 @@ class Recording:
         return torch.autograd.grad(outputs, self.parameters, self.output_gradients, allow_unused=True)
 
 
+@torch.no_grad()
 def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
     """The norm of found - expected, as one vector, relative to that of expected.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
@@ -11,7 +12,7 @@ from torch import Tensor
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.compact_masks import CompactMasks
 from m2f_trainer.model.mask2former import M2FModel, load_model
-from m2f_trainer.model.quality import overlaps, seen_queries
+from m2f_trainer.model.quality import dilated, overlaps, seen_queries
 from tests.model.tiny import CATEGORIES, HEAD, VIT, images, labels, tiny_model
 
 PIXELS = torch.stack(torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij"))
@@ -51,6 +52,12 @@ def test_the_measured_iou_is_pycocotools_at_the_frames_own_size() -> None:
     expected = [pycocotools_iou(*pair) for pair in zip(full, truth, strict=True)]
     assert min(expected) < 0.2 < 0.6 < max(expected)
     np.testing.assert_allclose(found.numpy(), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 9), (1, 1)])
+def test_a_dilated_map_is_torchs_max_pool(size: tuple[int, int]) -> None:
+    values = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dilated(values), F.max_pool2d(values, 3, stride=1, padding=1))
 
 
 def test_a_mask_without_a_cell_and_one_far_away_have_iou_zero() -> None:

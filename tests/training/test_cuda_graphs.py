@@ -99,6 +99,19 @@ def test_other_shapes_evaluation_and_a_released_graph_run_as_usual() -> None:
     assert graphs.shapes[0][0] == 1
 
 
+def test_kept_backbone_features_are_inputs_of_the_graph() -> None:
+    model = built("frozen")
+    usual, graphs = model.model.forward, StepGraphs(model.model)
+    pixels = images().float().to(DEVICE)
+    maps = [torch.randn_like(one) for one in model.encoder.backbone_features(pixels)]
+    for scale in (1, 2):
+        scaled = [scale * one for one in maps]
+        found, expected = model.model(pixels, scaled), usual(pixels, scaled)
+        assert relative_difference(found, expected) < (1e-3 if DEVICE == "cuda" else 1e-6)
+    assert graphs.recording is not None
+    assert len(graphs.recording.inputs) == 1 + len(maps)
+
+
 def test_recording_leaves_the_random_numbers_as_they_were() -> None:
     model = built()
     torch.manual_seed(3)
