@@ -15,6 +15,11 @@ MOST_SCORES = 2**24
 """Number of attention scores up to which they are kept: 32 MB for each layer in bfloat16."""
 
 
+def exporting() -> bool:
+    """Whether torch.export traces the model. `torch.compiler.is_exporting` is true under torch.compile before 2.13."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(D)) v of (B, H, Q, D), (B, H, S, D) twice, and a mask (B, 1, Q, S), true where allowed.
 
@@ -45,7 +50,7 @@ def backbone_attention(
     if plain and key.shape[1] == query.shape[1] and settings.get("scaling") in (None, query.shape[-1] ** -0.5):
         return dot_product_attention(query, key, value).transpose(1, 2).contiguous(), None
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if torch.compiler.is_exporting():  # a trace lacks `contiguous` there, and torch's decomposition for ONNX needs it
+    if exporting():  # a trace lacks `contiguous` there, and torch's decomposition for ONNX needs it
         output = output.clone(memory_format=torch.contiguous_format)
     return output, None
 

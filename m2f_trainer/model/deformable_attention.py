@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import exporting
 from .deformable_cpu import attend_rows, attend_rows_backward
 from .deformable_grid import attend_grid, attend_grid_backward
 
@@ -42,7 +43,7 @@ def deformable_attention(value: Tensor, shapes: Shapes, places: Tensor, weights:
     of `shapes`. An exported model holds torch's `grid_sample`, or gathers (see `exported_as`), because other runtimes
     lack the operator.
     """
-    if _exporting():
+    if exporting():
         return _exported.get()(value, places, weights, shapes)
     output: Tensor = attend(value, places, weights, [side for shape in shapes for side in shape])
     return output
@@ -59,11 +60,6 @@ def exported_as(implementation: Forward) -> Iterator[None]:
         yield
     finally:
         _exported.reset(token)
-
-
-def _exporting() -> bool:
-    """Whether torch.export traces the model. Before torch 2.7 torch.compile can't be told from it."""
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 @torch.library.custom_op(f"{OPERATORS}::attend", mutates_args=())
