@@ -282,8 +282,8 @@ class TrainArguments(TrainingArguments):
     )
     cuda_graphs: bool = option(
         True,
-        "Record a training step on one GPU as CUDA graphs: less time for small images and batches. Not with "
-        "accumulation, gradient_checkpointing, torch_compile or several processes, where it changes nothing.",
+        "Record a training step on one GPU as CUDA graphs: less time, most of all on small images. No effect with "
+        "several processes or gradient_checkpointing.",
         "precision and memory",
     )
     fsdp: bool | None = option(  # type: ignore[assignment]
