@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--queries", type=int, default=100)
     made.add_argument("--bf16", action="store_true", help="autocast")
     made.add_argument("--compile", action="store_true", help="compile ours as torch_compile does, and all of stock")
-    made.add_argument("--graphs", action="store_true", help="replay ours as cuda_graphs does")
+    made.add_argument("--graphs", action="store_true", help="replay ours as cuda_graphs does, with --device cuda")
     return made.parse_args()
 
 
@@ -60,6 +60,8 @@ def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int)
         batch = ours_batch if name == "ours" else stock_batch
         forward = forward_of(model, batch, arguments)
         kept[name] = kept_bytes(forward, model)
+        if arguments.graphs and isinstance(model, M2FModel):
+            StepGraphs(model.model)
         steps[name] = step_of(forward, model)
     seconds = alternate(steps, arguments.repeats, arguments.device)
     row = compared(seconds, arguments.device)
@@ -84,8 +86,6 @@ def measure(arguments: argparse.Namespace, tune: str, side: int, instances: int)
 def forward_of(model: nn.Module, batch: dict[str, Any], arguments: argparse.Namespace) -> Callable[[], Tensor]:
     if arguments.compile:
         (model.encoder if isinstance(model, M2FModel) else model).compile()
-    if arguments.graphs and isinstance(model, M2FModel):
-        StepGraphs(model.model)
 
     def forward() -> Tensor:
         with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bf16):
