@@ -132,9 +132,9 @@ class ModelArguments:
     feature_cache: int | None = option(
         None,
         "With tune frozen: precompute backbone features for N augmented views of each image and keep them on disk. "
-        "Steps are faster; only N augmentations of an image are ever seen.",
+        "Steps are faster; only N augmentations of an image are ever seen. 0 turns it off.",
         "model",
-        at_least=1,
+        at_least=0,
         changes_results=True,
     )
     discrimination_weight: float = option(
@@ -205,10 +205,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check_ranges(self)
         self._check_class_weights()
-        if self.feature_cache is not None and self.tune != "frozen":
+        if self.feature_cache and self.tune != "frozen":
             raise RecipeError(
                 f"feature_cache={self.feature_cache} stores the features of a frozen backbone, but tune={self.tune} "
-                "changes the backbone at every step. Set tune to frozen, or feature_cache to null."
+                "changes the backbone at every step. Set tune to frozen, or feature_cache to 0."
             )
         if self.head_checkpoint and self.head != "original":
             raise RecipeError(

@@ -100,7 +100,7 @@ class MapFiles:
         except OSError as error:
             raise DataError(
                 f"feature_cache: {path} can't be written ({error}). Set output_dir to a larger disk, or feature_cache "
-                "to null."
+                "to 0."
             ) from error
         finally:
             unfinished.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ def make_room(maps: MapFiles) -> None:
         raise DataError(
             f"feature_cache {maps.views}: {size} of backbone maps do not fit into {maps.folder}, where "
             f"{room / 1e9:.2f} GB can be used. Lower feature_cache, image_height and image_width; or set output_dir to "
-            "a larger disk, or feature_cache to null"
+            "a larger disk, or feature_cache to 0"
         )
     logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", size, maps.folder, disk.free / 1e9)
 

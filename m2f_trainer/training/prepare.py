@@ -138,8 +138,8 @@ def eval_samples(rows: Dataset, config: M2FConfig, categories: Sequence[Category
 def with_feature_cache(
     samples: InstanceDataset, model: M2FModel, views: int | None, args: TrainArguments
 ) -> InstanceDataset:
-    """The samples with precomputed features of a frozen backbone for `views` views of each; None for none."""
-    return samples if views is None else with_cached_maps(samples, model, views, args)
+    """The samples with precomputed features of a frozen backbone for `views` views of each; unchanged for None or 0."""
+    return with_cached_maps(samples, model, views, args) if views else samples
 
 
 def train_transform(data: DataArguments, seed: int) -> TrainTransform:

@@ -40,6 +40,7 @@ def test_the_smallest_scale_is_compared_with_the_largest_of_the_preset() -> None
 
 def test_a_feature_cache_needs_a_frozen_backbone() -> None:
     assert ModelArguments(feature_cache=2).tune == "frozen"
+    assert ModelArguments(feature_cache=0, tune="full").tune == "full"
     with pytest.raises(RecipeError, match=r"feature_cache=2 .* tune=full changes .* Set tune to frozen"):
         ModelArguments(feature_cache=2, tune="full")
 

@@ -78,7 +78,7 @@ def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None
     for given, times in (({"max_steps": 60}, 6), ({"num_train_epochs": 8}, 4)):  # 4 images a step, 2 views
         reason = next(choice.reason for choice in recommend(few, LAPTOP, given) if choice.field == "feature_cache")
         assert reason.endswith(f"used about {times} times each")
-    for given in ({"max_steps": 2}, {"num_train_epochs": 2.0}):
+    for given in ({"max_steps": 2}, {"num_train_epochs": 2.0}, {"max_minutes": 20, "feature_cache": 0}):
         assert "feature_cache" not in as_recipe(recommend(few, LAPTOP, given))
 
 
