@@ -49,11 +49,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="augmentation preset of --preview [%(default)s]",
     )
     model = parser.add_argument_group(
-        "the model to train", "its queries and input size decide which objects it can find"
+        "the model to train",
+        "its queries and input size decide which objects it can find; by default those that m2f train would choose for "
+        "this dataset and this machine",
     )
-    model.add_argument("--num_queries", type=positive_int, metavar="N", default=100, help="number of queries [100]")
-    model.add_argument("--image_height", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
-    model.add_argument("--image_width", type=positive_int, metavar="N", default=1024, help="in pixels [1024]")
+    model.add_argument("--num_queries", type=positive_int, metavar="N", help="number of queries")
+    model.add_argument("--image_height", type=positive_int, metavar="N", help="in pixels; by default the width")
+    model.add_argument("--image_width", type=positive_int, metavar="N", help="in pixels; by default the height")
+    model.add_argument("--tile_size", type=positive_int, metavar="N", help="side of its tiles, in original pixels")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
@@ -71,6 +74,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         arguments.exif_frame,
         arguments.pixel_range or "auto",
         arguments.follow_links,
+        arguments.tile_size,
     )
     result = examine(arguments.dataset, settings, arguments.annotations, arguments.images, progress=True)
     say(to_json(result) if arguments.json else "\n\n".join(filter(None, (result.files, summary_text(result)))))
@@ -112,11 +116,15 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
         messages.append(done.to_text())
     if arguments.preview and result.status != UNUSABLE:
         from m2f_trainer.config.arguments import DataArguments
-        from m2f_trainer.data.transforms import TrainTransform
+        from m2f_trainer.training.prepare import train_transform
 
-        augment = DataArguments(augmentation=arguments.augmentation).augment()
-        flip, size = augment.pop("horizontal_flip"), (arguments.image_height, arguments.image_width)
-        paths = preview(result, arguments.preview, TrainTransform(*size, flip=flip, **augment), Path("preview"))
+        data = DataArguments(
+            augmentation=arguments.augmentation,
+            image_height=result.seen.height,
+            image_width=result.seen.width,
+            tile_size=result.seen.tile_size,
+        )
+        paths = preview(result, arguments.preview, train_transform(data, seed=0), Path("preview"))
         messages.append(f"{len(paths)} augmented samples: {paths[0].parent}")
     return messages
 

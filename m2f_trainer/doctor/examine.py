@@ -24,6 +24,7 @@ from m2f_trainer.data.layouts import split_paths
 from m2f_trainer.data.problems import Finding, Findings, Report, listed
 from m2f_trainer.data.splits import SplitAnnotations
 from m2f_trainer.doctor.duplicates import find_duplicates
+from m2f_trainer.doctor.model_input import ModelInput, model_input, report_misfits
 from m2f_trainer.doctor.scan import Scan, Settings, scan_split
 from m2f_trainer.errors import DataError
 
@@ -40,6 +41,7 @@ class Examination:
     Attributes:
         dataset: the folder, or the name on the Hub
         settings: the recipe's fields that findings depend on
+        seen: what a model sees of the images; findings about small and many objects depend on it
         splits: the annotations of each split that could be read
         scans: the usable images of each split
         categories: the classes of a model trained on it
@@ -50,6 +52,7 @@ class Examination:
 
     dataset: str
     settings: Settings
+    seen: ModelInput
     splits: Mapping[str, SplitAnnotations]
     scans: Mapping[str, list[Scan]]
     categories: tuple[Category, ...]
@@ -87,7 +90,9 @@ def examine(
         _report_found_range(name, splits, report)
     total = sum(len(annotations.images) for annotations in splits.values())
     with tqdm(total=total, desc="check", unit=" images", leave=False, disable=None if progress else True) as bar:
-        scans = {split: scan_split(one, settings, report, bar.update) for split, one in splits.items()}
+        scans = {split: scan_split(one, report, bar.update) for split, one in splits.items()}
+    seen = model_input(settings, scans)
+    report_misfits(scans, seen, report)
     duplicates: tuple[tuple[ImageKey, ...], ...] = ()
     if splits:
         _check_splits(name, splits, scans, report)
@@ -95,7 +100,7 @@ def examine(
         _check_class_use(splits, scans, categories, report)
         duplicates = _check_duplicates(splits, scans, report)
     findings = tuple(report.sorted())
-    return Examination(name, settings, splits, scans, tuple(categories), findings, duplicates, files)
+    return Examination(name, settings, seen, splits, scans, tuple(categories), findings, duplicates, files)
 
 
 def _read_splits(

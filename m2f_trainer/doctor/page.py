@@ -9,6 +9,7 @@ import numpy as np
 
 from m2f_trainer.data.problems import KINDS, label_text, listed
 from m2f_trainer.doctor.examine import Examination
+from m2f_trainer.doctor.model_input import MASK_STRIDE
 from m2f_trainer.doctor.pictures import draw_objects
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.doctor.summary import (
@@ -61,12 +62,13 @@ def _split_table(examination: Examination) -> Table:
 
 def _histograms(examination: Examination) -> Iterator[Chart]:
     per_image, sides = instances_per_image(examination), object_sides(examination)
-    size = f"{examination.settings.image_width}x{examination.settings.image_height}"
+    seen = examination.seen
     if per_image:
-        queries = examination.settings.num_queries
-        yield _bars(f"Objects in an image (the model has {queries} queries)", _binned(per_image, whole=True))
+        queries = f" (the model has {seen.num_queries} queries)" if seen.num_queries else ""
+        yield _bars(f"Objects in an image{queries}", _binned(per_image, whole=True))
     if sides:
-        yield _bars(f"Object side in pixels at {size} (a mask value covers 4)", _binned(sides, whole=False))
+        title = f"Object side in pixels at {seen}; a mask value covers {MASK_STRIDE}"
+        yield _bars(title, _binned(sides, whole=False))
     totals = [(label_text(name), sum(counts.values())) for name, counts in class_counts(examination).items()]
     yield _bars("Objects of each class", sorted(totals, key=lambda item: -item[1]))
     rarest = [

@@ -8,7 +8,6 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.images import FEWEST_LEVELS
 from m2f_trainer.data.problems import Report, kind_of
 from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations
@@ -19,20 +18,23 @@ from m2f_trainer.masks.polygons import crosses_itself
 _THREADS = 8  # Pillow decodes without Python's global lock
 _IMAGES_AT_ONCE = 64  # whose data is in memory
 _MASKS_AT_ONCE = 255  # pycocotools' area fails for more
-_MASK_STRIDE = 4  # input pixels per cell of the mask logits
 _USUAL_MODES = ("L", "RGB", "1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe's fields that findings depend on."""
+    """The recipe's fields that findings depend on.
 
-    image_height: int = 1024
-    image_width: int = 1024
-    num_queries: int = 100
+    Sizes and queries that are None are those that `m2f train` would choose (see `model_input`).
+    """
+
+    image_height: int | None = None
+    image_width: int | None = None
+    num_queries: int | None = None
     exif_frame: ExifFrame = "auto"
     pixel_range: str = "auto"
     follow_links: bool = False
+    tile_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Scan:
         return {"image": self.source, "image_id": self.entry["id"], **size, **how, "objects": self.objects}
 
 
-def scan_split(
-    split: SplitAnnotations, settings: Settings, report: Report, advance: Callable[[], object] = lambda: None
-) -> list[Scan]:
-    """Every usable image; all problems of images and annotations are reported. `advance` is called for each image."""
+def scan_split(split: SplitAnnotations, report: Report, advance: Callable[[], object] = lambda: None) -> list[Scan]:
+    """Every usable image; all problems of images and annotations are reported. `advance` is called for each image.
+
+    Those that depend on the model are left to `model_input.report_misfits`.
+    """
     scans = []
     for entry, facts in _read_images(split, report):
         advance()
@@ -76,7 +79,7 @@ def scan_split(
         raw = {one["id"]: one for one in split.annotations.get(image_id, [])}
         objects = _measured(split.objects(entry, report), entry)
         for one in objects:
-            for kind, what in _object_findings(one, raw[one["id"]], entry, settings):
+            for kind, what in _object_findings(one, raw[one["id"]]):
                 report(kind, split.name, [one["id"]], f"{split.annotation_name(one, entry)}: {what}.", image_id)
                 one["findings"].append(kind)
         _report_repeated_objects(objects, entry, report, split)
@@ -95,11 +98,7 @@ def scan_split(
         if facts.levels is not None and facts.levels < FEWEST_LEVELS <= facts.values:
             message = f"{where}: of at least {facts.values} different values, {facts.levels} grey levels are left."
             report("few-levels", split.name, [image_id], message, image_id)
-        scan = Scan(entry, split, facts, objects)
-        if len(scan.targets) > settings.num_queries:
-            message = f"{where}: {len(scan.targets)} instances, but the model has {settings.num_queries} queries."
-            report("many-instances", split.name, [image_id], message, image_id)
-        scans.append(scan)
+        scans.append(Scan(entry, split, facts, objects))
     return scans
 
 
@@ -162,7 +161,7 @@ def _report_repeated_objects(objects: list[Entry], image: Entry, report: Report,
         first[one["category_id"]] = one["id"]
 
 
-def _object_findings(one: Entry, raw: Entry, image: Entry, settings: Settings) -> Iterator[tuple[str, str]]:
+def _object_findings(one: Entry, raw: Entry) -> Iterator[tuple[str, str]]:
     """Kinds of findings about one object, each with its description."""
     if not one["mask_area"]:
         yield "empty-mask", "no pixel of it lies inside the image"
@@ -172,11 +171,6 @@ def _object_findings(one: Entry, raw: Entry, image: Entry, settings: Settings) -
         yield "box-mismatch", f"`bbox` {[round(value, 1) for value in box]}, but its mask spans {one['mask_box']}"
     if abs(area - one["mask_area"]) > 10 + sum(size) + 0.2 * one["mask_area"]:
         yield "area-mismatch", f"`area` {area:g}, but its mask has {one['mask_area']} pixels"
-    original = (image["height"], image["width"])
-    scale = resize_to_fit(original, (settings.image_height, settings.image_width)).resized[0] / image["height"]
-    if not one["iscrowd"] and min(size) * scale < _MASK_STRIDE:
-        at = f"{settings.image_width}x{settings.image_height}"
-        yield "tiny-object", f"{size[0]}x{size[1]} pixels, {size[0] * scale:.1f}x{size[1] * scale:.1f} at {at}"
     segmentation, attributes = raw.get("segmentation"), raw.get("attributes")
     if isinstance(segmentation, list) and any(crosses_itself(part) for part in segmentation):
         yield "self-intersection", "two edges of its polygon cross"

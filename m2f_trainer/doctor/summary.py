@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import KINDS, Finding, label_text, listed
 from m2f_trainer.doctor.examine import Examination
+from m2f_trainer.doctor.model_input import MASK_STRIDE
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.errors import printable
 
@@ -28,8 +28,9 @@ def figures(examination: Examination) -> dict[str, Any]:
         "classes": class_counts(examination),
         "rarest_classes": rarest_classes(examination),
         "instances_per_image": _percentiles(instances_per_image(examination)),
-        "num_queries": examination.settings.num_queries,
-        "input_size": [examination.settings.image_height, examination.settings.image_width],
+        "num_queries": examination.seen.num_queries or "auto",
+        "input_size": [examination.seen.height, examination.seen.width],
+        "tile_size": examination.seen.tile_size,
         "object_side_at_input": _percentiles(object_sides(examination)),
         "image_sizes": image_sizes(examination)[:20],
     }
@@ -48,13 +49,10 @@ def instances_per_image(examination: Examination) -> list[int]:
 
 def object_sides(examination: Examination) -> list[float]:
     """The square root of each object's area in pixels at the input size."""
-    padded = (examination.settings.image_height, examination.settings.image_width)
     sides = []
     for scan in every_image(examination):
-        original = (scan.entry["height"], scan.entry["width"])
-        resized = resize_to_fit(original, padded).resized
-        scale = resized[0] * resized[1] / (original[0] * original[1])  # of areas
-        sides += [(one["mask_area"] * scale) ** 0.5 for one in scan.targets if one["mask_area"]]
+        down, across = examination.seen.scales((scan.entry["height"], scan.entry["width"]))
+        sides += [(one["mask_area"] * down * across) ** 0.5 for one in scan.targets if one["mask_area"]]
     return sides
 
 
@@ -126,14 +124,14 @@ def _summary_lines(examination: Examination) -> Iterator[str]:
     yield f"{'split':8}{'images':>9}{'empty':>8}{'objects':>10}{'crowds':>8}"
     for split, row in summary["splits"].items():
         yield f"{split:8}{row['images']:9}{row['empty']:8}{row['instances']:10}{row['crowds']:8}"
-    per_image, sides, size = summary["instances_per_image"], summary["object_side_at_input"], summary["input_size"]
+    per_image, sides, seen = summary["instances_per_image"], summary["object_side_at_input"], examination.seen
     yield (
         f"objects per image: median {per_image['p50']:g}, 99 % have at most {per_image['p99']:.0f},"
-        f" maximum {per_image['max']:g}; the model has {summary['num_queries']} queries"
+        f" maximum {per_image['max']:g}" + f"; the model has {seen.num_queries} queries" * bool(seen.num_queries)
     )
     yield (
-        f"object side at {size[1]}x{size[0]}: median {sides['p50']:.0f} px, 1 % under {sides['p1']:.0f} px;"
-        " a cell of the mask logits is 4 px"
+        f"object side at {seen}: median {sides['p50']:.0f} px, 1 % under {sides['p1']:.0f} px;"
+        f" a cell of the mask logits is {MASK_STRIDE} px"
     )
     sizes = summary["image_sizes"]
     yield "image sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + ", ..." * (len(sizes) > 5)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.data.formats import find_splits, read_split
 from m2f_trainer.data.problems import Findings
-from m2f_trainer.doctor.scan import Scan, Settings, boxes_agree, scan_split
+from m2f_trainer.doctor.scan import Scan, boxes_agree, scan_split
 from tests.data.folders import SQUARE, annotation, content, write
 
 
-def scanned(folder, settings: Settings, *annotations: dict[str, object]) -> tuple[list[Scan], Findings]:
+def scanned(folder, *annotations: dict[str, object]) -> tuple[list[Scan], Findings]:
     (files,) = find_splits(str(write(folder, content(*annotations)))).splits
     report = Findings()
-    return scan_split(read_split(files, report), settings, report), report
+    return scan_split(read_split(files, report), report), report
 
 
 def test_box_and_area_are_measured_from_the_mask_as_pycocotools_does(tmp_path):
-    (scan,), _ = scanned(tmp_path, Settings(64, 64), annotation(area=500, bbox=[0, 0, 20, 16]))
+    (scan,), _ = scanned(tmp_path, annotation(area=500, bbox=[0, 0, 20, 16]))
     (one,) = scan.objects
     rle = coco_mask.merge(coco_mask.frPyObjects(SQUARE, 16, 20))
     assert (one["mask_area"], one["mask_box"]) == (coco_mask.area(rle), coco_mask.toBbox(rle).tolist())
@@ -26,17 +25,11 @@ def test_box_and_area_are_measured_from_the_mask_as_pycocotools_does(tmp_path):
     assert scan.row()["objects"] == scan.objects
 
 
-def test_crowd_regions_are_no_targets_and_need_no_query(tmp_path):
-    (scan,), report = scanned(tmp_path, Settings(64, 64, num_queries=1), annotation(), annotation(2, iscrowd=1))
+def test_crowd_regions_are_no_targets(tmp_path):
+    (scan,), report = scanned(tmp_path, annotation(), annotation(2, iscrowd=1))
     assert [one["id"] for one in scan.targets] == [1]
     assert len(scan.objects) == 2
     assert report.sorted() == []
-
-
-@pytest.mark.parametrize(("side", "kinds"), [(9, ["tiny-object"]), (10, [])])  # 3.5 and 4 pixels high
-def test_an_object_below_one_cell_of_the_masks_is_tiny_at_the_models_input_size(tmp_path, side, kinds):
-    _, report = scanned(tmp_path, Settings(side, side), annotation())
-    assert [one.kind for one in report.sorted()] == kinds
 
 
 def test_boxes_agree_within_three_pixels_and_a_tenth_of_the_larger_side():
