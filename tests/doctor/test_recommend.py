@@ -73,13 +73,29 @@ def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:
 
 def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None:
     few = Facts(images=20, most=5, object_side=100, large_side=100, image_side=300, pixels=1_800_000)
-    assert as_recipe(recommend(few, LAPTOP, {"max_minutes": 20}))["feature_cache"] == 2
     assert "feature_cache" not in as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))
-    for given, times in (({"max_steps": 60}, 6), ({"num_train_epochs": 8}, 4)):  # 4 images a step, 2 views
-        reason = next(choice.reason for choice in recommend(few, LAPTOP, given) if choice.field == "feature_cache")
-        assert reason.endswith(f"used about {times} times each")
-    for given in ({"max_steps": 2}, {"num_train_epochs": 2.0}, {"max_minutes": 20, "feature_cache": 0}):
+    for given, views, times in (  # 4 images a step
+        ({"max_steps": 36}, 2, 4),
+        ({"num_train_epochs": 9}, 2, 4),
+        ({"max_steps": 60}, 4, 3),
+        ({"max_steps": 600}, 8, 15),
+    ):
+        (choice,) = (choice for choice in recommend(few, LAPTOP, given) if choice.field == "feature_cache")
+        assert choice.value == views
+        assert choice.reason.endswith(f"used about {times} times each")
+    for given in ({"max_steps": 29}, {"num_train_epochs": 5.0}, {"max_minutes": 20, "feature_cache": 0}):
         assert "feature_cache" not in as_recipe(recommend(few, LAPTOP, given))
+
+
+def test_photos_that_are_shown_many_times_are_jittered_and_kept_in_more_views() -> None:
+    """407 photos of 336 x 336 pixels at 4e-6 CPU s a pixel: 3600 / 0.45 / 407 = 20 passes an hour, 6 in 20 minutes."""
+    hour, short = as_recipe(recommend(STREETS, LAPTOP)), as_recipe(recommend(STREETS, LAPTOP, {"max_minutes": 20}))
+    assert (hour["lsj_min_scale"], hour["lsj_max_scale"], hour["feature_cache"]) == (0.8, 1.3, 6)
+    assert (short["lsj_min_scale"], short["lsj_max_scale"], short["feature_cache"]) == (1.0, 1.0, 2)
+    plain = as_recipe(recommend(STREETS, LAPTOP, {"augmentation": "none"}))
+    assert plain["feature_cache"] == 2
+    assert "lsj_min_scale" not in plain
+    assert as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 600}))["lsj_max_scale"] == 1.0
 
 
 def test_tiles_of_evaluation_are_smaller_on_a_cpu_unless_the_user_chose_the_tiles() -> None:
