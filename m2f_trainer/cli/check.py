@@ -50,13 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group(
         "the model to train",
-        "its queries and input size decide which objects it can find; by default those that m2f train would choose for "
-        "this dataset and this machine",
+        "its input and queries decide which objects it can find [what m2f train chooses]",
     )
-    model.add_argument("--num_queries", type=positive_int, metavar="N", help="number of queries")
-    model.add_argument("--image_height", type=positive_int, metavar="N", help="in pixels; by default the width")
-    model.add_argument("--image_width", type=positive_int, metavar="N", help="in pixels; by default the height")
-    model.add_argument("--tile_size", type=positive_int, metavar="N", help="side of its tiles, in original pixels")
+    model.add_argument("--num_queries", type=positive_int, metavar="N", help="its number of queries")
+    model.add_argument("--image_height", type=positive_int, metavar="N", help="height of its input [the width]")
+    model.add_argument("--image_width", type=positive_int, metavar="N", help="width of its input [the height]")
+    model.add_argument("--tile_size", type=positive_int, metavar="N", help="side of its tiles in pixels of the image")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What a model will see of a dataset: the size of its input, its tiles and queries; and the objects that don't fit."""
+"""The size of a model's input, its tiles and queries; and the objects of a dataset that are too small or too many."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,10 @@ def model_input(settings: Settings, scans: Mapping[str, Sequence[Scan]]) -> Mode
 
 
 def report_misfits(scans: Mapping[str, Sequence[Scan]], seen: ModelInput, report: Report) -> None:
-    """Report the objects that are smaller than a cell of the mask logits, and images with too many objects."""
+    """Report objects smaller than a cell of the mask logits, and images with more objects than the given queries.
+
+    With tiles the objects are not counted: a tile holds fewer of them than its image.
+    """
     for found in scans.values():
         for scan in found:
             image, split = scan.entry, scan.split

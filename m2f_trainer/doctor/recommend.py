@@ -289,10 +289,13 @@ def _cpu_tuning(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
 
 
 def _jitter(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
-    """The scale jitter: none, unless the run shows whole images so often that they would be learnt by heart."""
+    """The scale jitter: none, unless the run shows whole images so often that it would overfit to them."""
     low, high, reason = 1.0, 1.0, "runs of minutes learn faster without scale jitter"
     if _shown_often(facts, chosen):
-        (low, high), reason = MILD_JITTER, f"each image is shown about {_passes(facts, chosen):.0f} times"
+        (low, high), reason = (
+            MILD_JITTER,
+            f"against overfitting: each image is shown {_passes(facts, chosen):.0f} times",
+        )
     return [Choice("lsj_min_scale", low, reason), Choice("lsj_max_scale", high, reason)]
 
 
@@ -311,6 +314,7 @@ def _feature_cache(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
 
 
 def _shown_often(facts: Facts, chosen: Mapping[str, Any]) -> bool:
+    """Whether the run trains on whole images and shows each at least `MANY_PASSES` times."""
     return not chosen.get("tile_size") and _passes(facts, chosen) >= MANY_PASSES
 
 
