@@ -237,7 +237,7 @@ KINDS: Mapping[str, Kind] = {
     "tiny-object": _warning(
         "object smaller than one cell of the mask logits",
         "At the input size it is less than 4 pixels wide or high, which is one cell of the mask logits.",
-        "Use a larger input size or tiles.",
+        "Use a larger input size, or smaller tiles.",
     ),
     "no-area": _warning(
         "point or line",
