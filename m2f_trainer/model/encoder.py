@@ -29,6 +29,14 @@ class ChannelNorm(nn.Module):
         return normalised
 
 
+def channels_last(features: Tensor) -> Tensor:
+    """The same (B, C, h, w), stored channels-last on a CPU, as the maps computed from it then are.
+
+    `ChannelNorm` needs its channels side by side, so nothing is transposed between convolutions and norms.
+    """
+    return features.contiguous(memory_format=torch.channels_last) if features.device.type == "cpu" else features
+
+
 class SimplePyramid(nn.Module):
     """ViT maps of one stride p -> maps of strides p/4, p/2, p and 2p.
 
@@ -57,7 +65,7 @@ class SimplePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
         """Taps of (B, dim, h, w) -> [(B, C0, 4h, 4w), (B, C1, 2h, 2w), (B, C2, h, w), (B, C3, h/2, w/2)]."""
-        fused = self.fuse(torch.cat(tuple(maps), dim=1))
+        fused = self.fuse(channels_last(torch.cat(tuple(maps), dim=1)))
         return [scale(fused) for scale in self.scales]
 
 
@@ -96,7 +104,7 @@ class ConvStem(nn.Module):
         """
         size = [4 * side for side in finest]
         shrinks = size[0] < pixel_values.shape[-2]  # antialias changes nothing otherwise, and TensorRT lacks it
-        features = nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=shrinks)
+        features = channels_last(nn.functional.interpolate(pixel_values, size, mode="bilinear", antialias=shrinks))
         maps = []
         for k, stage in enumerate(self.stages):
             features = stage(features)
