@@ -30,9 +30,9 @@ class ChannelNorm(nn.Module):
 
 
 def channels_last(features: Tensor) -> Tensor:
-    """The same (B, C, h, w), stored channels-last on a CPU, as the maps computed from it then are.
+    """Store maps (B, C, h, w) channels-last on a CPU; elsewhere return them unchanged. The values stay the same.
 
-    `ChannelNorm` needs its channels side by side, so nothing is transposed between convolutions and norms.
+    Convolutions keep this memory layout, and `ChannelNorm` needs it. So no map is transposed between them.
     """
     return features.contiguous(memory_format=torch.channels_last) if features.device.type == "cpu" else features
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from m2f_trainer.model.encoder import ChannelNorm
+from m2f_trainer.model import encoder
+from m2f_trainer.model.encoder import AdapterPyramid, ChannelNorm
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images, tiny_model
 
@@ -101,3 +102,19 @@ def test_the_norm_of_a_map_is_torchs_over_the_channels_of_each_position() -> Non
         for y, x in ((0, 0), (2, 4)):
             expected = torch.nn.functional.layer_norm(maps[:, :, y, x], (8,), norm.norm.weight, norm.norm.bias)
             torch.testing.assert_close(norm(maps)[:, :, y, x], expected)
+
+
+def test_maps_on_a_cpu_are_stored_channels_last_which_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    neck = AdapterPyramid(32, 2, [8, 16, 24, 32]).double()
+    taps, pixels = [torch.randn(2, 32, 6, 4).double() for _ in range(2)], torch.randn(2, 3, 84, 56).double()
+
+    def gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        maps = neck(taps, pixels)
+        return maps, list(torch.autograd.grad(sum(one.square().sum() for one in maps), list(neck.parameters())))
+
+    maps, found = gradients()
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in maps)
+    monkeypatch.setattr(encoder, "channels_last", lambda one: one)
+    plain, expected = gradients()
+    torch.testing.assert_close([*maps, *found], [*plain, *expected])
