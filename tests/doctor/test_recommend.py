@@ -106,6 +106,14 @@ def test_tiles_of_evaluation_are_smaller_on_a_cpu_unless_the_user_chose_the_tile
     assert "eval_tile_size" not in as_recipe(recommend(STREETS, LAPTOP))
 
 
+@pytest.mark.parametrize("machine", [LAPTOP, SERVER])
+def test_objects_are_pasted_onto_tiles_unless_the_user_chose_an_augmentation(machine: Machine) -> None:
+    assert as_recipe(recommend(NUCLEI, machine))["copy_paste"] == 0.5
+    assert "copy_paste" not in as_recipe(recommend(STREETS, machine))
+    for given in ({"augmentation": "none"}, {"copy_paste": 0.0}):
+        assert "copy_paste" not in as_recipe(recommend(NUCLEI, machine, given))
+
+
 def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
     given = {"tune": "lora", "max_steps": 10, "backbone_config": {**VIT, "patch_size": 16}}
     chosen = as_recipe(recommend(NUCLEI, LAPTOP, given))
