@@ -63,6 +63,26 @@ def test_an_image_that_one_object_fills_has_no_background_and_an_empty_one_no_lo
     assert float(loss_at(features, masks, [1, 0], every_pixel(2).double())) == pytest.approx(0)
 
 
+def test_a_point_of_two_objects_belongs_to_the_smaller_one_as_a_window_in_a_facade() -> None:
+    features = torch.randn(1, 5, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    facade, window, pane, beside = boxes((0, 0, 7, 8), (1, 1, 5, 6), (2, 2, 4, 4), (4, 5, 8, 7))
+    masks = CompactMasks.from_dense([torch.stack([window, facade, pane, beside])])
+    apart = torch.stack([
+        facade * (1 - window) * (1 - beside), window * (1 - pane) * (1 - beside), pane, beside
+    ])  # fmt: skip
+    found = loss_at(features, masks, [4], every_pixel(1).double())
+    assert float(found) == pytest.approx(by_hand(features[0], apart))
+
+
+def test_an_object_that_smaller_ones_cover_completely_has_no_loss() -> None:
+    features = torch.randn(1, 5, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halves = boxes((0, 0, 4, 6), (4, 0, 8, 6))
+    hidden, alone = (CompactMasks.from_dense([some]) for some in (torch.cat([boxes((0, 0, 8, 6)), halves]), halves))
+    everywhere = every_pixel(1).double()
+    found, expected = loss_at(features, hidden, [3], everywhere), loss_at(features, alone, [2], everywhere)
+    assert float(found) == pytest.approx(float(expected))
+
+
 def test_it_pulls_an_objects_pixels_together_and_touching_objects_apart() -> None:
     features = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
     two = boxes((0, 0, 4, SIDE), (4, 0, SIDE, SIDE))
