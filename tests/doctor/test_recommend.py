@@ -30,7 +30,7 @@ def test_small_objects_are_trained_on_tiles_and_large_ones_on_whole_images() -> 
     tiles, whole = as_recipe(recommend(NUCLEI, LAPTOP)), as_recipe(recommend(STREETS, LAPTOP))
     assert (tiles["tile_size"], tiles["image_height"], tiles["pyramid_taps"]) == (80, 112, [2, 4, 6])
     assert not whole.keys() & {"tile_size", "pyramid_taps"}
-    assert (tiles["per_device_train_batch_size"], whole["per_device_train_batch_size"]) == (8, 2)
+    assert (tiles["per_device_train_batch_size"], whole["per_device_train_batch_size"]) == (8, 4)
 
 
 @pytest.mark.parametrize("facts", [NUCLEI, STREETS])
@@ -74,16 +74,16 @@ def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:
 def test_features_are_kept_on_disk_where_a_run_uses_them_several_times() -> None:
     few = Facts(images=20, most=5, object_side=100, large_side=100, image_side=300, pixels=1_800_000)
     assert "feature_cache" not in as_recipe(recommend(NUCLEI, LAPTOP, {"max_minutes": 5}))
-    for given, views, times in (  # 2 images a step
-        ({"max_steps": 72}, 2, 4),
+    for given, views, times in (  # 4 images a step
+        ({"max_steps": 36}, 2, 4),
         ({"num_train_epochs": 9}, 2, 4),
-        ({"max_steps": 120}, 4, 3),
-        ({"max_steps": 1200}, 8, 15),
+        ({"max_steps": 60}, 4, 3),
+        ({"max_steps": 600}, 8, 15),
     ):
         (choice,) = (choice for choice in recommend(few, LAPTOP, given) if choice.field == "feature_cache")
         assert choice.value == views
         assert choice.reason.endswith(f"used about {times} times each")
-    for given in ({"max_steps": 59}, {"num_train_epochs": 5.0}, {"max_minutes": 20, "feature_cache": 0}):
+    for given in ({"max_steps": 29}, {"num_train_epochs": 5.0}, {"max_minutes": 20, "feature_cache": 0}):
         assert "feature_cache" not in as_recipe(recommend(few, LAPTOP, given))
 
 
