@@ -77,7 +77,6 @@ MILD_JITTER = (0.8, 1.3)
 407 photos in an hour: AP 22.3 with it and six views (2,136 steps), 21.3 without and two views (1,930 steps).
 """
 
-
 PASTED = 0.5
 """Share of the tiles onto which objects of another image are pasted.
 
@@ -310,7 +309,7 @@ def _jitter(facts: Facts, chosen: Mapping[str, Any]) -> list[Choice]:
 
 def _copy_paste(chosen: Mapping[str, Any]) -> list[Choice]:
     """Copy-paste on tiles; on whole images it was not measured."""
-    reason = "objects of other images are pasted onto half of the tiles"
+    reason = f"objects of another image are pasted onto {PASTED:.0%} of the tiles"
     return [Choice("copy_paste", PASTED, reason)] if chosen.get("tile_size") else []
 
 
