@@ -38,6 +38,7 @@ from m2f_trainer.run_folder import (
     write_json,
     write_metrics,
 )
+from m2f_trainer.training.allocator import keep_freed_memory
 from m2f_trainer.training.auto import images_per_device, resolve, with_checkpoint_range, with_pixel_range
 from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
@@ -88,6 +89,8 @@ def train(recipe: Recipe) -> dict[str, float]:
     begun = time.monotonic()
     recipe.train.start_process_group()
     recipe.train.require_packages()
+    if recipe.train.device.type == "cpu":
+        keep_freed_memory()
     check_sources(recipe.model)
     set_seed(recipe.train.seed)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
@@ -122,6 +125,8 @@ def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     recipe.train.start_process_group()
     recipe.train.require_packages()
+    if recipe.train.device.type == "cpu":
+        keep_freed_memory()
     check_sources(recipe.model)
     set_seed(recipe.train.seed)
     data = load_data(recipe.data)
