@@ -279,9 +279,12 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
 
 
 def _batch(chosen: Mapping[str, Any]) -> list[Choice]:
-    """Images of a step on a CPU, and the learning rate for them; both were measured with the light head."""
+    """Images of a step on a CPU, and the learning rate for them; both were measured with the light head.
+
+    Facades after 20 CPU minutes, 4 images a step: AP 17.5 at a rate of 5e-4, 18.9 at 1e-3, 17.3 at 2e-3.
+    """
     small = chosen["image_height"] * chosen["image_width"] <= SMALL_INPUT
-    batch, rate = (8, 7e-4) if small else (4, 5e-4)
+    batch, rate = (8, 7e-4) if small else (4, 1e-3)
     reason = f"measured with the light head and {batch} images per step"
     return [Choice("per_device_train_batch_size", batch, reason), Choice("learning_rate", rate, reason)]
 
