@@ -87,12 +87,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     Raises RunStopped, a KeyboardInterrupt, when a signal asked the run to stop; a checkpoint is saved by then.
     """
     begun = time.monotonic()
-    recipe.train.start_process_group()
-    recipe.train.require_packages()
-    if recipe.train.device.type == "cpu":
-        keep_freed_memory()
-    check_sources(recipe.model)
-    set_seed(recipe.train.seed)
+    begin(recipe)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
         checkpoint = from_main(partial(find_checkpoint, recipe.train))
         recipe = with_checkpoint_range(recipe, checkpoint)
@@ -121,14 +116,19 @@ def train(recipe: Recipe) -> dict[str, float]:
     return figures
 
 
-def dry_run(recipe: Recipe) -> str:
-    """What `train` would do, as text; nothing is trained or written."""
+def begin(recipe: Recipe) -> None:
+    """Start the process group, check packages and the model's sources, and set memory allocation and the seed."""
     recipe.train.start_process_group()
     recipe.train.require_packages()
     if recipe.train.device.type == "cpu":
         keep_freed_memory()
     check_sources(recipe.model)
     set_seed(recipe.train.seed)
+
+
+def dry_run(recipe: Recipe) -> str:
+    """What `train` would do, as text; nothing is trained or written."""
+    begin(recipe)
     data = load_data(recipe.data)
     recipe = with_pixel_range(recipe, data.pixel_range)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
