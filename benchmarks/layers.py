@@ -4,11 +4,12 @@ python -m benchmarks.layers CHECKPOINT [CHECKPOINT ...] --dataset DATASET
 
 For the validation images of a dataset, or their tiles if the model was trained on tiles:
 
-    IoU           mean mask IoU of the matched pairs after each layer above 0.5     share of objects whose matched mask
-    has an IoU above 0.5 new query     share of objects matched to another query than after the previous layer new since
-    share of objects matched to another query than in the previous checkpoint of the command line feature IoU   mean IoU
-    of the objects' masks if each position is assigned to the object with the most similar mean mask
-                  feature: an estimate of what the mask features allow, independent of the queries
+    IoU           mean mask IoU of the matched pairs after each layer
+    above 0.5     share of objects whose matched mask has an IoU above 0.5
+    new query     share of objects matched to another query than after the previous layer
+    new since     share of objects matched to another query than in the previous checkpoint of the command line
+    feature IoU   mean IoU of the objects' masks if each position is assigned to the object with the most similar mean
+                  mask feature: an estimate of what the mask features allow, independent of the queries
     gradients     share of each loss term in the norm of the gradient of the mask features
 
 Use it when a loss stops falling: it shows whether the masks are wrong from the first layer on, whether the matches keep
