@@ -1,6 +1,5 @@
 """Mask2Former's loss for all decoder outputs at once, normalised over the whole global batch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,6 @@ from .deformable_grid import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
 from .quality import best_overlaps, seen_queries
-
-MATCHING_POINTS = 4096
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class Points:
 class LossSettings:
     """The constants of Mask2Former's loss (paper, section 4.1, and its released configurations).
 
-    num_points: points of a matched pair's mask losses, and the fewest for matching
     class_weights: weight of each class in the cross entropy, (K,); () for 1 each. As in `torch.nn.CrossEntropyLoss`, it
     multiplies the terms of a class, and the sum is divided by the total weight.
     """
@@ -59,14 +55,6 @@ class LossSettings:
     discrimination_weight: float = 0.0
     quality_weight: float = 0.0
     class_weights: tuple[float, ...] = ()
-
-    def matching_points(self, positions: int) -> int:
-        """Points of an image for matching and the discrimination loss; `positions`: those of the mask features' maps.
-
-        They need more than the mask losses, whose points are chosen near each pair's outline: of 1,024 points 4 fall
-        into an object of a sixteenth of the image's sides. More points than positions would add nothing.
-        """
-        return max(self.num_points, min(positions, MATCHING_POINTS))
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -130,8 +118,8 @@ class Criterion(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             embeddings, features, class_logits = (_at_least_float32(t) for t in (embeddings, features, class_logits))
             if points is None:
-                positions = features.shape[-2] * features.shape[-1]
-                points = Points(scattered(len(features), self.settings.matching_points(positions), features))
+                shape = (features.shape[0], self.settings.num_points, 2)
+                points = Points(torch.rand(shape, device=features.device, dtype=features.dtype))
             if divisors is None:
                 divisors = normalizer(
                     class_labels,
@@ -269,21 +257,6 @@ def _scatter_gradients(slope: Tensor, points: Tensor, size: torch.Size) -> Tenso
     return spread.flatten(1)
 
 
-def scattered(rows: int, count: int, like: Tensor) -> Tensor:
-    """Random points in [0, 1] of the type and device of `like`, (rows, count, 2), one in each cell of a square grid.
-
-    Points beyond the largest square number are anywhere. Such stratified points (Cook 1986, "Stochastic sampling in
-    computer graphics", https://doi.org/10.1145/7529.8927) have the mean of independent ones and less variance: a small
-    object is hit by nearly the same number each time.
-    """
-    points = torch.rand(rows, count, 2, device=like.device, dtype=like.dtype)
-    side = math.isqrt(count)
-    along = torch.arange(side, device=like.device, dtype=like.dtype)
-    corners = torch.stack(torch.meshgrid(along, along, indexing="xy"), dim=-1).flatten(0, 1)
-    points[:, : side * side].add_(corners).div_(side)
-    return points
-
-
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of each image's maps (B, C, h, w) at its points (B, P, 2) in [0, 1] -> (B, C, P)."""
     return F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
@@ -303,9 +276,11 @@ def uncertain_points(logits: Tensor, settings: LossSettings, points: Points) -> 
     uncertain = int(settings.importance_sample_ratio * total)
     candidates, random = points.candidates, points.random
     if candidates is None:
-        candidates = scattered(pairs, int(total * settings.oversample_ratio), logits)
+        candidates = torch.rand(
+            pairs, int(total * settings.oversample_ratio), 2, device=logits.device, dtype=logits.dtype
+        )
     if random is None:
-        random = scattered(pairs, total - uncertain, logits)
+        random = torch.rand(pairs, total - uncertain, 2, device=logits.device, dtype=logits.dtype)
     best = _smallest(sample_logits(logits, candidates).abs_(), uncertain)
     return torch.cat([candidates.gather(1, best.unsqueeze(-1).expand(-1, -1, 2)), random], dim=1)
 

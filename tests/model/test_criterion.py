@@ -9,7 +9,7 @@ from torch import Tensor
 from m2f_trainer.model import compact_masks
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points, normalizer, scattered
+from m2f_trainer.model.criterion import Criterion, LossSettings, PointLosses, Points, normalizer
 from m2f_trainer.model.matcher import Matches
 from tests.model.tiny import images, labels, tiny_model
 
@@ -104,36 +104,6 @@ def test_the_same_seed_gives_the_same_loss() -> None:
         torch.manual_seed(5)
         losses.append(model(**batch).loss)
     assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize(("count", "side"), [(16, 4), (20, 4), (3, 1)])
-def test_points_lie_in_the_image_one_in_each_cell_of_a_grid(count: int, side: int) -> None:
-    points = scattered(50, count, torch.zeros((), dtype=torch.float64))
-    assert points.shape == (50, count, 2)
-    assert points.dtype == torch.float64
-    assert points.min() >= 0
-    assert points.max() <= 1
-    cells = (points[:, : side * side] * side).floor().long()
-    numbers = cells[..., 1] * side + cells[..., 0]
-    assert torch.equal(numbers, torch.arange(side * side).expand(50, -1))
-
-
-def test_points_hit_an_object_by_its_area_with_less_variance_than_independent_ones() -> None:
-    """An object of 0.3 x 0.2 of the image's sides: 61.4 of 1,024 points, with a binomial variance of 57.8."""
-    torch.manual_seed(0)
-    inside = scattered(2000, 1024, torch.zeros(()))
-    hits = ((inside > 0.33) & (inside < torch.tensor([0.63, 0.53]))).all(-1).sum(1).float()
-    assert float(hits.mean()) == pytest.approx(1024 * 0.3 * 0.2, rel=0.01)
-    assert float(hits.var()) < 57.8 / 4
-
-
-@pytest.mark.parametrize(
-    ("points", "side", "expected"), [(1024, 28, 1024), (1024, 48, 2304), (1024, 84, 4096), (12544, 256, 12544)]
-)
-def test_large_maps_are_matched_at_more_points_than_their_masks_are_trained_at(
-    points: int, side: int, expected: int
-) -> None:
-    assert LossSettings(num_points=points).matching_points(side * side) == expected
 
 
 def test_the_divisor_of_the_class_loss_is_the_weight_of_its_queries() -> None:
