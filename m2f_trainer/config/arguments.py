@@ -71,10 +71,11 @@ class ModelArguments:
         "model",
         defines_model=True,
     )
-    head: Literal["original", "light", "tiny"] = option(
-        "original",
+    head: Literal["original", "light", "tiny"] | None = option(
+        None,
         "Widths, layers and loss points of neck, pixel decoder and transformer decoder. original: as in the paper; "
-        "light: a tenth of its cost, for CPUs and small datasets; tiny: half of that. head_config changes single ones.",
+        "light: a tenth of its cost, for CPUs and small datasets; tiny: half of that. head_config changes single ones. "
+        "Default: those of init_from or head_checkpoint, else original.",
         "model",
         defines_model=True,
     )
@@ -210,10 +211,10 @@ class ModelArguments:
                 f"feature_cache={self.feature_cache} stores the features of a frozen backbone, but tune={self.tune} "
                 "changes the backbone at every step. Set tune to frozen, or feature_cache to 0."
             )
-        if self.head_checkpoint and self.head != "original":
+        if self.head_checkpoint and self.head not in (None, "original"):
             raise RecipeError(
-                f"head={self.head} and head_checkpoint contradict each other: a published Mask2Former has the original "
-                "head. Leave head out."
+                f"head={self.head} and head_checkpoint contradict each other: widths and layers are those of the "
+                "checkpoint. Leave head out."
             )
         if self.head_checkpoint and self.init_from:
             raise RecipeError(
@@ -232,7 +233,11 @@ class ModelArguments:
 
 
 HEADS: dict[str, dict[str, Any]] = {
-    "original": {},
+    "original": {
+        "neck_channels": None, "hidden_dim": 256, "feature_size": 256, "mask_feature_size": 256,
+        "encoder_layers": 6, "encoder_feedforward_dim": 1024, "decoder_layers": 10, "dim_feedforward": 2048,
+        "num_attention_heads": 8, "train_num_points": 12544,
+    },
     "light": {
         "neck_channels": [64, 96, 128, 128], "hidden_dim": 96, "feature_size": 96, "mask_feature_size": 96,
         "encoder_layers": 2, "encoder_feedforward_dim": 256, "decoder_layers": 4, "dim_feedforward": 256,

@@ -26,7 +26,7 @@ from .backbones import (
 from .encoder import SCRIPT_NECKS
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 from .sources import check_limits
-from .weights import head_fields, load_head, load_model_weights
+from .weights import head_fields, load_head, load_model_weights, own_head_fields
 
 
 def build_model(
@@ -53,7 +53,8 @@ def build_model(
                      of the original script keeps its own neck
     drop_path        stochastic depth rate of the backbone's last layer; it grows linearly from 0 at the first
     rope_rescale     scale DINOv3's RoPE coordinates in training by a random factor in [1 / this, this]; default off
-    config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim
+    config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim; without them, a model that starts from
+                     another one has its widths, layers and loss points
 
     Raises ModelError when a part can't be loaded or doesn't fit.
     """
@@ -78,7 +79,7 @@ def build_model(
         image_height=image_size[0],
         image_width=image_size[1],
         **{
-            **(head_fields(head_checkpoint) if head_checkpoint and source is None else {}),
+            **_head_fields(head_checkpoint, source),
             **_source_fields(backbone, source),
             **config_fields,
         },
@@ -117,6 +118,13 @@ def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
     alike = source.model_type == config.model_type
     alike = alike and feature_maps(source)[0].channels == feature_maps(config)[0].channels
     return bool(alike and source.num_hidden_layers <= config.num_hidden_layers)
+
+
+def _head_fields(head_checkpoint: str | None, start: M2FModel | None) -> dict[str, Any]:
+    """The configuration's fields that give the shape of the head that the weights come from; none for a new head."""
+    if start is not None:
+        return own_head_fields(start.config)
+    return head_fields(head_checkpoint) if head_checkpoint else {}
 
 
 def _source_fields(backbone: str | Mapping[str, Any], start: M2FModel | None) -> dict[str, Any]:

@@ -146,9 +146,13 @@ def _oneformer_name(name: str) -> str:
 
 
 def _own_head(checkpoint: str, config: M2FConfig) -> Head:
-    given = config.to_dict()
     classes = [category["name"] for category in config.categories or []]
-    return _head({name: given[name] for name in HEAD_FIELDS}, head_tensors(checkpoint), classes)
+    return _head(own_head_fields(config), head_tensors(checkpoint), classes)
+
+
+def own_head_fields(config: M2FConfig) -> dict[str, Any]:
+    """The fields of a model of ours that give the shape of its neck and head, and the points of their loss."""
+    return {name: getattr(config, name) for name in (*HEAD_FIELDS, "neck_channels", "train_num_points")}
 
 
 def _head(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:

@@ -183,10 +183,14 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
 
 
 def head_settings(model: ModelArguments) -> dict[str, Any]:
-    """Fields of `M2FConfig`: the preset's, changed by head_config."""
+    """Fields of `M2FConfig`: the preset's, changed by head_config.
+
+    The head of a checkpoint keeps its own shape: recipes of older versions name the original head beside it.
+    """
     given = model.head_config if isinstance(model.head_config, dict) else {}
     weights = {"discrimination_weight": model.discrimination_weight, "quality_weight": model.quality_weight}
-    return {**weights, "matrix_nms": model.matrix_nms, **HEADS[model.head], **given}
+    preset = {} if model.head is None or model.head_checkpoint else HEADS[model.head]
+    return {**weights, "matrix_nms": model.matrix_nms, **preset, **given}
 
 
 def require_figure(name: str | None, rows: Dataset) -> None:

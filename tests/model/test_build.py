@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.build import build_model
 from m2f_trainer.model.mask2former import load_model
 from tests.model.published import MetaViT
-from tests.model.tiny import DINOV2, images, tiny_model
+from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, images, tiny_model
 
 SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
 
@@ -70,6 +71,17 @@ def test_a_new_run_reads_the_backbone_layers_that_the_neck_it_starts_from_reads(
     new = tiny_model(init_from=str(tmp_path))
     assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in new.state_dict().items())
     assert len(tiny_model(init_from=str(tmp_path), taps=(1, 2)).config.backbone_config.out_features) == 2
+
+
+def test_without_other_settings_a_new_run_has_the_head_of_the_model_that_it_starts_from(tmp_path: Path) -> None:
+    """The weights of a light head would otherwise fit no layer of the original one, which is the default."""
+    old = tiny_model(neck="adapter", neck_channels=[8, 16, 16, 32])
+    old.save_pretrained(tmp_path)
+    for start in ({"init_from": str(tmp_path)}, {"head_checkpoint": str(tmp_path)}):
+        new = build_model(VIT, CATEGORIES, image_size=(64, 64), **start)
+        own = {name: tensor for name, tensor in new.state_dict().items() if ".backbone." not in name}
+        assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in own.items())
+        assert new.config.train_num_points == HEAD["train_num_points"]
 
 
 def test_a_new_run_from_a_model_needs_no_access_to_its_backbone(

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Mask2FormerConfig
 
+from m2f_trainer.config.arguments import HEADS, ModelArguments
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.export.export import export_constants
 from m2f_trainer.inference.predictor import Predictor
@@ -13,6 +15,7 @@ from m2f_trainer.training.prepare import (
     augmentation_seed,
     build_recipe_model,
     eval_samples,
+    head_settings,
     load_data,
     report_overfull,
     train_samples,
@@ -92,3 +95,16 @@ def test_a_dataset_of_8_bit_images_leaves_the_range_open(tmp_path: Path) -> None
     assert data.pixel_range is None
     assert with_pixel_range(recipe, data.pixel_range) == recipe
     assert build_recipe_model(recipe.model, recipe.data, data.categories).config.pixel_range is None
+
+
+def test_the_original_head_has_the_sizes_of_transformers_configuration() -> None:
+    published = Mask2FormerConfig()
+    given = {name: value for name, value in HEADS["original"].items() if name != "neck_channels"}
+    assert given == {name: getattr(published, name) for name in given}
+
+
+def test_a_head_is_that_of_the_source_unless_it_is_named() -> None:
+    assert "hidden_dim" not in head_settings(ModelArguments(init_from="run"))
+    assert "hidden_dim" not in head_settings(ModelArguments(head_checkpoint="run"))
+    assert head_settings(ModelArguments(init_from="run", head_config={"hidden_dim": 64}))["hidden_dim"] == 64
+    assert head_settings(ModelArguments(init_from="run", head="original"))["hidden_dim"] == 256
