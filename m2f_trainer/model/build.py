@@ -53,8 +53,8 @@ def build_model(
                      of the original script keeps its own neck
     drop_path        stochastic depth rate of the backbone's last layer; it grows linearly from 0 at the first
     rope_rescale     scale DINOv3's RoPE coordinates in training by a random factor in [1 / this, this]; default off
-    config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim; without them, a model that starts from
-                     another one has its widths, layers and loss points
+    config_fields    fields of `M2FConfig`, such as num_queries, neck, hidden_dim. Without them, a model that starts
+                     from another one has the same widths, layers and loss points
 
     Raises ModelError when a part can't be loaded or doesn't fit.
     """
