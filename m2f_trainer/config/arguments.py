@@ -53,7 +53,7 @@ class ModelArguments:
     backbone: str = option(
         "dinov3-vits16plus",
         "Pretrained backbone: a name from the backbone table, a Hub id, a local folder, or a file of weights (Meta's "
-        ".pth or timm's .safetensors).",
+        ".pth or timm's .safetensors). With init_from, that of the model there.",
         "model",
         defines_model=True,
     )

@@ -32,6 +32,7 @@ from m2f_trainer.config.typed_json import (
 )
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.backbones import BACKBONES, find_row, is_pyramidal, read_config, stride_of
+from m2f_trainer.model.sources import ModelError, read_json_file
 from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
@@ -78,9 +79,27 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
-    if path is not None:
-        return build_recipe({**checked(without_deletion(read_object(path), path), f"in {path}"), **given})
-    return build_recipe({**(choose(given) if choose else {}), **given})
+    filed = checked(without_deletion(read_object(path), path), f"in {path}") if path else {}
+    given = {**filed, **given}
+    given |= backbone_of_start(given)
+    chosen = choose(given) if choose and not path else {}
+    return build_recipe({**chosen, **given})
+
+
+def backbone_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`backbone`, or `backbone_config` where it began with random weights, of the model that `init_from` names.
+
+    Empty if one of the two is given, or if there is no model of ours, which is reported when it is loaded.
+    """
+    start = values.get("init_from")
+    if not start or values.get("backbone") or values.get("backbone_config"):
+        return {}
+    try:
+        config = read_json_file(start, "config.json") or {}
+    except (OSError, ModelError):
+        return {}
+    named = {"backbone": config.get("backbone_name"), "backbone_config": config.get("backbone_config")}
+    return next(({name: value} for name, value in named.items() if value), {})
 
 
 def without_deletion(values: dict[str, Any], path: Path) -> dict[str, Any]:

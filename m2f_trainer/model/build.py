@@ -130,13 +130,14 @@ def _head_fields(head_checkpoint: str | None, start: M2FModel | None) -> dict[st
 def _source_fields(backbone: str | Mapping[str, Any], start: M2FModel | None) -> dict[str, Any]:
     """The configuration's fields that follow from the backbone's source: its name, licence and normalisation.
 
-    A model that starts from another one keeps the normalisation of that one.
+    A model that starts from another one keeps the normalisation of that one, and what is known of the same backbone.
     """
-    given: dict[str, Any] = {}
-    if isinstance(backbone, str):
+    given: dict[str, Any] = {"backbone_name": _absolute_source(backbone)} if isinstance(backbone, str) else {}
+    if start is not None and _has_backbone(start, backbone):
+        given["backbone_licence"] = start.config.backbone_licence
+    elif isinstance(backbone, str):
         mean, std = normalization_of(backbone)
-        given = {"backbone_name": _absolute_source(backbone), "backbone_licence": licence_of(backbone)}
-        given |= {"image_mean": mean, "image_std": std}
+        given |= {"backbone_licence": licence_of(backbone), "image_mean": mean, "image_std": std}
     if start is not None:
         given |= {"image_mean": start.config.image_mean, "image_std": start.config.image_std}
     return given

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from m2f_trainer.config.recipe import find_recipe, load_recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
+from tests.model.tiny import tiny_model
 
 
 def write(folder: Path, values: dict[str, Any] | str) -> str:
@@ -35,6 +36,26 @@ def test_the_command_line_alone_makes_a_recipe() -> None:
         ["--dataset_name", "coco", "--learning_rate=3e-4", "--no_horizontal_flip", "--num-queries", "7"]
     )
     assert (recipe.train.learning_rate, recipe.data.horizontal_flip, recipe.model.num_queries) == (3e-4, False, 7)
+
+
+def test_a_run_from_a_model_has_its_backbone_unless_another_is_given(tmp_path: Path) -> None:
+    """The default backbone is gated, and can't hold the weights of another one."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "random")
+    model.config.backbone_name = "dinov2-small"
+    model.save_pretrained(tmp_path / "first")
+    size = ["--dataset_name", "coco", "--image_height", "56", "--image_width", "56"]
+    random = load_recipe([*size, "--init_from", str(tmp_path / "random")]).model.backbone_config
+    again = tiny_model(random, init_from=str(tmp_path / "random"))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    first = ["--init_from", str(tmp_path / "first")]
+    assert load_recipe([*size, *first]).model.backbone == "dinov2-small"
+    chosen = load_recipe([*size, *first], lambda given: {"tune": "full"}).model
+    assert (chosen.backbone, chosen.tune) == ("dinov2-small", "full")
+    other = load_recipe([*size, *first, "--backbone", "dinov2-large"])
+    assert other.model.backbone == "dinov2-large"
+    of_file = [write(tmp_path, {"init_from": first[1], "backbone": "dinov2-base"}), *size]
+    assert load_recipe(of_file).model.backbone == "dinov2-base"
 
 
 def test_options_override_the_file(tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ def test_a_new_run_from_a_model_needs_no_access_to_its_backbone(
         assert new.config.backbone_name == name
 
 
+def test_a_new_run_from_a_model_needs_no_folder_of_its_backbone(tmp_path: Path) -> None:
+    published = AutoModel.from_config(AutoConfig.for_model(**DINOV2))
+    published.save_pretrained(tmp_path / "backbone")
+    old = tiny_model(str(tmp_path / "backbone"), image_size=(56, 56))
+    old.save_pretrained(tmp_path / "run")
+    (tmp_path / "backbone").rename(tmp_path / "moved")
+    new = tiny_model(str(tmp_path / "backbone"), image_size=(56, 56), init_from=str(tmp_path / "run"))
+    assert all(torch.equal(tensor, old.state_dict()[key]) for key, tensor in new.state_dict().items())
+    assert new.config.backbone_name == old.config.backbone_name
+
+
 def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
