@@ -61,6 +61,16 @@ REMOVED = {"streaming": False}
 """Removed fields -> the value at which they are ignored, since the recipes saved by earlier versions contain it."""
 
 
+LOCAL_THEMES = (
+    "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
+)  # fmt: skip
+LOCAL_FIELDS = {
+    "dataloader_pin_memory", "hub_revision", "hub_private_repo", "accelerator_config", "run_name", "project",
+    "disable_tqdm", "logging_dir", "do_eval", "dataloader_prefetch_factor", "include_for_metrics",
+}  # fmt: skip
+"""Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
@@ -122,6 +132,22 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     left_out = {name for name, row in rows().items() if not row.saved}
     kept = {key: value for key, value in values.items() if key not in left_out}
     write_atomically(path, json.dumps(kept, indent=2, allow_nan=False) + "\n")
+
+
+def model_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a saved recipe that affect the model: this package's own, and those of transformers that were set.
+
+    `backbone` is left out if `backbone_config` replaces it by a randomly initialised one.
+    """
+    kept = {}
+    for one in (one for group in GROUPS for one in fields(group) if one.init and one.name not in LOCAL_FIELDS):
+        row, value = rows().get(one.name), recipe.get(one.name)
+        affects_model = row.theme not in LOCAL_THEMES if row else value != one.default
+        if affects_model and value not in (None, []):
+            kept[one.name] = value
+    if "backbone_config" in kept:
+        kept.pop("backbone", None)
+    return kept
 
 
 def find_recipe(name: str) -> Path:

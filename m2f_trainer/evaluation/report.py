@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2f_trainer.config.recipe import model_fields
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import ImageError
@@ -52,6 +54,7 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
         heading=heading,
         summary=_runs_table(runs),
         settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in runs]),
+        differences=_differences(runs),
         training=list(_training_charts(runs)),
         classes=_classes(runs[0].details) if len(runs) == 1 else _classes_compared(runs),
         score_charts=list(_score_charts(details)),
@@ -82,6 +85,25 @@ def _settings(run: Run) -> list[str]:
         architecture = config.get("model_type", "backbone") if isinstance(config, Mapping) else "backbone"
         backbone = f"{architecture}, randomly initialised"
     return [run.name, backbone, str(recipe.get("tune", "-")), size, dataset]
+
+
+def _differences(runs: Sequence[Run]) -> Table:
+    """The fields that affect the model and whose values differ between the runs."""
+    given = [model_fields(run.recipe) for run in runs]
+    names = dict.fromkeys(name for one in given for name in one)
+    rows = [
+        [name, *(_value(one.get(name)) for one in given)]
+        for name in names
+        if any(one.get(name) != given[0].get(name) for one in given)
+    ]
+    return Table(["setting", *(run.name for run in runs)], rows)
+
+
+def _value(value: object) -> str:
+    """A recipe's value as in JSON; folders without their parents, and "-" for a field that is not set."""
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else value
+    return "-" if value is None else json.dumps(value)
 
 
 def _training_charts(runs: Sequence[Run]) -> Iterator[Chart]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData
 
-from m2f_trainer.config.recipe import GROUPS, rows
+from m2f_trainer.config.recipe import model_fields
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.coco import percent
@@ -53,14 +53,6 @@ ERRORS = {
     "background": "background",
     "missed": "missed",
 }
-LOCAL_THEMES = (
-    "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
-)  # fmt: skip
-LOCAL_FIELDS = {
-    "dataloader_pin_memory", "hub_revision", "hub_private_repo", "accelerator_config", "run_name", "project",
-    "disable_tqdm", "logging_dir", "do_eval", "dataloader_prefetch_factor", "include_for_metrics",
-}  # fmt: skip
-"""Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ def _render(folder: Path, options: CardOptions) -> str:
     dataset = Path(str(recipe.get("dataset_name") or "a COCO dataset")).name
     chain = licence_chain(config)
     calibration_error = details.get("calibration", {}).get("error")
-    fields_set = model_fields(recipe)
+    fields_set = without_folders(model_fields(recipe))
     text = render_markdown(
         "model_card.md",
         metadata=verbatim(card_metadata(config, metrics, dataset, chain).to_yaml().strip()),
@@ -325,22 +317,6 @@ def duration(seconds: float) -> str:
     """Hours and minutes, or minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
-
-
-def model_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's fields that affect the model: all that this package defines, and transformers' that were set.
-
-    `backbone` is left out if `backbone_config` replaces it by a randomly initialised one.
-    """
-    kept = {}
-    for one in (one for group in GROUPS for one in fields(group) if one.init and one.name not in LOCAL_FIELDS):
-        row, value = rows().get(one.name), recipe.get(one.name)
-        affects_model = row.theme not in LOCAL_THEMES if row else value != one.default
-        if affects_model and value not in (None, []):
-            kept[one.name] = value
-    if "backbone_config" in kept:
-        kept.pop("backbone", None)
-    return without_folders(kept)
 
 
 # licences

@@ -80,8 +80,10 @@ def line_chart(
             if points
         ]
         axes.grid(color=GRID, linewidth=0.6)
-        axes.set_xlim(left=0)
-        axes.set_ylim(0, y_max and 1.02 * y_max)
+        points = [point for curve in series.values() for point in curve]
+        x_end, y_end = (max((point[axis] for point in points), default=0) for axis in (0, 1))
+        axes.set_xlim(0, 1.02 * x_end or 1)  # room for the marker at the end
+        axes.set_ylim(0, 1.02 * y_max if y_max else 1.05 * y_end or 1)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if named:

@@ -128,6 +128,29 @@ def test_several_runs_are_shown_side_by_side(data: Path, tmp_path: Path) -> None
     assert "a/run: count" in reader.words
 
 
+def test_the_settings_that_differ_between_runs_are_listed_and_no_others(data: Path, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, data) for name in ("a", "b")]
+    changes: list[dict[str, object]] = [
+        {"learning_rate": 1e-3, "output_dir": "a"},
+        {"head_config": {"hidden_dim": 64}, "output_dir": "b", "backbone": "/home/me/dinov2", "copy_paste": 0.5},
+    ]
+    for folder, change in zip(folders, changes, strict=True):
+        recipe = json.loads((folder / "recipe.json").read_text())
+        (folder / "recipe.json").write_text(json.dumps({**recipe, "copy_paste": 0.25, **change}))
+    words = Reader(write_report(folders, tmp_path / "page.html").read_text()).words
+    cells = [word for word in words[words.index("Settings that differ") + 1 : words.index("Training")] if word.strip()]
+    table = [cells[start : start + 3] for start in range(0, len(cells), 3)]
+    assert table[0] == ["setting", "a", "b"]
+    assert {name: values for name, *values in table[1:]} == {
+        "learning_rate": ["0.001", "-"],
+        "head_config": ["-", '{"hidden_dim": 64}'],
+        "backbone": [EVIL, "dinov2"],
+        "copy_paste": ["0.25", "0.5"],
+    }
+    alone = Reader(write_report(folders[:1], tmp_path / "page.html").read_text()).words
+    assert "Settings that differ" not in alone
+
+
 def test_a_page_without_the_dataset_reports_that_it_is_missing(data: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", data)
     (folder / "recipe.json").write_text(json.dumps({"dataset_name": str(tmp_path / "gone")}))

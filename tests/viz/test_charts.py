@@ -61,6 +61,13 @@ def test_a_curve_ends_where_its_values_say() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "AP")
 
 
+def test_the_last_point_of_a_curve_is_inside_the_axes() -> None:
+    """Axes that end at the last point cut its marker off: of a run with one evaluation, nothing would be seen."""
+    (axes,) = line_chart({"a": [(654, 23.3)], "b": [(671, 27.0)]}, "step").axes
+    assert 671 < axes.get_xlim()[1] < 700
+    assert 27 < axes.get_ylim()[1] < 30
+
+
 def test_a_series_keeps_its_colour_when_another_has_no_points() -> None:
     (axes,) = line_chart({"a": [], "b": [(0, 1), (1, 2)]}, "step").axes
     assert [line.get_color() for line in axes.lines] == [series_color(1)]

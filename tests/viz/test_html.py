@@ -24,6 +24,7 @@ def report(**changes: object) -> str:
         "classes": Table(["class"], [["cat"]], sortable=True),
         "errors": Table([], []),
         "settings": Table([], []),
+        "differences": Table([], []),
     }
     return render_page("report.html", **{**values, "training": [], "score_charts": [], "confusion": [], **changes})
 
