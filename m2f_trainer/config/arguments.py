@@ -78,6 +78,7 @@ class ModelArguments:
         "Default: those of init_from or head_checkpoint, else original.",
         "model",
         defines_model=True,
+        before="original",
     )
     num_queries: int = option(
         100,

@@ -26,6 +26,7 @@ def fingerprint(
     for group in (recipe.model, recipe.data, recipe.train):
         values |= {name: vars(group)[name] for name, row in options_of(type(group)).items() if row.changes_results}
     values |= recipe.data.augment()
+    values["head"] = recipe.model.head or "original"  # as older versions recorded it
     values["world_size"] = recipe.train.world_size
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None

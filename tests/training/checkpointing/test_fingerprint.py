@@ -88,4 +88,6 @@ def test_the_fingerprints_of_earlier_versions_still_compare(tmp_path: Path) -> N
     then = {key: now[key] for key in (*MODEL_KEYS, *OTHER_KEYS)}
     assert fingerprint.differences(then, now) == {}
     assert fingerprint.differences(then, of()).keys() == {"discrimination_weight", "quality_weight", "matrix_nms"}
+    older = {**now, "head": "original"}
+    assert fingerprint.differences(older, now) == {}, "the head's default was its name"
     assert {*MODEL_KEYS, "head", "quality_weight", "categories", "engine"} <= fingerprint.FIXED
