@@ -23,6 +23,7 @@ def test_torch_compile_leaves_the_operator_whole() -> None:
     assert_equal_to_transformers(torch.compile(operator, backend="aot_eager", fullgraph=True))
 
 
+@pytest.mark.filterwarnings("default")  # as above
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_the_operator_says_the_shapes_types_and_strides_of_its_results(kind: torch.dtype) -> None:
     """By torch's own examination of a registered operator: schema, autograd, fake tensors, dynamic shapes."""
