@@ -49,6 +49,10 @@ def stock_model(backbone: Path, classes: int, head: dict[str, Any]) -> Mask2Form
     return model
 
 
+MOST = 255
+"""Objects of an image that are drawn: the processor fails on a map with ids above 255."""
+
+
 class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples like those of the example's `augment_and_transform_batch`."""
 
@@ -65,7 +69,8 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         picture = open_image(row["image"], f"image {row['image_id']}").convert("RGB")
         instances = np.zeros((row["height"], row["width"]), dtype=np.int32)
         classes = {}
-        for number, one in enumerate((one for one in row["objects"] if not one["iscrowd"]), start=1):
+        objects = [one for one in row["objects"] if not one["iscrowd"]]
+        for number, one in enumerate(objects[:MOST], start=1):
             instances[decode(one["counts"], row["height"], row["width"]) > 0] = number
             classes[number] = self.classes[one["category_id"]]
         if self.augment:

@@ -15,22 +15,34 @@ from benchmarks.rivals.table import TABLE, rivals_of
 
 
 def main(words: list[str] | None = None) -> None:
-    """Train the rivals without a result, then write the report."""
+    """Train the rivals without a result, then write the report.
+
+    A rival that fails doesn't stop the others.
+
+    Raises:
+        SystemExit: one failed; the message has the end of its log
+    """
     given = _parser().parse_args(words)
     rivals = rivals_of(given.dataset, given.rivals, given.table)
     out = given.out.absolute()
     benchmark = Benchmark(
         given.dataset.resolve(), given.backbone.absolute(), out, (given.environments or out / "environments").absolute()
     )
-    results = []
+    results, failures = [], []
     for seed in given.seeds:
         for minutes in given.minutes:
             for rival in rivals:
-                results.append(benchmark.result(rival, minutes, seed))
+                try:
+                    results.append(benchmark.result(rival, minutes, seed))
+                except RuntimeError as error:
+                    failures.append(f"{rival.label}, {minutes:g} minutes, seed {seed}: {error}")
     order = {rival.name: k for k, rival in enumerate(rivals)}
     results.sort(key=lambda one: order[one["rival"]])
     command = " ".join(["python -m benchmarks.rivals", *(sys.argv[1:] if words is None else words)])
-    print(write_report(results, out, command))
+    if results:
+        print(write_report(results, out, command))
+    if failures:
+        raise SystemExit("\n\n".join(failures))
 
 
 def _parser() -> argparse.ArgumentParser:

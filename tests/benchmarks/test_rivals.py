@@ -85,12 +85,14 @@ def test_steps_are_planned_from_two_short_trainings() -> None:
         planned(found, 0.2)
 
 
-def test_a_failed_training_is_quoted_and_tried_again_next_time(squares: Path) -> None:
-    table = {"perfect": {**PERFECT, "settings": {"fails": True}}}
+def test_a_failed_training_is_quoted_and_tried_again_next_time_and_the_others_go_on(squares: Path) -> None:
+    table = {"failing": {**PERFECT, "label": "Failing", "settings": {"fails": True}}, "perfect": PERFECT}
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no more memory"):
+        with pytest.raises(SystemExit, match=r"^Failing, 1 minutes, seed 0: (?s:.)*no more memory"):
             run(squares, table, "--minutes", "1", "--seeds", "0")
-    assert len(trainings(squares.parent / "out")) == 2
+    out = squares.parent / "out"
+    assert len(trainings(out)) == 3
+    assert "| Perfect | 1 | 1 | **100.0** (100.0) |" in (out / "rivals.md").read_text()
 
 
 def test_an_unknown_rival_is_refused_with_the_known_ones(squares: Path) -> None:
