@@ -281,9 +281,8 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
 def _batch(chosen: Mapping[str, Any]) -> list[Choice]:
     """Images of a step on a CPU, and the learning rate for them; both were measured with the light head.
 
-    Facades after 20 CPU minutes, 4 images a step: AP 17.5 at a rate of 5e-4, 18.9 at 1e-3 (17.8 over three later seeds),
-    17.3 at 2e-3;
-    after an hour 22.3 and 22.4.
+    Facades after 20 CPU minutes, 4 images a step: AP 17.5 at a rate of 5e-4, 18.9 at 1e-3 (17.8 over three later
+    seeds), 17.3 at 2e-3; after an hour 22.3 and 22.4.
     """
     small = chosen["image_height"] * chosen["image_width"] <= SMALL_INPUT
     batch, rate = (8, 7e-4) if small else (4, 1e-3)
