@@ -30,9 +30,10 @@ from m2f_trainer.config.typed_json import (
     read_object,
     takes_object,
 )
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import ModelFolderError, RecipeError, check_model_path
 from m2f_trainer.model.backbones import BACKBONES, find_row, is_pyramidal, read_config, stride_of
-from m2f_trainer.model.sources import ModelError, read_json_file
+from m2f_trainer.model.mask2former import M2FConfig
+from m2f_trainer.model.sources import load_config
 from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
@@ -85,7 +86,7 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
 
     `choose`: where no file is named, it gets the options' values and returns further fields (default: none).
 
-    Raises RecipeError.
+    Raises RecipeError, or ModelFolderError where `init_from` names no model.
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
@@ -99,17 +100,26 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
 def backbone_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
     """`backbone`, or `backbone_config` where it began with random weights, of the model that `init_from` names.
 
-    Empty if one of the two is given, or if there is no model of ours, which is reported when it is loaded.
+    Empty if one of the two is given, for checkpoints of the original script, which keep their own, and beside a
+    `head_checkpoint`, which contradicts `init_from`.
+
+    Raises:
+        ModelFolderError: there is no such model
     """
     start = values.get("init_from")
-    if not start or values.get("backbone") or values.get("backbone_config"):
+    if not start or any(values.get(name) for name in ("backbone", "backbone_config", "head_checkpoint")):
         return {}
+    check_model_path(start)
     try:
-        config = read_json_file(start, "config.json") or {}
-    except (OSError, ModelError):
+        config = load_config(start)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelFolderError(f"init_from: no model could be read from {start!r}: {first}") from error
+    if not isinstance(config, M2FConfig):
         return {}
-    named = {"backbone": config.get("backbone_name"), "backbone_config": config.get("backbone_config")}
-    return next(({name: value} for name, value in named.items() if value), {})
+    if config.backbone_name:
+        return {"backbone": config.backbone_name}
+    return {"backbone_config": config.to_dict()["backbone_config"]}
 
 
 def without_deletion(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -176,12 +176,12 @@ def recommend(facts: Facts, machine: Machine, given: Mapping[str, Any] | None = 
     """
     given = given or {}
     backbone = _backbone(machine)
+    kept = {name for set_field, names in EXCLUDES.items() if given.get(set_field) is not None for name in names}
     named = {name: given[name] for name in ("backbone", "backbone_config") if name in given}
-    model = ModelArguments(**{"backbone": backbone.value, **named})
+    model = ModelArguments(**({} if "backbone" in kept else {"backbone": backbone.value}) | named)
     view = _input(facts, machine, backbone_stride(model), given.get("tile_size"))
     cut = [] if machine.accelerator else _taps(model, as_recipe(view))
     choices = [backbone, *cut, *view, *_training(facts, machine, as_recipe(view) | dict(given))]
-    kept = {name for set_field, names in EXCLUDES.items() if given.get(set_field) is not None for name in names}
     if given.get("tune", "frozen") != "frozen":
         kept.add("feature_cache")
     return [choice for choice in choices if choice.field not in kept | given.keys()]

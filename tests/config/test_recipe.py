@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from m2f_trainer.config.recipe import find_recipe, load_recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import ModelFolderError, RecipeError
 from tests.model.tiny import tiny_model
 
 
@@ -56,6 +56,24 @@ def test_a_run_from_a_model_has_its_backbone_unless_another_is_given(tmp_path: P
     assert other.model.backbone == "dinov2-large"
     of_file = [write(tmp_path, {"init_from": first[1], "backbone": "dinov2-base"}), *size]
     assert load_recipe(of_file).model.backbone == "dinov2-base"
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("runs/frist", "there is no such file or folder"),
+        ("empty", r"init_from: no model could be read from 'empty': .*config\.json"),
+        ("me/missing", r"init_from: no model could be read from 'me/missing'"),
+    ],
+)
+def test_a_start_that_is_none_is_refused_before_the_settings_follow_from_another_backbone(
+    start: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("empty", "runs/first"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFolderError, match=message):
+        load_recipe(["--dataset_name", "coco", "--init_from", start])
 
 
 def test_options_override_the_file(tmp_path: Path) -> None:

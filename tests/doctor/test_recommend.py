@@ -64,6 +64,14 @@ def test_a_server_without_a_hub_token_gets_the_same_weights_where_no_access_is_n
     assert "DINOv3 licence" in choices[0].reason
 
 
+def test_sides_fit_the_backbone_of_a_script_checkpoint_that_a_run_starts_from() -> None:
+    """Its backbone, a DINOv3 with patches of 16 pixels, is not the one that would be chosen for a new run."""
+    chosen = as_recipe(recommend(NUCLEI, LAPTOP, {"init_from": "step_200_model"}))
+    assert "backbone" not in chosen
+    assert chosen["image_height"] % 16 == 0
+    assert as_recipe(recommend(NUCLEI, LAPTOP))["image_height"] % 14 == 0
+
+
 def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:
     fast = Machine(accelerator=False, token=False, bf16=True)
     assert as_recipe(recommend(NUCLEI, fast))["bf16"] is True
