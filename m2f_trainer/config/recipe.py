@@ -90,8 +90,8 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
-    filed = checked(without_deletion(read_object(path), path), f"in {path}") if path else {}
-    given = {**filed, **given}
+    from_file = checked(without_deletion(read_object(path), path), f"in {path}") if path else {}
+    given = {**from_file, **given}
     given |= backbone_of_start(given)
     chosen = choose(given) if choose and not path else {}
     return build_recipe({**chosen, **given})
