@@ -29,6 +29,7 @@ Rectangle: TypeAlias = tuple[float, float, float, float]
 TINT = 0.45  # share of the colour inside a mask; its outline has the colour alone
 GOLDEN_RATIO = 0.618033988749895
 MAX_LABELS = 20  # images with more objects have no labels
+MAX_COVERED = 0.15  # nor have images of which labels would cover a larger share
 
 
 class Shape(NamedTuple):
@@ -75,7 +76,8 @@ def choose_style(
     """Choose colours and labels for the n objects of an image.
 
     Labels contain the class, if there are several classes, and the score, if there is one. They are used for at most
-    `MAX_LABELS` objects whose median box is larger than the median label.
+    `MAX_LABELS` objects, if the median box is larger than the median label and all labels together would cover at most
+    `MAX_COVERED` of the image.
 
     Args:
         size: (H, W) of the image.
@@ -105,7 +107,8 @@ def _labels_fit(size: Size, boxes: NDArray[np.float64], labels: Sequence[str]) -
         return False
     font = _font(size)
     areas = [width * height for width, height in (_label_size(label, font) for label in labels)]
-    return float(np.median(boxes[:, 2] * boxes[:, 3])) >= float(np.median(areas))
+    small_beside_objects = float(np.median(areas)) <= float(np.median(boxes[:, 2] * boxes[:, 3]))
+    return small_beside_objects and sum(areas) <= MAX_COVERED * size[0] * size[1]
 
 
 def draw_shapes(image: Image.Image, shapes: Iterable[Shape], *, boxes: bool = False) -> Image.Image:

@@ -57,6 +57,15 @@ def test_objects_of_one_class_have_colours_of_their_own_and_no_name() -> None:
     assert choose_style((240, 320), two_squares().boxes, [3, 3], [np.nan] * 2, {3: "cat"}).labels == ["", ""]
 
 
+def test_labels_that_would_cover_much_of_a_small_image_give_way_to_a_legend() -> None:
+    boxes = np.array([[5.0, 5, 40, 40], [55, 5, 40, 40], [30, 55, 40, 40]])
+    names = {1: "circle", 2: "square", 3: "triangle"}
+    small = choose_style((100, 100), boxes, [1, 2, 3], [0.9] * 3, names)
+    assert list(small.legend) == ["circle", "square", "triangle"]
+    assert not any(small.labels)
+    assert choose_style((480, 640), 4.8 * boxes, [1, 2, 3], [0.9] * 3, names).labels[0] == "circle 90%"
+
+
 def test_many_small_objects_of_one_class_have_neither_labels_nor_legend() -> None:
     picture = np.asarray(grid_of_squares(1).overlay(Image.new("RGB", (100, 100)), {1: "nucleus"})).astype(float)
     assert picture.shape == (100, 100, 3)
