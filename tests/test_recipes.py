@@ -63,7 +63,6 @@ def test_the_quickstart_model_is_small_and_needs_no_download() -> None:
         [{"id": 1, "name": "disc"}],
         image_size=(recipe.data.image_height, recipe.data.image_width),
         num_queries=recipe.model.num_queries,
-        neck=recipe.model.neck,
         **recipe.model.head_config,
     )
     assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000

@@ -40,7 +40,7 @@ TAPS = ["stage3", "stage6", "stage9", "stage12"]
 def stock_model(backbone: Path, classes: int, head: dict[str, Any]) -> Mask2FormerForUniversalSegmentation:
     """transformers' Mask2Former on a frozen DINOv2, with transformers' initialisation of the new layers."""
     vit = AutoConfig.from_pretrained(backbone, out_features=TAPS, local_files_only=True)
-    fields = {name: value for name, value in head.items() if name != "neck_channels"}
+    fields = {name: value for name, value in head.items() if not name.startswith("neck")}
     config = Mask2FormerConfig(backbone_config=vit, num_labels=classes, **fields)
     model = Mask2FormerForUniversalSegmentation(config)
     encoder = model.model.pixel_level_module.encoder

@@ -64,10 +64,12 @@ class ModelArguments:
         "model",
         defines_model=True,
     )
-    neck: Literal["pyramid", "adapter", "plain"] = option(
-        "adapter",
+    neck: Literal["pyramid", "adapter", "top_down", "plain"] | None = option(
+        None,
         "pyramid: feature maps at strides 4, 8, 16 and 32; adapter: the same plus a light convolutional stem on the "
-        "image, for objects smaller than a patch; plain: every map at the patch stride.",
+        "image, for objects smaller than a patch; top_down: a stem, and maps that convolutions join, for heads without "
+        "deformable attention; plain: every map at the patch stride. Default: top_down for the heads light and tiny, "
+        "that of init_from, else adapter.",
         "model",
         defines_model=True,
     )
@@ -235,19 +237,19 @@ class ModelArguments:
 
 HEADS: dict[str, dict[str, Any]] = {
     "original": {
-        "neck_channels": None, "hidden_dim": 256, "feature_size": 256, "mask_feature_size": 256,
+        "neck": "adapter", "neck_channels": None, "hidden_dim": 256, "feature_size": 256, "mask_feature_size": 256,
         "encoder_layers": 6, "encoder_feedforward_dim": 1024, "decoder_layers": 10, "dim_feedforward": 2048,
         "num_attention_heads": 8, "train_num_points": 12544,
     },
     "light": {
-        "neck_channels": [64, 96, 128, 128], "hidden_dim": 96, "feature_size": 96, "mask_feature_size": 96,
-        "encoder_layers": 2, "encoder_feedforward_dim": 256, "decoder_layers": 4, "dim_feedforward": 256,
-        "num_attention_heads": 6, "train_num_points": 1024,
+        "neck": "top_down", "neck_channels": [64, 96, 128, 128], "hidden_dim": 96, "feature_size": 96,
+        "mask_feature_size": 96, "encoder_layers": 0, "encoder_feedforward_dim": 256, "decoder_layers": 4,
+        "dim_feedforward": 256, "num_attention_heads": 6, "train_num_points": 1024,
     },
     "tiny": {
-        "neck_channels": [48, 64, 96, 96], "hidden_dim": 64, "feature_size": 64, "mask_feature_size": 64,
-        "encoder_layers": 1, "encoder_feedforward_dim": 128, "decoder_layers": 4, "dim_feedforward": 128,
-        "num_attention_heads": 4, "train_num_points": 512,
+        "neck": "top_down", "neck_channels": [48, 64, 96, 96], "hidden_dim": 64, "feature_size": 64,
+        "mask_feature_size": 64, "encoder_layers": 0, "encoder_feedforward_dim": 128, "decoder_layers": 4,
+        "dim_feedforward": 128, "num_attention_heads": 4, "train_num_points": 512,
     },
 }  # fmt: skip
 """Head -> the fields of `M2FConfig` that it sets."""

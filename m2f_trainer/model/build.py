@@ -23,8 +23,8 @@ from .backbones import (
     stride_of,
     taps_of,
 )
-from .encoder import SCRIPT_NECKS
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
+from .neck import SCRIPT_NECKS
 from .sources import check_limits
 from .weights import head_fields, load_head, load_model_weights, own_head_fields
 

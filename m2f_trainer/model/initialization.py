@@ -9,10 +9,22 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderLayer,
 )
 
-from .encoder import AdapterPyramid, ChannelNorm, ConvStem, SimplePyramid
+from .neck import (
+    AdapterPyramid,
+    ChannelNorm,
+    ConvBlock,
+    ConvStem,
+    SimplePyramid,
+    TopDown,
+    TopDownPyramid,
+    TopDownStages,
+)
 from .pixel_decoder import PixelDecoder
 
-NECK_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, SimplePyramid, AdapterPyramid, ConvStem)
+NECK_LAYERS = (
+    nn.Conv2d, nn.ConvTranspose2d, ChannelNorm, ConvStem, ConvBlock, SimplePyramid, AdapterPyramid, TopDown,
+    TopDownPyramid, TopDownStages,
+)  # fmt: skip
 
 
 def init_head_layer(module: nn.Module) -> None:

@@ -152,7 +152,8 @@ def _own_head(checkpoint: str, config: M2FConfig) -> Head:
 
 def own_head_fields(config: M2FConfig) -> dict[str, Any]:
     """The fields of a model of ours that give the shape of its neck and head, and the points of their loss."""
-    return {name: getattr(config, name) for name in (*HEAD_FIELDS, "neck_channels", "train_num_points")}
+    names = (*HEAD_FIELDS, "neck", "neck_channels", "train_num_points")
+    return {name: getattr(config, name) for name in names}
 
 
 def _head(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:

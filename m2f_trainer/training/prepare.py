@@ -166,7 +166,6 @@ def build_recipe_model(model: ModelArguments, data: DataArguments, categories: S
         taps=model.pyramid_taps or (),
         head_checkpoint=model.head_checkpoint,
         init_from=model.init_from,
-        neck=model.neck,
         num_queries=model.num_queries,
         tile_size=data.eval_tile_size or data.tile_size,
         tile_overlap=data.tile_overlap,
@@ -190,7 +189,8 @@ def head_settings(model: ModelArguments) -> dict[str, Any]:
     given = model.head_config if isinstance(model.head_config, dict) else {}
     weights = {"discrimination_weight": model.discrimination_weight, "quality_weight": model.quality_weight}
     preset = {} if model.head is None or model.head_checkpoint else HEADS[model.head]
-    return {**weights, "matrix_nms": model.matrix_nms, **preset, **given}
+    neck = {"neck": model.neck} if model.neck else {}
+    return {**weights, "matrix_nms": model.matrix_nms, **preset, **neck, **given}
 
 
 def require_figure(name: str | None, rows: Dataset) -> None:

@@ -154,7 +154,7 @@ def test_an_unknown_option_names_the_nearest_valid_one() -> None:
         ({"learning_rate": None}, 'expected a number or "auto", got None'),
         ({"horizontal_flip": "yes"}, "expected true or false, got 'yes'"),
         ({"backbone": 3}, "expected a string, got 3"),
-        ({"neck": "fpn"}, 'expected "pyramid" or "adapter" or "plain", got \'fpn\''),
+        ({"neck": "fpn"}, 'expected "pyramid" or "adapter" or "top_down" or "plain" or null, got \'fpn\''),
         ({"pyramid_taps": [1, "2"]}, "expected a list of whole numbers or null"),
         ({"backbone_config": [1]}, "expected an object or a string or null"),
         ({"early_stopping_patience": "3"}, "expected a whole number or null, got '3'"),

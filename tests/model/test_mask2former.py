@@ -40,6 +40,8 @@ def test_every_backbone_gives_masks_at_its_finest_stride(backbone, neck, size, s
 BODIES = [
     *((VIT, neck, taps) for neck in ("pyramid", "adapter") for taps in ((1,), (2,), (1, 2))),
     (VIT, "plain", (1, 2)),
+    (VIT, "top_down", (1, 2)),
+    (CONVNEXT, "top_down", ()),
     (DINOV2, "adapter", (1,)),
     (CONVNEXT, "pyramid", ()),
 ]

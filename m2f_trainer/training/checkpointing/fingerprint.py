@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from m2f_trainer.config.arguments import HEADS
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.recipe import Recipe, rows
 from m2f_trainer.data.dataset import Category
@@ -27,6 +28,7 @@ def fingerprint(
         values |= {name: vars(group)[name] for name, row in options_of(type(group)).items() if row.changes_results}
     values |= recipe.data.augment()
     values["head"] = recipe.model.head or "original"  # as older versions recorded it
+    values["neck"] = recipe.model.neck or HEADS[values["head"]]["neck"]
     values["world_size"] = recipe.train.world_size
     values["categories"] = [vars(category) for category in categories]
     values["engine"] = "fsdp" if recipe.train.fsdp else "deepspeed" if recipe.train.deepspeed else None
