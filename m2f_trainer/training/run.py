@@ -58,7 +58,7 @@ from m2f_trainer.training.checkpointing.resume import (
     find_checkpoint,
     find_start,
     resume_callbacks,
-    with_checkpoint_taps,
+    with_checkpoint_shape,
 )
 from m2f_trainer.training.data_workers import translate_errors
 from m2f_trainer.training.dry_run import plan, plan_text
@@ -99,7 +99,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
-        model = build_recipe_model(with_checkpoint_taps(recipe.model, start), recipe.data, data.categories)
+        model = build_recipe_model(with_checkpoint_shape(recipe.model, start), recipe.data, data.categories)
         if recipe.train.process_index == 0:
             report_licences(model)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]

@@ -21,6 +21,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
+from m2f_trainer.model.weights import own_head_fields
 from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_per_epoch
@@ -129,15 +130,19 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
     return checkpoint
 
 
-def with_checkpoint_taps(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
-    """The model's fields, with `pyramid_taps` from the checkpoint if the recipe has none.
+def with_checkpoint_shape(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
+    """The model's fields, with the backbone layers and the head's shape of the checkpoint where the recipe has none.
 
-    Earlier versions had other defaults; the checkpoint's weights were trained on the layers that it names.
+    Earlier versions had other defaults and other layers in a head of the same name.
     """
-    if checkpoint is None or model.pyramid_taps is not None:
+    if checkpoint is None:
         return model
-    taps = taps_of(backbone_of(M2FConfig.from_pretrained(checkpoint)))
-    return model if not taps else replace(model, pyramid_taps=list(taps))
+    config = M2FConfig.from_pretrained(checkpoint)
+    shape = own_head_fields(config)
+    shape.pop("num_queries")  # always in the recipe
+    given = model.head_config if isinstance(model.head_config, dict) else {}
+    taps = list(taps_of(backbone_of(config))) or None
+    return replace(model, pyramid_taps=model.pyramid_taps or taps, head_config={**shape, **given})
 
 
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
