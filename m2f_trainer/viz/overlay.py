@@ -77,7 +77,7 @@ def choose_style(
 
     Labels contain the class, if there are several classes, and the score, if there is one. They are used for at most
     `MAX_LABELS` objects, if the median box is larger than the median label and all labels together would cover at most
-    `MAX_COVERED` of the image.
+    `MAX_COVERED` of the image, both for labels with scores.
 
     Args:
         size: (H, W) of the image.
@@ -92,7 +92,8 @@ def choose_style(
     percents = ["" if math.isnan(score) else f"{100 * score:.0f}%" for score in scores]
     labels = [f"{word if several else ''} {score}".strip() for word, score in zip(words, percents, strict=True)]
     own_colors = [color(index) for index in range(len(labels))]
-    if _labels_fit(size, boxes, labels):
+    with_scores = [f"{word if several else ''} 100%".strip() for word in words]  # so truth looks like predictions
+    if _labels_fit(size, boxes, with_scores):
         return Style(own_colors, labels)
     nothing = [""] * len(labels)
     if not several:
