@@ -104,9 +104,11 @@ def test_each_map_gets_the_next_coarser_one_before_its_block() -> None:
     assert [one.unique().tolist() for one in done] == [[81.0], [34.0], [11.0]]
 
 
-def test_the_light_heads_join_maps_by_convolutions_instead_of_deformable_attention() -> None:
-    shapes = {name: (head["neck"], head["encoder_layers"]) for name, head in HEADS.items()}
-    assert shapes == {"original": ("adapter", 6), "light": ("top_down", 0), "tiny": ("top_down", 0)}
+@pytest.mark.parametrize(("head", "joined"), [("original", False), ("light", True), ("tiny", True)])
+def test_small_heads_join_maps_by_convolutions_instead_of_deformable_attention(head: str, joined: bool) -> None:
+    names = set(tiny_model(**HEADS[head]).state_dict())
+    assert any(".top_down." in name for name in names) is joined
+    assert any("sampling_offsets" in name for name in names) is not joined
 
 
 def test_stages_of_a_convnext_are_joined_in_the_widths_of_the_neck() -> None:
