@@ -125,3 +125,10 @@ def test_a_pretrained_backbone_starts_with_its_published_weights(tmp_path: Path)
     started = tiny_model(str(tmp_path), image_size=(56, 56)).encoder.backbone.state_dict()
     assert started.keys() == published.state_dict().keys()
     assert all(torch.equal(started[name], tensor) for name, tensor in published.state_dict().items())
+
+
+def test_a_new_run_has_the_neck_of_its_start_unless_another_is_named(tmp_path: Path) -> None:
+    tiny_model(neck="pyramid").save_pretrained(tmp_path)
+    for given, expected in (({}, "pyramid"), ({"neck": "adapter"}, "adapter")):
+        new = build_model(VIT, CATEGORIES, image_size=(64, 64), init_from=str(tmp_path), **given)
+        assert new.config.neck == expected
