@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
@@ -34,6 +36,7 @@ from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.run_folder import FEATURE_CACHE, write_json
+from m2f_trainer.training.callbacks.progress import print_line
 from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ KEY = "maps.json"
 
 SPARE = 0.02  # fraction of the disk that is left free
 PIXELS_AT_ONCE = 2**18  # of small images, such as 16 of 128 x 128
+FIRST_LINE, OTHER_LINES = 5.0, 60.0
+"""Seconds after which the progress of the computation is first printed, and between the other lines."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
     maps = MapFiles(folder, name, len(dataset), views, shapes, parts)
     if found is None:
         from_main(partial(make_room, maps))
-        maps.write(rank, compute_maps(dataset, model, maps, args))
+        computed = compute_maps(dataset, model, maps, args)
+        maps.write(rank, computed if rank else with_progress(computed, len(range(0, maps.images * views, parts))))
         PartialState().wait_for_everyone()
         from_main(partial(write_json, folder / KEY, {**key, "name": name, "parts": parts}))
     return CachedViews(dataset, maps)
@@ -247,3 +253,17 @@ def compute_maps(
             found = model.encoder.backbone_features(pixels)
         for maps_of_one in zip(*found, strict=True):
             yield list(maps_of_one)
+
+
+def with_progress(records: Iterable[list[Tensor]], total: int) -> Iterator[list[Tensor]]:
+    """Yield the records of one rank; print how many are done, the mean time of one and the time left now and then."""
+    begun = time.perf_counter()
+    due = begun + FIRST_LINE
+    for done, record in enumerate(records, 1):
+        yield record
+        now = time.perf_counter()
+        if now >= due:
+            each = (now - begun) / done
+            left = tqdm.format_interval(each * (total - done))
+            print_line(f"feature_cache: {done:,} of {total:,} views, {each:.2f} s/view, {left} left")
+            due = now + OTHER_LINES

@@ -145,6 +145,19 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
     assert not first.maps.path(0).exists()
 
 
+def test_a_long_computation_tells_how_far_it_is(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both(rows, tmp_path)
+    assert "feature_cache" not in capsys.readouterr().out  # nothing is said in the first seconds
+    monkeypatch.setattr(feature_cache, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(feature_cache, "OTHER_LINES", 0.0)
+    both(rows, tmp_path, views=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" views")[0] for line in lines] == [f"feature_cache: {done} of 9" for done in range(1, 10)]
+    assert lines[-1].endswith(" s/view, 00:00 left")
+
+
 def test_a_full_disk_is_an_error_before_anything_is_computed(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,21 @@ TICKS = 10_000
 class Clock(TrainerCallback, ExportableState):
     """Sets the learning rate by the elapsed share of `max_minutes`, and stops the run when all have elapsed.
 
-    All wall time counts: the seconds before the first step (`passed`), evaluations and checkpoints. A checkpoint stores
-    the elapsed time, and a resumed run has the rest. The last step is evaluated and saved. `state.max_steps`, which
-    progress bars and logs show, is a forecast. All ranks use the main process's clock.
+    All wall time counts: the seconds before the first step (`passed`), evaluations and checkpoints. The schedule covers
+    the time from the first step (`first_step`, in seconds) to the end; kept features can take a tenth of a run before
+    it, and the warm-up would be over. A checkpoint stores both times, and a resumed run has the rest. The last step is
+    evaluated and saved. `state.max_steps`, which progress bars and logs show, is a forecast. All ranks use the main
+    process's clock.
     """
 
-    def __init__(self, minutes: float, passed: float = 0.0, now: Callable[[], float] = time.monotonic) -> None:
-        self.minutes, self.passed, self.now = minutes, passed, now
+    def __init__(
+        self,
+        minutes: float,
+        passed: float = 0.0,
+        first_step: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.minutes, self.passed, self.first_step, self.now = minutes, passed, first_step, now
         self.read_at = now()
 
     def share(self) -> float:
@@ -43,7 +51,8 @@ class Clock(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The values saved with a checkpoint."""
         passed = self.passed + self.now() - self.read_at
-        return {"args": {"minutes": self.minutes, "passed": passed}, "attributes": {}}
+        given = {"minutes": self.minutes, "passed": passed, "first_step": self.first_step}
+        return {"args": given, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,6 +62,9 @@ class Clock(TrainerCallback, ExportableState):
             self.minutes = args.max_minutes
             self.head, self.backbone = rate_factors(args, TICKS)
         self.first = (state.global_step, self.share())
+        if self.first_step is None:
+            resumed = state.global_step > 0  # from a checkpoint of an earlier version: its schedule began with the run
+            self.first_step = 0.0 if resumed else 60 * self.minutes * self.first[1]
         if self.first[1] >= 1:
             state.max_steps = state.global_step  # a finished run that is resumed; `M2FTrainer` makes no step of it
             control.should_evaluate = control.should_save = False  # they were set when the checkpoint was saved
@@ -61,7 +73,9 @@ class Clock(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the learning rates for the elapsed time."""
-        tick, groups = int(TICKS * self.share()), kwargs["optimizer"].param_groups
+        before = min((self.first_step or 0.0) / (60 * self.minutes), 1.0)
+        tick = int(TICKS * max(self.share() - before, 0.0) / max(1 - before, 1e-9))
+        groups = kwargs["optimizer"].param_groups
         for group in groups:
             factor = self.backbone if group["name"].startswith("backbone") else self.head
             group["lr"] = group["initial_lr"] * factor(tick)

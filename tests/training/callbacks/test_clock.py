@@ -106,6 +106,27 @@ def test_time_before_the_first_step_counts_but_not_in_the_forecast() -> None:
     assert run.state.max_steps == 100, "300 seconds were left for steps of 3 seconds"
 
 
+def test_the_schedule_begins_with_the_first_step() -> None:
+    time = Time()
+    run = Run(time, Clock(10, passed=300, now=time))
+    assert run.step(15.0)[0] == 0, "the warm-up is a tenth of the 300 seconds that are left"
+    assert run.step(15.0)[0] == pytest.approx(1)
+    kept = run.clock.state()
+    restored = Clock.from_state(kept)
+    restored.now, restored.read_at = time, time()
+    again = Run(time, restored, step=2)
+    assert again.step(135.0)[0] == pytest.approx(2)
+    head, _ = rate_factors(run.args, TICKS)
+    assert again.step()[0] == pytest.approx(2 * head(TICKS * 165 // 300))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_schedule() -> None:
+    time = Time()
+    run = Run(time, Clock(10, passed=300, now=time), step=7)
+    head, _ = rate_factors(run.args, TICKS)
+    assert run.step()[0] == pytest.approx(2 * head(TICKS // 2))
+
+
 def test_a_resumed_run_has_the_rest_of_the_time_its_checkpoint_included() -> None:
     time = Time()
     first = Run(time, Clock(10, now=time))
