@@ -186,22 +186,29 @@ class RecentImages:
     """The images that this process read last: the last one, and others up to `limit` pixels in all."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit, self.pixels = limit, 0
         self._images: OrderedDict[int, Image.Image] = OrderedDict()
 
     def __reduce__(self) -> tuple[type["RecentImages"], tuple[int]]:
         """Without its images: a data worker reads its own."""
         return RecentImages, (self.limit,)
 
-    def read(self, row: Row) -> Image.Image:
-        """As `read_image`. The image must not be changed."""
+    def read(self, row: Row, replace: bool = True) -> Image.Image:
+        """As `read_image`. The image must not be changed. Without `replace` it is kept only if there is room for it."""
         key: int = row["image_id"]
-        if key not in self._images:
-            self._images[key] = read_image(row)
-        self._images.move_to_end(key)
-        while len(self._images) > 1 and sum(one.width * one.height for one in self._images.values()) > self.limit:
-            self._images.popitem(last=False)
-        return self._images[key]
+        if key in self._images:
+            self._images.move_to_end(key)
+            return self._images[key]
+        image = read_image(row)
+        size = image.width * image.height
+        if not replace and self.pixels + size > self.limit:
+            return image
+        self._images[key] = image
+        self.pixels += size
+        while len(self._images) > 1 and self.pixels > self.limit:
+            _, oldest = self._images.popitem(last=False)
+            self.pixels -= oldest.width * oldest.height
+        return image
 
 
 class TileOrder(Sampler[int]):
@@ -241,9 +248,12 @@ class TileTransform(TrainTransform):
         self.recent = RecentImages(RECENT_PIXELS)
 
     def read(self, row: Row, crop: Crop) -> Image.Image:
-        """As `TrainTransform.read`. The images of tiles are kept, unless a JPEG may be decoded at a smaller size."""
+        """As `TrainTransform.read`. Images are kept, unless a JPEG may be decoded at a smaller size.
+
+        `TileOrder` doesn't order the images that copy-paste uses: they don't replace those of the tiles.
+        """
         reduced = 2 * crop.resized[0] <= crop.original[0] or 2 * crop.resized[1] <= crop.original[1]
-        return super().read(row, crop) if reduced or "cell" not in row else self.recent.read(row)
+        return super().read(row, crop) if reduced else self.recent.read(row, replace="cell" in row)
 
     def random_crop(self, row: Row, epoch: int, rng: np.random.Generator) -> Crop:
         """The cell with the grid shift of this epoch and image; unshifted if the crop would contain no object."""

@@ -284,3 +284,16 @@ def test_a_worker_starts_without_the_images_of_another_process(rows: Dataset) ->
     assert copied.read(rows[0]) is not image
     recent.read(rows[1])
     assert recent.read(rows[0]) is not image, "one image is kept even if it is larger than the limit, no other"
+
+
+def test_images_of_copy_paste_are_kept_where_there_is_room_and_replace_none(tmp_path: Path) -> None:
+    split = write_rows(tmp_path, [((100, 150), [(0, 0, 150, 100)])] * 3)
+    recent = RecentImages(limit=2 * 100 * 150)
+    of_tile, pasted = recent.read(split[0]), recent.read(split[1], replace=False)
+    assert recent.read(split[1], replace=False) is pasted
+    other = recent.read(split[2], replace=False)
+    assert recent.read(split[2], replace=False) is not other
+    assert recent.read(split[0]) is of_tile
+    next_tile = recent.read(split[2])
+    assert recent.read(split[2]) is next_tile
+    assert recent.read(split[1], replace=False) is not pasted, "the image used least recently makes room"
