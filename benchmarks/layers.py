@@ -33,9 +33,9 @@ from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.tiles import TileTransform, TrainTiles
 from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import sample_features
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.model.matcher import match
+from m2f_trainer.model.points import sample_features
 
 BATCH = 8
 

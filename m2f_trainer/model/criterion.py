@@ -13,6 +13,7 @@ from .compact_masks import CompactMasks, chunks_of_images, pair_logits
 from .deformable_grid import ALIGN_CORNERS, BILINEAR, ZEROS
 from .discrimination import discrimination
 from .matcher import Matches, match
+from .points import random_points, sample_features, sample_logits
 from .quality import best_overlaps, seen_queries
 
 
@@ -118,8 +119,7 @@ class Criterion(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             embeddings, features, class_logits = (_at_least_float32(t) for t in (embeddings, features, class_logits))
             if points is None:
-                shape = (features.shape[0], self.settings.num_points, 2)
-                points = Points(torch.rand(shape, device=features.device, dtype=features.dtype))
+                points = Points(random_points(len(features), self.settings.num_points, features))
             if divisors is None:
                 divisors = normalizer(
                     class_labels,
@@ -257,16 +257,6 @@ def _scatter_gradients(slope: Tensor, points: Tensor, size: torch.Size) -> Tenso
     return spread.flatten(1)
 
 
-def sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of each image's maps (B, C, h, w) at its points (B, P, 2) in [0, 1] -> (B, C, P)."""
-    return F.grid_sample(features, 2 * points.unsqueeze(2) - 1, align_corners=False).squeeze(3)
-
-
-def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of each map (M, h, w) at its own points (M, P, 2) in [0, 1] -> (M, P)."""
-    return F.grid_sample(logits.unsqueeze(1), 2 * points.unsqueeze(2) - 1, align_corners=False)[:, 0, :, 0]
-
-
 def uncertain_points(logits: Tensor, settings: LossSettings, points: Points) -> Tensor:
     """Choose P points a pair, most of them where its logit is nearest to 0 -> (M, P, 2).
 
@@ -276,11 +266,9 @@ def uncertain_points(logits: Tensor, settings: LossSettings, points: Points) -> 
     uncertain = int(settings.importance_sample_ratio * total)
     candidates, random = points.candidates, points.random
     if candidates is None:
-        candidates = torch.rand(
-            pairs, int(total * settings.oversample_ratio), 2, device=logits.device, dtype=logits.dtype
-        )
+        candidates = random_points(pairs, int(total * settings.oversample_ratio), logits)
     if random is None:
-        random = torch.rand(pairs, total - uncertain, 2, device=logits.device, dtype=logits.dtype)
+        random = random_points(pairs, total - uncertain, logits)
     best = _smallest(sample_logits(logits, candidates).abs_(), uncertain)
     return torch.cat([candidates.gather(1, best.unsqueeze(-1).expand(-1, -1, 2)), random], dim=1)
 

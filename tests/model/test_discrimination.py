@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import Criterion, LossSettings, sample_features
+from m2f_trainer.model.criterion import Criterion, LossSettings
 from m2f_trainer.model.discrimination import TEMPERATURE, discrimination
+from m2f_trainer.model.points import random_points, sample_features
 
 SIDE = 8
 
@@ -114,5 +115,5 @@ def test_the_criterion_adds_the_term_by_its_weight_and_the_number_of_masks() -> 
     assert "loss_discrimination" not in off
     assert all(torch.equal(off[name], on[name]) for name in off)
     torch.manual_seed(0)
-    alone = loss_at(features, masks, [2], torch.rand(1, 64, 2))
+    alone = loss_at(features, masks, [2], random_points(1, 64, features))
     assert float(on["loss_discrimination"]) == pytest.approx(3 * float(alone) / 2)

@@ -3,8 +3,8 @@
 import torch
 
 from m2f_trainer.model.compact_masks import CompactMasks
-from m2f_trainer.model.criterion import sample_features
 from m2f_trainer.model.matcher import Matches, match
+from m2f_trainer.model.points import sample_features
 from tests.model.test_compact_masks import masks_of_random_boxes
 
 WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from m2f_trainer.cli.main import main
 from m2f_trainer.distributed import full_tensor
 from m2f_trainer.training import run, sharding
-from tests.training.gradients_of_one_step import same_points
+from tests.training.gradients_of_one_step import RANDOM_POINTS, same_points
 
 GRADIENTS = "gradients.pt"
 
@@ -38,7 +38,7 @@ def engine(name: str) -> Iterator[None]:
     """Make runs comparable, and make accelerate use on CPUs an engine that it restricts to accelerators."""
     callbacks = run.run_callbacks
     with ExitStack() as stack:
-        stack.enter_context(patch("torch.rand", same_points))
+        stack.enter_context(patch(RANDOM_POINTS, same_points))
         stack.enter_context(patch.object(run, "run_callbacks", lambda args: [*callbacks(args), KeepGradients()]))
         if name == "fsdp":
             stack.enter_context(patch.object(AcceleratorState, "__init__", sharding_start(AcceleratorState.__init__)))

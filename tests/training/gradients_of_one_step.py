@@ -60,11 +60,13 @@ class NoSave(TrainerCallback):
         control.should_save = control.should_evaluate = False
 
 
-def same_points(*shape: Any, device: Any = None, dtype: Any = None) -> torch.Tensor:
-    """A replacement of torch.rand: the same points for every image, in any distribution over batches and ranks."""
-    sizes = shape[0] if isinstance(shape[0], tuple) else shape
-    points = torch.from_numpy(np.random.default_rng(0).random((1, *sizes[1:]))).to(dtype or torch.float32)
-    return points.expand(*sizes)
+RANDOM_POINTS = "m2f_trainer.model.criterion.random_points"
+
+
+def same_points(count: int, each: int, like: torch.Tensor) -> torch.Tensor:
+    """For `RANDOM_POINTS`: the same points for every image and pair, in any distribution over batches and ranks."""
+    points = torch.from_numpy(np.random.default_rng(1).random((1, each, 2))).to(like)
+    return points.expand(count, each, 2)
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def main() -> None:
         eval_dataset=data,
         callbacks=[KeepGradients(out), NoSave()],
     )
-    with patch("torch.rand", same_points):
+    with patch(RANDOM_POINTS, same_points):
         trainer.train()
 
 
