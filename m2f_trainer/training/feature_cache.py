@@ -1,7 +1,8 @@
 """Feature maps of a frozen backbone, computed once for a fixed set of views of each image and then read from disk.
 
 View k of an image is its augmentation in epoch k, a function of (seed, k, index); with K views, epoch e trains on view
-e mod K. A step then only runs neck and head. In return, training uses only K views of an image instead of a new one in
+e mod K. A step then only runs neck and head, and reads pixels and masks as they were made for the view: decoding and
+cropping take a tenth of such a step on a CPU. In return, training uses only K views of an image instead of a new one in
 each epoch, the maps are rounded to bfloat16, and they take disk space.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.imbalance import RepeatedSamples
+from m2f_trainer.data.packed_samples import pack_sample, unpack_sample
 from m2f_trainer.distributed import from_main, rank_and_world_size
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
@@ -40,8 +42,14 @@ from m2f_trainer.training.callbacks.progress import print_line
 from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
 
 logger = logging.getLogger(__name__)
+Record: TypeAlias = tuple[Sequence[Tensor], bytes]
+"""The maps of a view, (C, h, w) each, and its packed sample."""
+
 KEY = "maps.json"
 """The file that names the maps' files and what they were computed from; written last."""
+
+FORMAT = 2
+"""Version of the files: 1 had no samples."""
 
 SPARE = 0.02  # fraction of the disk that is left free
 PIXELS_AT_ONCE = 2**18  # of small images, such as 16 of 128 x 128
@@ -51,16 +59,18 @@ FIRST_LINE, OTHER_LINES = 5.0, 60.0
 
 @dataclass(frozen=True)
 class MapFiles:
-    """Feature maps of N images x K views in bfloat16, one record per view after another.
+    """Samples of N images x K views and their feature maps in bfloat16, one record per view after another.
 
-    Each rank writes a file of its own and renames it when it is complete. Nodes that share a network file system (NFS)
-    must not write one file together: they would overwrite each other's parts of a page.
+    Each rank writes two files of its own, of maps and of samples, and renames them when they are complete. Nodes that
+    share a network file system (NFS) must not write one file together: they would overwrite each other's parts of a
+    page. A file of samples ends with the places where they begin, and the last one ends: int64 (rows + 1,).
 
     Attributes:
         folder: where the files are.
         name: what their names begin with, new for each computation: a node may still know a former file by its name.
         images, views: N and K.
         shapes: (C, h, w) of each map of a record; the maps of a record lie one after another.
+        frame: (H, W) of the samples.
         parts: number of files; record r is row r // parts of file r % parts.
     """
 
@@ -69,6 +79,7 @@ class MapFiles:
     images: int
     views: int
     shapes: tuple[tuple[int, int, int], ...]
+    frame: Size
     parts: int
 
     @property
@@ -78,50 +89,80 @@ class MapFiles:
 
     @property
     def size(self) -> int:
-        """Size of all files in bytes."""
+        """Size of all files of maps in bytes."""
         return 2 * self.images * self.views * self.numbers
 
+    @property
+    def view_size(self) -> int:
+        """Size of a record in bytes, without the bitmaps of its masks, which are small."""
+        return 2 * self.numbers + 3 * math.prod(self.frame)
+
     def path(self, part: int) -> Path:
-        """The file of a rank."""
+        """The file of a rank's maps."""
         return self.folder / f"{self.name}-{part}.bf16"
 
-    def write(self, part: int, records: Iterable[Sequence[Tensor]]) -> None:
-        """Write the records of one file in order, each the maps of a view, (C, h, w) each; `read` is the inverse.
+    def samples_path(self, part: int) -> Path:
+        """The file of a rank's samples."""
+        return self.folder / f"{self.name}-{part}.samples"
+
+    def write(self, part: int, records: Iterable[Record]) -> None:
+        """Write the records of one rank in order.
 
         The maps are rounded to bfloat16.
 
         Raises:
-            DataError: the file can't be written.
+            DataError: a file can't be written.
         """
-        path, unfinished = self.path(part), self.folder / f".{self.name}-{part}"
+        paths = self.path(part), self.samples_path(part)
+        unfinished = [path.with_name(f".{path.name}") for path in paths]
         try:
-            with unfinished.open("wb") as file:
-                for maps in records:
+            with unfinished[0].open("wb") as of_maps, unfinished[1].open("wb") as of_samples:
+                starts = [0]
+                for maps, packed in records:
                     flat = torch.cat([one.flatten() for one in maps]).to("cpu", torch.bfloat16)
-                    file.write(flat.view(torch.int16).numpy().tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
+                    of_maps.write(flat.view(torch.int16).numpy().tobytes())
+                    of_samples.write(packed)
+                    starts.append(of_samples.tell())
+                of_samples.write(np.array(starts, np.int64).tobytes())
+                for file in (of_maps, of_samples):
+                    file.flush()
+                    os.fsync(file.fileno())
+            for source, path in zip(unfinished, paths, strict=True):
+                source.replace(path)
         except OSError as error:
             raise DataError(
-                f"feature_cache: {path} can't be written ({error}). Set output_dir to a larger disk, or feature_cache "
-                "to 0."
+                f"feature_cache: {paths[0]} can't be written ({error}). Set output_dir to a larger disk, or "
+                "feature_cache to 0."
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            for path in unfinished:
+                path.unlink(missing_ok=True)
 
     def read(self, record: int) -> list[Tensor]:
         """The maps of one record, bfloat16 (C, h, w) each."""
         part, row = record % self.parts, record // self.parts
-        rows = len(range(part, self.images * self.views, self.parts))
-        values = np.memmap(self.path(part), np.uint16, "r", shape=(rows, self.numbers))[row]  # numpy has no bfloat16
+        shape = (self._rows(part), self.numbers)
+        values = np.memmap(self.path(part), np.uint16, "r", shape=shape)[row]  # numpy has no bfloat16
         flat = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
         sizes = [math.prod(shape) for shape in self.shapes]
         return [one.view(shape) for one, shape in zip(flat.split(sizes), self.shapes, strict=True)]
 
+    def read_sample(self, record: int) -> dict[str, Any]:
+        """The sample of one record, without its maps."""
+        part, row = record % self.parts, record // self.parts
+        with self.samples_path(part).open("rb") as file:
+            file.seek(8 * (row - self._rows(part) - 1), os.SEEK_END)
+            start, end = np.frombuffer(file.read(16), np.int64).tolist()
+            file.seek(start)
+            return unpack_sample(file.read(end - start))
+
+    def _rows(self, part: int) -> int:
+        """The number of records of a rank."""
+        return len(range(part, self.images * self.views, self.parts))
+
 
 class CachedViews(InstanceDataset):
-    """K fixed views of each sample, with the backbone's feature maps from a file: epoch e has view e mod K."""
+    """K fixed views of each sample, and the backbone's feature maps of them, from files: epoch e has view e mod K."""
 
     def __init__(self, dataset: InstanceDataset, maps: MapFiles) -> None:
         super().__init__(dataset.rows, dataset.transform, dataset.categories)
@@ -136,8 +177,8 @@ class CachedViews(InstanceDataset):
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """As `InstanceDataset`, with `backbone_maps`, (C, h, w) each."""
-        view = epoch % self.maps.views
-        return {**self.dataset.sample(index, view), "backbone_maps": self.maps.read(index * self.maps.views + view)}
+        record = index * self.maps.views + epoch % self.maps.views
+        return {**self.maps.read_sample(record), "backbone_maps": self.maps.read(record)}
 
     def images(self, epoch: int) -> NDArray[np.int64]:
         """As `InstanceDataset`."""
@@ -176,10 +217,12 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
     folder, encoder = Path(str(args.output_dir), FEATURE_CACHE), model.encoder.to(args.device)
     shapes = map_shapes(encoder, transform.size)
     rank, world = rank_and_world_size()
-    key = {"shapes": [list(shape) for shape in shapes], "views": views, "of": cache_key(dataset, encoder)}
+    key = {
+        "format": FORMAT, "shapes": [list(shape) for shape in shapes], "views": views, "of": cache_key(dataset, encoder)
+    }  # fmt: skip
     found = from_main(partial(stored_files, folder, key))
     name, parts = found or (from_main(lambda: f"maps-{uuid.uuid4().hex[:8]}"), world)
-    maps = MapFiles(folder, name, len(dataset), views, shapes, parts)
+    maps = MapFiles(folder, name, len(dataset), views, shapes, transform.size, parts)
     if found is None:
         from_main(partial(make_room, maps))
         computed = compute_maps(dataset, model, maps, args)
@@ -222,21 +265,22 @@ def make_room(maps: MapFiles) -> None:
     maps.folder.mkdir(parents=True)
     disk = shutil.disk_usage(maps.folder)
     room = disk.free - int(SPARE * disk.total)
-    size = f"{maps.images} images x {maps.views} views x {2 * maps.numbers / 1e6:.3g} MB = {maps.size / 1e9:.3g} GB"
-    if maps.size > room:
+    needed = maps.images * maps.views * maps.view_size
+    size = f"{maps.images} images x {maps.views} views x {maps.view_size / 1e6:.3g} MB = {needed / 1e9:.3g} GB"
+    if needed > room:
         raise DataError(
-            f"feature_cache {maps.views}: {size} of backbone maps do not fit into {maps.folder}, where "
+            f"feature_cache {maps.views}: {size} of backbone maps and pixels do not fit into {maps.folder}, where "
             f"{room / 1e9:.2f} GB can be used. Lower feature_cache, image_height and image_width; or set output_dir to "
             "a larger disk, or feature_cache to 0"
         )
-    logger.warning("feature_cache: %s of backbone maps go to %s (%.1f GB free)", size, maps.folder, disk.free / 1e9)
+    logger.warning(
+        "feature_cache: %s of backbone maps and pixels go to %s (%.1f GB free)", size, maps.folder, disk.free / 1e9
+    )
 
 
 @torch.no_grad()
-def compute_maps(
-    dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments
-) -> Iterator[list[Tensor]]:
-    """Run the backbone over this rank's share of all views, and yield the maps of each, (C, h, w) each.
+def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments) -> Iterator[Record]:
+    """Run the backbone over this rank's share of all views; yield the maps of each, (C, h, w) each, and its sample.
 
     In bfloat16, the type of the files, if the recipe has bf16 or the CPU supports it. Small images are batched
     together.
@@ -245,17 +289,22 @@ def compute_maps(
     todo = AllViews(dataset, maps.views, slice(rank, None, maps.parts))
     transform: Any = dataset.transform
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
-    loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate)
+    workers = args.dataloader_num_workers
+    loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=workers, collate_fn=_pack_and_collate)
     half = bool(args.bf16) or (args.device.type == "cpu" and cpu_computes_in_bf16())
-    for batch in loader:
+    for packed, batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
             found = model.encoder.backbone_features(pixels)
-        for maps_of_one in zip(*found, strict=True):
-            yield list(maps_of_one)
+        for maps_of_one, sample in zip(zip(*found, strict=True), packed, strict=True):
+            yield list(maps_of_one), sample
 
 
-def with_progress(records: Iterable[list[Tensor]], total: int) -> Iterator[list[Tensor]]:
+def _pack_and_collate(samples: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], dict[str, Any]]:
+    return [pack_sample(one) for one in samples], collate(samples)
+
+
+def with_progress(records: Iterable[Record], total: int) -> Iterator[Record]:
     """Yield the records of one rank; print how many are done, the mean time of one and the time left now and then."""
     begun = time.perf_counter()
     due = begun + FIRST_LINE

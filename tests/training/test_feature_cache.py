@@ -18,6 +18,7 @@ from torch import Tensor
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.packed_samples import pack_sample
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.tiles import TileTransform, TrainTiles
 from m2f_trainer.data.transforms import TrainTransform
@@ -28,6 +29,7 @@ from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training import feature_cache
 from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFiles, with_cached_maps
 from m2f_trainer.training.run import train
+from tests.data.test_packed_samples import sample_of
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
@@ -101,15 +103,16 @@ def test_a_data_worker_at_another_view_does_not_change_what_this_one_reads(
     assert [torch.equal(found[record]["pixel_values"], alone[record]) for record in range(9)] == [True] * 9
 
 
-def test_the_backbone_does_not_run_in_training_and_views_come_round(
+def test_in_training_the_backbone_does_not_run_no_image_is_read_and_views_come_round(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, kept, model = both(rows, tmp_path)
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the backbone ran")
+        raise AssertionError("the backbone ran, or an image was decoded")
 
     monkeypatch.setattr(model.encoder.backbone, "forward", refuse)
+    monkeypatch.setattr(kept.dataset, "sample", refuse)
     losses = []
     for epoch in range(4):
         kept.set_epoch(epoch)
@@ -135,7 +138,7 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         _, first, _ = both(rows, tmp_path)
-        assert "3 images x 2 views x 0.00819 MB = 4.92e-05 GB of backbone maps go to" in caplog.text
+        assert "3 images x 2 views x 0.0205 MB = 0.000123 GB of backbone maps and pixels go to" in caplog.text
         written = first.maps.path(0).stat()
         assert written.st_size == first.maps.size
         both(rows, tmp_path)
@@ -168,20 +171,23 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(
 
 
 def test_maps_written_are_maps_read(tmp_path: Path) -> None:
-    files = MapFiles(tmp_path, "maps", images=2, views=2, shapes=((4, 6, 5), (8, 3, 3)), parts=3)
+    files = MapFiles(tmp_path, "maps", images=2, views=2, shapes=((4, 6, 5), (8, 3, 3)), frame=(8, 6), parts=3)
     records = [[torch.randn(shape) for shape in files.shapes] for _ in range(4)]
+    samples = [{**sample_of(0), "image_id": number} for number in range(4)]
+    packed = [(maps, pack_sample(sample)) for maps, sample in zip(records, samples, strict=True)]
     for part in range(3):
-        files.write(part, records[part::3])
+        files.write(part, packed[part::3])
     for record, maps in enumerate(records):
         for found, expected in zip(files.read(record), maps, strict=True):
             assert torch.equal(found, expected.bfloat16())
+        assert files.read_sample(record)["image_id"] == record
 
 
 def test_maps_that_cannot_be_written_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
-    files = MapFiles(tmp_path, "maps", images=1, views=1, shapes=((1, 2, 2),), parts=1)
+    files = MapFiles(tmp_path, "maps", images=1, views=1, shapes=((1, 2, 2),), frame=(8, 6), parts=1)
 
-    def full_disk() -> Iterator[list[Tensor]]:
-        yield [torch.zeros(1, 2, 2)]
+    def full_disk() -> Iterator[tuple[list[Tensor], bytes]]:
+        yield [torch.zeros(1, 2, 2)], b"sample"
         raise OSError(ENOSPC, "No space left on device")
 
     with pytest.raises(DataError, match=r"feature_cache: .*maps-0.bf16 can't be written \(.*No space left on device"):
