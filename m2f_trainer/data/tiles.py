@@ -193,6 +193,10 @@ class RecentImages:
         """Without its images: a data worker reads its own."""
         return RecentImages, (self.limit,)
 
+    def __repr__(self) -> str:
+        """The same in every process: kept features are found by the settings of their transform."""
+        return f"RecentImages({self.limit})"
+
     def read(self, row: Row, replace: bool = True) -> Image.Image:
         """As `read_image`. The image must not be changed. Without `replace` it is kept only if there is room for it."""
         key: int = row["image_id"]

@@ -2,22 +2,14 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def random_points(count: int, each: int, like: Tensor) -> Tensor:
-    """Independent uniform points in [0, 1], (count, each, 2), of a tensor's type and device, from torch's generator.
-
-    On a CPU that generator only seeds one of numpy, which takes a quarter of the time.
-    """
-    if like.device.type != "cpu":
-        return torch.rand(count, each, 2, device=like.device, dtype=like.dtype)
-    seed = int(torch.randint(2**63 - 1, ()))
-    values = np.random.Generator(np.random.SFC64(seed)).random((count, each, 2), np.float32)
-    return torch.from_numpy(values).to(like.dtype)
+    """Independent uniform points in [0, 1], (count, each, 2), of a tensor's type and device."""
+    return torch.rand(count, each, 2, device=like.device, dtype=like.dtype)
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
@@ -37,7 +29,7 @@ def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
 
 
 class _RowsAtPoints(torch.autograd.Function):
-    """`sample_features` on a CPU, where the backward pass of grid_sample takes five times as long.
+    """`sample_features` on a CPU, where the backward pass of grid_sample takes up to five times as long.
 
     Maps stored channels-last are a table with a row of C values for each cell. A point is the weighted sum of four
     rows, and its gradient is added to these rows.

@@ -2,8 +2,8 @@
 
 View k of an image is its augmentation in epoch k, a function of (seed, k, index); with K views, epoch e trains on view
 e mod K. A step then only runs neck and head, and reads pixels and masks as they were made for the view: decoding and
-cropping take a tenth of such a step on a CPU. In return, training uses only K views of an image instead of a new one in
-each epoch, the maps are rounded to bfloat16, and they take disk space.
+cropping take up to a tenth of such a step on a CPU. In return, training uses only K views of an image instead of a new
+one in each epoch, the maps are rounded to bfloat16, and the files take disk space.
 """
 
 import hashlib
@@ -249,13 +249,14 @@ def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]
 
 
 def cache_key(dataset: InstanceDataset, encoder: Encoder) -> str:
-    """SHA-256 of everything the maps depend on: backbone weights, annotations and augmentation settings."""
+    """SHA-256 of everything the files depend on: backbone weights, annotations, classes and augmentation settings."""
     total = hashlib.sha256()
     for name, tensor in encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
     repeated = dataset.threshold if isinstance(dataset, RepeatedSamples) else None
-    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows), repeated]).encode())
+    classes = list(dataset.class_of)
+    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows), repeated, classes]).encode())
     return total.hexdigest()
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f_trainer.model.points import random_points, sample_features
+from m2f_trainer.model.points import sample_features
 
 
 def places() -> Tensor:
@@ -27,17 +27,3 @@ def test_values_and_gradients_are_those_of_grid_sample(memory: torch.memory_form
     (gradient,) = torch.autograd.grad((found * weights).sum(), features)
     (expected,) = torch.autograd.grad((wanted * weights).sum(), features)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)
-
-
-def test_random_points_are_uniform_and_follow_the_seed() -> None:
-    torch.manual_seed(3)
-    first, second = (random_points(50, 400, torch.zeros(1)) for _ in range(2))
-    torch.manual_seed(3)
-    assert torch.equal(random_points(50, 400, torch.zeros(1)), first)
-    assert not torch.equal(first, second)
-    assert first.shape == (50, 400, 2)
-    assert first.dtype == torch.float32
-    for values in (*first.unbind(-1), *second.unbind(-1)):
-        counts = torch.histc(values, bins=10, min=0, max=1)
-        assert counts.sum() == 20_000
-        assert ((counts - 2000).abs() < 250).all(), "within six standard deviations"

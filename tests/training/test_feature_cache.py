@@ -127,6 +127,11 @@ def test_features_of_tiles_are_kept_for_each_view_of_a_tile(rows: Any, tmp_path:
     plain = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories, limit=2)
     kept = with_cached_maps(plain, model, 3, Arguments(str(tmp_path), torch.device("cpu")))
     assert len(kept) == len(plain) == 6
+    written = kept.maps.path(0).stat().st_mtime_ns
+    resumed = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories, limit=2)
+    again = with_cached_maps(resumed, model, 3, Arguments(str(tmp_path), torch.device("cpu")))
+    assert again.maps == kept.maps
+    assert again.maps.path(0).stat().st_mtime_ns == written, "a resumed run reads what is there"
     for epoch in (1, 2, 4):
         plain.set_epoch(epoch % 3)
         kept.set_epoch(epoch)

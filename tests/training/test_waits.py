@@ -16,7 +16,6 @@ from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.model.pretend_device import DEVICE, Pretended, Waits, moved, sent
 from tests.model.tiny import tiny_model
-from tests.training.gradients_of_one_step import RANDOM_POINTS
 
 
 def step(model: nn.Module, batch: dict[str, Any], trainer: Any) -> torch.Tensor:
@@ -33,10 +32,6 @@ def step(model: nn.Module, batch: dict[str, Any], trainer: Any) -> torch.Tensor:
     return loss.detach()
 
 
-def torch_points(count: int, each: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.rand(count, each, 2, dtype=like.dtype)
-
-
 def trainer_of(model: Any) -> Any:
     return SimpleNamespace(
         step_batches=[], accelerator=SimpleNamespace(unwrap_model=lambda one: one), model=model,
@@ -45,17 +40,13 @@ def trainer_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(("tune", "batch"), [("full", 2), ("full", 5), ("lora", 2), ("frozen", 2)])
-def test_a_step_waits_twice_for_the_device_whatever_the_batch(
-    tune: str, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_waits_twice_for_the_device_whatever_the_batch(tune: str, batch: int) -> None:
     """For the matching's costs, and for whether the gradients are finite."""
     model = tiny_model(categories=CATEGORIES).train()
     set_tuning(model, tune)
     images, _ = scene(batch, 64, 3)
     torch.manual_seed(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(RANDOM_POINTS, torch_points)  # on a CPU they come from another generator than on a device
-        expected = model(**images).loss
+    expected = model(**images).loss
     with Waits() as waits:
         torch.manual_seed(0)
         loss = step(moved(model), images, trainer_of(model))

@@ -21,9 +21,9 @@ class Clock(TrainerCallback, ExportableState):
     """Sets the learning rate by the elapsed share of `max_minutes`, and stops the run when all have elapsed.
 
     All wall time counts: the seconds before the first step (`passed`), evaluations and checkpoints. The schedule covers
-    the time from the first step (`first_step`, in seconds) to the end; kept features can take a tenth of a run before
-    it, and the warm-up would be over. A checkpoint stores both times, and a resumed run has the rest. The last step is
-    evaluated and saved. `state.max_steps`, which progress bars and logs show, is a forecast. All ranks use the main
+    the time from the first step (at `first_step` seconds) to the end: computing kept features can take a tenth of a
+    run, which would use up the warm-up. A checkpoint stores both times, and a resumed run has the rest. The last step
+    is evaluated and saved. `state.max_steps`, which progress bars and logs show, is a forecast. All ranks use the main
     process's clock.
     """
 
