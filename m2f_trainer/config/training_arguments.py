@@ -23,6 +23,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils as loggers
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
+from m2f_trainer.config.bfloat16 import gpu_computes_in_bf16
 from m2f_trainer.config.fields import Theme, check_ranges, option
 from m2f_trainer.distributed import leave_at_exit, start_group
 from m2f_trainer.errors import RecipeError
@@ -607,13 +608,3 @@ def require_optimizer(arguments: TrainingArguments, name: str) -> None:
     except ValueError as error:  # of others: they need the model, which is built later
         if "install" in str(error) or "import" in str(error):
             raise RecipeError(f"optim={name}: {error}. Or leave optim out.") from error
-
-
-def gpu_computes_in_bf16() -> bool:
-    """Whether the GPU has bfloat16 units; emulation would be slower than float32."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cpu_computes_in_bf16() -> bool:
-    """Whether the CPU has bfloat16 units (AVX-512 BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -15,8 +15,8 @@ from datasets import Dataset
 from huggingface_hub import get_token
 
 from m2f_trainer.config.arguments import ModelArguments
+from m2f_trainer.config.bfloat16 import cpu_is_faster_in_bf16
 from m2f_trainer.config.recipe import backbone_layers, backbone_stride
-from m2f_trainer.config.training_arguments import cpu_computes_in_bf16
 from m2f_trainer.doctor.scan import Scan
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.backbones import BACKBONES
@@ -110,7 +110,7 @@ class Machine:
 
     accelerator  torch has a device other than the CPU
     token        a Hub token is set, so gated weights can be loaded
-    bf16         the CPU has bfloat16 units
+    bf16         the CPU computes faster in bfloat16 than in float32
     """
 
     accelerator: bool
@@ -129,7 +129,7 @@ class Choice:
 
 def this_machine() -> Machine:
     """The machine of this process."""
-    return Machine(torch.accelerator.is_available(), get_token() is not None, cpu_computes_in_bf16())
+    return Machine(torch.accelerator.is_available(), get_token() is not None, cpu_is_faster_in_bf16())
 
 
 def images_of_rows(rows: Dataset) -> Iterator[Image]:
@@ -268,7 +268,7 @@ def _training(facts: Facts, machine: Machine, chosen: Mapping[str, Any]) -> list
         ]
     return [
         *_cpu_tuning(facts, chosen),
-        *([Choice("bf16", True, "this CPU computes in bfloat16")] if machine.bf16 else []),
+        *([Choice("bf16", True, "this CPU computes faster in bfloat16")] if machine.bf16 else []),
         Choice("head", "light", "no GPU: a tenth of the original head's cost"),
         *_jitter(facts, chosen),
         *_copy_paste(chosen),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from m2f_trainer.config.training_arguments import gpu_computes_in_bf16
+from m2f_trainer.config.bfloat16 import gpu_computes_in_bf16
 from m2f_trainer.data.geometry import Frames
 from m2f_trainer.data.images import ImageSource
 from m2f_trainer.data.reading import model_range

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from m2f_trainer.config.training_arguments import TrainArguments, cpu_computes_in_bf16
+from m2f_trainer.config.bfloat16 import cpu_is_faster_in_bf16
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.imbalance import RepeatedSamples
 from m2f_trainer.data.packed_samples import pack_sample, unpack_sample
@@ -283,7 +284,7 @@ def make_room(maps: MapFiles) -> None:
 def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments) -> Iterator[Record]:
     """Run the backbone over this rank's share of all views; yield the maps of each, (C, h, w) each, and its sample.
 
-    In bfloat16, the type of the files, if the recipe has bf16 or the CPU supports it. Small images are batched
+    In bfloat16, the type of the files, if the recipe has bf16 or the CPU is faster in it. Small images are batched
     together.
     """
     rank, _ = rank_and_world_size()
@@ -292,7 +293,7 @@ def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
     workers = args.dataloader_num_workers
     loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=workers, collate_fn=_pack_and_collate)
-    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_computes_in_bf16())
+    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_is_faster_in_bf16())
     for packed, batch in loader:
         pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=half):

@@ -72,7 +72,7 @@ def test_sides_fit_the_backbone_of_a_script_checkpoint_that_a_run_starts_from() 
     assert as_recipe(recommend(NUCLEI, LAPTOP))["image_height"] % 14 == 0
 
 
-def test_a_cpu_with_bfloat16_units_trains_in_bfloat16() -> None:
+def test_a_cpu_that_is_faster_in_bfloat16_trains_in_it() -> None:
     fast = Machine(accelerator=False, token=False, bf16=True)
     assert as_recipe(recommend(NUCLEI, fast))["bf16"] is True
     assert "bf16" not in as_recipe(recommend(NUCLEI, LAPTOP))

@@ -61,7 +61,7 @@ def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
 def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "cpu_computes_in_bf16", lambda: False)
+    monkeypatch.setattr(feature_cache, "cpu_is_faster_in_bf16", lambda: False)
     plain, kept, model = both(rows, tmp_path)
     encoder, compute = model.encoder, model.encoder.backbone_features
     for epoch in range(2):
@@ -77,10 +77,10 @@ def test_the_loss_is_that_without_the_cache_up_to_the_maps_rounding(
         torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
 
 
-def test_a_cpu_with_bfloat16_units_computes_the_maps_in_it(
+def test_a_cpu_that_is_faster_in_bfloat16_computes_the_maps_in_it(
     rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "cpu_computes_in_bf16", lambda: True)
+    monkeypatch.setattr(feature_cache, "cpu_is_faster_in_bf16", lambda: True)
     _, kept, model = both(rows, tmp_path)
     pixels, mask = (kept[0][name].unsqueeze(0) for name in ("pixel_values", "pixel_mask"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
