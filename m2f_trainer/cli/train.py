@@ -10,13 +10,14 @@ from m2f_trainer.cli.console import dataset_options, say, suggest
 SUMMARY = "train from a recipe (JSON) and options"
 DESCRIPTION = (
     "Train a model. Every recipe field is an option, which overrides the recipe; unknown options are errors. Without a "
-    "recipe, the fields that are not given are chosen for the dataset and this machine, and printed with the reasons."
+    "recipe, the fields that are not given are chosen for the dataset and this machine, and printed with the reasons. "
+    "A resumed run keeps the recipe of its checkpoint."
 )
 EXAMPLES = (
     "m2f train --dataset_name my_coco --max_minutes 30",
     "m2f train recipes/dinov3_vits16plus_1024.json --dataset_name my_coco --output_dir runs/first",
     "m2f train dinov3_vitl16_1024_lora --dataset_name my_coco --num_train_epochs auto --dry_run",
-    "m2f train runs/first/recipe.json --resume_from_checkpoint auto",
+    "m2f train --output_dir runs/first --resume_from_checkpoint true",
 )
 
 
@@ -56,7 +57,17 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
 
 
 def choose(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe fields for the dataset and this machine, used without a recipe. Raises DataError, RecipeError."""
+    """Recipe fields where no recipe is given: of the resumed run, otherwise for the dataset and this machine.
+
+    Raises DataError, RecipeError.
+    """
+    from m2f_trainer.config.recipe import read_recipe
+    from m2f_trainer.training.checkpointing.resume import recipe_to_resume
+
+    resumed = recipe_to_resume(given)
+    if resumed is not None:
+        say(f"No recipe is given. The run goes on with that of its checkpoint, {resumed}")
+        return {**read_recipe(resumed), "output_dir": str(resumed.parents[1])}
     if not given.get("dataset_name"):
         return {}
     from m2f_trainer.data.hub_dataset import load_recipe_dataset

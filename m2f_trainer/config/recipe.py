@@ -90,11 +90,15 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
-    from_file = checked(without_deletion(read_object(path), path), f"in {path}") if path else {}
-    given = {**from_file, **given}
+    given = {**(read_recipe(path) if path else {}), **given}
     given |= backbone_of_start(given)
     chosen = choose(given) if choose and not path else {}
     return build_recipe({**chosen, **given})
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe file, typed. Raises RecipeError."""
+    return checked(without_deletion(read_object(path), path), f"in {path}")
 
 
 def backbone_of_start(values: Mapping[str, Any]) -> dict[str, Any]:

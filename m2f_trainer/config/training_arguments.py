@@ -474,9 +474,7 @@ class TrainArguments(TrainingArguments):
     @property
     def resume(self) -> bool | str:
         """True for the newest checkpoint, "auto" for it or a fresh run, a folder, or False for a fresh run."""
-        named = self.resume_from_checkpoint
-        words: dict[str, bool | str] = {"none": False, "false": False, "true": True, "auto": "auto"}
-        return words.get(str(named).lower(), named or False)
+        return resume_of(self.resume_from_checkpoint)
 
     def for_trainer(self) -> "TrainArguments":
         """A copy for the Trainer with push_to_hub off: it would upload all of output_dir; `hub.upload.push` does it.
@@ -548,6 +546,12 @@ class TrainArguments(TrainingArguments):
                         f"together. Leave {name} out, or set checkpointing_steps to a number of steps or 'epoch'."
                     )
                 setattr(self, name, derived)
+
+
+def resume_of(named: str | None) -> bool | str:
+    """The value of `resume_from_checkpoint` as `TrainArguments.resume` describes it."""
+    words: dict[str, bool | str] = {"none": False, "false": False, "true": True, "auto": "auto"}
+    return words.get(str(named).lower(), named or False)
 
 
 def one_of_several_gpus(count: int, arguments: Sequence[str]) -> str:

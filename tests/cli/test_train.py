@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from m2f_trainer.cli.main import main
+from m2f_trainer.config.recipe import load_recipe, save_recipe
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.run_folder import RECIPE
 from tests.cli.stand_in import stand_in
 from tests.model.tiny import VIT
 
@@ -61,6 +63,39 @@ def test_without_a_recipe_the_fields_are_chosen_for_the_dataset_and_printed(
     assert out.startswith("No recipe is given. Chosen for this dataset and machine:\n")
     assert "num_queries" in out
     assert "max_minutes" not in out
+
+
+@pytest.mark.parametrize("resume", ["true", "auto", "runs/a/checkpoint-2"])
+def test_a_resumed_run_without_a_recipe_keeps_that_of_its_checkpoint(
+    resume: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    stand_in(monkeypatch, "m2f_trainer.training.run", train=seen.append)
+    monkeypatch.chdir(tmp_path)
+    data = write_sample(tmp_path / "set", images=(4, 2, 0))
+    options = ["--backbone_config", json.dumps(VIT), "--learning_rate", "3e-3", "--num_queries", "30", "--bf16", "true"]
+    first = load_recipe(["--dataset_name", str(data), "--output_dir", "runs/moved_since", *options])
+    for step in (2, 10):
+        (tmp_path / f"runs/a/checkpoint-{step}").mkdir(parents=True)
+        save_recipe(first, tmp_path / f"runs/a/checkpoint-{step}" / RECIPE)
+    given = ["--output_dir", "runs/a"] if resume in ("true", "auto") else []
+    assert main(["train", *given, "--resume_from_checkpoint", resume, "--learning_rate", "1e-3"]) == 0
+    recipe = seen[0]
+    assert (recipe.model, recipe.data) == (first.model, first.data)
+    assert (recipe.train.bf16, recipe.train.learning_rate, recipe.train.output_dir) == (True, 1e-3, "runs/a")
+    step = 2 if resume.endswith("2") else 10
+    message = f"No recipe is given. The run goes on with that of its checkpoint, runs/a/checkpoint-{step}/recipe.json\n"
+    assert capsys.readouterr().out.startswith(message)
+
+
+def test_a_run_that_may_be_resumed_but_has_no_checkpoint_is_a_new_one(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, "m2f_trainer.training.run", train=lambda recipe: None)
+    data = write_sample(tmp_path / "set", images=(4, 2, 0))
+    options = ["--backbone_config", json.dumps(VIT), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "--dataset_name", str(data), *options, "--resume_from_checkpoint", "auto"]) == 0
+    assert "Chosen for this dataset and machine" in capsys.readouterr().out
 
 
 def test_a_wrong_option_gives_one_message_and_no_traceback(capsys: Captured) -> None:

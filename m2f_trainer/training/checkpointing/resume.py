@@ -17,12 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m2f_trainer.config.arguments import ModelArguments
-from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.config.recipe import rows
+from m2f_trainer.config.training_arguments import TrainArguments, resume_of
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.model.weights import own_head_fields
-from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RESUME_STAGING, STATE, write_atomically
+from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RECIPE, RESUME_STAGING, STATE, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_per_epoch
 from m2f_trainer.training.ema import drop_averages, swap_averages
@@ -54,6 +55,22 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
             "or name a checkpoint elsewhere"
         )
     return found
+
+
+def recipe_to_resume(given: Mapping[str, Any]) -> Path | None:
+    """The recipe of the checkpoint that these fields of a command resume from; None for a new run, or without one.
+
+    The newest checkpoint is not checked for damage here: `find_checkpoint` does it, and may choose an earlier one.
+    """
+    resume = resume_of(given.get("resume_from_checkpoint"))
+    if isinstance(resume, str) and resume != "auto":
+        candidates = [Path(resume)]
+    elif resume or restarted():
+        output_dir = given.get("output_dir") or rows()["output_dir"].default
+        candidates = [folder for _, folder in reversed(checkpoints(Path(output_dir)))]
+    else:
+        candidates = []
+    return next((folder / RECIPE for folder in candidates if (folder / RECIPE).is_file()), None)
 
 
 def restarted() -> bool:
