@@ -473,7 +473,7 @@ class TrainArguments(TrainingArguments):
 
     @property
     def resume(self) -> bool | str:
-        """True for the newest checkpoint, "auto" for it or a fresh run, a folder, or False for a fresh run."""
+        """Where the run continues, as `resume_of` describes it."""
         return resume_of(self.resume_from_checkpoint)
 
     def for_trainer(self) -> "TrainArguments":
@@ -549,7 +549,7 @@ class TrainArguments(TrainingArguments):
 
 
 def resume_of(named: str | None) -> bool | str:
-    """The value of `resume_from_checkpoint` as `TrainArguments.resume` describes it."""
+    """`resume_from_checkpoint` as True (the newest checkpoint), "auto" (it or a fresh run), a folder, or False."""
     words: dict[str, bool | str] = {"none": False, "false": False, "true": True, "auto": "auto"}
     return words.get(str(named).lower(), named or False)
 

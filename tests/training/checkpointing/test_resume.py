@@ -13,7 +13,7 @@ from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import CheckpointError
-from m2f_trainer.run_folder import FINGERPRINT, METRICS, STATE
+from m2f_trainer.run_folder import FINGERPRINT, METRICS, RECIPE, STATE
 from m2f_trainer.training import ema
 from m2f_trainer.training.checkpointing import resume
 from m2f_trainer.training.checkpointing.checkpoints import write_manifest
@@ -83,6 +83,17 @@ def test_a_process_that_torchrun_restarted_resumes_by_itself(tmp_path: Path, mon
     assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) is None
     folder = checkpoint(tmp_path, 2)
     assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) == folder
+
+
+def test_a_restarted_process_takes_the_newest_recipe_and_a_new_run_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (4, 12):
+        (checkpoint(tmp_path, step) / RECIPE).write_text("{}")
+    given = {"output_dir": str(tmp_path)}
+    assert resume.recipe_to_resume(given) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resume.recipe_to_resume(given) == tmp_path / "checkpoint-12" / RECIPE
 
 
 def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path) -> None:
