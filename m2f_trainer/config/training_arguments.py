@@ -34,8 +34,14 @@ MUON = "muon"
 UNKNOWN = 10**9
 """The Trainer's max_steps in a run with max_minutes, which the clock ends."""
 
-POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
-"""Mask2Former's learning rate schedule, as arguments of transformers' `polynomial`."""
+SCHEDULE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "polynomial": {"power": 0.9, "lr_end": 0.0},
+    "warmup_stable_decay": {"num_decay_steps": 0.2, "decay_type": "1-sqrt"},
+}
+"""Arguments of transformers' learning rate schedules, where none are given: Mask2Former's schedule, and the decay of
+Hägele et al. 2024 (https://arxiv.org/abs/2405.18392). Numbers of steps below 1 are fractions of the run."""
+SCHEDULE_STEPS = ("num_decay_steps", "num_stable_steps")
+"""The arguments of schedules that count steps."""
 
 LOGGERS: dict[str, tuple[Callable[[], bool], str]] = {
     "azure_ml": (loggers.is_azureml_available, "pip install azureml-sdk"),
@@ -138,13 +144,15 @@ class TrainArguments(TrainingArguments):
     )
     lr_scheduler_type: str = option(
         "polynomial",
-        "Learning rate schedule: polynomial (power 0.9, down to 0), cosine, step, or any other of transformers.",
+        "Learning rate schedule: polynomial (power 0.9, down to 0), cosine, step, warmup_stable_decay (falls in the "
+        "last fifth of the run), or any other of transformers.",
         "learning rate and optimizer",
         changes_results=True,
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Arguments of the schedule, as transformers' get_scheduler takes them.",
+        "Arguments of the schedule, as transformers' get_scheduler takes them; num_decay_steps and num_stable_steps "
+        "below 1 are fractions of the run.",
         "learning rate and optimizer",
         changes_results=True,
     )
@@ -356,8 +364,6 @@ class TrainArguments(TrainingArguments):
             )
         if self.max_steps == 0 or self.num_train_epochs == 0:
             raise RecipeError("max_steps and num_train_epochs: expected a run of at least one step, got 0.")
-        if self.max_minutes is not None:
-            self._require_fractions()
         if self.remove_unused_columns:
             raise RecipeError(
                 "remove_unused_columns must stay false: collate needs columns that are no argument of the model's "
@@ -386,6 +392,8 @@ class TrainArguments(TrainingArguments):
             )
         self._align_checkpointing()
         self._resolve_schedule()
+        if self.max_minutes is not None:
+            self._require_fractions()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and gpu_computes_in_bf16()
         if self.report_to is None:
@@ -493,14 +501,23 @@ class TrainArguments(TrainingArguments):
         steps = int(super().get_warmup_steps(num_training_steps))
         return max(0, min(steps, num_training_steps - 1))
 
+    def schedule_kwargs(self, num_training_steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` as transformers takes them for a run of that length: fractions become whole steps."""
+        if not isinstance(self.lr_scheduler_kwargs, dict):
+            return None
+        counts = steps_of_schedule(self.lr_scheduler_kwargs)
+        whole = {name: round(count if count >= 1 else count * num_training_steps) for name, count in counts.items()}
+        return {**self.lr_scheduler_kwargs, **whole}
+
     def _require_fractions(self) -> None:
         """A run of minutes has no known number of steps to count in."""
         if self.max_steps > 0:
             raise RecipeError(f"max_minutes and max_steps={self.max_steps} both set the length of the run: keep one.")
-        for name in ("warmup_steps", "head_first_steps"):
-            if vars(self)[name] >= 1:
+        counts = {name: vars(self)[name] for name in ("warmup_steps", "head_first_steps")}
+        for name, count in {**counts, **steps_of_schedule(self.lr_scheduler_kwargs)}.items():
+            if count >= 1:
                 raise RecipeError(
-                    f"{name}={vars(self)[name]:g}: expected a fraction of the run, below 1, since the number of steps "
+                    f"{name}={count:g}: expected a fraction of the run, below 1, since the number of steps "
                     "in max_minutes is not known."
                 )
 
@@ -522,10 +539,10 @@ class TrainArguments(TrainingArguments):
         if self.lr_scheduler_type == "step":
             self.lr_scheduler_type = "constant_with_warmup"
             self.lr_milestones = [0.889, 0.963] if self.lr_milestones is None else self.lr_milestones
-        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = dict(POLYNOMIAL)
-        if self.lr_scheduler_type != "polynomial" and self.lr_scheduler_kwargs == POLYNOMIAL:
+        if self.lr_scheduler_kwargs in SCHEDULE_DEFAULTS.values():
             self.lr_scheduler_kwargs = None  # a saved recipe holds the defaults of the schedule it was saved with
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in SCHEDULE_DEFAULTS:
+            self.lr_scheduler_kwargs = dict(SCHEDULE_DEFAULTS[self.lr_scheduler_type])
         require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         if not all(0 < share < 1 for share in self.lr_milestones or ()):
             raise RecipeError(
@@ -570,8 +587,21 @@ def parse_checkpointing_steps(value: str | int) -> int | str:
     raise RecipeError(f'checkpointing_steps: expected a number of steps of at least 1 or "epoch", got {value!r}.')
 
 
+def steps_of_schedule(settings: object) -> dict[str, float]:
+    """The numbers of steps among a schedule's arguments; below 1 they are fractions of the run. Raises RecipeError."""
+    given = settings if isinstance(settings, dict) else {}
+    counts = {name: given[name] for name in SCHEDULE_STEPS if given.get(name) is not None}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int | float) or count < 0:
+            raise RecipeError(
+                f"lr_scheduler_kwargs: {name}={count!r}: expected a number of steps, or a fraction of the run below 1."
+            )
+    return counts
+
+
 def require_schedule(name: str, settings: object) -> None:
     """Raise RecipeError if transformers can't build the schedule from these arguments."""
+    steps_of_schedule(settings)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         get_scheduler(name, optimizer, 1, 2, settings if isinstance(settings, dict) else None)

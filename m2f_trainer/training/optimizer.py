@@ -208,7 +208,7 @@ def rate_factors(arguments: TrainArguments, total: int) -> tuple[Factor, Factor]
         optimizer,
         arguments.get_warmup_steps(total),
         total,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        scheduler_specific_kwargs=arguments.schedule_kwargs(total),
     )
     shape = rate_shape(arguments, total)
     factor: Factor = plain.lr_lambdas[0] if isinstance(plain, LambdaLR) else lambda _: 1.0

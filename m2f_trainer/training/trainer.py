@@ -133,7 +133,11 @@ class M2FTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """transformers' schedule with the recipe's own factors, unless one was given to the constructor."""
         if self.lr_scheduler is None:
+            given = self.args.lr_scheduler_kwargs
+            if isinstance(self.args, TrainArguments):
+                self.args.lr_scheduler_kwargs = self.args.schedule_kwargs(num_training_steps)
             schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+            self.args.lr_scheduler_kwargs = given
             self.lr_scheduler = with_rate_shape(schedule, self.args, num_training_steps)  # type: ignore[assignment]
         return super().create_scheduler(num_training_steps, optimizer)
 

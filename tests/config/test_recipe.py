@@ -313,6 +313,8 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
         (["--num_train_epochs", "0"], "expected a run of at least one step"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_min_lr with .* One of min_lr or min_lr_rate"),
         (["--lr_scheduler_kwargs", '{"powr": 1}'], "polynomial with .*'powr'"),
+        (["--lr_scheduler_kwargs", '{"num_decay_steps": "a"}'], "num_decay_steps='a': expected a number of steps"),
+        (["--lr_scheduler_kwargs", '{"num_decay_steps": -0.2}'], "num_decay_steps=-0.2: expected a number of steps"),
     ],
 )
 def test_values_out_of_range_are_refused(options: list[str], expected: str) -> None:
@@ -324,6 +326,8 @@ def test_a_saved_recipe_takes_another_schedule(tmp_path: Path) -> None:
     save_recipe(load_recipe(["--dataset_name", "coco"]), tmp_path / "saved.json")
     train = load_recipe([str(tmp_path / "saved.json"), "--lr_scheduler_type", "cosine"]).train
     assert (train.lr_scheduler_type, train.lr_scheduler_kwargs) == ("cosine", None)
+    train = load_recipe([str(tmp_path / "saved.json"), "--lr_scheduler_type", "warmup_stable_decay"]).train
+    assert train.lr_scheduler_kwargs == {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}
 
 
 def test_a_token_is_refused_and_not_repeated(tmp_path: Path) -> None:

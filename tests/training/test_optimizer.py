@@ -1,6 +1,7 @@
 """Parameter groups against a list written by hand; learning rates by step against the formulas of the schedules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,13 @@ def test_polynomial_cosine_and_step_have_the_values_of_their_formulas() -> None:
         head, backbone = rate_factors(arguments(lr_scheduler_type=name), STEPS)
         assert [head(step) for step in (0, 5, *after)] == pytest.approx(warm + values), name
         assert [backbone(step) for step in range(STEPS)] == [head(step) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("decay", [{}, {"lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "1-sqrt"}}])
+def test_warmup_stable_decay_falls_in_the_last_fifth_of_the_run(decay: dict[str, Any]) -> None:
+    head, _ = rate_factors(arguments(lr_scheduler_type="warmup_stable_decay", **decay), STEPS)
+    assert [head(step) for step in (0, 5, 10, 50, 80)] == pytest.approx([0, 0.5, 1, 1, 1])
+    assert [head(step) for step in (85, 95, 100)] == pytest.approx([0.5, 1 - math.sqrt(0.75), 0])
 
 
 @pytest.mark.parametrize("first", [20, 0.2])

@@ -134,6 +134,22 @@ def test_a_trainer_makes_our_parameter_groups_and_the_recipes_schedule(tmp_path:
     assert trainer._created_lr_scheduler, "the Trainer replaces only a schedule that it has made itself"
 
 
+def test_a_trainer_takes_a_schedules_steps_as_fractions_of_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, warmup_steps=10, lr_scheduler_type="warmup_stable_decay")
+    trainer.create_optimizer_and_scheduler(100)
+    rates = []
+    for _ in range(100):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [rates[step] for step in (5, 10, 80, 85)] == pytest.approx([5e-5, 1e-4, 1e-4, 5e-5]), (
+        "80 to 100 is the fifth"
+    )
+    assert trainer.args.lr_scheduler_kwargs == {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}, (
+        "as saved in the recipe"
+    )
+
+
 def test_only_the_main_process_builds_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes time and memory in proportion to the split; the other processes only wait for its figures."""
     built: list[object] = []

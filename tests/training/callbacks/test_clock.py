@@ -157,6 +157,15 @@ def test_a_run_of_minutes_takes_no_other_length_and_no_counted_warm_up() -> None
         arguments(max_steps=50)
     with pytest.raises(RecipeError, match="warmup_steps=20: expected a fraction of the run, below 1"):
         arguments(warmup_steps=20)
+    with pytest.raises(RecipeError, match="num_decay_steps=2000: expected a fraction of the run, below 1"):
+        arguments(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2000})
+
+
+def test_warmup_stable_decay_falls_in_the_last_fifth_of_the_minutes() -> None:
+    time = Time()
+    run = Run(time, Clock(10, now=time), lr_scheduler_type="warmup_stable_decay")
+    rates = [run.step(60.0)[0] for _ in range(10)]
+    assert rates == pytest.approx([0, *[2] * 8, 2 * (1 - 0.5**0.5)])
 
 
 def test_only_a_run_of_minutes_has_a_clock() -> None:
