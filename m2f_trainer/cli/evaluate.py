@@ -30,7 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--split", default="valid", choices=["train", "valid", "test"], help="split to evaluate on [%(default)s]"
     )
     parser.add_argument("--output_dir", type=Path, help="write metrics, predictions and charts to this folder")
-    parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images or tiles per batch [as in the model's training, or 4]",
+    )
     add_precision_option(parser, "as in the model's training; of other models bf16 on GPUs that have it")
 
 

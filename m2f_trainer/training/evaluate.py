@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ from m2f_trainer.training.callbacks.progress import CPU
 from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 
+BATCH = 4
 WORTH_WORKERS = 64  # images; with fewer, starting and ending worker processes takes longer than reading
 
 
@@ -43,7 +45,7 @@ def evaluate_folder(
     dataset: str,
     split: str = "valid",
     output_dir: Path | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     annotations: Sequence[str] | None = None,
     images: Sequence[str] | None = None,
     exif_frame: ExifFrame = "auto",
@@ -56,8 +58,9 @@ def evaluate_folder(
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
     predictions.json (COCO results form). `annotations`, `images`, `exif_frame` and `follow_links` are as of
     `load_dataset`; `pixel_range` is the recipe field, by default the model's own. `precision` is as of
-    `Predictor`; "auto" is that of the model's training, where its recipe.json is beside it and it was
-    trained on such a device.
+    `Predictor`. Where the model's recipe.json is beside it and it was trained on such a device, "auto" is the precision
+    of the training, and `batch_size`, the number of images or tiles of a forward pass, is by default that of its
+    evaluations; otherwise 4.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -76,7 +79,7 @@ def evaluate_folder(
     rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)
     arguments = TrainArguments(
         output_dir=str(output_dir or "."),
-        per_device_eval_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size or recipe_of_device(model).get("per_device_eval_batch_size", BATCH),
         report_to="none",
         bf16=evaluates_in_bf16(model, precision),
     )
@@ -95,10 +98,15 @@ def evaluate_folder(
 
 def evaluates_in_bf16(model: str, precision: Precision) -> bool:
     """Whether to evaluate in bfloat16 autocast, so that "auto" gives the figures of the training."""
-    on_gpu, recipe = torch.accelerator.is_available(), read_json(Path(model, RECIPE))
-    if precision == "auto" and isinstance(recipe.get("bf16"), bool) and trained_on_cpu(model) is not on_gpu:
+    recipe = recipe_of_device(model)
+    if precision == "auto" and isinstance(recipe.get("bf16"), bool):
         precision = "bf16" if recipe["bf16"] else "float32"
     return uses_bf16(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def recipe_of_device(model: str) -> dict[str, Any]:
+    """The recipe beside a model that was trained on a device as here, a GPU or a CPU; empty for other models."""
+    return read_json(Path(model, RECIPE)) if trained_on_cpu(model) is not torch.accelerator.is_available() else {}
 
 
 def trained_on_cpu(model: str) -> bool:

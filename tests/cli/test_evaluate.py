@@ -22,7 +22,9 @@ def test_the_metrics_and_the_next_step_are_printed(
         )
         == 0
     )
-    assert seen == [("runs/a", "coco", "test", None, 4, ["test=a.json"], ["test=photos"], "auto", None, "auto", False)]
+    assert seen == [
+        ("runs/a", "coco", "test", None, None, ["test=a.json"], ["test=photos"], "auto", None, "auto", False)
+    ]
     out = capsys.readouterr().out
     assert "masks       50.0" in out
     assert "cat        25.0" in out

@@ -31,6 +31,9 @@ def test_small_objects_are_trained_on_tiles_and_large_ones_on_whole_images() -> 
     assert (tiles["tile_size"], tiles["image_height"], tiles["pyramid_taps"]) == (80, 112, [2, 4, 6])
     assert not whole.keys() & {"tile_size", "pyramid_taps"}
     assert (tiles["per_device_train_batch_size"], whole["per_device_train_batch_size"]) == (8, 4)
+    assert (tiles["per_device_eval_batch_size"], whole.get("per_device_eval_batch_size")) == (16, None)
+    large = as_recipe(recommend(STREETS, LAPTOP, {"tile_size": 512}))
+    assert "per_device_eval_batch_size" not in large, "16 large tiles might not fit in memory"
 
 
 @pytest.mark.parametrize("facts", [NUCLEI, STREETS])

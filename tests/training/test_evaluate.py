@@ -1,6 +1,7 @@
 """A saved model evaluated again gives the metrics of training, equal to pycocotools', on any number of ranks."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.inference.predictor import Precision
-from m2f_trainer.model.mask2former import load_model
-from m2f_trainer.run_folder import read_details, read_metrics
+from m2f_trainer.model.mask2former import M2FModel, load_model
+from m2f_trainer.run_folder import read_details, read_json, read_metrics
 from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16
 from tests.training.runs import m2f
 
@@ -152,6 +154,26 @@ def test_the_precision_is_that_of_a_training_on_the_same_device(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert evaluates_in_bf16(str(tmp_path), precision) is expected
+
+
+def test_a_model_is_evaluated_in_batches_as_in_its_training(
+    tiled_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes, forward = tmp_path / "model", [], M2FModel.forward
+    shutil.copytree(tiled_run / "run", model)
+
+    def counted(self: M2FModel, pixel_values: Tensor, *rest: Any, **named: Any) -> Any:
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, *rest, **named)
+
+    monkeypatch.setattr(M2FModel, "forward", counted)
+    recipe = read_json(model / "recipe.json")
+    for own, given, expected in (({"per_device_eval_batch_size": 3}, None, 3), ({}, None, 4), ({}, 2, 2)):
+        fields = {name: value for name, value in recipe.items() if name != "per_device_eval_batch_size"}
+        (model / "recipe.json").write_text(json.dumps({**fields, **own}))
+        sizes.clear()
+        evaluate_folder(str(model), str(tiled_run / "data"), batch_size=given)
+        assert max(sizes) == expected
 
 
 @pytest.mark.parametrize(("hardware", "expected"), [("CPU Xeon", True), ("NVIDIA H100", False)])
