@@ -62,12 +62,12 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises DataError, RecipeError.
     """
     from m2f_trainer.config.recipe import read_recipe
-    from m2f_trainer.training.checkpointing.resume import recipe_to_resume
+    from m2f_trainer.training.checkpointing.resume import recipe_to_resume, run_of
 
     resumed = recipe_to_resume(given)
     if resumed is not None:
         say(f"No recipe is given. The run goes on with that of its checkpoint, {resumed}")
-        return {**read_recipe(resumed), "output_dir": str(resumed.parents[1])}
+        return {**read_recipe(resumed), "output_dir": str(run_of(resumed.parent))}
     if not given.get("dataset_name"):
         return {}
     from m2f_trainer.data.hub_dataset import load_recipe_dataset

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.fields import Option, options_of
-from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.config.training_arguments import STEP_MILESTONES, TrainArguments
 from m2f_trainer.config.typed_json import (
     describe_type,
     has_type,
@@ -72,6 +72,10 @@ LOCAL_FIELDS = {
 """Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
 
 
+LENGTHS = ("max_steps", "max_minutes", "num_train_epochs")
+"""The fields that set the length of a run."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
@@ -90,10 +94,23 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
     given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
-    given = {**(read_recipe(path) if path else {}), **given}
+    given = {**(kept_beside(given, read_recipe(path)) if path else {}), **given}
     given |= backbone_of_start(given)
-    chosen = choose(given) if choose and not path else {}
+    chosen = kept_beside(given, choose(given)) if choose and not path else {}
     return build_recipe({**chosen, **given})
+
+
+def kept_beside(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that options leave in place.
+
+    A length of the run replaces those of other kinds, and a schedule the milestones that a saved recipe has for `step`.
+    """
+    kept = dict(recipe)
+    if any(given.get(name) not in (None, -1) for name in LENGTHS):
+        kept = {name: value for name, value in kept.items() if name not in LENGTHS}
+    if given.get("lr_scheduler_type", "step") != "step" and kept.get("lr_milestones") == STEP_MILESTONES:
+        kept.pop("lr_milestones")
+    return kept
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -40,6 +40,10 @@ SCHEDULE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Arguments of transformers' learning rate schedules, where none are given: Mask2Former's schedule, and the decay of
 Hägele et al. 2024 (https://arxiv.org/abs/2405.18392). Numbers of steps below 1 are fractions of the run."""
+STEP_MILESTONES = [0.889, 0.963]
+"""The milestones of `step`: 327,778 and 355,092 of the 368,750 steps of Mask2Former's COCO configuration."""
+BY_FIGURES = ("reduce_lr_on_plateau", "greedy")
+"""The schedules of transformers that are no function of the step."""
 SCHEDULE_STEPS = ("num_decay_steps", "num_stable_steps")
 """The arguments of schedules that count steps."""
 
@@ -369,6 +373,15 @@ class TrainArguments(TrainingArguments):
                 "remove_unused_columns must stay false: collate needs columns that are no argument of the model's "
                 "forward."
             )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise RecipeError(
+                f"train_sampling_strategy={self.train_sampling_strategy}: expected random or sequential. Other orders "
+                "are for texts."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise RecipeError(
+                "neftune_noise_alpha adds noise to the embeddings of words, which no image has: leave it out."
+            )
         if self.logging_nan_inf_filter:
             raise RecipeError("logging_nan_inf_filter must stay false: it would hide a non-finite loss.")
         if self.hub_token is not None:
@@ -386,7 +399,8 @@ class TrainArguments(TrainingArguments):
                 "optimizer state are not uploaded, since they contain local paths. To resume elsewhere, copy "
                 "output_dir."
             )
-        if self.save_head and Path(self.save_head, "config.json").exists():
+        resumes = resume_of(self.resume_from_checkpoint) not in (False, "auto")  # it may be the head of this run
+        if self.save_head and not resumes and Path(self.save_head, "config.json").exists():
             raise RecipeError(
                 f"save_head={self.save_head}: this folder holds a model already. Give a new folder, or delete this one."
             )
@@ -520,6 +534,16 @@ class TrainArguments(TrainingArguments):
                     f"{name}={count:g}: expected a fraction of the run, below 1, since the number of steps "
                     "in max_minutes is not known."
                 )
+        if self.logging_steps < 1:
+            raise RecipeError(
+                f"logging_steps={self.logging_steps:g}: expected a number of steps of at least 1, since the number of "
+                "steps in max_minutes is not known."
+            )
+        if self.lr_scheduler_type in BY_FIGURES:
+            raise RecipeError(
+                f"lr_scheduler_type={self.lr_scheduler_type} follows the figures of evaluations, but with max_minutes "
+                "the learning rate follows the time. Leave one of them out."
+            )
 
     def _optimizer(self) -> str:
         """The optimizer of the recipe, or the default."""
@@ -532,18 +556,15 @@ class TrainArguments(TrainingArguments):
         return self.optim or ("adamw_torch_fused" if sharded else MUON)
 
     def _resolve_schedule(self) -> None:
-        """Fill in the schedule's defaults, and translate `step`, which transformers lacks.
-
-        The milestones are those of Mask2Former's COCO configuration: 327,778 and 355,092 of 368,750 steps.
-        """
+        """Fill in the schedule's defaults, and translate `step`, which transformers lacks."""
         if self.lr_scheduler_type == "step":
             self.lr_scheduler_type = "constant_with_warmup"
-            self.lr_milestones = [0.889, 0.963] if self.lr_milestones is None else self.lr_milestones
+            self.lr_milestones = list(STEP_MILESTONES) if self.lr_milestones is None else self.lr_milestones
         if self.lr_scheduler_kwargs in SCHEDULE_DEFAULTS.values():
             self.lr_scheduler_kwargs = None  # a saved recipe holds the defaults of the schedule it was saved with
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in SCHEDULE_DEFAULTS:
             self.lr_scheduler_kwargs = dict(SCHEDULE_DEFAULTS[self.lr_scheduler_type])
-        require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, vars(self)["learning_rate"])
         if not all(0 < share < 1 for share in self.lr_milestones or ()):
             raise RecipeError(
                 f"lr_milestones: expected fractions of the run, between 0 and 1, got {self.lr_milestones}."
@@ -599,10 +620,10 @@ def steps_of_schedule(settings: object) -> dict[str, float]:
     return counts
 
 
-def require_schedule(name: str, settings: object) -> None:
-    """Raise RecipeError if transformers can't build the schedule from these arguments."""
+def require_schedule(name: str, settings: object, rate: float | str) -> None:
+    """Raise RecipeError if transformers can't build the schedule from these arguments and the learning rate."""
     steps_of_schedule(settings)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0 if isinstance(rate, str) else rate)
     try:
         get_scheduler(name, optimizer, 1, 2, settings if isinstance(settings, dict) else None)
     except (TypeError, ValueError) as error:

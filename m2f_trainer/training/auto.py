@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from m2f_trainer.config.arguments import PixelRange, pixel_range_text
 from m2f_trainer.config.fields import options_of
-from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, load_recipe
+from m2f_trainer.config.recipe import AUTO, ModelArguments, Recipe, read_recipe, rows
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.distributed import warn_on_main
@@ -48,9 +48,9 @@ def resolve(
         return recipe
     reasons: list[str] = []
     if checkpoint is not None and (checkpoint / RECIPE).is_file():
-        before = load_recipe([str(checkpoint / RECIPE)])
+        before = read_recipe(checkpoint / RECIPE)
         for name, owner in owners.items():
-            vars(owner)[name] = vars(before.model if owner is model else before.train)[name]
+            vars(owner)[name] = before.get(name, rows()[name].default)
     else:
         accumulates = "gradient_accumulation_steps" in owners
         spread = train.world_size * (1 if accumulates else train.gradient_accumulation_steps)
@@ -76,8 +76,8 @@ def with_checkpoint_range(recipe: Recipe, checkpoint: Path | None) -> Recipe:
     """The recipe with the pixel_range of its checkpoint where its own is "auto"."""
     if checkpoint is None or recipe.data.pixel_range != AUTO or not (checkpoint / RECIPE).is_file():
         return recipe
-    before = load_recipe([str(checkpoint / RECIPE)])
-    return replace(recipe, data=replace(recipe.data, pixel_range=before.data.pixel_range))
+    before = read_recipe(checkpoint / RECIPE).get("pixel_range", AUTO)
+    return replace(recipe, data=replace(recipe.data, pixel_range=before))
 
 
 def with_pixel_range(recipe: Recipe, found: PixelRange) -> Recipe:

@@ -30,6 +30,7 @@ from m2f_trainer.run_folder import (
     FEATURE_CACHE,
     FINGERPRINT,
     METRICS,
+    RESUME_STAGING,
     read_details,
     read_json,
     read_metrics,
@@ -222,7 +223,8 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
     trainer.accelerator.wait_for_everyone()
     leave()
     if is_main:
-        shutil.rmtree(output / FEATURE_CACHE, ignore_errors=True)
+        for temporary in (FEATURE_CACHE, RESUME_STAGING):
+            shutil.rmtree(output / temporary, ignore_errors=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
             save_adapter(model, output / ADAPTER_FOLDER)

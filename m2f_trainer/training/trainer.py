@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -42,6 +42,7 @@ from m2f_trainer.run_folder import (
     write_json,
     write_metrics,
 )
+from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.order import position
 from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
@@ -140,6 +141,24 @@ class M2FTrainer(Trainer):
             self.args.lr_scheduler_kwargs = given
             self.lr_scheduler = with_rate_shape(schedule, self.args, num_training_steps)  # type: ignore[assignment]
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer's, which replaces callbacks by those of the checkpoint.
+
+        Callbacks that the checkpoint lacks begin anew; a changed patience applies; the clock also counts this process's
+        time up to here.
+        """
+        started = {type(one): one for one in self.callback_handler.callbacks}
+        super()._load_callback_state()
+        states: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, {})  # otherwise the first save would raise KeyError
+            before = started.get(type(callback))
+            if isinstance(callback, EarlyStoppingCallback) and isinstance(before, EarlyStoppingCallback):
+                callback.early_stopping_patience = before.early_stopping_patience
+            if isinstance(callback, Clock) and isinstance(before, Clock) and callback is not before:
+                callback.add(before)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The loss's two divisors, summed over the accumulated micro-batches and the ranks -> float32 (2,).

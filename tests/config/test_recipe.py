@@ -303,6 +303,9 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
         (["--head_checkpoint", "a", "--init_from", "b"], "Keep one of them"),
         (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
         (["--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
+        (["--train_sampling_strategy", "group_by_length"], "=group_by_length: expected random or sequential"),
+        (["--neftune_noise_alpha", "5"], "neftune_noise_alpha adds noise to the embeddings of words"),
+        (["--learning_rate", "0"], "polynomial with .* must be smaller than initial lr"),
         (["--learning_rate=-0.1"], "learning_rate: expected at least 0, got -0.1"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected at least 1, got 0"),
         (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size: expected at least 1, got 0"),
@@ -328,6 +331,28 @@ def test_a_saved_recipe_takes_another_schedule(tmp_path: Path) -> None:
     assert (train.lr_scheduler_type, train.lr_scheduler_kwargs) == ("cosine", None)
     train = load_recipe([str(tmp_path / "saved.json"), "--lr_scheduler_type", "warmup_stable_decay"]).train
     assert train.lr_scheduler_kwargs == {"num_decay_steps": 0.2, "decay_type": "1-sqrt"}
+
+
+def test_milestones_of_a_saved_step_schedule_do_not_stay_with_another(tmp_path: Path) -> None:
+    for own in ([], ["--lr_milestones", "0.5"]):
+        save_recipe(load_recipe(["--dataset_name", "coco", "--lr_scheduler_type", "step", *own]), tmp_path / "a.json")
+        again = load_recipe([str(tmp_path / "a.json")]).train
+        assert again.lr_milestones == ([0.5] if own else [0.889, 0.963])
+        train = load_recipe([str(tmp_path / "a.json"), "--lr_scheduler_type", "cosine"]).train
+        assert train.lr_milestones == ([0.5] if own else None)
+
+
+def test_a_length_on_the_command_line_replaces_the_other_kinds_in_the_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dataset_name": "coco", "max_steps": 50, "num_train_epochs": 2})
+    minutes, epochs, same = (
+        load_recipe([path, *option]).train
+        for option in (["--max_minutes", "3"], ["--num_train_epochs", "9"], ["--max_steps", "-1"])
+    )
+    assert (minutes.max_minutes, minutes.for_trainer().max_steps) == (3, 10**9)
+    assert (epochs.num_train_epochs, epochs.max_steps) == (9, -1)
+    assert (same.num_train_epochs, same.max_steps) == (2, -1)
+    with pytest.raises(RecipeError, match="both set the length"):
+        load_recipe([path, "--max_minutes", "3", "--max_steps", "5"])
 
 
 def test_a_token_is_refused_and_not_repeated(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_a_run_saves_and_logs_the_values_of_auto_and_a_resumed_one_keeps_them(
     def unasked(*_: object) -> int:
         raise AssertionError
 
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "config.json").write_text("{}")  # as a finished run leaves it, whose recipe is no new run's
+    (checkpoint / "recipe.json").write_text(json.dumps({**saved, "save_head": str(tmp_path / "head")}))
     recipe = load_recipe([str(path)])
     rows = load_coco(tmp_path / "data")["valid"]
     again = automatic.resolve(recipe, train_samples(rows, recipe.data, 0, categories_of(rows)), checkpoint, unasked)

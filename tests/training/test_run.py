@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
+from m2f_trainer.training import run
+from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.evaluate import evaluate_folder
 from m2f_trainer.training.run import train
 from tests.training.runs import TINY, m2f, write_tiny
@@ -82,6 +85,38 @@ def test_a_finished_run_that_is_resumed_trains_no_step_more_and_keeps_its_figure
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(run / "model.safetensors").items())
     assert again["eval_map"] == first["eval_map"] == read_metrics(run / "metrics.json")["eval_map"]
     assert read_details(run)["classes"]
+
+
+def steps_of(run: Path) -> int:
+    return int(json.loads((run / "trainer_state.json").read_text())["global_step"])
+
+
+def test_a_run_that_stopped_early_trains_no_step_more_unless_the_patience_grows(tmp_path: Path) -> None:
+    fields = {"max_steps": 8, "checkpointing_steps": 1, "early_stopping_patience": 1}
+    fields |= {"learning_rate": 0.0, "lr_scheduler_type": "constant"}
+    write_tiny(tmp_path, images=(4, 1, 0), **fields)
+    command = [str(tmp_path / "recipe.json")]
+    train(load_recipe(command))
+    assert steps_of(tmp_path / "run") == 2, "the second figure equals the first"
+    for options, steps in (([], 2), (["--early_stopping_patience", "3"], 4)):
+        train(load_recipe([*command, "--resume_from_checkpoint", "true", *options]))
+        assert steps_of(tmp_path / "run") == steps
+
+
+@pytest.mark.parametrize("limit", ["--early_stopping_patience", "--max_minutes"])
+def test_a_run_is_resumed_with_a_limit_that_it_did_not_have(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count(step=12)
+    clock = [Clock(1.0, now=lambda: float(next(seconds)))] if limit == "--max_minutes" else []
+    recipe = str(write_tiny(tmp_path, images=(4, 1, 0), max_steps=1, checkpointing_steps=1))
+    train(load_recipe([recipe]))
+    monkeypatch.setattr(run, "clock_of", lambda *_: clock)
+    length = [] if clock else ["--max_steps", "2"]
+    resumed = ["--resume_from_checkpoint", "true", "--allow_changes", "true", limit, "1", *length]
+    train(load_recipe([recipe, *resumed]))
+    assert steps_of(tmp_path / "run") >= 2
+    assert not (tmp_path / "run" / ".resume").exists(), "its links would dangle once the checkpoint is deleted"
 
 
 def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(finished_run: Path) -> None:
@@ -255,6 +290,7 @@ def test_a_saved_head_starts_a_run_on_another_backbone_of_the_same_width(
     head = tmp_path / "head"
     train(load_recipe([str(write_tiny(tmp_path / "first", save_head=str(head), max_steps=1, checkpointing_steps=1))]))
     assert not any(".backbone." in name for name in load_file(head / "head.safetensors"))
+    load_recipe([str(tmp_path / "first" / "recipe.json"), "--resume_from_checkpoint", "true"])  # it is its own head
     with pytest.raises(RecipeError, match="this folder holds a model already"):
         load_recipe([str(write_tiny(tmp_path / "second", save_head=str(head)))])
     backbone = {**TINY["backbone_config"], "num_hidden_layers": 3}

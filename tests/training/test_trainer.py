@@ -98,6 +98,7 @@ PRIVATE: dict[str, dict[str, object]] = {
     },
     "_get_num_items_in_batch": {"self": EMPTY, "batch_samples": EMPTY, "device": EMPTY},
     "_get_grad_norm": {"self": EMPTY, "model": EMPTY, "grad_norm": None},
+    "_load_callback_state": {"self": EMPTY},
 }  # fmt: skip
 
 

@@ -48,6 +48,10 @@ class Clock(TrainerCallback, ExportableState):
             share = float(shared)
         return share
 
+    def add(self, other: "Clock") -> None:
+        """Add the time that another clock has counted, of this process before its checkpoint was loaded."""
+        self.passed += other.passed + other.now() - other.read_at
+
     def state(self) -> dict[str, Any]:
         """The values saved with a checkpoint."""
         passed = self.passed + self.now() - self.read_at

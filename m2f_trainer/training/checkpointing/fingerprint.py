@@ -65,6 +65,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     return changed
 
 
+def has_other_optimizer(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the saved state of the optimizer doesn't fit: of another algorithm, or of other parameter groups."""
+    algorithms = {str(facts.get("optim")).removesuffix("_fused") for facts in (then, now) if "optim" in facts}
+    return len(algorithms) > 1 or (then.get("layer_decay") is None) is not (now.get("layer_decay") is None)
+
+
 def updates_per_epoch(facts: Mapping[str, Any]) -> int:
     """Optimizer steps per epoch, counted as the Trainer does."""
     batches = facts["train_images"] / facts["per_device_train_batch_size"]

@@ -14,18 +14,31 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import rows
 from m2f_trainer.config.training_arguments import TrainArguments, resume_of
-from m2f_trainer.errors import CheckpointError
+from m2f_trainer.errors import CheckpointError, ModelFolderError
 from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.model.weights import own_head_fields
-from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RECIPE, RESUME_STAGING, STATE, write_atomically
+from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RECIPE, RESUME_STAGING, STATE, read_json, write_atomically
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
-from m2f_trainer.training.checkpointing.fingerprint import FIXED, differences, same_sample, updates_per_epoch
+from m2f_trainer.training.checkpointing.fingerprint import (
+    FIXED,
+    differences,
+    has_other_optimizer,
+    same_sample,
+    updates_per_epoch,
+)
 from m2f_trainer.training.ema import drop_averages, swap_averages
 from m2f_trainer.training.optimizer import parameter_groups, rates_of
 
@@ -50,27 +63,49 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
         return _undamaged(Path(resume))
     found = newest_complete(output_dir)
     if found is None and resume is True:
-        raise CheckpointError(
-            f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint for a new run, "
-            "or name a checkpoint elsewhere"
-        )
+        raise CheckpointError(nothing_to_resume(output_dir))
     return found
+
+
+def nothing_to_resume(output_dir: Path) -> str:
+    """The message about a folder without a complete checkpoint."""
+    return (
+        f"{output_dir}: no complete checkpoint to resume from. Leave out resume_from_checkpoint for a new run, or name "
+        "a checkpoint elsewhere"
+    )
 
 
 def recipe_to_resume(given: Mapping[str, Any]) -> Path | None:
     """The recipe of the checkpoint that these fields of a command resume from; None for a new run, or without one.
 
-    The newest checkpoint is not checked for damage here: `find_checkpoint` does it, and may choose an earlier one.
+    Of the newest checkpoint whose recipe can be read: `find_checkpoint` checks the other files, and may choose an
+    earlier one. Raises CheckpointError where there is no such checkpoint.
     """
     resume = resume_of(given.get("resume_from_checkpoint"))
     if isinstance(resume, str) and resume != "auto":
-        candidates = [Path(resume)]
-    elif resume or restarted():
-        output_dir = given.get("output_dir") or rows()["output_dir"].default
-        candidates = [folder for _, folder in reversed(checkpoints(Path(output_dir)))]
-    else:
-        candidates = []
-    return next((folder / RECIPE for folder in candidates if (folder / RECIPE).is_file()), None)
+        refuse_to_resume(Path(resume), no_checkpoint(Path(resume)))
+        return Path(resume, RECIPE) if Path(resume, RECIPE).is_file() else None
+    if not resume and not restarted():
+        return None
+    output_dir = Path(given.get("output_dir") or rows()["output_dir"].default)
+    found = [folder for _, folder in reversed(checkpoints(output_dir))]
+    if not found and resume is True:
+        raise CheckpointError(nothing_to_resume(output_dir))
+    return next((folder / RECIPE for folder in found if is_json(folder / RECIPE)), None)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder that holds a checkpoint, which may be given as `.` or as a link."""
+    return (checkpoint if checkpoint.name.startswith("checkpoint-") else checkpoint.resolve()).parent
+
+
+def is_json(path: Path) -> bool:
+    """Whether `path` is a file with a JSON object."""
+    try:
+        read_json(path)
+    except ModelFolderError:
+        return False
+    return path.is_file()
 
 
 def restarted() -> bool:
@@ -102,14 +137,24 @@ def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
 
 
 def _undamaged(folder: Path) -> Path:
-    reason = damage(folder) if folder.is_dir() else "there is no such folder"
-    if checkpoints(folder):
-        reason = f"it is a run's folder, and not one of its checkpoints, such as {checkpoints(folder)[-1][1].name}"
+    refuse_to_resume(folder, no_checkpoint(folder) or damage(folder))
+    return folder
+
+
+def no_checkpoint(folder: Path) -> str | None:
+    """Why a named folder is no checkpoint; None if it may be one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    found = checkpoints(folder)
+    return f"it is a run's folder, and not one of its checkpoints, such as {found[-1][1].name}" if found else None
+
+
+def refuse_to_resume(folder: Path, reason: str | None) -> None:
+    """Raise CheckpointError if there is a reason."""
     if reason is not None:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {reason}. Pass true to use the newest complete checkpoint"
         )
-    return folder
 
 
 def check_changes(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool) -> bool:
@@ -120,11 +165,17 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], allow_changes: bool)
             f"{checkpoint} has no {FINGERPRINT}, so the settings of its training are unknown. Start a new run "
             "from it with --init_from"
         )
-    changed = differences(json.loads(path.read_text(encoding="utf-8")), now)
-    listed = "; ".join(changed.values())
-    if FIXED & set(changed):
+    if read_json(checkpoint / RECIPE).get("save_only_model") is True:
         raise CheckpointError(
-            f"{checkpoint} is of another model or engine: {listed}. Start a new run from its weights with "
+            f"{checkpoint} holds no state of the optimizer (save_only_model). Start a new run from its weights with "
+            f"--init_from {checkpoint}"
+        )
+    then = json.loads(path.read_text(encoding="utf-8"))
+    changed = differences(then, now)
+    listed = "; ".join(changed.values())
+    if FIXED & set(changed) or has_other_optimizer(then, now):
+        raise CheckpointError(
+            f"{checkpoint} is of another model, engine or optimizer: {listed}. Start a new run from its weights with "
             f"--init_from {checkpoint}"
         )
     if changed and not allow_changes:
@@ -142,9 +193,26 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
 
     Raises CheckpointError if they must not change, see `check_changes`.
     """
-    if checkpoint is not None and check_changes(checkpoint, facts, arguments.allow_changes):
-        return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts)
+    if checkpoint is None:
+        return None
+    changed, other_figure = (
+        check_changes(checkpoint, facts, arguments.allow_changes),
+        selects_by_other(checkpoint, arguments),
+    )
+    if changed or other_figure:
+        return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts, other_figure)
     return checkpoint
+
+
+def selects_by_other(checkpoint: Path, arguments: TrainArguments) -> bool:
+    """Whether the best checkpoint is now chosen by another figure, or the other way round, than at the checkpoint."""
+    before = read_json(checkpoint / RECIPE)
+    names = ("metric_for_best_model", "greater_is_better")
+    was, now = ([values.get(name) for name in names] for values in ({**vars(arguments), **before}, vars(arguments)))
+    if was == now:
+        return False
+    logger.warning("the best checkpoint was chosen by %s and is chosen anew by %s", was[0], now[0])
+    return True
 
 
 def with_checkpoint_shape(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
@@ -170,18 +238,20 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
     return [Resumed(step), *([NewSettings()] if start.name == RESUME_STAGING else [])]
 
 
-def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any]) -> Path:
+def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any], other_figure: bool = False) -> Path:
     """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
     If the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is
-    dropped if the step or the validation images have changed.
+    dropped, and early stopping counts anew, if the step, the validation images or the figure it was chosen by
+    (`other_figure`) have changed.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     step = same_sample(state["global_step"], then, now)
     recounted = step != state["global_step"]
-    if recounted or then.get("valid_data") != now.get("valid_data"):
+    if recounted or other_figure or then.get("valid_data") != now.get("valid_data"):
         state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
+        state.get("stateful_callbacks", {}).pop(EarlyStoppingCallback.__name__, None)
     if recounted:
         state |= {"log_history": []}
     state |= {"global_step": step, "epoch": step / updates_per_epoch(now)}
@@ -206,6 +276,11 @@ class Resumed(TrainerCallback):
     ) -> None:
         """Recompute the intervals: the checkpoint's state holds those it was written with."""
         state.compute_steps(args, state.max_steps)
+        patience = args.early_stopping_patience if isinstance(args, TrainArguments) else None
+        if patience is not None and evaluations_without_gain(state) >= patience:
+            logger.warning("no further step: early stopping has ended this run (early_stopping_patience %d)", patience)
+            state.max_steps = state.global_step  # `M2FTrainer` makes no step then
+            control.should_evaluate = control.should_save = False  # they were set when the checkpoint was saved
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Rename checkpoints of steps that are trained again; they are kept until the first save replaces them."""
@@ -217,6 +292,12 @@ class Resumed(TrainerCallback):
                     folder.rename(aside)
                     logger.warning("%s is of an earlier branch of this run: it is now %s", folder, aside.name)
         self.start = None
+
+
+def evaluations_without_gain(state: TrainerState) -> int:
+    """The counter of early stopping in a loaded state."""
+    saved = cast(dict[str, Any], state.stateful_callbacks).get(EarlyStoppingCallback.__name__, {})
+    return int(saved.get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
 def evaluation_owed(start: Path) -> bool:

@@ -152,6 +152,13 @@ def test_a_finished_run_that_is_resumed_is_at_its_last_step() -> None:
     assert Run(time, Clock.from_state(kept), step=40).state.max_steps == 40
 
 
+def test_a_restored_clock_counts_the_start_of_its_process(tmp_path: Path) -> None:
+    kept = Clock(10, passed=60).state()
+    restored, fresh = Clock.from_state(kept), Clock(10, passed=7)
+    restored.add(fresh)
+    assert restored.passed == pytest.approx(67, abs=1)
+
+
 def test_a_run_of_minutes_takes_no_other_length_and_no_counted_warm_up() -> None:
     with pytest.raises(RecipeError, match="max_minutes and max_steps=50 both set the length of the run"):
         arguments(max_steps=50)
@@ -159,6 +166,10 @@ def test_a_run_of_minutes_takes_no_other_length_and_no_counted_warm_up() -> None
         arguments(warmup_steps=20)
     with pytest.raises(RecipeError, match="num_decay_steps=2000: expected a fraction of the run, below 1"):
         arguments(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2000})
+    with pytest.raises(RecipeError, match=r"logging_steps=0.1: expected a number of steps of at least 1, since"):
+        arguments(logging_steps=0.1)
+    with pytest.raises(RecipeError, match="lr_scheduler_type=reduce_lr_on_plateau follows the figures of evaluations"):
+        arguments(lr_scheduler_type="reduce_lr_on_plateau")
 
 
 def test_warmup_stable_decay_falls_in_the_last_fifth_of_the_minutes() -> None:

@@ -94,6 +94,30 @@ def test_a_restarted_process_takes_the_newest_recipe_and_a_new_run_takes_none(
     assert resume.recipe_to_resume(given) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert resume.recipe_to_resume(given) == tmp_path / "checkpoint-12" / RECIPE
+    (tmp_path / "checkpoint-12" / RECIPE).write_text('{"a"')
+    assert resume.recipe_to_resume(given) == tmp_path / "checkpoint-4" / RECIPE, "as its checkpoint is resumed from"
+
+
+def test_nothing_to_resume_from_is_an_error_before_a_recipe_is_chosen(tmp_path: Path) -> None:
+    given = {"output_dir": str(tmp_path / "typo")}
+    with pytest.raises(CheckpointError, match="typo: no complete checkpoint to resume from"):
+        resume.recipe_to_resume({**given, "resume_from_checkpoint": "true"})
+    assert resume.recipe_to_resume({**given, "resume_from_checkpoint": "auto"}) is None
+    checkpoint(tmp_path, 4)
+    for folder, reason in ((tmp_path / "checkpoint-9", "there is no such folder"), (tmp_path, "it is a run's folder")):
+        with pytest.raises(CheckpointError, match=reason):
+            resume.recipe_to_resume({"resume_from_checkpoint": str(folder)})
+
+
+def test_a_checkpoint_given_as_a_link_or_from_inside_belongs_to_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "run", 4)
+    (tmp_path / "latest").symlink_to(folder)
+    assert resume.run_of(tmp_path / "latest") == tmp_path / "run"
+    assert resume.run_of(folder) == tmp_path / "run"
+    monkeypatch.chdir(folder)
+    assert resume.run_of(Path()) == tmp_path / "run"
 
 
 def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path) -> None:
@@ -103,11 +127,40 @@ def test_differences_are_listed_and_another_model_is_never_taken(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"train_images was 10, is 11; world_size was 1, is 2. Set them back"):
         resume.check_changes(folder, changed, allow_changes=False)
     assert resume.check_changes(folder, changed, allow_changes=True)
-    with pytest.raises(CheckpointError, match=r"of another model or engine: tune was 'lora', is 'full'. Start"):
+    with pytest.raises(
+        CheckpointError, match=r"of another model, engine or optimizer: tune was 'lora', is 'full'. Start"
+    ):
         resume.check_changes(folder, {**FACTS, "tune": "full"}, allow_changes=True)
     (folder / FINGERPRINT).unlink()
     with pytest.raises(CheckpointError, match=r"has no fingerprint.json"):
         resume.check_changes(folder, FACTS, allow_changes=True)
+
+
+def test_a_checkpoint_whose_optimizer_state_does_not_fit_or_is_missing_is_refused(tmp_path: Path) -> None:
+    facts = {**FACTS, "optim": "adamw_torch", "layer_decay": 0.8}
+    folder = checkpoint(tmp_path, 4, **facts)
+    for name, value in (("optim", "muon"), ("layer_decay", None)):
+        with pytest.raises(CheckpointError, match=rf"of another model, engine or optimizer: {name} was"):
+            resume.check_changes(folder, {**facts, name: value}, allow_changes=True)
+    for name, value in (("optim", "adamw_torch_fused"), ("layer_decay", 0.7)):
+        assert resume.check_changes(folder, {**facts, name: value}, allow_changes=True)
+    (folder / RECIPE).write_text(json.dumps({"save_only_model": True}))
+    with pytest.raises(CheckpointError, match=r"no state of the optimizer \(save_only_model\)"):
+        resume.check_changes(folder, facts, allow_changes=True)
+
+
+def test_another_figure_for_the_best_model_chooses_it_anew(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 6)
+    state = json.loads((folder / STATE).read_text())
+    stopping = {"EarlyStoppingCallback": {"attributes": {"early_stopping_patience_counter": 2}}}
+    (folder / STATE).write_text(json.dumps({**state, "stateful_callbacks": stopping}))
+    same = arguments(tmp_path, metric_for_best_model="eval_map_50")
+    (folder / RECIPE).write_text(json.dumps({"metric_for_best_model": "eval_map_50", "greater_is_better": True}))
+    assert resume.find_start(folder, same, FACTS) == folder
+    other = resume.find_start(folder, arguments(tmp_path, metric_for_best_model="eval_map_75"), FACTS)
+    assert other is not None
+    changed = json.loads((other / STATE).read_text())
+    assert (changed["best_global_step"], changed["stateful_callbacks"], changed["global_step"]) == (None, {}, 6)
 
 
 def test_the_adapted_checkpoint_recounts_its_step_and_links_the_other_files(tmp_path: Path) -> None:
