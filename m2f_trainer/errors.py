@@ -3,7 +3,7 @@
     M2FError
     ├── RecipeError          an invalid option or recipe file, or contradicting options
     ├── DataError            a dataset folder or annotation file that can't be used
-    │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError)
+    │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError, PixelRangeError)
     │   └── MaskError        a polygon or an RLE that doesn't describe a mask
     ├── ModelFolderError     a model folder that can't be used for what was asked
     ├── CheckpointError      a checkpoint that is incomplete, damaged or from another run
@@ -44,6 +44,10 @@ class MissingImageError(ImageError):
 
 class ImageSizeError(ImageError):
     """An image has another size than its annotations say."""
+
+
+class PixelRangeError(ImageError):
+    """The values of an image can't be scaled to 8 bits without a pixel_range."""
 
 
 class MaskError(DataError):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from m2f_trainer.config.arguments import PixelRange
-from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError
+from m2f_trainer.errors import ImageError, ImageSizeError, MissingImageError, PixelRangeError
 from m2f_trainer.masks.rle import MAX_PIXELS, Size, max_pixels
 
 ImageSource: TypeAlias = Mapping[str, Any] | str | Path | bytes | Image.Image | npt.NDArray[Any]
@@ -122,6 +122,7 @@ def open_image(
     Raises:
         MissingImageError: the file does not exist
         ImageSizeError: the image has another size than `size`
+        PixelRangeError: its values can't be scaled to 8 bits without a `pixel_range`
         ImageError: it is not a regular file, damaged, too large, or not convertible to RGB
     """
     if isinstance(source, np.ndarray) and source.dtype != np.uint8:
@@ -472,19 +473,17 @@ def _to_rgb(
         return Image.fromarray(scaled(np.asarray(image), where, pixel_range)).convert("RGB")
     if image.mode in _MODES_TO_RGB:
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    remedy = "Convert it with the scale that fits your data, and save it as PNG"
+    problem = f"{where}: expected an image with an unambiguous conversion to 8-bit RGB, got mode {image.mode}."
     if image.mode == "F":
-        remedy = "Give the values of black and white as pixel_range, such as 0,1"
-    raise ImageError(
-        f"{where}: expected an image with an unambiguous conversion to 8-bit RGB, got mode {image.mode}. {remedy}."
-    )
+        raise PixelRangeError(f"{problem} Give the values of black and white as pixel_range, such as 0,1.")
+    raise ImageError(f"{problem} Convert it with the scale that fits your data, and save it as PNG.")
 
 
 def scaled(values: npt.NDArray[Any], where: str, pixel_range: PixelRange) -> npt.NDArray[np.uint8]:
     """Values of any range scaled to 0 to 255; by default those of `FULL_RANGE`."""
     if pixel_range is None:
         if values.min(initial=0) < FULL_RANGE[0] or values.max(initial=0) > FULL_RANGE[1]:
-            raise ImageError(
+            raise PixelRangeError(
                 f"{where}: expected values of 0 to 65535, got {values.min()} to {values.max()}. Give the values of"
                 " black and white as pixel_range."
             )

@@ -260,8 +260,9 @@ def _label_objects(
         if not line.strip():
             continue
         where = f"{label}, line {number}"
-        category, *fractions = _numbers(line)
-        problem = _line_problem(category, fractions)
+        words = line.split()
+        category, *fractions = map(_number, words)
+        problem = _line_problem(words, category, fractions)
         if problem:
             report("bad-annotation-entry", labels, [f"{label.name}:{number}"], f"{where}: {problem}")
         elif int(category) not in names:
@@ -271,19 +272,22 @@ def _label_objects(
             yield int(category), fractions
 
 
-def _numbers(line: str) -> list[float]:
-    """The numbers of a line; NaN for a word that is not a number."""
-    return [float(word) if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", word) else math.nan for word in line.split()]
+def _number(word: str) -> float:
+    """The number that a word spells; NaN if it is not a number."""
+    return float(word) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) else math.nan
 
 
-def _line_problem(category: float, fractions: list[float]) -> str:
-    """A message about an invalid line; "" for a valid one."""
+def _line_problem(words: list[str], category: float, fractions: list[float]) -> str:
+    """A message about an invalid line, from its words and their numbers; "" for a valid one."""
     if math.isnan(category) or category % 1 or category < 0:
-        return "expected a class number first. Correct the line."
+        return f"expected a class number first, got {words[0][:40]!r}. Correct the line."
     if len(fractions) == 4:
         return "expected a polygon `class x y x y ...`, got a box of four numbers. Export it for segmentation."
     if len(fractions) < 6 or len(fractions) % 2:
         return f"expected at least three points x y, got {len(fractions)} numbers. Correct the line."
+    unread = [word for word, value in zip(words[1:], fractions, strict=True) if math.isnan(value)]
+    if unread:
+        return f"expected numbers with a decimal point, such as 0.25, got {unread[0][:40]!r}. Correct the line."
     if not all(-_MARGIN <= value <= 1 + _MARGIN for value in fractions):
         wrong = next(value for value in fractions if not -_MARGIN <= value <= 1 + _MARGIN)
         return (

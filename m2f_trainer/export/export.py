@@ -119,7 +119,7 @@ def export_model(
                     constants["int8"] = {"left_in_float": quantize_onnx(onnx_file, path, calibration, half)}
                     constants["precision"] = f"int8 in part, otherwise {constants['precision']}"
         elif form == "torch":
-            torch.export.save(program, path)
+            save_program(program, path)
         else:
             compile_program(program, path)
     write_json(output_dir / CONSTANTS, constants)
@@ -215,6 +215,18 @@ def symbolic_sizes(backbone: nn.Module) -> Iterator[None]:
     finally:
         for (names, name, _), original in zip(replaced, originals, strict=True):
             names[name] = original
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a torch program.
+
+    A weight without elements gets memory of its own: torch (2.13) takes one that points into other memory, as those of
+    loaded files do, for a part of a larger tensor, and fails to find its size.
+    """
+    for tensor in program.state_dict.values():
+        if not tensor.numel():
+            tensor.data = torch.zeros_like(tensor)
+    torch.export.save(program, path)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Pixels
 from m2f_trainer.data.images import SEVERAL_PAGES, ImageSource, open_image, too_many_channels
-from m2f_trainer.errors import ImageError, needs
+from m2f_trainer.errors import ImageError, PixelRangeError, needs
 from m2f_trainer.masks.rle import HIGHEST_LIMIT, Box, Size, max_pixels
 
 _ORIENTATION = 274  # the tag
@@ -181,7 +181,7 @@ def open_windows(path: Path, pixel_range: PixelRange = None) -> Windows:
     `pixel_range` is as of `open_image`.
 
     Raises:
-        ImageError: it can't be read, or is too large to be decoded whole.
+        ImageError: it can't be read, needs a `pixel_range`, or is too large to be decoded whole.
         MissingPackageError: it is a TIFF too large to be decoded whole, and tifffile is missing.
     """
     tiff, refused = _is_tiff(path), None
@@ -192,6 +192,8 @@ def open_windows(path: Path, pixel_range: PixelRange = None) -> Windows:
             refused = error
     try:
         return _whole_image(path, str(path), pixel_range)
+    except PixelRangeError:
+        raise
     except ImageError as error:
         if refused is not None:
             raise refused from error

@@ -30,7 +30,7 @@ from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.distributed import warn_on_main
-from m2f_trainer.errors import RecipeError, check_model_path
+from m2f_trainer.errors import DataError, RecipeError, check_model_path
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.lora import LoraSettings, set_tuning
@@ -88,6 +88,9 @@ def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Seq
     """Training rows, or tiles of them, with the recipe's augmentation, a function of (seed, epoch, index).
 
     Samples with rare classes are repeated if the recipe has a `repeat_factor_threshold`.
+
+    Raises:
+        DataError: there are no objects in them
     """
     transform = train_transform(data, seed)
     samples = InstanceDataset(rows, transform, categories)
@@ -95,10 +98,30 @@ def train_samples(rows: Dataset, data: DataArguments, seed: int, categories: Seq
         samples = TrainTiles(rows, transform, categories, data.empty_tiles, data.tiles_per_image)
         sizes = f"{transform.side} x {transform.side} pixels, resized to {data.image_height} x {data.image_width}"
         warn_on_main(logger, "tiles: %s per epoch, from %s images; %s", f"{len(samples):,}", f"{len(rows):,}", sizes)
+    if not samples.objects().any():
+        raise DataError(
+            "split 'train': expected objects to train on, found only crowd regions or none in its first "
+            f"{len(rows):,} image(s). Raise max_train_samples, or annotate objects in them."
+        )
     if data.repeat_factor_threshold:
         samples = RepeatedSamples(samples, data.repeat_factor_threshold, seed)
         warn_on_main(logger, "%s", samples.summary())
     return samples
+
+
+def require_batch(samples: InstanceDataset, train: TrainArguments) -> None:
+    """Raise RecipeError if `dataloader_drop_last` would leave out all samples: fewer than one batch of all processes.
+
+    The Trainer would make no step, and the run would end with an untrained model.
+    """
+    images, processes = int(train.per_device_train_batch_size), train.world_size
+    if train.dataloader_drop_last and len(samples) < images * processes:
+        each = f" on each of {processes} processes" if processes > 1 else ""
+        raise RecipeError(
+            f"dataloader_drop_last: expected at least one whole batch of {images * processes:,} training samples, got "
+            f"{len(samples):,} samples, so that no step would be made. Lower per_device_train_batch_size (now "
+            f"{images}{each}), or set dataloader_drop_last false."
+        )
 
 
 def with_class_weights(recipe: Recipe, samples: InstanceDataset) -> Recipe:

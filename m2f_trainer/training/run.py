@@ -72,6 +72,7 @@ from m2f_trainer.training.prepare import (
     eval_samples,
     load_data,
     report_overfull,
+    require_batch,
     require_figure,
     train_samples,
     with_class_weights,
@@ -97,6 +98,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         require_figure(recipe.train.metric_for_best_model, data.valid)
         samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
         recipe = with_class_weights(resolve_auto(recipe, samples, checkpoint), samples)
+        require_batch(samples, recipe.train)
         report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
@@ -134,6 +136,7 @@ def dry_run(recipe: Recipe) -> str:
     recipe = with_pixel_range(recipe, data.pixel_range)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)
     recipe = with_class_weights(resolve_auto(recipe, samples, None), samples)
+    require_batch(samples, recipe.train)
     model = build_recipe_model(recipe.model, recipe.data, data.categories)
     return plan_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
 

@@ -94,8 +94,14 @@ def test_the_cache_follows_labels_and_images(tmp_path):
         ("-1 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
         ("1.5 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number"),
         ("7 0.1 0.1 0.5 0.1 0.5 0.5", "class 7 isn't among the 2 names"),
-        ("1 0.1 nan 0.5 0.1 0.5 0.5", "expected fractions.*got nan"),
-        ("1 0.1 inf 0.5 0.1 0.5 0.5", "expected fractions.*got nan"),
+        ("dog 0.1 0.1 0.5 0.1 0.5 0.5", "got 'dog'"),
+        ("1 0.1 nan 0.5 0.1 0.5 0.5", r"expected numbers with a decimal point, such as 0\.25, got 'nan'"),
+        ("1 0.1 inf 0.5 0.1 0.5 0.5", "expected numbers.*got 'inf'"),
+        ("1 0.1 0,1 0.5 0.1 0.5 0.5", "expected numbers.*got '0,1'. Correct the line"),
+        ("1 0.1 0.1 0.5.3 0.1 0.5 0.5", "expected numbers.*got '0.5.3'"),
+        ("1 . 0.1 0.5 0.1 0.5 0.5", r"expected numbers.*got '\.'"),
+        ("1 0.1 1.2.3e5 0.5 0.1 0.5 0.5", "expected numbers.*got '1.2.3e5'"),
+        ("1.2.3 0.1 0.1 0.5 0.1 0.5 0.5", "expected a class number first, got '1.2.3'"),
         ("1 10 20 60 20 60 60", "expected fractions.*got 10"),
         ("1 0.1 0.1 0.5 0.1 0.5 1e400", "expected fractions.*got inf"),
     ],
@@ -105,6 +111,12 @@ def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_pat
     with pytest.raises(DataError, match=rf"labels/train/a\.txt, line 3: .*{message}"):
         load_coco(root, cache_dir=tmp_path / "cache")
     assert {finding.severity for finding in examine(root).findings} >= {"error"}
+
+
+def test_numbers_in_every_usual_spelling_are_read(tmp_path):
+    root = yolo(tmp_path / "set", "1.0 +0.10 .25 6e-1 2.5E-1 0.6 .75 1.e-1 0.75")
+    (one,) = load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]
+    assert (one["category_id"], one["bbox"], one["area"]) == (1, [10, 20, 50, 40], 2000)
 
 
 def test_a_validation_folder_that_does_not_exist_is_refused_with_both_ways_out(tmp_path):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import MissingPackageError, ModelFolderError
-from m2f_trainer.export.export import export_model
+from m2f_trainer.export.export import export_model, save_program
 from m2f_trainer.export.parity import HALF, check_export
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FModel
@@ -47,6 +47,25 @@ def test_a_torch_program_gives_the_models_logits_for_any_number_of_images(tmp_pa
     assert constants["postprocessing"]["categories"] == SHAPES
     assert constants["preprocessing"]["image_height"] == 64
     assert constants["inputs"]["sides"] == "64 x 64 only"
+
+
+def test_a_weight_without_elements_that_points_into_other_memory_is_saved(tmp_path: Path) -> None:
+    """As the register tokens of a DINOv3 without any, loaded from a file."""
+
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.zeros(8)[:0].view(1, 0, 4))
+
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * torch.cat([self.tokens, features], dim=1)
+
+    program, features = torch.export.export(Double(), (torch.zeros(1, 3, 4),)), torch.rand(1, 3, 4)
+    save_program(program, tmp_path / "a.pt2")
+    loaded = torch.export.load(tmp_path / "a.pt2")
+    assert torch.equal(loaded.module()(features), 2 * features)
+    assert isinstance(loaded.state_dict["tokens"], nn.Parameter)
+    assert loaded.state_dict["tokens"].shape == (1, 0, 4)
 
 
 def test_a_model_of_small_images_is_exported_for_its_own_size_only(tmp_path: Path) -> None:

@@ -29,13 +29,36 @@ def test_a_tiff_is_read_by_windows_to_the_pixel(options: dict[str, object], tmp_
         assert np.array_equal(windows.read((x0, y0, x1, y1)), pixels[y0:y1, x0:x1])
 
 
-def test_other_files_are_decoded_whole_and_a_deep_tiff_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_decoded_whole(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.png")
     windows: Windows = open_windows(tmp_path / "a.png")
     assert np.array_equal(windows.read((7, 5, 30, 9)), scene()[5:9, 7:30])
+
+
+def test_a_tiff_whose_range_of_values_is_unknown_asks_for_it_and_is_read_with_it(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
-    tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 9), np.float32))
-    with pytest.raises(ImageError, match="8-bit grey, RGB or RGBA"):
+    values = np.linspace(0, 1, 9 * 11, dtype=np.float32).reshape(9, 11)
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    with pytest.raises(ImageError, match=r"a\.tif: .*Give the values of black and white as pixel_range, such as 0,1"):
+        open_windows(tmp_path / "a.tif")
+    read = open_windows(tmp_path / "a.tif", (0.0, 1.0)).read((0, 0, 11, 9))
+    assert np.array_equal(read, np.rint(values.astype(np.float64) * 255)[..., None].repeat(3, axis=-1))
+    tifffile.imwrite(tmp_path / "b.tif", np.full((9, 11), -300, np.int32))
+    with pytest.raises(ImageError, match=r"expected values of 0 to 65535, got -300 to -300\. Give .* as pixel_range"):
+        open_windows(tmp_path / "b.tif")
+
+
+def test_a_deep_tiff_that_cannot_be_decoded_whole_is_refused_with_the_form_to_convert_it_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 11), np.float64))  # Pillow doesn't know these
+    with pytest.raises(ImageError, match=r"8-bit grey, RGB or RGBA .* float64, .* `vips tiffsave --tile`"):
+        open_windows(tmp_path / "a.tif")
+    monkeypatch.setattr("m2f_trainer.inference.windows.pixels_in_memory", lambda: 90)
+    monkeypatch.setenv("M2F_MAX_PIXELS", "90")
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((9, 11), np.float32))
+    with pytest.raises(ImageError, match=r"8-bit grey, RGB or RGBA .* float32, .* `vips tiffsave --tile`"):
         open_windows(tmp_path / "b.tif")
 
 

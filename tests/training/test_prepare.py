@@ -1,13 +1,16 @@
 """The parts of a run that are built from recipe values."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Mask2FormerConfig
 
+from m2f_trainer.cli import main as cli
 from m2f_trainer.config.arguments import HEADS, ModelArguments
 from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.errors import RecipeError
 from m2f_trainer.export.export import export_constants
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.training.auto import with_pixel_range
@@ -18,6 +21,7 @@ from m2f_trainer.training.prepare import (
     head_settings,
     load_data,
     report_overfull,
+    require_batch,
     train_samples,
 )
 from tests.data.test_reading import deep_dataset, ramp
@@ -62,6 +66,68 @@ def test_images_with_more_objects_than_queries_are_named(tmp_path: Path, caplog:
     (message,) = caplog.messages
     assert message.startswith(f"{counts.count(max(counts))} of {len(counts)} training samples hold more objects than")
     assert f"(sample {counts.index(max(counts))})" in message
+
+
+def without_objects_in_the_first_image(recipe: Path) -> None:
+    """Delete the objects of the first training image of `write_tiny`'s dataset."""
+    file = recipe.parent / "data" / "train" / "_annotations.coco.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    first = min(image["id"] for image in content["images"])
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--tile_size", "64"],
+        ["--tile_size", "64", "--repeat_factor_threshold", "0.5", "--num_queries", "auto"],
+        ["--class_weights", "balanced"],
+    ],
+)
+def test_training_images_without_objects_are_refused_before_training(
+    options: list[str], command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_tiny(tmp_path)
+    without_objects_in_the_first_image(recipe)
+    assert cli.main(["train", str(recipe), "--max_train_samples", "1", *options, *command]) == 1
+    assert (
+        "split 'train': expected objects to train on, found only crowd regions or none in its first 1 image(s). Raise "
+        "max_train_samples, or annotate objects in them." in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+@pytest.mark.parametrize("command", [[], ["--dry_run"]])
+def test_fewer_samples_than_one_batch_that_would_be_dropped_are_refused_before_training(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_tiny(tmp_path, images=(4, 1, 0), dataloader_drop_last=True, per_device_train_batch_size=5)
+    assert cli.main(["train", str(recipe), *command]) == 1
+    assert (
+        "dataloader_drop_last: expected at least one whole batch of 5 training samples, got 4 samples, so that no step "
+        "would be made. Lower per_device_train_batch_size (now 5), or set dataloader_drop_last false."
+        in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_the_batch_that_would_be_dropped_is_that_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--dataloader_drop_last", "true", "--per_device_train_batch_size"]
+    recipe = str(write_tiny(tmp_path, images=(4, 1, 0)))
+    data = load_data(load_recipe([recipe]).data)
+    samples = train_samples(data.train, load_recipe([recipe]).data, 0, data.categories)
+    require_batch(samples, load_recipe([recipe, *options, "4"]).train)
+    require_batch(samples, load_recipe([recipe, "--per_device_train_batch_size", "5"]).train)
+    train = load_recipe([recipe, *options, "3"]).train
+    require_batch(samples, train)
+    monkeypatch.setattr(type(train), "world_size", 2)
+    with pytest.raises(RecipeError, match=r"batch of 6 training samples, got 4 .*Lower .* \(now 3 on each of 2 proc"):
+        require_batch(samples, train)
 
 
 @pytest.mark.parametrize("tile_size", [None, 32])
