@@ -378,6 +378,8 @@ class TrainArguments(TrainingArguments):
                 f"train_sampling_strategy={self.train_sampling_strategy}: expected random or sequential. Other orders "
                 "are for texts."
             )
+        if self.use_liger_kernel:
+            raise RecipeError("use_liger_kernel has kernels for language models only: leave it out.")
         if self.neftune_noise_alpha is not None:
             raise RecipeError(
                 "neftune_noise_alpha adds noise to the embeddings of words, which no image has: leave it out."

@@ -43,7 +43,7 @@ def check_dataset(
     for name in [train] * bool(train) + [*evaluation]:
         check_split(splits, name)
     for name, use, wanted in ((train, "train on", bool(train)), ("valid", "evaluate on", "valid" in evaluation)):
-        if wanted and not _has_targets(splits[name]):
+        if wanted and not has_targets(splits[name]):
             raise DataError(
                 f"split {name!r}: expected objects to {use}, found only crowd regions or none. Annotate objects in it."
                 " If they are brush masks of CVAT, which it exports as crowd regions, convert them with"
@@ -137,7 +137,7 @@ def _image_problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _has_targets(rows: datasets.Dataset) -> bool:
+def has_targets(rows: datasets.Dataset) -> bool:
     """Whether any annotation isn't a crowd region."""
     column = rows.select_columns("objects").with_format("arrow")[:]["objects"]
     return any(pc.min(chunk.flatten().field("iscrowd")).as_py() is False for chunk in column.chunks)

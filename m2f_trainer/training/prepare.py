@@ -28,7 +28,7 @@ from m2f_trainer.data.imbalance import RepeatedSamples, resolve_weights, weights
 from m2f_trainer.data.reading import reading_of
 from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_of
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
-from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.data.validate import check_dataset, has_targets
 from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import DataError, RecipeError, check_model_path
 from m2f_trainer.evaluation.evaluator import Evaluator
@@ -73,10 +73,16 @@ def load_data(data: DataArguments) -> Data:
     check_dataset(splits, train="train", evaluation=scored)
     train = first_rows(splits["train"], data.max_train_samples)
     test = first_rows(splits["test"], data.max_eval_samples) if "test" in splits else None
+    valid = first_rows(splits["valid"], data.max_eval_samples)
+    if not has_targets(valid):
+        raise DataError(
+            "split 'valid': expected objects to evaluate on, found only crowd regions or none in its first "
+            f"{len(valid):,} image(s). Raise max_eval_samples."
+        )
     pixel_range = reading_of(train[0]).pixel_range
     if data.pixel_range == "auto" and pixel_range is not None:
         warn_on_main(logger, "auto: pixel_range = %s, found in the training images", pixel_range_text(pixel_range))
-    return Data(train, first_rows(splits["valid"], data.max_eval_samples), test, categories_of(train), pixel_range)
+    return Data(train, valid, test, categories_of(train), pixel_range)
 
 
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:

@@ -248,7 +248,10 @@ class M2FTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).config.thresholds = class_thresholds(details)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors."""
+        """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors.
+
+        `dataloader_drop_last` applies to training only: the Trainer would leave images out of evaluations, too.
+        """
         limit = self.args.dataloader_timeout if isinstance(self.args, TrainArguments) else 0
         if isinstance(dataset, InstanceDataset):
             dataset = Watched(dataset, self.args.dataloader_num_workers)
@@ -259,7 +262,10 @@ class M2FTrainer(Trainer):
                 transform = dataset.dataset.transform
                 if isinstance(transform, TileTransform):
                     kwargs["sampler_fn"] = lambda watched: TileOrder(watched.dataset, transform.seed)
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and bool(kwargs.get("is_training"))
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, **kwargs)
+        self.args.dataloader_drop_last = drop_last
         return watch(loader, limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

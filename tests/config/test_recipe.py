@@ -304,6 +304,7 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
         (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
         (["--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
         (["--train_sampling_strategy", "group_by_length"], "=group_by_length: expected random or sequential"),
+        (["--use_liger_kernel", "true"], "use_liger_kernel has kernels for language models only"),
         (["--neftune_noise_alpha", "5"], "neftune_noise_alpha adds noise to the embeddings of words"),
         (["--learning_rate", "0"], "polynomial with .* must be smaller than initial lr"),
         (["--learning_rate=-0.1"], "learning_rate: expected at least 0, got -0.1"),

@@ -10,7 +10,7 @@ from transformers import Mask2FormerConfig
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.arguments import HEADS, ModelArguments
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.export.export import export_constants
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.training.auto import with_pixel_range
@@ -68,9 +68,9 @@ def test_images_with_more_objects_than_queries_are_named(tmp_path: Path, caplog:
     assert f"(sample {counts.index(max(counts))})" in message
 
 
-def without_objects_in_the_first_image(recipe: Path) -> None:
-    """Delete the objects of the first training image of `write_tiny`'s dataset."""
-    file = recipe.parent / "data" / "train" / "_annotations.coco.json"
+def without_objects_in_the_first_image(recipe: Path, split: str = "train") -> None:
+    """Delete the objects of the first image of a split of `write_tiny`'s dataset."""
+    file = recipe.parent / "data" / split / "_annotations.coco.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     first = min(image["id"] for image in content["images"])
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] != first]
@@ -98,6 +98,14 @@ def test_training_images_without_objects_are_refused_before_training(
         "max_train_samples, or annotate objects in them." in capsys.readouterr().err
     )
     assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_validation_images_without_objects_are_refused_before_training(tmp_path: Path) -> None:
+    recipe = write_tiny(tmp_path)
+    without_objects_in_the_first_image(recipe, "valid")
+    assert len(load_data(load_recipe([str(recipe)]).data).valid) == 3
+    with pytest.raises(DataError, match=r"or none in its first 1 image\(s\). Raise max_eval_samples"):
+        load_data(load_recipe([str(recipe), "--max_eval_samples", "1"]).data)
 
 
 @pytest.mark.parametrize("command", [[], ["--dry_run"]])

@@ -151,6 +151,14 @@ def test_a_trainer_takes_a_schedules_steps_as_fractions_of_the_run(tmp_path: Pat
     )
 
 
+def test_the_last_batch_is_dropped_in_training_and_never_in_evaluation(tmp_path: Path) -> None:
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    trainer, three = trainer_of(tmp_path, dataloader_drop_last=True, **sizes), TensorDataset(torch.zeros(3))
+    trainer.train_dataset = three
+    loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(three), trainer.get_test_dataloader(three)
+    assert [len(loader) for loader in loaders] == [1, 2, 2]
+
+
 def test_only_the_main_process_builds_the_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes time and memory in proportion to the split; the other processes only wait for its figures."""
     built: list[object] = []
