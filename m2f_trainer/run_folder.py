@@ -200,15 +200,23 @@ class Run:
     curves: Curves
 
 
+def final_files(folder: Path) -> list[Path]:
+    """The files and folders of the final model in a run's folder, with its figures and card."""
+    records = (RECIPE, METRICS, EVALUATION, STATE, FINGERPRINT, ADAPTER_FOLDER, PICTURES)
+    model = ("config.json", "preprocessor_config.json", "README.md")
+    found = [*(folder / name for name in (*records, *model)), *folder.glob("model*.safetensors*")]
+    return [path for path in found if path.exists()]
+
+
 def load_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run; of an unfinished one, its newest evaluated checkpoint.
+    """Read a run; of an unfinished one, or one that was resumed since, its newest evaluated checkpoint.
 
     Raises:
         ModelFolderError: neither the folder nor a checkpoint in it holds an evaluation, or a file is damaged.
     """
     if problem := missing_path(folder):
         raise ModelFolderError(f"{problem} Give the folder of a run.")
-    source = folder if (folder / EVALUATION).is_file() else newest_evaluated_checkpoint(folder)
+    source = evaluated_folder(folder)
     details = read_json(source / EVALUATION) if source else {}
     if source is None or not details:
         raise ModelFolderError(
@@ -221,7 +229,8 @@ def load_run(folder: Path, name: str | None = None) -> Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs; each is named by the last parts of its path, as many as make all names differ."""
+    """Read several runs, a repeated one once; each is named by as many last parts of its path as make all differ."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     parts = [folder.resolve().parts for folder in folders]
     names = [path[-1] for path in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
@@ -229,6 +238,15 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
             break
         names = ["/".join(path[-length:]) for path in parts]
     return [load_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def evaluated_folder(folder: Path) -> Path | None:
+    """The folder itself if it holds the last evaluation, otherwise its newest evaluated checkpoint, or None."""
+    newest = newest_evaluated_checkpoint(folder)
+    if newest is None or not (folder / EVALUATION).is_file():
+        return folder if (folder / EVALUATION).is_file() else newest
+    steps = [read_json(one / STATE).get("global_step", 0) for one in (folder, newest)]
+    return newest if steps[1] > steps[0] else folder
 
 
 def newest_evaluated_checkpoint(folder: Path) -> Path | None:

@@ -90,6 +90,24 @@ def test_an_unfinished_run_is_read_from_its_newest_evaluated_checkpoint(tmp_path
     assert found.curves == {"loss": [(10, 1.0)]}
 
 
+@pytest.mark.parametrize(("step", "read"), [(10, "run"), (12, "checkpoint-12")])
+def test_a_finished_run_that_was_resumed_is_read_from_its_newer_checkpoint(
+    step: int, read: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for folder, at in ((run, 10), (run / f"checkpoint-{step}", step)):
+        write_json(folder / "evaluation.json", {"of": folder.name})
+        write_json(folder / "trainer_state.json", {"global_step": at})
+        write_json(folder / "metrics.json", {})
+    assert load_run(run).details == {"of": read}
+
+
+def test_a_run_that_is_given_twice_is_read_once(tmp_path: Path) -> None:
+    for name in ("evaluation.json", "metrics.json"):
+        write_json(tmp_path / "run" / name, {"a": 1})
+    assert [run.name for run in load_runs([tmp_path / "run", tmp_path / "run" / ".." / "run"])] == ["run"]
+
+
 def test_a_folder_without_an_evaluation_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"expected evaluation\.json .* m2f evaluate MODEL DATASET"):
         load_run(tmp_path)

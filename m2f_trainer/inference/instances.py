@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import MaskError, needs
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Bitmap, Box, Size
@@ -106,7 +108,7 @@ class Instances:
 
     def overlay(
         self,
-        image: Image.Image,
+        image: Image.Image | str | Path,
         names: Mapping[int, str] | None = None,
         *,
         boxes: bool = False,
@@ -118,13 +120,14 @@ class Instances:
         image names the classes that it shows. See `m2f_trainer.viz.overlay`.
 
         Args:
-            image: the original image, of the size that was predicted.
+            image: the original image, of the size that was predicted; or its path, read as a `Predictor` reads it.
             names: category id -> name, of all classes of the model; an id without a name is written as it is.
             boxes: draw the bounding boxes too.
             legend: add the strip where the colours need it; without it the result has the size of `image`.
 
         Raises:
             ValueError: the image has another size than the instances.
+            ImageError: the file can't be read.
         """
         from m2f_trainer.viz.overlay import add_legend
 
@@ -132,15 +135,20 @@ class Instances:
         return add_legend(drawn, colors) if legend else drawn
 
     def drawn_on(
-        self, image: Image.Image, names: Mapping[int, str] | None = None, *, boxes: bool = False
+        self, image: Image.Image | str | Path, names: Mapping[int, str] | None = None, *, boxes: bool = False
     ) -> tuple[Image.Image, Mapping[str, tuple[int, int, int]]]:
         """As `overlay`, but the legend is returned as class name -> colour, to go with several images."""
         from m2f_trainer.viz.overlay import Shape, choose_style, draw_shapes
 
+        if not isinstance(image, Image.Image):
+            image = open_image(image, str(image), displayed=True)
         if (image.height, image.width) != tuple(self.size):
+            remedy = "Pass the original image, not a resized one."
+            if (image.width, image.height) == tuple(self.size):
+                remedy = "Pass its path: Pillow does not turn a photo by its EXIF orientation, but a Predictor does."
             raise ValueError(
                 f"Expected the image that was predicted, {self.size[0]}x{self.size[1]} (height x width), found "
-                f"{image.height}x{image.width}. Pass the original image, not a resized one."
+                f"{image.height}x{image.width}. {remedy}"
             )
         style = choose_style(self.size, self.boxes, self.category_ids.tolist(), self.scores.tolist(), names or {})
         order = np.argsort(-self.boxes[:, 2:].prod(axis=1), kind="stable").tolist()

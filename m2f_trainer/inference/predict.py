@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from typing import Literal
 
 from PIL import Image
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from m2f_trainer.config.arguments import parse_pixel_range
 from m2f_trainer.data.files import is_hidden
@@ -80,8 +83,9 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
         logger.warning("Passed over: %s.", left_aside)
     output_dir.mkdir(parents=True, exist_ok=True)
     named = zip(paths, picture_names(paths), strict=True)
-    jobs = [Job(path, output_dir, name, _job_key(model, path, options)) for path, name in named]
     predictor = Predictor.from_pretrained(model, precision=options.precision)
+    version = model_version(model, predictor.model.config)
+    jobs = [Job(path, output_dir, name, _job_key(version, path, options)) for path, name in named]
     predictor.tiling = tiling_for(predictor, options)
     chosen = parse_pixel_range(options.pixel_range or "auto")
     predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
@@ -128,13 +132,18 @@ class Job:
         return self.folder / PARTS / f"{self.name}.json"
 
 
-def _job_key(model: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
-    weights = Path(model, "model.safetensors")
-    changed = [stat.st_mtime_ns for file in (weights, path) if file.is_file() and (stat := file.stat())]
+def model_version(model: str, config: PreTrainedConfig) -> str:
+    """A digest of what predictions depend on besides the input: name, configuration, and date or commit of weights."""
+    dates = [file.stat().st_mtime_ns for file in sorted(Path(model).glob("model*.safetensors"))]
+    facts = [model, config.to_dict(), vars(config).get("_commit_hash"), dates]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _job_key(version: str, path: Path, options: PredictOptions) -> tuple[object, ...]:
     return (
-        model,
+        version,
         str(path),
-        *changed,
+        path.stat().st_mtime_ns if path.is_file() else None,
         options.threshold,
         options.tile,
         options.overlap,

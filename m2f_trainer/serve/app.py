@@ -39,6 +39,10 @@ BODY_SECONDS = 60
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
+PARAMETERS = ("format", "image_id", "threshold")
+"""The query parameters of `/instances`."""
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """Limits and defaults of a server.
@@ -152,6 +156,9 @@ def create_app(predictor: Predictor, options: ServeOptions) -> FastAPI:
     ) -> Response:
         """The instances of one image, which is the body itself or the only file of a form."""
         with service.admitted():
+            unknown = ", ".join(sorted(request.query_params.keys() - PARAMETERS))
+            if unknown:
+                raise HTTPException(400, f"Expected the parameters {', '.join(PARAMETERS)}, got {unknown[:100]}.")
             image = await read_image(request, options.max_bytes)
             lowest = options.threshold if threshold is None else threshold
             found = await service.predict(image, lowest, overlay=format == "overlay")
@@ -365,6 +372,10 @@ async def read_image(request: Request, limit: int) -> bytes:
         files = [value for value in form.values() if not isinstance(value, str)]
         if not files:
             raise HTTPException(400, "Expected a form with a file, got none. With curl: -F image=@photo.jpg")
+        if len(files) < len(form.multi_items()):
+            raise HTTPException(
+                400, f"Expected a form with a file only. Give {', '.join(PARAMETERS)} in the address: ?threshold=0.5"
+            )
         return await files[0].read()
     finally:
         await form.close()

@@ -55,6 +55,7 @@ from m2f_trainer.training.checkpointing.checkpoints import run_lock
 from m2f_trainer.training.checkpointing.fingerprint import fingerprint
 from m2f_trainer.training.checkpointing.resume import (
     OwedEvaluation,
+    delete_former_run,
     evaluation_owed,
     find_checkpoint,
     find_start,
@@ -107,6 +108,8 @@ def train(recipe: Recipe) -> dict[str, float]:
             report_licences(model)
         callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
+        if checkpoint is None and recipe.train.overwrite_output_dir:
+            from_main(partial(delete_former_run, Path(recipe.train.output_dir or ".")))
         if start is not None and evaluation_owed(start):
             trainer.add_callback(OwedEvaluation(trainer, start))
         with translate_errors(trainer.watched, recipe.train.dataloader_timeout), report_broken_uploads(callbacks):

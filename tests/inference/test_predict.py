@@ -20,6 +20,7 @@ from m2f_trainer.inference import predict as folder
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Frame, Predictor
+from m2f_trainer.model.mask2former import M2FConfig
 from tests.inference.test_predictor import BrightnessModel, picture
 
 
@@ -220,6 +221,19 @@ def test_inputs_that_can_not_be_read_are_listed_and_the_rest_is_done(
     picture(80, 60).save(photos / "2.png")
     predict_folder("m", [photos], tmp_path / "outNone", PredictOptions(batch_size=3))
     assert predictor.seen == 2
+
+
+def test_a_model_that_has_changed_predicts_again(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
+    predict_folder("m", [photos], tmp_path / "out")
+    predict_folder("m", [photos], tmp_path / "out")
+    assert predictor.seen == 4
+    config = M2FConfig(thresholds=[0.1])
+    assert folder.model_version("m", config) == folder.model_version("m", M2FConfig(thresholds=[0.1]))
+    changed = [folder.model_version("other", config), folder.model_version("m", M2FConfig(thresholds=[0.2]))]
+    config._commit_hash = "b"  # of a model from the Hub
+    assert (
+        len({folder.model_version("m", M2FConfig(thresholds=[0.1])), folder.model_version("m", config), *changed}) == 4
+    )
 
 
 def test_every_format_that_pillow_opens_is_an_input_and_other_files_are_counted(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
@@ -40,6 +40,28 @@ class BrightnessModel(torch.nn.Module):
 @pytest.fixture
 def predictor() -> Predictor:
     return Predictor(BrightnessModel())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_given_by_its_path_is_drawn_on_as_it_was_predicted(
+    orientation: int, predictor: Predictor, tmp_path: Path
+) -> None:
+    path, exif, shown = tmp_path / "photo.png", Image.Exif(), picture(80, 80 if orientation in (1, 3) else 60)
+    exif[0x0112] = orientation
+    shown.save(path, exif=exif)
+    (found,) = predictor(path, threshold=0)
+    drawn = np.asarray(found.overlay(path, predictor.names, legend=False))
+    upright = ImageOps.exif_transpose(Image.open(path))
+    np.testing.assert_array_equal(drawn, np.asarray(found.overlay(upright, predictor.names, legend=False)))
+    bright = np.asarray(upright)[..., 0] > 128
+    tinted = (drawn != np.asarray(upright)).any(-1)
+    assert (bright & tinted).sum() > 0.8 * bright.sum(), "the mask lies on the bright object"
+    if orientation > 4:
+        with (
+            Image.open(path) as stored,
+            pytest.raises(ValueError, match="Pass its path: Pillow does not turn a photo by its EXIF orientation"),
+        ):
+            found.overlay(stored)
 
 
 def picture(height: int = 80, width: int = 60) -> Image.Image:

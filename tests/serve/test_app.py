@@ -227,6 +227,15 @@ def test_a_wrong_parameter_is_named(port: int) -> None:
         assert repr(query.split("=")[1]) in answer.reason
 
 
+def test_parameters_that_would_have_no_effect_are_refused(port: int) -> None:
+    answer = ask(port, "POST", "/instances?thresold=0.5", picture())
+    assert (answer.status, answer.reason) == (400, "Expected the parameters format, image_id, threshold, got thresold.")
+    body, headers = form(picture())
+    field = b'--edge\r\nContent-Disposition: form-data; name="threshold"\r\n\r\n0.9\r\n'
+    answer = ask(port, "POST", "/instances", field + body, headers)
+    assert (answer.status, "in the address: ?threshold=0.5" in answer.reason) == (400, True)
+
+
 def test_health_describes_the_model(port: int) -> None:
     answer = ask(port, "GET", "/health")
     assert answer.status == 200

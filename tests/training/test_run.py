@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
@@ -117,6 +118,29 @@ def test_a_run_is_resumed_with_a_limit_that_it_did_not_have(
     train(load_recipe([recipe, *resumed]))
     assert steps_of(tmp_path / "run") >= 2
     assert not (tmp_path / "run" / ".resume").exists(), "its links would dangle once the checkpoint is deleted"
+
+
+def test_a_run_that_does_not_start_deletes_nothing_and_one_that_does_leaves_no_former_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = [str(write_tiny(tmp_path, images=(4, 1, 0), max_steps=1, checkpointing_steps=1))]
+    train(load_recipe(recipe))
+    model, checkpoint = tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-1"
+    overwrite = [*recipe, "--overwrite_output_dir", "true", "--learning_rate", "0.1"]
+    with pytest.raises(DataError, match="no such file or folder"):
+        train(load_recipe([*overwrite, "--dataset_name", str(tmp_path / "datta")]))
+    assert model.is_file()
+    assert checkpoint.is_dir()
+
+    class Stopped(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            assert not model.exists()
+            assert not checkpoint.exists()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "clock_of", lambda *_: [Stopped()])
+    with pytest.raises(KeyboardInterrupt):
+        train(load_recipe(overwrite))
 
 
 def test_every_checkpoint_holds_model_processor_state_recipe_and_figures(finished_run: Path) -> None:

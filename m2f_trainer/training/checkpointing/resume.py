@@ -27,10 +27,20 @@ from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import rows
 from m2f_trainer.config.training_arguments import TrainArguments, resume_of
 from m2f_trainer.errors import CheckpointError, ModelFolderError
+from m2f_trainer.hub.model_card import CARD, is_untouched
 from m2f_trainer.model.backbones import taps_of
 from m2f_trainer.model.mask2former import M2FConfig, backbone_of
 from m2f_trainer.model.weights import own_head_fields
-from m2f_trainer.run_folder import FINGERPRINT, MANIFEST, RECIPE, RESUME_STAGING, STATE, read_json, write_atomically
+from m2f_trainer.run_folder import (
+    FINGERPRINT,
+    MANIFEST,
+    RECIPE,
+    RESUME_STAGING,
+    STATE,
+    final_files,
+    read_json,
+    write_atomically,
+)
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import (
     FIXED,
@@ -57,7 +67,7 @@ def find_checkpoint(arguments: TrainArguments) -> Path | None:
         if found is not None or resume is True:
             return found
     if resume is False:
-        clear_for_new_run(output_dir, arguments.overwrite_output_dir or restarted())
+        refuse_other_run(output_dir, arguments.overwrite_output_dir or restarted())
         return None
     if isinstance(resume, str) and resume != "auto":
         return _undamaged(Path(resume))
@@ -124,16 +134,25 @@ def newest_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def clear_for_new_run(output_dir: Path, overwrite: bool) -> None:
-    """Delete another run's checkpoints if `overwrite`; raise CheckpointError otherwise."""
+def refuse_other_run(output_dir: Path, overwrite: bool) -> None:
+    """Raise CheckpointError if the folder holds another run's checkpoints, unless `overwrite`."""
     found = checkpoints(output_dir)
     if found and not overwrite:
         raise CheckpointError(
             f"{output_dir} holds the checkpoints of another run, up to step {found[-1][0]}. Continue it with "
             "--resume_from_checkpoint true, delete them with --overwrite_output_dir true, or give another output_dir"
         )
-    for _, folder in found:
+
+
+def delete_former_run(output_dir: Path) -> None:
+    """Delete the checkpoints and the final model of the run that a new one overwrites; a card edited by hand stays."""
+    for _, folder in checkpoints(output_dir):
         shutil.rmtree(folder)
+    card = output_dir / CARD
+    kept = {CARD} if card.is_file() and not is_untouched(card.read_text(encoding="utf-8")) else set()
+    for path in final_files(output_dir):
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _undamaged(folder: Path) -> Path:

@@ -70,12 +70,22 @@ def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) 
         assert (state["best_global_step"], state["log_history"]) == (best, [1])
 
 
-def test_overwriting_deletes_the_other_runs_checkpoints(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 2)
+def test_another_runs_checkpoints_are_overwritten_only_when_asked_and_not_before_the_run_starts(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 2)
     with pytest.raises(CheckpointError, match="holds the checkpoints of another run, up to step 2"):
         resume.find_checkpoint(arguments(tmp_path))
     assert resume.find_checkpoint(arguments(tmp_path, overwrite_output_dir=True)) is None
-    assert not list(tmp_path.glob("checkpoint-*"))
+    assert folder.is_dir()
+
+
+def test_an_overwritten_run_leaves_no_model_behind_but_a_card_edited_by_hand(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 2)
+    names = ("model.safetensors", "model-00001-of-00002.safetensors", "config.json", RECIPE, METRICS, "pictures/a.jpg")
+    for name in (*names, "README.md", "notes.txt", "runs/events"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    resume.delete_former_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "notes.txt", "runs"]
 
 
 def test_a_process_that_torchrun_restarted_resumes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
