@@ -72,8 +72,12 @@ LOCAL_FIELDS = {
 """Fields of transformers that, like those of LOCAL_THEMES, do not affect the model."""
 
 
-LENGTHS = ("max_steps", "max_minutes", "num_train_epochs")
-"""The fields that set the length of a run."""
+LENGTHS = {
+    "max_steps": ("max_minutes",),
+    "max_minutes": ("max_steps",),
+    "num_train_epochs": ("max_steps", "max_minutes"),
+}
+"""The fields that set the length of a run -> the others that would contradict or override them."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,8 @@ def kept_beside(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str
 
     A length of the run replaces those of other kinds, and a schedule the milestones that a saved recipe has for `step`.
     """
-    kept = dict(recipe)
-    if any(given.get(name) not in (None, -1) for name in LENGTHS):
-        kept = {name: value for name, value in kept.items() if name not in LENGTHS}
+    replaced = {other for name, others in LENGTHS.items() if given.get(name) not in (None, -1) for other in others}
+    kept = {name: value for name, value in recipe.items() if name not in replaced}
     if given.get("lr_scheduler_type", "step") != "step" and kept.get("lr_milestones") == STEP_MILESTONES:
         kept.pop("lr_milestones")
     return kept

@@ -214,10 +214,8 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
     """
     if checkpoint is None:
         return None
-    changed, other_figure = (
-        check_changes(checkpoint, facts, arguments.allow_changes),
-        selects_by_other(checkpoint, arguments),
-    )
+    changed = check_changes(checkpoint, facts, arguments.allow_changes)
+    other_figure = selects_by_other(checkpoint, arguments)
     if changed or other_figure:
         return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts, other_figure)
     return checkpoint
