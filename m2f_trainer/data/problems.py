@@ -435,9 +435,9 @@ class TrainingReport(Findings):
 
 def kind_of(error: ImageError) -> str:
     """The kind of problem of an image that can't be used."""
-    return next(
-        kind for kind in ("missing-image", "wrong-image-size", "bad-image") if type(error) is KINDS[kind].raises
-    )
+    if isinstance(error, MissingImageError):
+        return "missing-image"
+    return "wrong-image-size" if isinstance(error, ImageSizeError) else "bad-image"
 
 
 def listed(values: Sequence[object]) -> str:

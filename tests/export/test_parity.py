@@ -83,7 +83,7 @@ def test_the_command_exits_with_1_where_parity_is_not_met(
 ) -> None:
     model_of(SMALL).save_pretrained(tmp_path / "model")
     monkeypatch.setattr("m2f_trainer.export.export.trace", lambda *_: None)
-    monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"program"))
+    monkeypatch.setattr("m2f_trainer.export.export.save_program", lambda _, path: path.write_bytes(b"program"))
     for runner, status in ((Faulty, 1), (Faithful, 0)):
         monkeypatch.setitem(parity.RUNNERS, "model.pt2", runner)
         argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
