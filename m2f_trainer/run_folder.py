@@ -243,10 +243,12 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 def evaluated_folder(folder: Path) -> Path | None:
     """The folder itself if it holds the last evaluation, otherwise its newest evaluated checkpoint, or None."""
     newest = newest_evaluated_checkpoint(folder)
-    if newest is None or not (folder / EVALUATION).is_file():
-        return folder if (folder / EVALUATION).is_file() else newest
-    steps = [read_json(one / STATE).get("global_step", 0) for one in (folder, newest)]
-    return newest if steps[1] > steps[0] else folder
+    if not (folder / EVALUATION).is_file():
+        return newest
+    if newest is None:
+        return folder
+    own, newer = (read_json(one / STATE).get("global_step", 0) for one in (folder, newest))
+    return newest if newer > own else folder
 
 
 def newest_evaluated_checkpoint(folder: Path) -> Path | None:

@@ -275,7 +275,8 @@ class TrainArguments(TrainingArguments):
     )
     overwrite_output_dir: bool = option(
         False,
-        "Delete the checkpoints of another run in output_dir and start a new run. Only on the command line.",
+        "Start a new run in the output_dir of another one, whose checkpoints and final model are deleted when training "
+        "starts. Only on the command line.",
         "checkpoints and resumption",
         saved=False,
     )
@@ -375,8 +376,8 @@ class TrainArguments(TrainingArguments):
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise RecipeError(
-                f"train_sampling_strategy={self.train_sampling_strategy}: expected random or sequential. Other orders "
-                "are for texts."
+                f"train_sampling_strategy={self.train_sampling_strategy}: expected random or sequential. Others "
+                "sort texts by their length."
             )
         if self.use_liger_kernel:
             raise RecipeError("use_liger_kernel has kernels for language models only: leave it out.")

@@ -37,6 +37,7 @@ from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 
 BATCH = 4
+"""Images or tiles of a forward pass where the model's training doesn't tell."""
 WORTH_WORKERS = 64  # images; with fewer, starting and ending worker processes takes longer than reading
 
 

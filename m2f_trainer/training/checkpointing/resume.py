@@ -169,7 +169,7 @@ def no_checkpoint(folder: Path) -> str | None:
 
 
 def refuse_to_resume(folder: Path, reason: str | None) -> None:
-    """Raise CheckpointError if there is a reason."""
+    """Raise CheckpointError if there is a reason against resuming from the named folder."""
     if reason is not None:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {reason}. Pass true to use the newest complete checkpoint"
@@ -222,7 +222,10 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
 
 
 def selects_by_other(checkpoint: Path, arguments: TrainArguments) -> bool:
-    """Whether the best checkpoint is now chosen by another figure, or the other way round, than at the checkpoint."""
+    """Whether the best checkpoint is now chosen by another metric, or by its minimum instead of its maximum.
+
+    Compared with the recipe in the checkpoint.
+    """
     before = read_json(checkpoint / RECIPE)
     names = ("metric_for_best_model", "greater_is_better")
     was, now = ([values.get(name) for name in names] for values in ({**vars(arguments), **before}, vars(arguments)))
