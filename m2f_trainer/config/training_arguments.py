@@ -34,6 +34,9 @@ MUON = "muon"
 UNKNOWN = 10**9
 """The Trainer's max_steps in a run with max_minutes, which the clock ends."""
 
+USABLE_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+"""CPU cores that this process may use, which batch systems and containers limit."""
+
 SCHEDULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "polynomial": {"power": 0.9, "lr_end": 0.0},
     "warmup_stable_decay": {"num_decay_steps": 0.2, "decay_type": "1-sqrt"},
@@ -306,7 +309,7 @@ class TrainArguments(TrainingArguments):
 
     per_device_eval_batch_size: int = option(4, "Evaluation images per device and forward pass.", "machine", at_least=1)
     dataloader_num_workers: int = option(
-        min(4, os.cpu_count() or 1), "Processes per device that load and augment images.", "machine", at_least=0
+        min(4, USABLE_CORES), "Processes per device that load and augment images.", "machine", at_least=0
     )
     dataloader_persistent_workers: bool = option(True, "Keep these processes alive between epochs.", "machine")
     dataloader_timeout: int = option(

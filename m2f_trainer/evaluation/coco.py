@@ -29,8 +29,9 @@ CLASS_KEY = "map_class/"
 
 
 def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """A text table of the COCO metrics of masks, boxes and boundaries in percent, then mask AP per class, best first.
+    """A text table of the metrics of an `Evaluator` in percent, then mask AP per class, best first.
 
+    The rows are masks, boxes, boundaries and, where they were scored, masks without COCO's limit of 100 predictions.
     "-" marks a metric without any objects to score (-1 in the metrics).
 
     Args:
@@ -38,10 +39,14 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
         prefix: "eval_" for the Trainer's metrics.
     """
     lines = [f"{'':8}" + "".join(f"{title:>8}" for title in TITLES)]
-    kinds = {"masks": "", "boxes": "box_"} | ({"boundary": "boundary_"} if f"{prefix}boundary_map" in metrics else {})
-    for label, kind in kinds.items():
+    optional = {"boundary": "boundary_", "no limit": "unlimited_"}
+    scored = {label: kind for label, kind in optional.items() if f"{prefix}{kind}map" in metrics}
+    for label, kind in {"masks": "", "boxes": "box_", **scored}.items():
         values = [metrics.get(f"{prefix}{kind}{column}", -1.0) for column in COLUMNS]
         lines.append(f"{label:8}" + "".join(f"{percent(value):>8}" for value in values))
+    if "no limit" in scored:
+        counted = f"COCO counts the {LIMITS[-1]} best of an image, and some have more objects."
+        lines += ["", f"no limit: masks, all predictions. {counted}"]
     start = prefix + CLASS_KEY
     classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
     width = max(len(label_text(name)) for name in ("class", *classes)) + 2

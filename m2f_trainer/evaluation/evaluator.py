@@ -2,6 +2,9 @@
 
 The metrics (COCO AP and AR, boundary AP) are numbers by name, logged at each evaluation. The diagnostics are written to
 evaluation.json, next to a checkpoint's metrics.json. Reports, model cards and pictures are made from them.
+
+COCO counts the 100 best predictions of an image. Where images have more objects than that, no model can find them all
+by these figures, so AP is given without the limit, too. The diagnostics count all predictions.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from m2f_trainer.data.dataset import Category
-from m2f_trainer.evaluation.coco import IOU_50, IOU_75, CocoMap, mean_of_present
-from m2f_trainer.evaluation.matching import boundary_figures, concatenate_matches, match_image
+from m2f_trainer.evaluation.coco import IOU_50, IOU_75, LIMITS, CocoMap, mean_of_present
+from m2f_trainer.evaluation.matching import average_precisions, concatenate_matches, match_image
 from m2f_trainer.evaluation.overlaps import ImageOverlaps, image_overlaps
 from m2f_trainer.evaluation.thresholds import (
     ThresholdStats,
@@ -40,21 +43,34 @@ class Evaluator:
         categories: the scored categories. Default: those of the dataset.
 
     Attributes:
+        dense: whether an image has more than 100 objects.
         details: the content of evaluation.json for the latest call; empty before the first.
     """
 
     def __init__(self, dataset: Dataset, categories: Sequence[Category] | None = None) -> None:
         self.coco = CocoMap(dataset, categories)
+        objects = map(self.coco.objects, self.coco.sizes)
+        self.dense = any(sum(not one["iscrowd"] for one in several) > LIMITS[-1] for several in objects)
         self.details: dict[str, Any] = {}
 
     def __call__(self, instances: Iterable[Instances]) -> dict[str, float]:
-        """The metrics of `CocoMap`, and `boundary_map`, `boundary_map_50`, ... Raises DataError as `CocoMap` does."""
+        """The metrics of `CocoMap` and `boundary_map`, `boundary_map_50`, ... of the 100 best predictions of an image.
+
+        If the split is `dense`, `unlimited_map`, `unlimited_map_50`, ... of all predictions are added. Raises DataError
+        as `CocoMap` does.
+        """
         predictions = list(instances)
         names = self.coco.class_names()
-        figures, precision = self.coco.score(predictions)
+        best = [one.best(LIMITS[-1]) for one in predictions]
+        figures, precision = self.coco.score(best)
         overlaps = list(image_overlaps(self.coco, predictions))
-        matches = (match_image(image, len(names), "boundaries") for image in overlaps)
-        figures |= boundary_figures(concatenate_matches(matches, len(names)), names)
+        all_count = all(len(one) <= LIMITS[-1] for one in predictions)
+        limited = overlaps if all_count else image_overlaps(self.coco, best)
+        matches = (match_image(image, len(names), "boundaries") for image in limited)
+        figures |= average_precisions(concatenate_matches(matches, len(names)), names, "boundary_")
+        if self.dense:
+            matches = (match_image(image, len(names), limit=None) for image in overlaps)
+            figures |= average_precisions(concatenate_matches(matches, len(names)), names, "unlimited_")
         self.details = evaluation_details(overlaps, predictions, self.coco, precision) | {"figures": figures}
         return figures
 

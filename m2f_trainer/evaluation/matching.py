@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from m2f_trainer.evaluation.coco import mean_of_present
+from m2f_trainer.evaluation.coco import LIMITS, mean_of_present
 from m2f_trainer.evaluation.overlaps import MATCH_IOU, ImageOverlaps
 
 Overlap = Literal["masks", "boundaries"]
@@ -20,7 +20,6 @@ Overlap = Literal["masks", "boundaries"]
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = {"": (0.0, 1e10), "_small": (0.0, 32.0**2), "_medium": (32.0**2, 96.0**2), "_large": (96.0**2, 1e10)}
-MAX_DETECTIONS = 100  # per class and image
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +41,12 @@ class PredictionMatches:
     truths: NDArray[np.int64]
 
 
-def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "masks") -> PredictionMatches:
-    """Match one image at every IoU threshold and area range, with at most `MAX_DETECTIONS` predictions per class."""
+def match_image(
+    image: ImageOverlaps, num_classes: int, overlap: Overlap = "masks", limit: int | None = LIMITS[-1]
+) -> PredictionMatches:
+    """Match one image at every IoU threshold and area range, with at most `limit` predictions per class; None: all."""
     values = image.overlaps if overlap == "masks" else image.boundaries
-    kept = _first_of_each_class(image.predicted)
+    kept = np.arange(len(image.predicted)) if limit is None else _first_of_each_class(image.predicted, limit)
     shape = (len(image.predicted), len(AREAS), len(THRESHOLDS))
     hit, ignored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
     truths = np.zeros((num_classes, len(AREAS)), np.int64)
@@ -61,11 +62,11 @@ def match_image(image: ImageOverlaps, num_classes: int, overlap: Overlap = "mask
     return PredictionMatches(image.predicted[kept], image.scores[kept], hit[kept], ignored[kept], truths)
 
 
-def _first_of_each_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the first `MAX_DETECTIONS` predictions of each class, ascending."""
-    if len(classes) <= MAX_DETECTIONS:
+def _first_of_each_class(classes: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Indices of the first `limit` predictions of each class, ascending."""
+    if len(classes) <= limit:
         return np.arange(len(classes))
-    return np.sort(np.concatenate([np.flatnonzero(classes == one)[:MAX_DETECTIONS] for one in np.unique(classes)]))
+    return np.sort(np.concatenate([np.flatnonzero(classes == one)[:limit] for one in np.unique(classes)]))
 
 
 def candidates(
@@ -166,14 +167,15 @@ def _of_class(matches: PredictionMatches, mine: NDArray[np.int64], area: int, tr
     return values
 
 
-def boundary_figures(matches: PredictionMatches, names: Sequence[str]) -> dict[str, float]:
-    """Boundary AP, named as mask AP: `boundary_map`, `_50`, `_75`, by size, and `boundary_map_class/<name>`."""
+def average_precisions(matches: PredictionMatches, names: Sequence[str], prefix: str) -> dict[str, float]:
+    """AP, AP50, AP75, AP by size and AP of each class, named as in `CocoMap`, with `prefix` before each name."""
     table = precisions(matches)
     figures = {
-        "boundary_map": mean_of_present(table[:, 0]),
-        "boundary_map_50": mean_of_present(table[:, 0, 0]),
-        "boundary_map_75": mean_of_present(table[:, 0, 5]),
+        "map": mean_of_present(table[:, 0]),
+        "map_50": mean_of_present(table[:, 0, 0]),
+        "map_75": mean_of_present(table[:, 0, 5]),
     }
     for index, area in list(enumerate(AREAS))[1:]:
-        figures[f"boundary_map{area}"] = mean_of_present(table[:, index])
-    return figures | {f"boundary_map_class/{name}": mean_of_present(table[k, 0]) for k, name in enumerate(names)}
+        figures[f"map{area}"] = mean_of_present(table[:, index])
+    figures |= {f"map_class/{name}": mean_of_present(table[k, 0]) for k, name in enumerate(names)}
+    return {prefix + name: value for name, value in figures.items()}

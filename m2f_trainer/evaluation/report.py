@@ -23,7 +23,7 @@ from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 SUMMARY = {
     "eval_map": "AP", "eval_map_50": "AP50", "eval_map_75": "AP75", "eval_map_small": "small",
     "eval_map_medium": "medium", "eval_map_large": "large", "eval_mar_100": "AR100", "eval_box_map": "box AP",
-    "eval_boundary_map": "boundary AP", "test_map": "test AP",
+    "eval_boundary_map": "boundary AP", "eval_unlimited_map": "AP, no limit", "test_map": "test AP",
 }  # fmt: skip
 LOGGED = {
     "eval_map": "Mask AP", "eval_map_50": "Mask AP50", "eval_boundary_map": "Boundary AP", "loss": "Training loss",
@@ -53,6 +53,7 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
         title=f"m2f report: {heading}",
         heading=heading,
         summary=_runs_table(runs),
+        dense=any("eval_unlimited_map" in run.figures for run in runs),
         settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in runs]),
         differences=_differences(runs),
         training=list(_training_charts(runs)),
@@ -68,10 +69,10 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
-    rows = [
-        [run.name, *(percent(run.figures.get(key)) for key in SUMMARY), run.figures.get("step", "-")] for run in runs
-    ]
-    return Table(["run", *SUMMARY.values(), "step"], rows)
+    """The figures of each run, without columns that no run has."""
+    shown = [key for key in SUMMARY if any(key in run.figures for run in runs)]
+    rows = [[run.name, *(percent(run.figures.get(key)) for key in shown), run.figures.get("step", "-")] for run in runs]
+    return Table(["run", *(SUMMARY[key] for key in shown), "step"], rows)
 
 
 def _settings(run: Run) -> list[str]:

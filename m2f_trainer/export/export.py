@@ -24,6 +24,7 @@ from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.export.aotinductor import check_compiler, compile_program, supported_machines
 from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.export.quantize import CalibrationFrame, quantize_onnx
+from m2f_trainer.inference.postprocess import most_instances
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.deformable_attention import exported_as
@@ -297,7 +298,7 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
             "frame, cropped to the resized image, resized bilinearly to the original size; the mask is where the "
             "result is above mask_threshold",
             "score": "class probability x mean of sigmoid(resized logit) inside the mask",
-            "top_k": 100,
+            "top_k": most_instances(config.num_queries),
             "mask_threshold": 0.0,
             "thresholds": config.thresholds or [DEFAULT_THRESHOLD] * len(config.categories or []),
             "categories": config.categories or [],

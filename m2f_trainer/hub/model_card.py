@@ -44,6 +44,7 @@ METRICS = {
     "map_large": "large",
     "box_map": "box AP",
     "boundary_map": "boundary AP",
+    "unlimited_map": "mask AP, no limit",
 }
 ERRORS = {
     "class": "wrong class",
@@ -107,10 +108,11 @@ def _render(folder: Path, options: CardOptions) -> str:
         names=[str(category["name"]) for category in config.get("categories") or []],
         dataset=dataset,
         built_with_dinov3=any(origin.licence == DINOV3 for origin in chain),
-        config={key: config.get(key) for key in ("image_height", "image_width", "neck", "num_queries")},
+        config={key: config.get(key) for key in ("image_height", "image_width", "neck", "num_queries", "tile_size")},
         normalization=normalization_text(config),
         tune=recipe.get("tune", "unknown"),
         results=results_table(metrics),
+        dense=any(f"{prefix}unlimited_map" in metrics for prefix in SPLITS),
         classes=classes_table(metrics, details),
         errors=error_rows(details),
         pictures=list(picture_entries(folder, details)) if options.pictures else [],
@@ -206,12 +208,13 @@ class MarkdownTable:
 
 def results_table(metrics: Mapping[str, Any]) -> MarkdownTable | None:
     """The COCO metrics of each split, in percent; None where none was scored."""
+    shown = [key for key in METRICS if any(prefix + key in metrics for prefix in SPLITS)]
     rows = [
-        [split, *(figure(metrics.get(prefix + key)) for key in METRICS)]
+        [split, *(figure(metrics.get(prefix + key)) for key in shown)]
         for prefix, split in SPLITS.items()
         if f"{prefix}map" in metrics
     ]
-    return MarkdownTable(["split", *METRICS.values()], rows) if rows else None
+    return MarkdownTable(["split", *(METRICS[key] for key in shown)], rows) if rows else None
 
 
 def classes_table(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> MarkdownTable | None:

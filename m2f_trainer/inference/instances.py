@@ -56,6 +56,17 @@ class Instances:
         rles = [self.rles[index] for index in kept]
         return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)
 
+    def best(self, count: int) -> Instances:
+        """The `count` instances with the highest scores, or all if there are fewer."""
+        return Instances(
+            self.image_id,
+            self.category_ids[:count],
+            self.scores[:count],
+            self.rles[:count],
+            self.boxes[:count],
+            self.size,
+        )
+
     def mask(self, index: int) -> NDArray[np.uint8]:
         """(H, W) of zeros and ones."""
         return decode(self.rles[index]["counts"].decode("ascii"), *self.size)

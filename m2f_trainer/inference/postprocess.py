@@ -25,6 +25,9 @@ from torch.nn import functional
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.masks.rle import Box, Size, encode_runs, runs_of_changes, union
 
+TOP_K = 100
+"""(query, class) pairs of an image that the original Mask2Former keeps, as many as COCO's figures count."""
+
 Pairs = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 """Probability, class and query of k pairs, (k,) each."""
 
@@ -39,7 +42,7 @@ def to_instances(
     resized_sizes: Sequence[Size] | Tensor,
     padded_size: Size,
     category_ids: Sequence[int],
-    top_k: int = 100,
+    top_k: int = TOP_K,
     threshold: float = 0.0,
 ) -> list[Instances]:
     """The `top_k` best (query, class) pairs of each image as Instances, as in the original Mask2Former.
@@ -70,6 +73,11 @@ def to_instances(
         )
         for index in range(len(ids))
     ]
+
+
+def most_instances(num_queries: int) -> int:
+    """How many instances of an image or tile are kept without an official limit: one for each query, at least 100."""
+    return max(TOP_K, num_queries)
 
 
 def _to_list(values: Sequence[Any] | Tensor) -> list[Any]:

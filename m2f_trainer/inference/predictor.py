@@ -23,7 +23,7 @@ from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.errors import ArgumentError, DataError, ImageError, M2FError, MissingPackageError, check_model_path
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.postprocess import to_instances
+from m2f_trainer.inference.postprocess import most_instances, to_instances
 from m2f_trainer.inference.tiles import Merger
 from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import Size
@@ -99,7 +99,7 @@ class Predictor:
         *,
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
-        top_k: int = 100,
+        top_k: int | None = None,
     ) -> list[Instances]:
         """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
 
@@ -120,17 +120,18 @@ class Predictor:
         *,
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
-        top_k: int = 100,
+        top_k: int | None = None,
         unreadable: Callable[[int, M2FError], object] | None = None,
     ) -> Iterator[Instances]:
         """The same as an iterator over any number of images; `batch_size` images, or tiles, are in memory at a time.
 
-        `top_k` limits the instances per image, or per tile. `unreadable` is called with the position and the error of
-        each image that can't be read, which has no instances then; by default the error is raised. An image may also be
-        given as its `whole_frame`.
+        `top_k` limits the instances per image, or per tile; by default it is the number of queries, at least 100.
+        `unreadable` is called with the position and the error of each image that can't be read, which has no instances
+        then; by default the error is raised. An image may also be given as its `whole_frame`.
         """
         if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
             raise ArgumentError(f'threshold: expected a number or "auto", got {threshold!r}.')
+        top_k = most_instances(self.model.config.num_queries) if top_k is None else top_k
         for name, value in (("batch_size", batch_size), ("top_k", top_k)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}.")

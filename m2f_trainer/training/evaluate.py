@@ -14,6 +14,7 @@ from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.errors import RecipeError, check_model_path
+from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Precision, uses_bf16
@@ -57,11 +58,11 @@ def evaluate_folder(
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form). `annotations`, `images`, `exif_frame` and `follow_links` are as of
-    `load_dataset`; `pixel_range` is the recipe field, by default the model's own. `precision` is as of
-    `Predictor`. Where the model's recipe.json is beside it and it was trained on such a device, "auto" is the precision
-    of the training, and `batch_size`, the number of images or tiles of a forward pass, is by default that of its
-    evaluations; otherwise 4.
+    predictions.json (COCO results form; the 100 best of each image, which COCO counts). `annotations`, `images`,
+    `exif_frame` and `follow_links` are as of `load_dataset`; `pixel_range` is the recipe field, by default the model's
+    own. `precision` is as of `Predictor`. Where the model's recipe.json is beside it and it was trained on such a
+    device, "auto" is the precision of the training, and `batch_size`, the number of images or tiles of a forward pass,
+    is by default that of its evaluations; otherwise 4.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -93,7 +94,7 @@ def evaluate_folder(
         write_details(trainer.details, Path(output_dir, EVALUATION))
         write_classes(trainer.details, Path(output_dir, CLASSES))
         write_plots(trainer.details, output_dir)
-        write_predictions(trainer.predictions, Path(output_dir, PREDICTIONS))
+        write_predictions([one.best(LIMITS[-1]) for one in trainer.predictions], Path(output_dir, PREDICTIONS))
     return figures
 
 

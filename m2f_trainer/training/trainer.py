@@ -29,7 +29,7 @@ from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.inference.postprocess import to_instances
+from m2f_trainer.inference.postprocess import most_instances, to_instances
 from m2f_trainer.inference.tiles import CANDIDATES, Merger
 from m2f_trainer.model.criterion import normalizer
 from m2f_trainer.model.mask2former import M2FModel
@@ -104,6 +104,7 @@ class M2FTrainer(Trainer):
         self.scorer = compute_metrics
         self.predictions: list[Instances] = []
         self.merger: Merger | None = None
+        self.limit: int | None = LIMITS[-1]
         self.latest_metrics: dict[str, float] = {}
         self.details: Mapping[str, Any] = {}
         self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
@@ -196,8 +197,9 @@ class M2FTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
-        categories = self.accelerator.unwrap_model(self.model).config.categories
-        found = instances_of(outputs, inputs, categories, threshold=CANDIDATES if self.merger else 0.0)
+        config = self.accelerator.unwrap_model(self.model).config
+        top_k = self.limit or most_instances(config.num_queries)
+        found = instances_of(outputs, inputs, config.categories, top_k, CANDIDATES if self.merger else 0.0)
         self.predictions += found if self.merger is None else self.merger.add_batch(found, inputs["tile"].tolist())
         return None, None, None
 
@@ -224,7 +226,8 @@ class M2FTrainer(Trainer):
         """The Trainer's loop; then the predictions of all ranks are scored once, and every rank gets the figures."""
         self.predictions = []
         dataset = unwatched(dataloader.dataset)
-        self.merger = Merger(dataset.tiling, LIMITS[-1]) if isinstance(dataset, EvalTiles) else None
+        self.limit = None if self.scorer is None and has_dense_images(dataset) else LIMITS[-1]
+        self.merger = Merger(dataset.tiling, self.limit) if isinstance(dataset, EvalTiles) else None
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         self.predictions, self.details = gather_predictions(self.predictions), {}
@@ -319,8 +322,17 @@ def split_rows(dataset: Dataset[Any]) -> datasets.Dataset:
     return dataset.rows
 
 
+def has_dense_images(dataset: Dataset[Any]) -> bool:
+    """Whether an image has more objects than the predictions that COCO counts; then the `Evaluator` takes all."""
+    return isinstance(dataset, InstanceDataset) and int(dataset.objects().max(initial=0)) > LIMITS[-1]
+
+
 def instances_of(
-    outputs: Any, inputs: Mapping[str, Any], categories: Sequence[Mapping[str, Any]], threshold: float = 0.0
+    outputs: Any,
+    inputs: Mapping[str, Any],
+    categories: Sequence[Mapping[str, Any]],
+    top_k: int = LIMITS[-1],
+    threshold: float = 0.0,
 ) -> list[Instances]:
     """Model outputs of one batch -> predictions at original size, with the dataset's own category ids."""
     return to_instances(
@@ -331,6 +343,7 @@ def instances_of(
         resized_sizes=inputs["resized_size"].tolist(),
         padded_size=tuple(inputs["pixel_values"].shape[-2:]),
         category_ids=[category["id"] for category in categories],
+        top_k=top_k,
         threshold=threshold,
     )
 

@@ -183,3 +183,15 @@ def test_an_optimizer_is_accepted_or_refused_with_the_package_that_it_needs(name
         message = ""
         build_optimizer(tiny_model(), arguments)
     assert not message or (message.startswith(f"optim={name}: ") and re.search("install|import", message))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which cores a process may use")
+def test_a_process_that_may_use_one_core_gets_one_data_worker() -> None:
+    """Batch systems and containers limit the cores of a process; torch warns of more workers than these."""
+    code = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]);"
+        "from m2f_trainer.config.training_arguments import TrainArguments;"
+        "print(TrainArguments(use_cpu=True, report_to='none').dataloader_num_workers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "1"

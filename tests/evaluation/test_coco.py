@@ -207,6 +207,13 @@ def test_the_table_has_a_row_for_boundaries_where_they_were_scored() -> None:
     assert lines[3].split()[:2] == ["boundary", "30.0"]
 
 
+def test_the_table_explains_the_figures_without_cocos_limit() -> None:
+    lines = metrics_table(TABLE | {"unlimited_map": 0.5}).splitlines()
+    assert lines[3].split()[:3] == ["no", "limit", "50.0"]
+    assert "all predictions" in lines[5]
+    assert "no limit" not in metrics_table(TABLE)
+
+
 def test_the_table_reads_the_trainers_prefixed_metrics() -> None:
     assert metrics_table({f"eval_{key}": value for key, value in TABLE.items()}, "eval_") == metrics_table(TABLE)
 

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.evaluation.matching import (
-    boundary_figures,
+    average_precisions,
     concatenate_matches,
     match_image,
     mean_of_present,
@@ -35,7 +35,7 @@ SIZES = ("boundary_map_small", "boundary_map_medium", "boundary_map_large")
 def computed_figures(coco: CocoMap, predictions: list[Instances]) -> dict[str, float]:
     names = coco.class_names()
     matches = (match_image(image, len(names), "boundaries") for image in image_overlaps(coco, predictions))
-    return boundary_figures(concatenate_matches(matches, len(names)), names)
+    return average_precisions(concatenate_matches(matches, len(names)), names, "boundary_")
 
 
 def reference_figures(coco: dict[str, Any], predictions: list[Instances]) -> list[float]:

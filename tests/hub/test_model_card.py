@@ -38,12 +38,23 @@ def test_the_card_has_task_library_and_figures_in_model_index_form(tmp_path: Pat
 
 def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
     text = write_card(write_model(tmp_path / "run"), CardOptions("me/pets")).read_text(encoding="utf-8")
-    assert "| valid | 51.2 | 75.0 | - | - | - | - | 60.0 | - |" in text
+    assert "| valid | 51.2 | 75.0 | - | 60.0 |\n" in text
+    assert "no limit" not in text
     assert "It finds at most 100 objects in an image" in text
     assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
     assert "m2f predict me/pets photos/" in text
     assert 'pipeline("image-segmentation", model="me/pets", trust_remote_code=True)' in text
     assert "/home/someone" not in text
+
+
+def test_a_model_of_dense_images_shows_ap_without_cocos_limit_and_the_limit_of_a_tile(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    write_json(folder / "metrics.json", {"eval_map": 0.5, "eval_unlimited_map": 0.6})
+    write_json(folder / "config.json", {**CONFIG, "tile_size": 64, "num_queries": 20})
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "| split | mask AP | mask AP, no limit |\n|---|---|---|\n| valid | 50.0 | 60.0 |\n" in text
+    assert '"no limit" counts all predictions' in text
+    assert "tiles of 64 pixels, and finds at most 20 objects in a tile" in text
 
 
 def test_the_test_split_has_a_row_of_its_own(tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_a_threshold_keeps_what_is_above_it(predictor: Predictor) -> None:
     assert len(predictor(picture(), threshold=0.0, top_k=1)[0]) == 1
 
 
+@pytest.mark.parametrize(("queries", "most"), [(120, 120), (7, 14)])
+def test_every_query_may_find_an_object(queries: int, most: int) -> None:
+    """A model of dense images with more than 100 queries; with few, each of two classes may have each query's mask."""
+    predictor = Predictor(tiny_model(num_queries=queries), "cpu")
+    (found,) = predictor(picture(), threshold=-1.0)
+    assert len(found) == most
+
+
 def test_no_images_give_nothing(predictor: Predictor) -> None:
     assert predictor([]) == []
 

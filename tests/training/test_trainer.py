@@ -1,7 +1,9 @@
 """The Trainer's seams, used from a notebook."""
 
 import inspect
+import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import M2FTrainer
 from tests.hub.loopback import hub_of_this_process
 from tests.model.tiny import images, tiny_model
@@ -169,6 +172,35 @@ def test_only_the_main_process_builds_the_evaluator(tmp_path: Path, monkeypatch:
     figures = trainer.evaluate(InstanceDataset(rows, EvalTransform(64, 64), categories_of(rows)))
     assert figures["eval_map"] == 0.5
     assert not built
+
+
+@pytest.mark.parametrize("tile_size", [None, 32])
+def test_a_dense_split_is_scored_on_all_predictions_too(tmp_path: Path, tile_size: int | None) -> None:
+    """The validation image has 121 objects, and the model as many predictions of the whole image, or of its tiles."""
+    coco = json.loads((write_sample(tmp_path, images=(1, 1, 0)) / "valid" / "_annotations.coco.json").read_text())
+    (image,) = coco["images"]
+    coco["annotations"] = [
+        {
+            "id": number + 1, "image_id": image["id"], "category_id": coco["categories"][0]["id"], "iscrowd": 0,
+            "bbox": [x, y, 3, 3], "area": 9, "segmentation": [[x, y, x + 3, y, x + 3, y + 3, x, y + 3]],
+        }
+        for number, (x, y) in enumerate(product(range(0, 44, 4), range(0, 44, 4)))
+    ]  # fmt: skip
+    (tmp_path / "valid" / "_annotations.coco.json").write_text(json.dumps(coco))
+    rows = load_coco(tmp_path)["valid"]
+    model = tiny_model(num_queries=121, tile_size=tile_size, categories=[vars(one) for one in categories_of(rows)])
+    samples = eval_samples(rows, model.config, categories_of(rows))
+    arguments = TrainArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
+    trainer = M2FTrainer(model, arguments, eval_dataset=samples)
+    figures = trainer.evaluate()
+    assert figures["eval_unlimited_map"] >= figures["eval_map"]
+    assert trainer.details["classes"][0]["objects"] == 121
+    assert len(trainer.predictions[0]) > 100 or tile_size
+    assert trainer.merger is None or trainer.merger.limit is None
+    own = M2FTrainer(model, arguments, eval_dataset=samples, compute_metrics=lambda found: {"most": len(found[0])})
+    assert own.evaluate()["eval_most"] <= 100
+    assert own.merger is None or own.merger.limit == 100
 
 
 def test_an_optimizer_of_the_user_is_kept(tmp_path: Path) -> None:
