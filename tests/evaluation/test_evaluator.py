@@ -18,7 +18,7 @@ from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks.segmentation import decode
 from m2f_trainer.run_folder import read_details, write_classes, write_details
 from tests.evaluation.bars import evaluate, picture, predicted_bars
-from tests.evaluation.truth import categories_in, instances_from, perfect, rows_of, synthetic
+from tests.evaluation.truth import categories_in, dense_image, instances_from, perfect, rows_of, synthetic
 
 
 def test_perfect_predictions_have_no_errors_and_worst_images_come_first() -> None:
@@ -60,26 +60,6 @@ def test_a_split_without_objects_or_predictions_is_evaluated() -> None:
 def test_an_image_with_more_than_256_predictions_is_evaluated() -> None:
     result = evaluate(picture([(3, 0, 20)]), predicted_bars(*((3, 1 - number / 1000, 0, 20) for number in range(300))))
     assert result["errors"]["missed"]["count"] == 0
-
-
-def dense_image(objects: int, categories: int) -> dict[str, Any]:
-    """One image of bars of one pixel, every second column, of categories 1, 2, ... in turn."""
-    size = [20, 2 * objects]
-    coco: dict[str, Any] = {"images": [{"id": 1, "height": size[0], "width": size[1], "file_name": "a.png"}]}
-    coco["categories"] = [{"id": number, "name": f"c{number}"} for number in range(1, categories + 1)]
-    coco["annotations"] = []
-    for number in range(objects):
-        mask = np.zeros(size, np.uint8, order="F")
-        mask[: 10 + number % 10, 2 * number] = 1
-        rle = coco_mask.encode(mask)
-        coco["annotations"].append(
-            {
-                "id": number + 1, "image_id": 1, "category_id": 1 + number % categories, "iscrowd": 0,
-                "segmentation": {"size": size, "counts": rle["counts"].decode()},
-                "bbox": coco_mask.toBbox(rle).tolist(), "area": float(coco_mask.area(rle)),
-            }
-        )  # fmt: skip
-    return coco
 
 
 def noisy(coco: dict[str, Any], seed: int) -> list[Instances]:

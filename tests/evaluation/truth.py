@@ -67,6 +67,26 @@ def categories_in(coco: dict[str, Any]) -> list[Category]:
     return [Category(id=item["id"], name=item["name"]) for item in coco["categories"]]
 
 
+def dense_image(objects: int, categories: int) -> dict[str, Any]:
+    """One image of bars of one pixel, every second column, of categories 1, 2, ... in turn."""
+    size = [20, 2 * objects]
+    coco: dict[str, Any] = {"images": [{"id": 1, "height": size[0], "width": size[1], "file_name": "a.png"}]}
+    coco["categories"] = [{"id": number, "name": f"c{number}"} for number in range(1, categories + 1)]
+    coco["annotations"] = []
+    for number in range(objects):
+        mask = np.zeros(size, np.uint8, order="F")
+        mask[: 10 + number % 10, 2 * number] = 1
+        rle = coco_mask.encode(mask)
+        coco["annotations"].append(
+            {
+                "id": number + 1, "image_id": 1, "category_id": 1 + number % categories, "iscrowd": 0,
+                "segmentation": {"size": size, "counts": rle["counts"].decode()},
+                "bbox": coco_mask.toBbox(rle).tolist(), "area": float(coco_mask.area(rle)),
+            }
+        )  # fmt: skip
+    return coco
+
+
 def instances_from(image_id: int, size: tuple[int, int], found: list[tuple[int, float, bytes]]) -> Instances:
     rles = [{"size": list(size), "counts": counts} for _, _, counts in found]
     category_ids = np.array([item[0] for item in found], np.int64)

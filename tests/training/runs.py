@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 from m2f_trainer.data.synthetic import write_sample
@@ -44,3 +45,19 @@ def m2f(
     command = [sys.executable, *(launch if ranks else []), "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def write_dense(folder: Path) -> Path:
+    """A dataset whose last validation image has 121 objects, more than COCO counts predictions of an image."""
+    path = write_sample(folder, images=(1, 2, 0)) / "valid" / "_annotations.coco.json"
+    coco = json.loads(path.read_text())
+    last = max(image["id"] for image in coco["images"])
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] != last] + [
+        {
+            "id": 1000 + number, "image_id": last, "category_id": coco["categories"][0]["id"], "iscrowd": 0,
+            "bbox": [x, y, 3, 3], "area": 9, "segmentation": [[x, y, x + 3, y, x + 3, y + 3, x, y + 3]],
+        }
+        for number, (x, y) in enumerate(product(range(0, 44, 4), range(0, 44, 4)))
+    ]  # fmt: skip
+    path.write_text(json.dumps(coco))
+    return folder

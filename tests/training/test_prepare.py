@@ -10,6 +10,7 @@ from transformers import Mask2FormerConfig
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.arguments import HEADS, ModelArguments
 from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.export.export import export_constants
 from m2f_trainer.inference.predictor import Predictor
@@ -22,10 +23,11 @@ from m2f_trainer.training.prepare import (
     load_data,
     report_overfull,
     require_batch,
+    require_figure,
     train_samples,
 )
 from tests.data.test_reading import deep_dataset, ramp
-from tests.training.runs import write_tiny
+from tests.training.runs import write_dense, write_tiny
 
 
 def test_augmentation_is_seeded_with_data_seed_which_may_be_zero_or_else_seed() -> None:
@@ -182,3 +184,10 @@ def test_a_head_is_that_of_the_source_unless_it_is_named() -> None:
     assert "hidden_dim" not in head_settings(ModelArguments(head_checkpoint="run"))
     assert head_settings(ModelArguments(init_from="run", head_config={"hidden_dim": 64}))["hidden_dim"] == 64
     assert head_settings(ModelArguments(init_from="run", head="original"))["hidden_dim"] == 256
+
+
+def test_models_of_dense_images_may_be_selected_by_the_figure_without_cocos_limit(tmp_path: Path) -> None:
+    rows = load_coco(write_dense(tmp_path))["valid"]
+    require_figure("unlimited_map", rows)
+    with pytest.raises(RecipeError, match="unknown metric"):
+        require_figure("unlimited_map", rows.select([0]))
