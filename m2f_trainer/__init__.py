@@ -9,17 +9,38 @@ from typing import TYPE_CHECKING, Any
 from m2f_trainer.version import __version__
 
 if TYPE_CHECKING:
-    from m2f_trainer.data.dataset import load_coco
+    from m2f_trainer.config.training_arguments import TrainArguments
+    from m2f_trainer.data.collate import InstanceDataset
+    from m2f_trainer.data.dataset import categories_of, load_coco
+    from m2f_trainer.data.transforms import EvalTransform, TrainTransform
     from m2f_trainer.evaluation.coco import CocoMap
     from m2f_trainer.inference.predictor import Predictor
     from m2f_trainer.model.build import build_model
     from m2f_trainer.model.mask2former import load_model
     from m2f_trainer.training.trainer import M2FTrainer
 
-__all__ = ["CocoMap", "M2FTrainer", "Predictor", "__version__", "build_model", "load_coco", "load_model"]
+__all__ = [
+    "CocoMap",
+    "EvalTransform",
+    "InstanceDataset",
+    "M2FTrainer",
+    "Predictor",
+    "TrainArguments",
+    "TrainTransform",
+    "__version__",
+    "build_model",
+    "categories_of",
+    "load_coco",
+    "load_model",
+]
 
 PUBLIC = {
     "load_coco": "m2f_trainer.data.dataset",
+    "categories_of": "m2f_trainer.data.dataset",
+    "InstanceDataset": "m2f_trainer.data.collate",
+    "TrainTransform": "m2f_trainer.data.transforms",
+    "EvalTransform": "m2f_trainer.data.transforms",
+    "TrainArguments": "m2f_trainer.config.training_arguments",
     "build_model": "m2f_trainer.model.build",
     "load_model": "m2f_trainer.model.mask2former",
     "M2FTrainer": "m2f_trainer.training.trainer",

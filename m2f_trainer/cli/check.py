@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2f_trainer.cli.console import add_dataset_options, add_range_option, dataset_options, positive_int, say, suggest
+from m2f_trainer.errors import ArgumentError
 
 if TYPE_CHECKING:
     from m2f_trainer.doctor.examine import Examination
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.summary import summary_text, to_json
     from m2f_trainer.masks.rle import allow_pixels
 
+    if arguments.remove_leaked and arguments.fix is None:
+        raise ArgumentError("--remove_leaked changes the copy that --fix writes. Give --fix FOLDER, too.")
     allow_pixels(arguments.max_pixels)
     settings = Settings(
         arguments.image_height,

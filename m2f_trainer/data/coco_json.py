@@ -309,9 +309,14 @@ def _check_categories(categories: list[Entry], used: set[int | None], name: str,
     for category in categories:
         key, text = category["id"], category.get("name")
         is_used = key in used
+        if type(text) is int:
+            report("number-as-name", name, [key], f"{name}: category {key} is named {str(text)!r}.")
+            text = str(text)
         if not isinstance(text, str) or not is_text(text):
             problem = f"{name}: category {key}: expected a `name`, got {rle.brief(text)}."
-            report("bad-category-entry", name, [key], f"{problem} Correct it.")
+            report("unnamed-category" if is_used else "bad-category-entry", name, [key], f"{problem} Correct it.")
+            if is_used:
+                names.setdefault(key, f"category {key}")
         elif key not in names:
             names[key] = text
         elif is_used and names[key].strip() != text.strip():
@@ -386,8 +391,9 @@ def _with_annotation_ids(entries: list[Entry], name: str, report: Report) -> lis
 
 
 def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, name: str, report: Report) -> list[Entry]:
-    """The annotation entries with integers as references, and 0 where `iscrowd` is null; a reference to an unknown id
-    is left unchanged.
+    """The annotation entries with integers as references and as `iscrowd`, which is 0 where it is null.
+
+    A reference to an unknown id is left unchanged.
     """
     valid = []
     for entry in entries:
@@ -405,8 +411,13 @@ def _with_references(entries: list[Entry], image_ids: Ids, category_ids: Ids, na
                 message = f"{name}: annotation {entry['id']}: {key} {rle.brief(value)} has the number {number}."
                 report("unusual-id", name, [entry["id"]], message)
         else:
-            if entry.get("iscrowd", 0) is None:
+            crowd = entry.get("iscrowd", 0)
+            if crowd is None:
                 changed["iscrowd"] = 0
+            elif isinstance(crowd, str) and whole_number(crowd) in (0, 1):
+                changed["iscrowd"] = whole_number(crowd)
+                message = f"{name}: annotation {entry['id']}: iscrowd {crowd!r}."
+                report("unusual-number", name, [entry["id"]], message)
             valid.append({**entry, **changed} if changed else entry)
     return valid
 

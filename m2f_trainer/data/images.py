@@ -108,7 +108,8 @@ def open_image(
 
     Args:
         source: a path, the bytes of a file, a datasets' `{"path", "bytes"}`, a Pillow image, or an array (H, W) or
-            (H, W, C) of 1, 3 or 4 channels; its values are 0 to 255, or of more bits where it isn't uint8
+            (H, W, C) of 1, 3 or 4 channels; its values are 0 to 255 if it is uint8, or of whole numbers of another
+            type than uint16 without one above 255, and of more bits otherwise
         where: the image's name in messages
         size: the size that the image must have, as it is stored or as viewers show it; it is returned in that frame
         shrink_to: the smallest size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
@@ -423,7 +424,10 @@ def _from_deep_array(array: npt.NDArray[Any], where: str, pixel_range: PixelRang
             f"{where}: expected an array (H, W) or (H, W, 3) of uint8, got {array.shape} of {array.dtype}."
             " Scale it to 0..255 and convert it, or give the values of black and white as pixel_range."
         )
-    return Image.fromarray(scaled(_checked_array(array, where), where, pixel_range)).convert("RGB")
+    checked = _checked_array(array, where)
+    if pixel_range is None and array.dtype != np.uint16 and checked.min() >= 0 and checked.max() <= 255:
+        return Image.fromarray(checked.astype(np.uint8)).convert("RGB")
+    return Image.fromarray(scaled(checked, where, pixel_range)).convert("RGB")
 
 
 def is_deep(image: Image.Image) -> bool:

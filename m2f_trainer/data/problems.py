@@ -70,6 +70,12 @@ KINDS: Mapping[str, Kind] = {
     "bad-category-entry": _error(
         "invalid category entry", "Its annotations have no class.", "Correct the entry.", "removed"
     ),
+    "unnamed-category": _error(
+        "category without a name",
+        "Classes are matched by name.",
+        "Name it.",
+        "named after its id",
+    ),
     "duplicate-image-id": _error(
         "image id used twice",
         "Annotations of one image would be drawn on the other.",
@@ -320,6 +326,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "size-from-file": _note("image size read from the file", "The annotation file has none that is valid.", "written"),
     "unusual-number": _note("number written as text or as a fraction", "It is the same number.", "written as a number"),
+    "number-as-name": _note("category named by a number", "Its name is that number as text.", "written as text"),
     "unusual-id": _note(
         "id that isn't an integer of 64 bits", "It is used as it is, under a number.", "replaced by a number"
     ),

@@ -24,7 +24,7 @@ from m2f_trainer.errors import DataError
 
 CHANGES = "changes.json"
 _DUPLICATE_KINDS = ("duplicate-image", "leakage")
-_CONSEQUENCES = ("missing-split", "no-objects")  # which may be gone when other errors are corrected
+_CONSEQUENCES = ("no-objects",)  # which may be gone when other errors are corrected
 _KEEP_ORDER = ("test", "valid", "train")  # an image in several splits stays in the first of these
 _LOST_IMAGES = ("bad-image-entry", "missing-image", "bad-image", "wrong-image-size", "unsafe-path")
 _LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask")
@@ -111,6 +111,10 @@ def dataset_folders(examination: Examination) -> list[Path]:
 def can_be_corrected(examination: Examination) -> bool:
     """Whether --fix corrects all errors but those that may follow from others; never where no object can be kept."""
     if examination.status == UNUSABLE or _without_fix(examination):
+        return False
+    errors = {one.kind for one in examination.findings if one.severity == "error"}
+    changed = {one.kind for one in examination.findings if KINDS[one.kind].fix}
+    if errors and not changed & (errors | {"brush-crowd"}):
         return False
     objects = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
     return any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in objects)

@@ -96,11 +96,11 @@ class CocoMap:
         rows = sorted(columns, key=lambda row: int(row["image_id"]))
         self.sizes = {int(row["image_id"]): (int(row["height"]), int(row["width"])) for row in rows}
         self._numbers = {image_id: number for number, image_id in enumerate(self.sizes, 1)}
+        self._classes = {category.id: number for number, category in enumerate(self.categories, 1)}
         self._truth = [self._objects_of(row) for row in rows]
 
     def _objects_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The ground truth of one row. Images are renumbered by ascending id because hotcoco rejects negative ids."""
-        known = {category.id for category in self.categories}
         return [
             {
                 "image_id": self._numbers[row["image_id"]],
@@ -111,7 +111,7 @@ class CocoMap:
                 "iscrowd": int(item["iscrowd"]),
             }
             for item in row["objects"]
-            if item["category_id"] in known
+            if item["category_id"] in self._classes
         ]
 
     def __call__(self, instances: Iterable[Instances]) -> dict[str, float]:
@@ -156,7 +156,7 @@ class CocoMap:
             if item.image_id not in self.sizes:
                 raise DataError(
                     f"Expected predictions for the dataset's {len(self.sizes)} images only, found image_id "
-                    f"{item.image_id}. Score against the split that was predicted."
+                    f"{item.image_id}. Score against the split that was predicted; a Predictor takes its image_ids."
                 )
             size = self.sizes[item.image_id]
             if len(item) and tuple(item.size) != size:
@@ -170,19 +170,20 @@ class CocoMap:
     def _arrays(self, kind: Kind, found: Mapping[int, Instances]) -> Arrays:
         chunks = (self._chunk(start, kind, found) for start in range(0, len(self._truth), IMAGES_AT_ONCE))
         score = _hotcoco_arrays if self.engine == "hotcoco" else _pycocotools_arrays
-        return score(chunks, [{"id": category.id, "name": category.name} for category in self.categories], kind)
+        return score(chunks, [{"id": self._classes[one.id], "name": one.name} for one in self.categories], kind)
 
     def _chunk(self, start: int, kind: Kind, found: Mapping[int, Instances]) -> Chunk:
         """At most `IMAGES_AT_ONCE` images with their ground truth and predictions, copied because engines modify them.
 
-        Annotations are renumbered from 1 because pycocotools treats a match with annotation id 0 as unmatched.
+        Annotations are renumbered from 1 because pycocotools treats a match with annotation id 0 as unmatched, and
+        categories because hotcoco rejects negative ids.
         """
         images, truth = [], []
         predicted: list[Results] = []
         for image_id, (height, width) in islice(self.sizes.items(), start, start + IMAGES_AT_ONCE):
             number = self._numbers[image_id]
             images.append({"id": number, "height": height, "width": width})
-            truth += [dict(item) for item in self._truth[number - 1]]
+            truth += [item | {"category_id": self._classes[item["category_id"]]} for item in self._truth[number - 1]]
             if image_id in found:
                 predicted.append(self._results(found[image_id], number, kind))
         first = 1 + sum(map(len, self._truth[:start]))
@@ -196,8 +197,9 @@ class CocoMap:
 
         A result must not contain both: see `Instances.to_coco`.
         """
-        kept = np.flatnonzero(np.isin(instances.category_ids, [category.id for category in self.categories]))
-        scores, labels = instances.scores[kept], instances.category_ids[kept]
+        kept = np.flatnonzero(np.isin(instances.category_ids, list(self._classes)))
+        scores = instances.scores[kept]
+        labels = np.array([self._classes[key] for key in instances.category_ids[kept].tolist()], np.int64)
         if kind == "bbox":
             return np.column_stack([np.full(len(kept), number), instances.boxes[kept], scores, labels])
         size = list(instances.size)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 
 from m2f_trainer.errors import SharingError, missing_path
 from m2f_trainer.evaluation.gallery import rows_of_run
@@ -107,10 +107,14 @@ def planned_files(folder: str | Path, target: Target) -> list[tuple[str, int | N
     Nothing is uploaded or written.
 
     Raises:
-        SharingError: the folder holds no model.
+        SharingError: the folder holds no model, or the repository's name is invalid.
     """
     folder = Path(folder)
     check_model(folder, target.adapter_only)
+    try:
+        validate_repo_id(target.repo_id)
+    except HFValidationError as error:
+        raise SharingError(failure_message(folder, target.repo_id, error)) from error
     files = commit_operations(folder, target.adapter_only, target.pictures)
     sizes: dict[str, int | None] = {one.path_in_repo: one.upload_info.size for one in files}
     if card_is_generated(folder):

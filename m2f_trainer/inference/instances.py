@@ -51,7 +51,8 @@ class Instances:
 
     def above(self, threshold: float | Mapping[int, float]) -> Instances:
         """Those whose score is greater than `threshold`, one for all or by category id; zero drops empty masks only."""
-        lowest = threshold if isinstance(threshold, float | int) else [threshold[int(k)] for k in self.category_ids]
+        of_class = threshold if isinstance(threshold, Mapping) else dict.fromkeys(self.category_ids.tolist(), threshold)
+        lowest = [of_class[key] for key in self.category_ids.tolist()]
         kept = np.flatnonzero(self.scores > np.asarray(lowest))
         rles = [self.rles[index] for index in kept]
         return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)

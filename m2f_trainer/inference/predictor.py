@@ -54,7 +54,7 @@ class Predictor:
         precision: "float32" or "bf16" (autocast: weights stay in float32); "auto" is bf16 on GPUs that have it.
 
     Raises:
-        ArgumentError: the precision is unknown, or the GPU has no bfloat16 units.
+        ArgumentError: the precision is unknown, the GPU has no bfloat16 units, or there is no such device.
 
     >>> from m2f_trainer import Predictor, build_model
     >>> vit = {"model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -67,10 +67,12 @@ class Predictor:
     def __init__(
         self, model: M2FModel, device: str | torch.device | None = None, precision: Precision = "auto"
     ) -> None:
+        if isinstance(model, str | Path):
+            raise ArgumentError(f"Predictor: expected a model, got {str(model)!r}. Use Predictor.from_pretrained.")
         self.model = model
         self.model.train(False)
         if device is not None:
-            self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
+            self.model.to(usable_device(device))  # type: ignore[arg-type]  # transformers hides torch's signature
         self.bf16 = uses_bf16(precision, model.device)
         categories = model.config.categories or []
         self.category_ids = [int(category["id"]) for category in categories]
@@ -100,8 +102,12 @@ class Predictor:
         batch_size: int = 1,
         threshold: float | Literal["auto"] = "auto",
         top_k: int | None = None,
+        image_ids: Sequence[int] | None = None,
     ) -> list[Instances]:
-        """The instances of each image whose score is above `threshold`, best first; image_id is the image's position.
+        """The instances of each image whose score is above `threshold`, best first.
+
+        `image_ids` are those of the results, such as `rows["image_id"]` of a dataset to score against with `CocoMap`;
+        by default they are the positions of the images. `batch_size` and `top_k` are as in `stream`.
 
         An image is a path, the bytes of a file, a binary file object, a Pillow image, an array (H, W) or (H, W, C), or
         a tensor (H, W) or (C, H, W). An array or tensor with four axes is a batch of images.
@@ -111,8 +117,12 @@ class Predictor:
             ImageError: an image can't be read.
             ArgumentError: an argument has the wrong type.
         """
-        several = images_of(images)
-        return list(self.stream(several, batch_size=batch_size, threshold=threshold, top_k=top_k))
+        found = list(self.stream(images_of(images), batch_size=batch_size, threshold=threshold, top_k=top_k))
+        if image_ids is None:
+            return found
+        if len(image_ids) != len(found):
+            raise ArgumentError(f"image_ids: expected one for each of {len(found)} images, got {len(image_ids)}.")
+        return [replace(one, image_id=int(key)) for one, key in zip(found, image_ids, strict=True)]
 
     def stream(
         self,
@@ -129,11 +139,13 @@ class Predictor:
         `unreadable` is called with the position and the error of each image that can't be read, which has no instances
         then; by default the error is raised. An image may also be given as its `whole_frame`.
         """
-        if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+        if isinstance(images, _SINGLE):
+            raise ArgumentError(f"images: expected several images, got one ({type(images).__name__}). Give a list.")
+        if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number))):
             raise ArgumentError(f'threshold: expected a number or "auto", got {threshold!r}.')
         top_k = most_instances(self.model.config.num_queries) if top_k is None else top_k
         for name, value in (("batch_size", batch_size), ("top_k", top_k)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}.")
         return self._stream(images, batch_size, threshold, top_k, unreadable)
 
@@ -231,6 +243,16 @@ class Frame:
     pixel_values: Tensor
     pixel_mask: Tensor
     frames: Frames
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises ArgumentError if torch knows none, or this machine has none, of that name."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"device: {str(name)!r} can't be used here ({error}). Use cpu.") from error
+    return device
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .weights import head_fields, load_head, load_model_weights, own_head_fields
 
 def build_model(
     backbone: str | Mapping[str, Any],
-    categories: Sequence[Mapping[str, Any]],
+    categories: Sequence[Any],
     *,
     image_size: tuple[int, int] = (1024, 1024),
     taps: Sequence[int] = (),
@@ -44,7 +44,7 @@ def build_model(
     """Assemble a model to be trained.
 
     backbone         a table name, Hub id or folder (pretrained weights), or a configuration dictionary (random weights)
-    categories       the classes in order, each {"id", "name"}
+    categories       the classes in order: of `categories_of`, or dictionaries {"id", "name"}; ids are distinct
     image_size       (height, width) of the padded frame
     taps             1-based depths of a ViT that feed the neck; default the end of each quarter of it, or those of
                      init_from
@@ -162,11 +162,17 @@ def _check_fields(given: Mapping[str, Any]) -> None:
             raise ModelError(f"unknown field {name!r} of the head's configuration: the nearest is {nearest!r}")
 
 
-def _label_fields(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _label_fields(given: Sequence[Any]) -> dict[str, Any]:
     """The configuration's class fields: our `categories`, and transformers' `id2label` and `label2id`."""
+    categories = [vars(one) if is_dataclass(one) else one for one in given]
+    if not all(isinstance(one, Mapping) and {"id", "name"} <= one.keys() for one in categories):
+        raise ModelError(f"categories: expected each as {{'id': 1, 'name': 'cat'}}, got {categories}")
+    ids = [int(category["id"]) for category in categories]
+    if not ids or len(set(ids)) < len(ids):
+        raise ModelError(f"categories: expected one or more with distinct ids, got the ids {ids}")
     names = [str(category["name"]) for category in categories]
     return {
-        "categories": [{"id": int(category["id"]), "name": str(category["name"])} for category in categories],
+        "categories": [{"id": key, "name": name} for key, name in zip(ids, names, strict=True)],
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .build import load_backbone_weights
 from .mask2former import M2FConfig, M2FModel
-from .sources import ModelError, load_config
+from .sources import ModelError, load_config, share_weights
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -140,6 +140,7 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
     listed = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(listed, indent=2, default=str) + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
+    share_weights(folder)
 
 
 def load_adapter(folder: Path) -> M2FModel:

@@ -6,6 +6,7 @@ loads with `trust_remote_code=True` where m2f_trainer isn't installed.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .initialization import NECK_LAYERS, init_class_head, init_head_layer, init_
 from .pixel_decoder import PixelDecoder
 from .quality import QualityHead, seen_queries
 from .ranking import rank
-from .sources import ModelError, load_config, load_weights
+from .sources import ModelError, load_config, load_weights, share_weights
 from .transformer_decoder import QueryDecoder
 
 AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)  # the latter for pipelines
@@ -223,6 +224,7 @@ class M2FModel(Mask2FormerPreTrainedModel):
         here = f"{__name__.rsplit('.', 1)[-1]}.{M2FModel.__name__}"  # type(self) may be FSDP's
         self.config.auto_map = {auto_class.__name__: here for auto_class in AUTO_CLASSES}
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        share_weights(Path(save_directory))
 
     @classmethod
     def is_custom_code(cls) -> bool:

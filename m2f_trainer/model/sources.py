@@ -148,3 +148,10 @@ def load_weights(
             "stay random. Copy the whole folder again"
         )
     return model
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights in a folder the permissions of its config.json: safetensors' files are for their owner only."""
+    config = folder / "config.json"
+    for path in folder.glob("*.safetensors") if config.exists() else ():
+        path.chmod(config.stat().st_mode)

@@ -77,6 +77,7 @@ class M2FTrainer(Trainer):
         fingerprint: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(args, kwargs, (train_dataset, eval_dataset))
         args.start_process_group()  # before accelerate would, and for all copies of args
         require_engine(args, model)
         refuse_stock_upload(args)
@@ -223,7 +224,10 @@ class M2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's loop; then the predictions of all ranks are scored once, and every rank gets the figures."""
+        """The Trainer's loop; then the predictions of all ranks are scored once, and every rank gets the figures.
+
+        `predict` returns the predictions as a list of `Instances`.
+        """
         self.predictions = []
         dataset = unwatched(dataloader.dataset)
         self.limit = None if self.scorer is None and has_dense_images(dataset) else LIMITS[-1]
@@ -237,7 +241,8 @@ class M2FTrainer(Trainer):
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
-        return output._replace(metrics=metrics)
+        found: Any = self.predictions
+        return output._replace(metrics=metrics, predictions=found)
 
     def _score(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Score the latest predictions, on the main process: the `Evaluator` of a large split takes time and memory."""
@@ -292,6 +297,23 @@ class M2FTrainer(Trainer):
             output, state = Path(str(self.args.output_dir)), self.state
             in_use = {one.step for one in running_uploads(self.callback_handler.callbacks)}
             rotate(output, self.checkpoints_kept, state.best_global_step, state.global_step, in_use)
+
+
+def check_arguments(args: object, given: Mapping[str, object], splits: Sequence[object]) -> None:
+    """Check what a `M2FTrainer` gets from a notebook.
+
+    Raises:
+        TypeError: the arguments are transformers' own, a collator is given, or rows instead of samples
+    """
+    if not isinstance(args, TrainArguments):
+        raise TypeError(f"args: expected m2f_trainer's TrainArguments, got {type(args).__name__}")
+    if "data_collator" in given:
+        raise TypeError("data_collator: M2FTrainer has its own, which takes the samples of an InstanceDataset")
+    if any(isinstance(split, datasets.Dataset) for split in splits):
+        raise TypeError(
+            "train_dataset, eval_dataset: expected samples, got rows. Give InstanceDataset(rows, TrainTransform(height,"
+            " width), categories_of(rows)) to train on, and one with EvalTransform(height, width) to evaluate on."
+        )
 
 
 def tile_loader(watched: Watched, tiles: EvalTiles, batch_size: int, args: TrainingArguments) -> DataLoader[Any]:

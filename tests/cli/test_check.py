@@ -60,3 +60,8 @@ def test_a_recipe_for_the_dataset_is_written_with_reasons(
     assert f"recipe: {path}\n" in out
     assert out.endswith(f"Next:\n  m2f train {path} --dataset_name {data}\n")
     assert recipe.data.image_height == recipe.data.image_width
+
+
+def test_an_option_of_the_corrected_copy_needs_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["check", str(write_sample(tmp_path, images=(1, 1, 0))), "--remove_leaked"]) == 1
+    assert "Give --fix FOLDER, too" in capsys.readouterr().err

@@ -40,7 +40,7 @@ BAD_FILES = {
     "category without name": (content(categories=[{"id": 5}]), "category 5: expected a `name`"),
     "missing image": (content(annotation(8, image_id=3)), r"1 annotation\(s\) refer to an image.*ids 8"),
     "missing category": (content(annotation(8, category_id=3)), r"1 annotation\(s\) refer to a category.*ids 8"),
-    "text crowd": (content(annotation(8, iscrowd="0")), "`iscrowd` that isn't 0 or 1: ids 8"),
+    "crowd in words": (content(annotation(8, iscrowd="yes")), "`iscrowd` that isn't 0 or 1: ids 8"),
     "no file name": (content(images=[{**IMAGE, "file_name": None}]), "image 1: expected a `file_name`, got None"),
     "bomb": (
         content(images=[{**IMAGE, "width": 2**31, "height": 2**31}]),

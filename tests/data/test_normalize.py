@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.normalize import Ids, number, usual_box, usual_segmentation, whole_number
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
@@ -108,7 +109,26 @@ HONEST = {
     "rle as JSON text": (outline(json.dumps({"size": [16, 20], "counts": STRING})), "unusual-rle"),
     "a box of numerals": (every("annotations", bbox=["2", "3.0", "10", "8"]), "unusual-number"),
     "an area as text": (every("annotations", area="80.0"), "unusual-number"),
+    "iscrowd as text": (every("annotations", iscrowd="0"), "unusual-number"),
 }
+
+
+@pytest.mark.parametrize("crowd", ["1", "1.0", 1.0, True])
+def test_crowd_regions_are_marked_in_any_spelling(crowd, tmp_path):
+    def mark(coco):
+        coco["annotations"][0]["iscrowd"] = crowd
+
+    splits = load_coco(dataset(tmp_path / "set", mark), cache_dir=tmp_path / "cache")
+    assert sum(one["iscrowd"] for split in splits.values() for row in split for one in row["objects"]) == 1
+
+
+def test_a_class_may_be_named_by_a_number(tmp_path):
+    root = dataset(tmp_path / "set", every("categories", name=5))
+    assert [one.name for one in categories_of(load_coco(root, cache_dir=tmp_path / "cache")["train"])] == ["5"]
+    examination = examine(root, SETTINGS)
+    assert [one.kind for one in examination.findings if one.severity != "warning"] == ["number-as-name"]
+    repair(examination, tmp_path / "copy")
+    assert objects(tmp_path / "copy", tmp_path / "cache") == objects(root, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("change", [every("annotations", iscrowd=None), every("annotations", bbox=[], area=None)])

@@ -93,7 +93,7 @@ def unknown_category(coco, folder):
 
 @plant
 def bad_crowd(coco, folder):
-    common(coco)[0]["iscrowd"] = "0"
+    common(coco)[0]["iscrowd"] = "yes"
 
 
 @plant
@@ -375,7 +375,7 @@ def test_a_test_split_without_objects_is_reported_and_used_as_training_uses_it(t
     ("changes", "kind"),
     [
         ({"images": [{"id": 1, "file_name": "x/a\ud83d.png", "height": 16, "width": 20}]}, "bad-image-entry"),
-        ({"categories": [{"id": 5, "name": "cell \ud83d"}]}, "bad-category-entry"),
+        ({"categories": [{"id": 5, "name": "cell \ud83d"}]}, "unnamed-category"),
     ],
 )
 def test_a_name_cut_in_the_middle_of_a_character_is_an_error(changes, kind, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.cli.main import main
-from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.problems import KINDS
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
@@ -107,6 +107,25 @@ def test_no_copy_is_suggested_where_no_object_could_be_kept(tmp_path, capsys):
     root = dataset(tmp_path / "set", lambda coco: [one.update(category_id=9) for one in coco["annotations"]])
     assert main(["check", str(root)]) == 1
     assert "Next" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [None, ["a"]])
+def test_objects_of_a_class_without_a_name_stay_under_a_name_made_of_its_id(name, tmp_path):
+    root = dataset(tmp_path / "set", lambda coco: coco["categories"][0].update(name=name))
+    with pytest.raises(DataError, match="expected a `name`"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    repaired = repair(examine(root, SETTINGS), tmp_path / "fixed")
+    assert not any(ids for split in repaired.left_out.values() for ids in split.values())
+    kept = load_coco(tmp_path / "fixed", cache_dir=tmp_path / "cache")
+    assert [one.name for one in categories_of(kept["train"])] == [f"category {base()['categories'][0]['id']}"]
+
+
+def test_no_copy_is_suggested_where_a_split_would_still_be_missing(tmp_path, capsys):
+    write_sample(tmp_path / "set", images=(3, 0, 2))
+    assert main(["check", str(tmp_path / "set")]) == 1
+    told = capsys.readouterr().out
+    assert "expected a split 'valid'" in told
+    assert "Next:" not in told
 
 
 def test_the_copy_is_compared_with_the_original_id_by_id(tmp_path):

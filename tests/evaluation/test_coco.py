@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.dataset import Category, load_coco
 from m2f_trainer.errors import DataError
 from m2f_trainer.evaluation.coco import CocoMap, Engine, metrics_table
 from m2f_trainer.inference.instances import Instances
@@ -72,6 +73,17 @@ def test_every_figure_equals_pycocotools(engine: Engine) -> None:
         stats = official(from_one(coco), predictions, kind).stats
         assert [metrics[prefix + key] for key in KEYS] == pytest.approx(list(stats), abs=1e-12)
     assert 0.05 < metrics["map"] < 0.95
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_categories_may_have_negative_ids(engine: Engine) -> None:
+    coco, predictions = synthetic(6, seed=4)
+    expected = CocoMap(rows_of(coco), categories_in(coco), engine=use(engine))(predictions)
+    for item in coco["annotations"]:
+        item["category_id"] -= 100
+    moved = [Category(one.id - 100, one.name) for one in categories_in(coco)]
+    found = [replace(one, category_ids=one.category_ids - 100) for one in predictions]
+    assert CocoMap(rows_of(coco), moved, engine=use(engine))(found) == expected
 
 
 @pytest.mark.parametrize("engine", ENGINES)

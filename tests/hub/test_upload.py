@@ -302,6 +302,12 @@ def test_a_dry_run_lists_the_files_and_uploads_nothing(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == before
 
 
+def test_a_dry_run_refuses_a_name_that_the_hub_would_refuse(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run")
+    with pytest.raises(SharingError, match="bad name!"):
+        upload.planned_files(folder, upload.Target("me/bad name!"))
+
+
 def test_a_revision_is_created_and_a_pull_request_commits_nothing(hub: Hub, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "run")
     upload.push(folder, upload.Target("me/pets", revision="second"))

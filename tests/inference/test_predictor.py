@@ -211,6 +211,36 @@ def test_an_option_of_a_wrong_type_is_named(options: dict[str, Any], predictor: 
     assert isinstance(error.value, TypeError)
 
 
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.int64, np.uint32])
+def test_arrays_of_other_whole_numbers_up_to_255_are_of_8_bits(kind: Any, predictor: Predictor) -> None:
+    pixels = np.asarray(picture())
+    expected = predictor(pixels)[0].to_coco()
+    assert expected
+    assert predictor(pixels.astype(kind))[0].to_coco() == expected
+    assert predictor(torch.from_numpy(pixels.astype(np.int64)))[0].to_coco() == expected
+
+
+def test_numbers_of_numpy_are_options(predictor: Predictor) -> None:
+    (found,) = predictor(picture(), threshold=np.float32(0.0), batch_size=np.int64(2))
+    assert len(found) == 2
+    assert len(found.above(np.float32(0.5))) == len(found.above(0.5))
+
+
+def test_predictions_carry_the_image_ids_that_are_given(predictor: Predictor) -> None:
+    assert [one.image_id for one in predictor([picture(), picture()], image_ids=[9, 4])] == [9, 4]
+    with pytest.raises(ArgumentError, match="image_ids: expected one for each of 1 images, got 2"):
+        predictor(picture(), image_ids=[9, 4])
+
+
+def test_wrong_starts_are_named(predictor: Predictor) -> None:
+    with pytest.raises(ArgumentError, match=r"Use Predictor\.from_pretrained"):
+        Predictor("runs/first")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="device: 'cuda:77' can't be used here"):
+        Predictor(tiny_model(), "cuda:77")
+    with pytest.raises(ArgumentError, match="expected several images, got one"):
+        next(predictor.stream("photo.jpg"))
+
+
 def test_arrays_of_more_bits_are_scaled_by_the_models_range(predictor: Predictor) -> None:
     pixels = np.asarray(picture())
     expected = predictor(pixels)[0].to_coco()

@@ -1,13 +1,17 @@
 """Building a model to train: what it starts from, and what is refused."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from m2f_trainer.data.dataset import Category
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.build import build_model
+from m2f_trainer.model.lora import save_adapter, set_tuning
 from m2f_trainer.model.mask2former import load_model
 from tests.model.published import MetaViT
 from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, images, tiny_model
@@ -132,3 +136,27 @@ def test_a_new_run_has_the_neck_of_its_start_unless_another_is_named(tmp_path: P
     for given, expected in (({}, "pyramid"), ({"neck": "adapter"}, "adapter")):
         new = build_model(VIT, CATEGORIES, image_size=(64, 64), init_from=str(tmp_path), **given)
         assert new.config.neck == expected
+
+
+def test_categories_are_those_of_a_dataset_or_dictionaries_with_distinct_ids() -> None:
+    expected = tiny_model(categories=CATEGORIES).config.categories
+    assert tiny_model(categories=[Category(**one) for one in CATEGORIES]).config.categories == expected
+    for wrong, message in (
+        ([], r"got the ids \[\]"),
+        ([CATEGORIES[0], CATEGORIES[0]], r"distinct ids, got the ids \[3, 3\]"),
+        (["cat"], "expected each as {'id': 1, 'name': 'cat'}"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            tiny_model(categories=wrong)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_saved_weights_may_be_read_by_whoever_may_read_the_configuration(tmp_path: Path) -> None:
+    model = tiny_model()
+    set_tuning(model, "lora")
+    model.save_pretrained(tmp_path / "model")
+    save_adapter(model, tmp_path / "adapter")
+    for folder in (tmp_path / "model", tmp_path / "adapter"):
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+        assert len(modes) >= 2
+        assert set(modes.values()) == {modes["config.json"]}

@@ -10,8 +10,9 @@ import torch
 from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+import m2f_trainer
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of, load_coco
@@ -190,6 +191,41 @@ def test_a_dense_split_is_scored_on_all_predictions_too(tmp_path: Path, tile_siz
     own = M2FTrainer(model, arguments, eval_dataset=samples, compute_metrics=lambda found: {"most": len(found[-1])})
     assert own.evaluate()["eval_most"] <= 100
     assert own.merger is None or own.merger.limit == 100
+
+
+def test_a_notebook_trains_evaluates_and_predicts_with_the_public_names(tmp_path: Path) -> None:
+    """As README's example, with a tiny random model."""
+    data = m2f_trainer.load_coco(write_sample(tmp_path / "data", images=(4, 2, 0)))
+    categories = m2f_trainer.categories_of(data["train"])
+    model = tiny_model(categories=categories)
+    trainer = m2f_trainer.M2FTrainer(
+        model,
+        m2f_trainer.TrainArguments(output_dir=str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none"),
+        train_dataset=m2f_trainer.InstanceDataset(data["train"], m2f_trainer.TrainTransform(64, 64), categories),
+        eval_dataset=m2f_trainer.InstanceDataset(data["valid"], m2f_trainer.EvalTransform(64, 64), categories),
+    )
+    trainer.train()
+    found = trainer.predict(trainer.eval_dataset).predictions
+    assert [one.image_id for one in found] == data["valid"]["image_id"]
+    assert trainer.evaluate()["eval_map"] == m2f_trainer.CocoMap(data["valid"])(found)["map"]
+    predictor = m2f_trainer.Predictor(model)
+    photos = [str(row["image"]["path"]) for row in data["valid"]]
+    again = predictor(photos, threshold=0.0, image_ids=data["valid"]["image_id"])
+    scores = [m2f_trainer.CocoMap(data["valid"])(one)["mar_100"] for one in (found, again)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_arguments_of_a_notebook_that_can_not_work_are_named(tmp_path: Path) -> None:
+    rows = load_coco(write_sample(tmp_path / "data", images=(1, 1, 0)))["train"]
+    ours = TrainArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    stock = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for args, given, message in (
+        (stock, {}, "expected m2f_trainer's TrainArguments, got TrainingArguments"),
+        (ours, {"data_collator": list}, "data_collator: M2FTrainer has its own"),
+        (ours, {"train_dataset": rows}, r"InstanceDataset\(rows, TrainTransform"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            M2FTrainer(tiny_model(), args, **given)
 
 
 def test_an_optimizer_of_the_user_is_kept(tmp_path: Path) -> None:
