@@ -17,6 +17,7 @@ from torch import Tensor
 
 from m2f_trainer.config.bfloat16 import gpu_computes_in_bf16
 from m2f_trainer.data.geometry import Frames
+from m2f_trainer.data.image_names import is_address
 from m2f_trainer.data.images import ImageSource
 from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.tiles import tiling_of
@@ -297,13 +298,16 @@ def source_of(image: PredictorInput, where: str) -> ImageSource:
         return np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] in (1, 3, 4) else array
     if isinstance(image, (bytearray, memoryview)):
         return bytes(image)
+    if isinstance(image, str) and is_address(image):
+        raise ArgumentError(f"{where}: {image} is an address, which is not read. Download the image first.")
     if isinstance(image, (str, Path, bytes, Image.Image, Mapping, np.ndarray)):
         return image
     if _is_file(image):
         try:
             content = image.read()
         except (OSError, ValueError) as error:
-            raise ImageError(f"{where}: the file object can't be read ({error}). Open it again.") from error
+            remedy = "Open it again, in binary mode: open(path, 'rb')."
+            raise ImageError(f"{where}: the file object can't be read ({error}). {remedy}") from error
         if isinstance(content, bytes):
             return content
         raise ArgumentError(f"{where}: expected a file that is opened in binary mode, as by open(path, 'rb').")

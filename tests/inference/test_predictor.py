@@ -194,6 +194,7 @@ def test_bytes_files_and_tensors_are_images_too(predictor: Predictor, tmp_path: 
         (3, "images: expected a path, bytes, a binary file object, .* got int"),
         (None, "images: .* got NoneType"),
         ([3.5], "image 0: expected a path, .* got float"),
+        ("https://example.com/photo.jpg", "https://example.com/photo.jpg is an address, which is not read"),
         (io.StringIO("text"), "image 0: expected a file that is opened in binary mode"),
     ],
 )
