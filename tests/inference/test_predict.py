@@ -203,6 +203,26 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
 
 
+def test_a_video_without_a_frame_that_can_be_decoded_is_listed_and_the_rest_is_done(
+    predictor: type[Counting], tmp_path: Path
+) -> None:
+    av = pytest.importorskip("av", reason="the extra `video` is not installed")
+    (tmp_path / "in").mkdir()
+    with av.open(str(tmp_path / "in/whole.mp4"), "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_image(picture(64, 48))))
+        container.mux(stream.encode())
+    whole = (tmp_path / "in/whole.mp4").read_bytes()
+    cut = whole.index(b"\x1f\x43\xb6\x75") + 40  # the id of the first cluster, and the start of its frame
+    (tmp_path / "in/broken.mp4").write_bytes(whole[:cut])
+    with pytest.raises(ImageError, match=r"1 of 2 inputs can't be read.*\n.*broken\.mp4: no frame can be decoded"):
+        predict_folder("m", [tmp_path / "in"], tmp_path / "out")
+    results = json.loads((tmp_path / "out/predictions.json").read_text(encoding="utf-8"))
+    assert {Path(one["file_name"].split("#")[0]).name for one in results} == {"whole.mp4"}
+    assert [path.name for path in tmp_path.glob("out/*.mp4")] == ["whole.instances.mp4"]
+
+
 def test_inputs_that_can_not_be_read_are_listed_and_the_rest_is_done(
     predictor: type[Counting], photos: Path, tmp_path: Path
 ) -> None:
