@@ -1,6 +1,7 @@
 """Malformed rows of Hub datasets: training refuses them with row and remedy, m2f check reports all."""
 
 import io
+import re
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ from datasets import List, Value
 from PIL import Image
 
 from m2f_trainer.data.dataset import Category, categories_of, load_coco, row_features
-from m2f_trainer.data.hub_dataset import load_hub, read_hub
+from m2f_trainer.data.hub_dataset import load_dataset, load_hub, read_hub
 from m2f_trainer.data.problems import Findings
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
@@ -122,6 +123,18 @@ def test_categories_given_by_name_are_numbered_in_the_order_of_the_names(tmp_pat
     assert not [one.message for one in examination.findings if one.severity == "error"]
     with pytest.raises(DataError, match=r"row 1, object 0: expected a whole number or a name .* got category None"):
         load_hub(named(tmp_path / "null", train=["cell", None], valid=["cell"]))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["splits", "one split"])
+def test_a_folder_of_save_to_disk_is_refused_with_a_way_out_that_works(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pushed = datasets.load_dataset(named(tmp_path / "set", train=["cell", "nucleus"], valid=["cell"]))
+    (pushed if whole else pushed["train"]).save_to_disk("FOLDER")
+    with pytest.raises(DataError, match=r"its format is datasets\.save_to_disk.*`(.*)`; or upload it") as error:
+        load_dataset("FOLDER")
+    if whole:
+        exec(re.search("`(.*)`", str(error.value))[1], {"datasets": datasets})
+        assert {split: len(rows) for split, rows in load_dataset("as_parquet").items()} == {"train": 2, "valid": 1}
 
 
 OURS = {
