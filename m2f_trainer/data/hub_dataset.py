@@ -291,7 +291,8 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
 def _category_key(one: Mapping[str, Any]) -> int | str | None:
     """The category of an object: its number, or its name if it has none."""
     number = category_of(one)
-    return next((one[key] for key in CATEGORY_KEYS if is_text(one.get(key))), None) if number is None else number
+    names = (one[key] for key in CATEGORY_KEYS if is_text(one.get(key)))
+    return next(names, None) if number is None else number
 
 
 def _label_names(rows: datasets.Dataset) -> dict[int, str]:

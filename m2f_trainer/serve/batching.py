@@ -31,7 +31,7 @@ class Job:
     future: Future[Instances] = field(default_factory=Future)
 
     def deliver(self, result: Instances | Exception) -> None:
-        """Set the instances or the error, unless the future has an error or was cancelled."""
+        """Set the instances or the error, unless it has an error already or was cancelled."""
         if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         if isinstance(result, Exception):
@@ -145,7 +145,8 @@ class Batcher:
         """As `_predict`.
 
         Raises:
-            _GivenUpError: before a batch of the model, if nobody waits for any of the images that were read so far
+            _GivenUpError: before a batch of the model, if an image was cancelled and nobody waits for another that was
+                read so far
         """
         read: list[Job] = []
 
@@ -158,7 +159,7 @@ class Batcher:
             jobs[position].deliver(type(error)(str(error).replace(f"image {position}:", f"{NAME}:", 1)))
 
         def check(*_: object) -> None:
-            if all(job.future.done() for job in read):
+            if any(job.future.cancelled() for job in read) and all(job.future.done() for job in read):
                 raise _GivenUpError
 
         hook = self.predictor.model.register_forward_pre_hook(check)
