@@ -63,13 +63,13 @@ def add_file_options(parser: argparse._ActionsContainer) -> None:
     add_limit_option(parser)
 
 
-def add_limit_option(parser: argparse._ActionsContainer) -> None:
-    """The option for the limit of pixels of an image."""
+def add_limit_option(parser: argparse._ActionsContainer, larger: str = "larger ones are refused") -> None:
+    """The option for the limit of pixels of an image; `larger` describes what happens to larger ones."""
     parser.add_argument(
         "--max_pixels",
         type=positive_int,
         metavar="N",
-        help="highest number of pixels of an image; larger ones are refused [89478485]",
+        help=f"highest number of pixels of an image; {larger} [89478485]",
     )
 
 

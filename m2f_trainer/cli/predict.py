@@ -29,8 +29,13 @@ EXAMPLES = (
 
 
 def threshold(text: str) -> float | Literal["auto"]:
-    """A score, or auto. argparse reports the ValueError."""
-    return "auto" if text == "auto" else float(text)
+    """An argparse type: a score from 0 to 1, or auto. argparse reports the ValueError."""
+    if text == "auto":
+        return "auto"
+    score = float(text)
+    if not 0 <= score <= 1:
+        raise argparse.ArgumentTypeError(f"expected auto or a number from 0 to 1, got {text!r}")
+    return score
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +55,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=positive_int, metavar="N", default=4, help="images per batch [4]")
     add_range_option(parser, "as in the model's training")
     add_precision_option(parser, "bf16 on GPUs that have it")
-    add_limit_option(parser)
+    add_limit_option(
+        parser,
+        "larger ones are refused, except with tiles: these read a TIFF file window by window, and any other that half "
+        "of the free memory can hold",
+    )
     large = parser.add_argument_group(
         "tiles", "default: as in training. TIFF files are read window by window: pip install 'm2f-trainer[tiff]'"
     )

@@ -97,6 +97,10 @@ OTHER_FORMATS: Mapping[str, str] = {
     "imagefolder without objects": (
         "Its metadata.jsonl has no `objects`: add them to each line, with a category and a segmentation"
     ),
+    "datasets.save_to_disk": (
+        "Write it as Parquet and name that folder: `for split, rows in datasets.load_from_disk('FOLDER').items():"
+        " rows.to_parquet(f'as_parquet/{split}.parquet')`; or upload it with push_to_hub and name user/name"
+    ),
     "DOTA": f"Its oriented boxes aren't masks. {ADD_OUTLINES}",
     "archive": "Unpack it and name its folder: a zip file as in `python -m zipfile -e export.zip export`",
 }
@@ -352,6 +356,8 @@ def other_format(folder: Path) -> tuple[str, Path] | None:
                 return kind, path
             if name == "metadata.jsonl":
                 return "imagefolder without objects", path
+            if name == "dataset_dict.json" or name.endswith(".arrow"):
+                return "datasets.save_to_disk", path
             if name.endswith(".xml") and _starts_with(path, b"<annotations>"):
                 return "CVAT for images", path
             if name.endswith(".xml") and _starts_with(path, b"<annotation"):

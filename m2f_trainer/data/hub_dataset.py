@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,7 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
-from m2f_trainer.data.normalize import type_name
+from m2f_trainer.data.normalize import is_text, type_name
 from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
@@ -262,20 +263,36 @@ def _known_columns(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[Category, ...]:
-    """The categories stored with rows of ours; of other rows those used in any split, by id."""
+    """The categories stored with rows of ours; of other rows those used in any split, by id.
+
+    Categories that objects have by name only are numbered in the order of their names.
+    """
     first = next(iter(splits.values()))
     if all(is_ours(rows) for rows in splits.values()):
         return stored_categories(first)
-    names, used = _label_names(first), set()
+    names = _label_names(first)
+    known, used = {*names, *names.values()}, set()
     for rows in splits.values():
         for row in rows.select_columns("objects"):
             try:
                 objects = split_objects(row["objects"], name)
             except DataError:  # reported when the rows are read
                 continue
-            keys = (category_of(one) for one in objects if isinstance(one, Mapping))
-            used |= {key for key in keys if key is not None and (not names or key in names)}
-    return tuple(Category(key, names.get(key, str(key))) for key in sorted(used))
+            keys = (_category_key(one) for one in objects if isinstance(one, Mapping))
+            used |= {key for key in keys if key is not None and (not known or key in known)}
+    numbers = {key for key in used if isinstance(key, int)}
+    texts = sorted(key for key in used if isinstance(key, str))
+    by_number = {key: names.get(key, str(key)) for key in numbers}
+    ids = {text: key for key, text in names.items()} or dict(zip(texts, count(max(numbers, default=0) + 1)))
+    by_number |= {ids[text]: text for text in texts}
+    return tuple(Category(key, by_number[key]) for key in sorted(by_number))
+
+
+def _category_key(one: Mapping[str, Any]) -> int | str | None:
+    """The category of an object: its number, or its name if it has none."""
+    number = category_of(one)
+    names = (one[key] for key in CATEGORY_KEYS if is_text(one.get(key)))
+    return next(names, None) if number is None else number
 
 
 def _label_names(rows: datasets.Dataset) -> dict[int, str]:
@@ -297,7 +314,8 @@ def _row_reader(
     ours = is_ours(rows)
     names = {} if ours else _label_names(rows)
     names = names or {category.id: category.name for category in categories}
-    return RowReader(f"{name}, split {split!r}", ours, names, exif_frame)
+    ids = {text: key for key, text in names.items()}
+    return RowReader(f"{name}, split {split!r}", ours, names, ids, exif_frame)
 
 
 def convert_rows(rows: Iterable[Mapping[str, Any]], reader: "RowReader") -> Iterator[Entry]:
@@ -349,12 +367,14 @@ class RowReader:
         name: dataset and split in messages
         ours: whether the rows were built by `load_coco`
         categories: names by id of the categories that objects may have
+        ids: the ids of those that objects may have by name
         exif_frame: the frame of the annotations of rows that aren't ours
     """
 
     name: str
     ours: bool
     categories: Mapping[int, str]
+    ids: Mapping[str, int]
     exif_frame: ExifFrame = "auto"
 
     def convert(self, row: Mapping[str, Any], number: int) -> Entry:
@@ -443,12 +463,17 @@ class RowReader:
         return {
             "id": one["id"] if self.ours else own_id,
             "image_id": image["id"],
-            "category_id": category_of(one),
+            "category_id": self._category_of(one),
             "segmentation": mask,
             "bbox": one.get("bbox"),
             "area": one.get("area"),
             "iscrowd": int(one.get("iscrowd") or 0),
         }
+
+    def _category_of(self, one: Mapping[str, Any]) -> int | str | None:
+        """The id of an object's category; a name without an id as it is."""
+        key = _category_key(one)
+        return self.ids.get(key, key) if isinstance(key, str) else key
 
     def _object_problem(self, one: Any) -> tuple[str, str]:
         """The kind of problem and its message, "" for none."""
@@ -458,15 +483,15 @@ class RowReader:
         if missing:
             problem = f"expected a value for {', '.join(missing)}, got null. Upload the dataset again."
             return "bad-annotation-entry", problem
-        category = category_of(one)
+        category = self._category_of(one)
         if category is None:
             found = ", ".join(f"{key} {brief(one[key])}" for key in CATEGORY_KEYS if key in one) or sorted(one)
-            return "bad-annotation-entry", f"expected a whole number as category, got {found}. Add category_id."
+            return "bad-annotation-entry", f"expected a whole number or a name as category, got {found}. Add one."
         if category not in self.categories:
-            known = ", ".join(map(str, sorted(self.categories)[:10]))
+            known = ", ".join(map(str, sorted(self.ids if isinstance(category, str) else self.categories)[:10]))
             return (
                 "unknown-category",
-                f"category {category} isn't one of the named ones: {known}. Correct or remove it.",
+                f"category {brief(category)} isn't one of the named ones: {known}. Correct or remove it.",
             )
         if one.get("iscrowd") not in (None, 0, 1):
             return "bad-crowd", f"expected an `iscrowd` of 0 or 1, got {brief(one['iscrowd'])}. Correct it."

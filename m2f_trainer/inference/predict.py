@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +23,22 @@ from m2f_trainer.data.files import is_hidden
 from m2f_trainer.data.images import HEIC_ADVICE, SUFFIXES
 from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.tiles import Tiling
-from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageError
+from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageError, RecipeError
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Precision, Predictor
 from m2f_trainer.inference.results import Record, load_records, record_of, save_records, write_dataset, write_results
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
 from m2f_trainer.inference.windows import windows_of
+from m2f_trainer.masks.rle import max_pixels
 from m2f_trainer.viz.overlay import save_image
 
 logger = logging.getLogger(__name__)
 PARTS, DRAWN = ".parts", ".instances"
 LARGEST_PICTURE = 2**25
 """Larger images, in pixels, get no overlay."""
+
+LONGEST_STEM = 200
+"""Bytes of an input's name in the names of its files; file systems allow 255, with suffixes and a temporary part."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
 
     Raises:
         DataError: an input doesn't exist or contains no image
+        RecipeError: a tile has more pixels than an image may have
         ImageError: inputs can't be read; the others were predicted; the message names each with its reason
     """
     options = options or PredictOptions()
@@ -89,14 +95,20 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
     predictor.tiling = tiling_for(predictor, options)
     chosen = parse_pixel_range(options.pixel_range or "auto")
     predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
-    left = [job for job in jobs if load_records(job.part, job.key) is None]
+    left = [job for job in jobs if job.records() is None]
     failed: dict[Path, M2FError] = {}
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), disable=None) as bar:
         for job, error in run_jobs(predictor, left, options):
             bar.update()
             if error is not None:
                 failed[job.path] = error
-    records = [record for job in jobs for record in load_records(job.part, job.key) or ()]
+    finished = [(job, record) for job in jobs for record in job.records() or ()]
+    records = [record for _, record in finished]
+    if undrawn := sum(not job.draws(record) for job, record in finished):
+        limit = f"{LARGEST_PICTURE:,}"
+        logger.warning(
+            "No overlay of %d image(s) of more than %s pixels; their predictions are written.", undrawn, limit
+        )
     if records and not any(record.instances for record in records):
         lowest = min(predictor.thresholds().values()) if options.threshold == "auto" else options.threshold
         logger.warning("Nothing scored above %g: try a lower --threshold.", lowest)
@@ -131,6 +143,16 @@ class Job:
         """The file of its records, reused when the same command runs again."""
         return self.folder / PARTS / f"{self.name}.json"
 
+    def records(self) -> list[Record] | None:
+        """Its records; None if it isn't finished: its overlay must exist, too, where one is drawn."""
+        found = load_records(self.part, self.key)
+        lacks_overlay = any(map(self.draws, found or ())) and not (self.folder / self.name).is_file()
+        return None if lacks_overlay else found
+
+    def draws(self, record: Record) -> bool:
+        """Whether an overlay is drawn of this image or frame."""
+        return is_video(self.path) or record.height * record.width <= LARGEST_PICTURE
+
 
 def model_version(model: str, config: PreTrainedConfig) -> str:
     """A digest of what predictions depend on besides the input: name, configuration, and date or commit of weights."""
@@ -153,10 +175,19 @@ def _job_key(version: str, path: Path, options: PredictOptions) -> tuple[object,
 
 
 def tiling_for(predictor: Predictor, options: PredictOptions) -> Tiling | None:
-    """The tiling of the options, by default the model's own; None for whole images."""
+    """The tiling of the options, by default the model's own; None for whole images.
+
+    Raises:
+        RecipeError: a tile has more pixels than an image may have
+    """
     own, config = predictor.tiling, predictor.model.config
     side = (own.side if own else 0) if options.tile is None else options.tile
     overlap = config.tile_overlap if options.overlap is None else options.overlap
+    if side * side > max_pixels():
+        raise RecipeError(
+            f"a tile of {side} x {side} pixels has more than --max_pixels {max_pixels():,}: lower --tile, or raise"
+            " --max_pixels."
+        )
     return Tiling(side, overlap, predictor.padded_size) if side else None
 
 
@@ -194,11 +225,12 @@ def run_jobs(
 
 
 def _finish_image(job: Job, instances: Instances, predictor: Predictor) -> None:
-    height, width = instances.size
-    if height * width <= LARGEST_PICTURE:
-        pixels = windows_of(job.path, str(job.path), predictor.pixel_range).read((0, 0, width, height))
+    record = record_of(str(job.path), instances)
+    if job.draws(record):
+        box = (0, 0, record.width, record.height)
+        pixels = windows_of(job.path, str(job.path), predictor.pixel_range).read(box)
         save_image(instances.overlay(Image.fromarray(pixels), predictor.names), job.folder / job.name)
-    save_records(job.part, job.key, [record_of(str(job.path), instances)])
+    save_records(job.part, job.key, [record])
 
 
 def _predict_video(job: Job, predictor: Predictor, options: PredictOptions) -> None:
@@ -264,14 +296,24 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
 
     The suffix `.instances` keeps it different from the input's name: `output_dir` may be the folder of the inputs.
     Names that differ only in case count as equal: on Windows and macOS the second overlay would replace the first.
+    Names of more than `LONGEST_STEM` bytes are cut and end with a hash.
     """
     names, seen = [], set()
     for path in paths:
-        suffix = DRAWN + (".mp4" if is_video(path) else ".png")
-        name, number = f"{path.stem}{suffix}", 1
+        stem, suffix = short_stem(path), DRAWN + (".mp4" if is_video(path) else ".png")
+        name, number = f"{stem}{suffix}", 1
         while name.lower() in seen:
             number += 1
-            name = f"{path.stem}-{number}{suffix}"
+            name = f"{stem}-{number}{suffix}"
         seen.add(name.lower())
         names.append(name)
     return names
+
+
+def short_stem(path: Path) -> str:
+    """The file name without suffix; one of more than `LONGEST_STEM` bytes is cut, and its hash is added."""
+    stem = os.fsencode(path.stem)
+    if len(stem) <= LONGEST_STEM:
+        return path.stem
+    end = "-" + hashlib.sha256(stem).hexdigest()[:12]
+    return stem[: LONGEST_STEM - len(end)].decode("utf-8", "ignore") + end

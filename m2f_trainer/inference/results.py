@@ -52,11 +52,14 @@ def save_records(path: Path, key: Sequence[object], records: Sequence[Record]) -
 
 
 def load_records(path: Path, key: Sequence[object]) -> list[Record] | None:
-    """The inverse of `save_records`; None if the file doesn't exist or has another key."""
+    """The inverse of `save_records`; None if the file doesn't exist, is damaged, or has another key."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return [Record(**record) for record in content["records"]] if content["key"] == list(key) else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [Record(**record) for record in content["records"]] if content["key"] == list(key) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_results(records: Sequence[Record], folder: Path, names: Mapping[int, str]) -> None:

@@ -49,11 +49,19 @@ def check_frame(width: int, height: int, path: Path) -> None:
 
 
 def frames(path: Path) -> Iterator[Image.Image]:
-    """The frames of a video in RGB, rotated as players do, one in memory at a time. Raises as `open_video`."""
+    """The frames of a video in RGB, rotated as players do, one in memory at a time.
+
+    Raises:
+        ImageError: no video can be read from the file, or no frame can be decoded.
+        MissingPackageError: PyAV is missing.
+    """
+    frame: Any = None
     with open_video(path) as container:
         for frame in container.decode(video=0):
             check_frame(frame.width, frame.height, path)  # a stream may change its size
             yield frame.to_image().rotate(frame.rotation, expand=True)
+    if frame is None:
+        raise ImageError(f"{path}: no frame can be decoded: the video is empty or cut off. Copy the file again.")
 
 
 def frame_rate(path: Path) -> Fraction:
@@ -63,20 +71,25 @@ def frame_rate(path: Path) -> Fraction:
 
 
 def write_video(pictures: Iterable[Image.Image], path: Path, rate: Fraction) -> None:
-    """Write pictures of equal size as an MP4 (H.264). The format needs even sides: an odd last row or column is cut."""
+    """Write pictures of equal size as an MP4 (H.264), at least one; after an error nothing is left.
+
+    The format needs even sides: an odd last row or column is cut.
+    """
     import av
 
     unfinished = path.with_name(f".{path.name}")
-    unfinished.unlink(missing_ok=True)  # of an interrupted prediction, or a link
-    with av.open(str(unfinished), "w", format="mp4") as container:
-        stream: Any = None
-        for picture in pictures:
-            width, height = picture.width // 2 * 2, picture.height // 2 * 2
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate)
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            frame = av.VideoFrame.from_ndarray(np.asarray(picture)[:height, :width].copy(), format="rgb24")
-            container.mux(stream.encode(frame))
-        if stream is not None:
+    unfinished.unlink(missing_ok=True)  # of a killed prediction, or a link
+    try:
+        with av.open(str(unfinished), "w", format="mp4") as container:
+            stream: Any = None
+            for picture in pictures:
+                width, height = picture.width // 2 * 2, picture.height // 2 * 2
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=rate)
+                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                frame = av.VideoFrame.from_ndarray(np.asarray(picture)[:height, :width].copy(), format="rgb24")
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
-    unfinished.replace(path)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

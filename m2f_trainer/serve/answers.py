@@ -19,6 +19,9 @@ from m2f_trainer.inference.results import polygons_of, record_of
 
 Format: TypeAlias = Literal["coco", "polygons", "overlay"]
 
+JPEG_SIDE = 65_500
+"""The longest side, in pixels, of a JPEG that libjpeg writes."""
+
 NAME = "the image"
 """What messages call an image, which has no file name."""
 
@@ -28,10 +31,10 @@ def check_image(content: bytes, overlay: bool = False) -> None:
 
     Args:
         content: the bytes of the file.
-        overlay: a picture of it will be drawn, which is limited to `LARGEST_PICTURE` pixels.
+        overlay: a picture of it will be drawn, which is limited to `LARGEST_PICTURE` pixels and to `JPEG_SIDE`.
 
     Raises:
-        ImageError: it is not of a known format, or has too many pixels.
+        ImageError: it is not of a known format, or has too many pixels, or a side is too long for the picture.
     """
     with open_stored(content, NAME) as image:
         check_pixels(image.size, NAME)
@@ -39,6 +42,11 @@ def check_image(content: bytes, overlay: bool = False) -> None:
             raise ImageError(
                 f"{NAME}: overlays are drawn of at most {LARGEST_PICTURE:,} pixels, got {image.width}x{image.height} = "
                 f"{image.width * image.height:,}. Ask for format=coco or format=polygons."
+            )
+        if overlay and max(image.size) > JPEG_SIDE:
+            raise ImageError(
+                f"{NAME}: overlays are JPEG files, of at most {JPEG_SIDE:,} pixels a side, got "
+                f"{image.width}x{image.height}. Ask for format=coco or format=polygons."
             )
 
 
@@ -76,6 +84,8 @@ def overlay_picture(
         ImageError: the image can't be read.
     """
     image: Image.Image = open_image(content, NAME, displayed=True, pixel_range=pixel_range)
-    buffer = io.BytesIO()
-    instances.overlay(image, names).save(buffer, "JPEG", quality=90)
+    picture, buffer = instances.overlay(image, names), io.BytesIO()
+    if picture.height > JPEG_SIDE:  # only with the legend
+        picture = picture.crop((0, 0, picture.width, JPEG_SIDE))
+    picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

@@ -36,6 +36,9 @@ T = TypeVar("T")
 BODY_SECONDS = 60
 """The time in which a client has to send its request."""
 
+GONE_SECONDS = 0.5
+"""How often it is asked whether the client of an image that waits or is predicted is still there."""
+
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -102,11 +105,12 @@ class Service:
         finally:
             self.opened -= 1
 
-    async def predict(self, image: bytes, threshold: Threshold, overlay: bool = False) -> Instances:
-        """The instances of an image file.
+    async def predict(self, request: Request, image: bytes, threshold: Threshold, overlay: bool = False) -> Instances:
+        """The instances of an image file, which came with `request`.
 
         Raises:
             M2FError: the image can't be used.
+            ClientDisconnect: the client has gone; its image is given up.
             HTTPException: 500, the model failed.
         """
         await asyncio.to_thread(check_image, image, overlay)
@@ -114,8 +118,8 @@ class Service:
         try:
             if self.predictor.tiling is None:  # the tiles of an image are read as the model gets to them
                 given = await self._in(self._decoders, self.predictor.whole_frame, image, NAME)
-            return await asyncio.wrap_future(self.batcher.submit(given, threshold))
-        except M2FError:
+            return await unless_gone(request, asyncio.wrap_future(self.batcher.submit(given, threshold)))
+        except (M2FError, ClientDisconnect):
             raise
         except Exception as error:
             raise HTTPException(500, f"The model failed ({type(error).__name__}); see the server's log.") from error
@@ -161,7 +165,7 @@ def create_app(predictor: Predictor, options: ServeOptions) -> FastAPI:
                 raise HTTPException(400, f"Expected the parameters {', '.join(PARAMETERS)}, got {unknown[:100]}.")
             image = await read_image(request, options.max_bytes)
             lowest = options.threshold if threshold is None else threshold
-            found = await service.predict(image, lowest, overlay=format == "overlay")
+            found = await service.predict(request, image, lowest, overlay=format == "overlay")
             names = predictor.names
             if format == "overlay":
                 picture = await service.write(overlay_picture, image, found, names, predictor.pixel_range)
@@ -235,16 +239,16 @@ def _add_label_studio(app: FastAPI, service: Service) -> None:
             if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
                 raise HTTPException(400, "tasks: expected a list of objects.")
             for start in range(0, len(tasks), options.batch_size):  # so many images are in memory
-                drafts = (draft(task, control) for task in tasks[start : start + options.batch_size])
+                drafts = (draft(request, task, control) for task in tasks[start : start + options.batch_size])
                 results += await asyncio.gather(*drafts)
             if results and all("error" in result for result in results):
                 raise HTTPException(400, results[0]["error"])
             return {"results": results, **version}
 
-    async def draft(task: dict[str, Any], control: Control) -> dict[str, Any]:
+    async def draft(request: Request, task: dict[str, Any], control: Control) -> dict[str, Any]:
         try:
             image = await asyncio.to_thread(options.reader.read, task, control.key)
-            found = await service.predict(image, options.threshold)
+            found = await service.predict(request, image, options.threshold)
         except M2FError as error:
             logger.warning("Label Studio: %s", error)
             return {"error": str(error)}
@@ -284,7 +288,7 @@ async def _read_json(request: Request, limit: int) -> dict[str, Any]:
 
 
 class Gate:
-    """ASGI middleware: checks the host, adds headers of security, and counts answers."""
+    """ASGI middleware: checks the host, adds headers of security, answers unexpected errors, and counts answers."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -293,7 +297,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), 0
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -305,6 +309,12 @@ class Gate:
         app = self.app if self._is_own_host(scope) else _WRONG_HOST
         try:
             await app(scope, receive, watched)
+        except Exception as error:
+            if status:  # the answer has begun: uvicorn logs the error and closes the connection
+                raise
+            logger.exception("%s %r failed.", scope["method"], scope["path"])
+            reason = f"The request failed ({type(error).__name__}); see the server's log."
+            await JSONResponse({"detail": reason}, 500)(scope, receive, watched)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.service.metrics.count(path, status, time.perf_counter() - started)
@@ -356,6 +366,20 @@ def _add_error_answers(app: FastAPI) -> None:
         return Response(status_code=499)  # nginx's number for it; nobody receives this
 
 
+async def unless_gone(request: Request, found: asyncio.Future[T]) -> T:
+    """The result of a future, which is cancelled once the client of `request` has gone.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+    """
+    while not found.done():
+        await asyncio.wait([found], timeout=GONE_SECONDS)
+        if not found.done() and await request.is_disconnected():
+            found.cancel()
+            raise ClientDisconnect
+    return found.result()
+
+
 async def read_image(request: Request, limit: int) -> bytes:
     """The image of a request: its body, or the only file of a form (multipart/form-data).
 
@@ -370,11 +394,14 @@ async def read_image(request: Request, limit: int) -> bytes:
         raise HTTPException(400, f"Expected a form (multipart/form-data) with one file: {error.message}") from error
     try:
         files = [value for value in form.values() if not isinstance(value, str)]
+        fields = [name for name, value in form.multi_items() if isinstance(value, str)]
         if not files:
             raise HTTPException(400, "Expected a form with a file, got none. With curl: -F image=@photo.jpg")
-        if len(files) < len(form.multi_items()):
+        if fields:
             raise HTTPException(
-                400, f"Expected a form with a file only. Give {', '.join(PARAMETERS)} in the address: ?threshold=0.5"
+                400,
+                f"Expected a form with a file only, got the field {', '.join(fields)[:100]}, too. Leave it out; "
+                f"{', '.join(PARAMETERS)} are given in the address: ?threshold=0.5",
             )
         return await files[0].read()
     finally:

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -30,13 +30,27 @@ class Job:
     threshold: Threshold
     future: Future[Instances] = field(default_factory=Future)
 
+    def deliver(self, result: Instances | Exception) -> None:
+        """Set the instances or the error, unless it has an error already or was cancelled."""
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for the images that are being predicted."""
+
 
 class Batcher:
     """Predict images that arrive one by one in batches, in one thread.
 
     A batch is predicted as soon as `batch_size` images wait, or `max_wait` seconds after its first image arrived.
     Images with different thresholds are predicted apart, because the merging of tiles depends on the threshold: an
-    image has the same instances in any company.
+    image has the same instances in any company. An image whose future is cancelled is given up, between two batches of
+    tiles if they are being predicted.
 
     Args:
         predictor: no other thread may predict with it until `close` returns.
@@ -91,7 +105,7 @@ class Batcher:
             started = time.perf_counter()
             by_threshold: dict[Threshold, list[Job]] = {}
             for job in batch:
-                if job.future.set_running_or_notify_cancel():
+                if not job.future.cancelled():
                     by_threshold.setdefault(job.threshold, []).append(job)
             for jobs in by_threshold.values():
                 self._observe(len(jobs))
@@ -115,23 +129,44 @@ class Batcher:
             batch.append(job)
         return batch, False
 
-    def _predict(self, jobs: list[Job]) -> None:
+    def _predict(self, jobs: Sequence[Job]) -> None:
         """Deliver the instances, or the error, of each image; all have one threshold."""
-        failed: dict[int, M2FError] = {}
         try:
-            for instances in self.predictor.stream(
-                (job.image for job in jobs),
-                batch_size=self.batch_size,
-                threshold=jobs[0].threshold,
-                unreadable=failed.__setitem__,
-            ):
-                if instances.image_id not in failed:  # a later tile of it can't be read
-                    jobs[instances.image_id].future.set_result(instances)
-            for position, error in failed.items():
-                message = str(error).replace(f"image {position}:", f"{NAME}:", 1)
-                jobs[position].future.set_exception(type(error)(message))
+            self._stream(jobs)
+        except _GivenUpError:
+            if left := [job for job in jobs if not job.future.done()]:
+                self._predict(left)
         except Exception as error:  # the thread lives on: the next batch may fit in memory
             logger.exception("A batch of %d image(s) failed.", len(jobs))
             for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
+                job.deliver(error)
+
+    def _stream(self, jobs: Sequence[Job]) -> None:
+        """As `_predict`.
+
+        Raises:
+            _GivenUpError: before a batch of the model, if an image was cancelled and nobody waits for another that was
+                read so far
+        """
+        read: list[Job] = []
+
+        def images() -> Iterator[bytes | Frame]:
+            for job in jobs:
+                read.append(job)
+                yield job.image
+
+        def fail(position: int, error: M2FError) -> None:
+            jobs[position].deliver(type(error)(str(error).replace(f"image {position}:", f"{NAME}:", 1)))
+
+        def check(*_: object) -> None:
+            if any(job.future.cancelled() for job in read) and all(job.future.done() for job in read):
+                raise _GivenUpError
+
+        hook = self.predictor.model.register_forward_pre_hook(check)
+        try:
+            for instances in self.predictor.stream(
+                images(), batch_size=self.batch_size, threshold=jobs[0].threshold, unreadable=fail
+            ):
+                jobs[instances.image_id].deliver(instances)
+        finally:
+            hook.remove()

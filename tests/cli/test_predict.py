@@ -28,6 +28,22 @@ def test_the_options_are_passed_on_and_next_steps_are_printed(
     assert out.endswith(f"Next:\n  m2f export {model}\n  m2f push {model} NAME/MODEL\n")
 
 
+@pytest.mark.parametrize("command", [["predict", "m", "in"], ["serve", "m"]], ids=["predict", "serve"])
+@pytest.mark.parametrize("text", ["nan", "inf", "7", "50", "-0.1"])
+def test_a_threshold_that_no_score_reaches_is_wrong_usage(
+    command: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, f"--threshold={text}"])
+    assert f"expected auto or a number from 0 to 1, got '{text}'" in capsys.readouterr().err
+
+
+def test_help_says_what_tiles_do_with_larger_images(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "--help"])
+    assert "larger ones are refused, except with tiles" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_negative_tile_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["predict", "m", "in", "--tile", "-5"])

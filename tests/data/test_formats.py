@@ -104,6 +104,7 @@ OTHERS = {
     "COCO images without annotations": ("annotations/image_info_x.json", {"images": [], "categories": []}),
     "Pascal VOC": ("Annotations/a.xml", "<annotation><object/></annotation>"),
     "imagefolder without objects": ("train/metadata.jsonl", '{"file_name": "a.png", "text": "a cell"}'),
+    "datasets.save_to_disk": ("dataset_dict.json", {"splits": ["train"]}),
     "DOTA": ("train/labelTxt/a.txt", "imagesource:GoogleEarth"),
     "archive": ("export.zip", "PK"),
     "CVAT for images": ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version/></annotations>"),

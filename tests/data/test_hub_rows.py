@@ -1,6 +1,7 @@
 """Malformed rows of Hub datasets: training refuses them with row and remedy, m2f check reports all."""
 
 import io
+import re
 
 import datasets
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from datasets import List, Value
 from PIL import Image
 
-from m2f_trainer.data.dataset import Category, load_coco, row_features
-from m2f_trainer.data.hub_dataset import load_hub, read_hub
+from m2f_trainer.data.dataset import Category, categories_of, load_coco, row_features
+from m2f_trainer.data.hub_dataset import load_dataset, load_hub, read_hub
 from m2f_trainer.data.problems import Findings
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
@@ -90,16 +91,50 @@ def test_a_malformed_value_is_refused_by_training_and_reported_by_check(name, tm
     assert examination.status == 1
 
 
-def test_lists_of_unequal_length_and_classes_as_text_are_refused(tmp_path):
+def test_lists_of_unequal_length_are_refused(tmp_path):
     fields = {"category": List(Value("int64")), "segmentation": List(POLYGONS)}
     features = datasets.Features({"image": datasets.Image(), "objects": fields})
     row = {"image": picture(), "objects": {"category": [1, 1], "segmentation": [SQUARE]}}
     rows = datasets.Dataset.from_list([row], features=features)
     with pytest.raises(DataError, match=r"row 0: expected one value of each field.*got 2 category, 1 segmentation"):
         load_hub(as_pushed(datasets.DatasetDict({"train": rows}), tmp_path / "uneven"))
-    folder = foreign(tmp_path / "text", fields={"category": Value("string")})
-    with pytest.raises(DataError, match="row 0, object 0: expected a whole number as category, got category '1'"):
-        load_hub(folder)
+
+
+def named(folder, train, valid):
+    """A set of another's making whose categories are names; the names of the only object in each row."""
+    fields = {"category": List(Value("string")), "segmentation": List(POLYGONS)}
+    features = datasets.Features({"image": datasets.Image(), "objects": fields})
+    rows = {
+        split: [{"image": picture(k), "objects": {"category": [name], "segmentation": [SQUARE]}} for k, name in names]
+        for split, names in {"train": enumerate(train), "valid": enumerate(valid, start=len(train))}.items()
+    }
+    parts = {split: datasets.Dataset.from_list(found, features=features) for split, found in rows.items()}
+    return as_pushed(datasets.DatasetDict(parts), folder)
+
+
+def test_categories_given_by_name_are_numbered_in_the_order_of_the_names(tmp_path):
+    folder = named(tmp_path / "set", train=["nucleus", "cell"], valid=["debris", "nucleus"])
+    splits = load_hub(folder)
+    classes = (Category(1, "cell"), Category(2, "debris"), Category(3, "nucleus"))
+    assert [categories_of(rows) for rows in splits.values()] == [classes, classes]
+    found = {split: [row["objects"][0]["category_id"] for row in rows] for split, rows in splits.items()}
+    assert found == {"train": [3, 1], "valid": [2, 3]}
+    examination = examine(folder, Settings(64, 64))
+    assert not [one.message for one in examination.findings if one.severity == "error"]
+    with pytest.raises(DataError, match=r"row 1, object 0: expected a whole number or a name .* got category None"):
+        load_hub(named(tmp_path / "null", train=["cell", None], valid=["cell"]))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["splits", "one split"])
+def test_a_folder_of_save_to_disk_is_refused_with_a_way_out_that_works(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pushed = datasets.load_dataset(named(tmp_path / "set", train=["cell", "nucleus"], valid=["cell"]))
+    (pushed if whole else pushed["train"]).save_to_disk("FOLDER")
+    with pytest.raises(DataError, match=r"its format is datasets\.save_to_disk.*`(.*)`; or upload it") as error:
+        load_dataset("FOLDER")
+    if whole:
+        exec(re.search("`(.*)`", str(error.value))[1], {"datasets": datasets})
+        assert {split: len(rows) for split, rows in load_dataset("as_parquet").items()} == {"train": 2, "valid": 1}
 
 
 OURS = {

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.data.images import image_size
-from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.errors import DataError, ImageError, RecipeError
 from m2f_trainer.inference import predict as folder
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
@@ -179,6 +179,58 @@ def test_pictures_have_names_that_differ_on_every_file_system() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("letter", ["a", "细"])
+def test_the_longest_file_names_have_their_own_pictures(letter: str, predictor: type[Counting], tmp_path: Path) -> None:
+    stem = letter * (249 // len(letter.encode()))
+    paths = [tmp_path / name for name in (f"{stem}1.png", f"{stem}2.png", f"more/{stem}1.png")]
+    (tmp_path / "more").mkdir()
+    for path in paths:
+        picture(40, 40).save(path)
+    out = predict_folder("m", paths, tmp_path / "out")
+    assert len(json.loads((out / "predictions.json").read_text(encoding="utf-8"))) == 3
+    drawn = {path.name for path in out.glob("*.instances.png")}
+    assert len(drawn) == 3
+    assert all(name.startswith(letter * 50) for name in drawn)
+    predict_folder("m", paths, out)
+    assert predictor.seen == 3
+
+
+def test_a_picture_that_was_deleted_is_drawn_again(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
+    out = predict_folder("m", [photos], tmp_path / "out")
+    (out / "2.instances.png").unlink()
+    (out / ".parts/3.instances.png.json").write_text("{")
+    predictor.seen = 0
+    predict_folder("m", [photos], out)
+    assert predictor.seen == 2
+    assert (out / "2.instances.png").is_file()
+
+
+def test_images_too_large_to_be_drawn_are_counted(
+    predictor: type[Counting],
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder, "LARGEST_PICTURE", 81 * 60)
+    for _ in range(2):
+        caplog.clear()
+        out = predict_folder("m", [photos], tmp_path / "out")
+        assert "No overlay of 2 image(s) of more than 4,860 pixels" in caplog.text
+    assert len(list(out.glob("*.png"))) == 2
+    assert predictor.seen == 4
+
+
+def test_a_tile_of_more_pixels_than_an_image_may_have_is_refused_at_once(
+    predictor: type[Counting], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F_MAX_PIXELS", "3000000")
+    message = r"a tile of 2000 x 2000 pixels has more than --max_pixels 3,000,000: lower --tile, or raise --max_pixels"
+    with pytest.raises(RecipeError, match=message):
+        predict_folder("m", [photos], tmp_path / "out", PredictOptions(tile=2000))
+    assert predictor.seen == 0
+
+
 def test_hidden_files_and_folders_called_like_images_are_no_inputs(
     predictor: type[Counting], photos: Path, tmp_path: Path
 ) -> None:
@@ -201,6 +253,26 @@ def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], p
     drawn = list(frames(out / "clip.instances.mp4"))
     assert (len(drawn), drawn[0].size, frame_rate(out / "clip.instances.mp4")) == (5, (48, 64), 10)
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(picture(64, 48), int)).max() > 60, "instances are drawn"
+
+
+def test_a_video_without_a_frame_that_can_be_decoded_is_listed_and_the_rest_is_done(
+    predictor: type[Counting], tmp_path: Path
+) -> None:
+    av = pytest.importorskip("av", reason="the extra `video` is not installed")
+    (tmp_path / "in").mkdir()
+    with av.open(str(tmp_path / "in/whole.mp4"), "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_image(picture(64, 48))))
+        container.mux(stream.encode())
+    whole = (tmp_path / "in/whole.mp4").read_bytes()
+    cut = whole.index(b"\x1f\x43\xb6\x75") + 40  # the id of the first cluster, and the start of its frame
+    (tmp_path / "in/broken.mp4").write_bytes(whole[:cut])
+    with pytest.raises(ImageError, match=r"1 of 2 inputs can't be read.*\n.*broken\.mp4: no frame can be decoded"):
+        predict_folder("m", [tmp_path / "in"], tmp_path / "out")
+    results = json.loads((tmp_path / "out/predictions.json").read_text(encoding="utf-8"))
+    assert {Path(one["file_name"].split("#")[0]).name for one in results} == {"whole.mp4"}
+    assert [path.name for path in tmp_path.glob("out/*.mp4")] == ["whole.instances.mp4"]
 
 
 def test_inputs_that_can_not_be_read_are_listed_and_the_rest_is_done(

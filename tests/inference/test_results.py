@@ -43,6 +43,14 @@ def test_records_are_read_again_only_for_the_key_they_were_written_with(tmp_path
     assert load_records(tmp_path / "none.json", ["model", 0.5]) is None
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b'{"key": ["model"', b"\xff\xfe", b"[]", b'{"key": ["m"], "records": [{"a": 1}]}']
+)
+def test_damaged_records_count_as_absent(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "part.json").write_bytes(content)
+    assert load_records(tmp_path / "part.json", ["m"]) is None
+
+
 def test_results_and_table_number_the_images_in_order(tmp_path: Path) -> None:
     write_results([record("a.png"), Record("b.png", 9, 9, []), record("c.png")], tmp_path, NAMES)
     results = json.loads((tmp_path / "predictions.json").read_text(encoding="utf-8"))

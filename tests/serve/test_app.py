@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import http.client
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.data import transforms
+from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.masks.segmentation import decode, to_counts
 from tests.model.tiny import tiny_model
@@ -144,6 +146,14 @@ def test_an_overlay_of_a_huge_image_is_refused_before_it_is_predicted(
     assert ask(port, "POST", "/instances", picture()).status == 200
 
 
+def test_an_overlay_of_a_side_that_jpeg_does_not_have_is_refused_and_one_of_the_longest_is_drawn(port: int) -> None:
+    answer = ask(port, "POST", "/instances?format=overlay", picture(65_501, 64))
+    assert answer.status == 400
+    assert "at most 65,500 pixels a side, got 64x65501. Ask for format=coco or format=polygons" in answer.reason
+    answer = ask(port, "POST", "/instances?format=overlay", picture(65_500, 64))
+    assert Image.open(io.BytesIO(answer.body)).size == (64, 65_500), "the legend has no room"
+
+
 def test_a_body_over_the_limit_is_refused_with_and_without_its_length(tiny: Predictor) -> None:
     image = picture()
     with running(tiny, max_bytes=len(image)) as port:
@@ -219,6 +229,36 @@ def test_a_failure_of_the_model_is_answered_and_the_server_goes_on(caplog: pytes
     assert "out of memory" in caplog.text
 
 
+def test_a_large_image_of_a_client_that_has_gone_blocks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2f_trainer.serve.app.GONE_SECONDS", 0.01)
+    predictor = brightness()
+    predictor.tiling = Tiling(64, 0.0, predictor.padded_size)
+    predictor.model.gate.clear()
+    with running(predictor) as port:
+        client = http.client.HTTPConnection("127.0.0.1", port)
+        client.request("POST", "/instances", picture(64, 64 * 100))
+        assert predictor.model.started.acquire(timeout=60)
+        client.close()
+        while b'm2f_requests_total{path="/instances",status="499"} 1.0' not in ask(port, "GET", "/metrics").body:
+            pass
+        predictor.model.gate.set()
+        assert ask(port, "POST", "/instances", picture(64, 64)).status == 200
+    assert predictor.model.batches == [4, 1]
+
+
+def test_an_unexpected_error_is_answered_as_json_and_logged(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("no polygons")
+
+    monkeypatch.setattr("m2f_trainer.serve.app.polygon_results", broken)
+    answer = ask(port, "POST", "/instances?format=polygons", picture())
+    assert (answer.status, answer.reason) == (500, "The request failed (RuntimeError); see the server's log.")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "RuntimeError: no polygons" in caplog.text
+
+
 def test_a_wrong_parameter_is_named(port: int) -> None:
     for query in ("threshold=7", "threshold=nan", "threshold=high", "format=xml", "image_id=one"):
         answer = ask(port, "POST", f"/instances?{query}", picture())
@@ -234,6 +274,9 @@ def test_parameters_that_would_have_no_effect_are_refused(port: int) -> None:
     field = b'--edge\r\nContent-Disposition: form-data; name="threshold"\r\n\r\n0.9\r\n'
     answer = ask(port, "POST", "/instances", field + body, headers)
     assert (answer.status, "in the address: ?threshold=0.5" in answer.reason) == (400, True)
+    assert "got the field threshold, too" in answer.reason
+    answer = ask(port, "POST", "/instances", field.replace(b"threshold", b"comment") + body, headers)
+    assert "got the field comment, too. Leave it out" in answer.reason
 
 
 def test_health_describes_the_model(port: int) -> None:

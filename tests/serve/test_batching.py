@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from m2f_trainer.data.tiles import Tiling
 from m2f_trainer.errors import ImageError
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
@@ -59,6 +60,35 @@ def test_an_image_that_nobody_waits_for_any_more_is_left_out() -> None:
     assert [left_edge(second), left_edge(third)] == pytest.approx([20, 0], abs=3)
     batcher.close()
     assert predictor.model.batches == [2]
+
+
+def test_the_tiles_of_an_image_that_nobody_waits_for_any_more_are_given_up() -> None:
+    predictor = brightness()
+    predictor.tiling = Tiling(64, 0.0, predictor.padded_size)
+    batcher = Batcher(predictor, batch_size=2, max_wait=60.0)
+    predictor.model.gate.clear()
+    large = batcher.submit(picture(64, 64 * 100), 0.5)
+    small = batcher.submit(picture(64, 64, left=20), 0.5)
+    assert predictor.model.started.acquire(timeout=60)
+    assert large.cancel()
+    predictor.model.gate.set()
+    assert left_edge(small) == pytest.approx(20, abs=3)
+    batcher.close()
+    assert predictor.model.batches == [2, 1], "the batch of the large image that had begun, and the small image"
+
+
+def test_an_image_that_is_given_up_takes_no_work_of_others_with_it() -> None:
+    predictor = brightness()
+    predictor.tiling = Tiling(64, 0.0, predictor.padded_size)
+    batcher = Batcher(predictor, batch_size=2, max_wait=60.0)
+    predictor.model.gate.clear()
+    first, second = (batcher.submit(picture(64, 64 * tiles), 0.5) for tiles in (5, 1))
+    assert predictor.model.started.acquire(timeout=60)
+    assert second.cancel()
+    predictor.model.gate.set()
+    assert len(first.result(60)) == 1
+    batcher.close()
+    assert predictor.model.batches == [2, 2, 2]
 
 
 def test_images_with_different_thresholds_keep_their_own() -> None:
