@@ -163,5 +163,5 @@ def test_every_public_name_loads_from_the_package(name: str) -> None:
 
 
 def test_a_name_that_is_not_public_lists_those_that_are() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'Trainer'; public names: CocoMap, M2FTrainer"):
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'; public names: CocoMap, EvalTransform"):
         _ = m2f_trainer.Trainer
