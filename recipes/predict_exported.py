@@ -119,8 +119,8 @@ def find_in_tiles(network, constants, image, frame, rules):
     tiles = lay_tiles(size, rules["side"], rules["overlap"])
     for number, (tile, _) in enumerate(tiles):
         for label, score, inside in find(network, constants, image.crop(tile), frame, min(frame) / rules["side"]):
-            y, x = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
-            mask = inside[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+            y, x = (np.flatnonzero(inside.any(axis)).tolist() for axis in (1, 0))
+            mask = inside[y[0] : y[-1] + 1, x[0] : x[-1] + 1].copy()
             box = (tile[0] + x[0], tile[1] + y[0], tile[0] + x[-1] + 1, tile[1] + y[-1] + 1)
             pieces.append(Piece(number, label, score, box, mask, np.count_nonzero(mask)))
     for piece in merge(pieces, tiles, size, rules):
@@ -203,18 +203,20 @@ def part(piece, box):
 
 def shared(first, second, *boxes):
     """The number of pixels that two pieces of one class share, inside the boxes."""
-    x0, y0, x1, y1 = box = meet(first.box, second.box, *boxes)
-    if first.label != second.label or x0 == x1 or y0 == y1:
-        return 0
+    (x0, y0, x1, y1), (left, top, right, bottom) = first.box, second.box
+    if x0 >= right or x1 <= left or y0 >= bottom or y1 <= top or first.label != second.label:
+        return 0  # most pairs
+    box = meet(first.box, second.box, *boxes)
     return np.count_nonzero(part(first, box) & part(second, box))
 
 
 def group(pieces, tiles, rules):
     """Groups of pieces that form one object, at most one of each tile: the pieces that agree best are joined first."""
     across = sum(tile.box[1] == 0 for tile in tiles)  # tiles of a row
+    steps = {1, across - 1, across, across + 1} - {0}  # from a tile to those beside it, in the order of the tiles
     pieces, pairs = sorted(pieces, key=lambda piece: piece.tile), []
     for (a, first), (b, second) in combinations(enumerate(pieces), 2):
-        if abs(first.tile - second.tile) in {1, across - 1, across, across + 1} - {0}:
+        if second.tile - first.tile in steps:
             overlap = meet(tiles[first.tile].box, tiles[second.tile].box)
             common = shared(first, second, overlap)
             total = np.count_nonzero(part(first, overlap)) + np.count_nonzero(part(second, overlap)) - common
@@ -232,7 +234,7 @@ def group(pieces, tiles, rules):
 def stitch(pieces, tiles):
     """One object: each piece's mask in the core of its tile; the mean score, weighted by the pixels of each there."""
     boxes = np.array([piece.box for piece in pieces])
-    (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    x0, y0, x1, y1 = *boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()
     mask, areas = np.zeros((y1 - y0, x1 - x0), bool), []
     for piece in pieces:
         left, top, right, bottom = box = meet(piece.box, tiles[piece.tile].core)
