@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from m2f_trainer.errors import ArgumentError, DataError, check_model_path
+    from m2f_trainer.errors import ArgumentError, DataError, check_model_path, needs
     from m2f_trainer.export.export import CONSTANTS, export_model
     from m2f_trainer.export.parity import FULL, HALF, INT8, check_export, recorded_dataset
     from m2f_trainer.export.quantize import calibration_frames
@@ -73,6 +73,8 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     if arguments.int8 and arguments.format != "openvino":
         raise ArgumentError(f"--int8 needs --format openvino, got --format {arguments.format}.")
+    if arguments.int8:
+        needs("onnx", "onnxscript", "openvino", "nncf", extra="int8")
     check_model_path(arguments.model)
     limits = INT8 if arguments.int8 else HALF if arguments.half else FULL
     model, calibration = load_model(arguments.model), None
@@ -111,5 +113,6 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     reference = load_model(arguments.model)
     parity = check_export(reference, path, dataset, arguments.num_images, limits, arguments.fixed_size)
     say(parity.to_text())
-    suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")
+    if parity.met:
+        suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")
     return 0 if parity.met else 1

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from m2f_trainer.data.tiles import tiling_of
 from m2f_trainer.errors import ModelFolderError, needs
 from m2f_trainer.export.aotinductor import check_compiler, compile_program, supported_machines
 from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.export.quantize import CalibrationFrame, quantize_onnx
 from m2f_trainer.inference.postprocess import most_instances
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
+from m2f_trainer.inference.tiles import COVERED, CUT_SCORE, SAME_OBJECT
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.deformable_attention import exported_as
 from m2f_trainer.model.deformable_gather import attend_gather
@@ -303,6 +305,44 @@ def export_constants(config: M2FConfig, form: str, *, half: bool, fixed_size: bo
             "thresholds": config.thresholds or [DEFAULT_THRESHOLD] * len(config.categories or []),
             "categories": config.categories or [],
         },
+        "tiles": tile_constants(config),
+    }
+
+
+def tile_constants(config: M2FConfig) -> dict[str, Any] | None:
+    """How images are cut into tiles, and the instances of these merged; None for a model of whole images."""
+    tiling = tiling_of(config)
+    if tiling is None:
+        return None
+    return {
+        "side": tiling.side,
+        "overlap": tiling.overlap,
+        "same_object": SAME_OBJECT,
+        "covered": COVERED,
+        "cut_score": CUT_SCORE,
+        "layout": "on an axis of n pixels: s = min(side, n); d = min(s - 1, ceil(side x overlap)); "
+        "m = max(1, ceil((n - d) / (s - d))) tiles of s pixels; tile k starts at round(k (n - s) / max(1, m - 1)), "
+        "halves to even; tiles are numbered row by row. Cores, which partition the image: neighbours a and b on an "
+        "axis are divided at floor((end of a + start of b) / 2)",
+        "resize": "instead of preprocessing's, for tiles at the image's edges too: scale = min(image_height, "
+        "image_width) / side; each side of the tile round(side x scale), at least 1; the same filter and padding",
+        "prediction": "of each tile as of an image, with top_k for each tile. Its instances, called pieces, are those "
+        "with a mask whose class probability is above the lowest of `thresholds`; merged scores are compared with the "
+        "threshold of their class",
+        "merging": [
+            "only pieces of one class are compared, at each step in descending order of score; a piece becomes an "
+            "object unless its IoU with one of the objects so far exceeds same_object",
+            "of each tile, a piece whose IoU with a better one that is kept exceeds same_object is dropped",
+            "a piece is cut if it touches an edge of its tile inside the image; pieces that are not cut become objects",
+            "a cut piece is covered, and dropped, if one object contains more than the fraction `covered` of it",
+            "two cut pieces of neighbouring tiles (at sides or corners) agree if their IoU inside the overlap of the "
+            "tiles exceeds same_object; in descending order of this IoU, their groups are joined, unless both groups "
+            "have a piece of the same tile",
+            "a group of several pieces is stitched from each piece's mask inside the core of its tile; its score is "
+            "the mean of theirs, weighted by their pixels there; the stitched pieces become objects",
+            "a cut piece alone is dropped if less than half of it lies in its tile's core, or if it is covered now; "
+            "otherwise its score is multiplied by cut_score, and it becomes an object",
+        ],
     }
 
 

@@ -298,7 +298,9 @@ def picture_entries(folder: Path, details: Mapping[str, Any]) -> Iterator[dict[s
 def data_lines(fingerprint: Mapping[str, Any], dataset: str) -> Iterator[str]:
     """The training data, with digests of its annotations, which users with the same data can compare."""
     if fingerprint:
-        yield verbatim(f"Data: {escape(dataset)}, {int(fingerprint['train_images']):,} images to train on")
+        side = fingerprint.get("tile_size")
+        samples = f"tiles of {int(side)} x {int(side)} pixels" if side else "images"
+        yield verbatim(f"Data: {escape(dataset)}, {int(fingerprint['train_images']):,} {samples} per epoch")
         for split, key in (("train", "train_data"), ("valid", "valid_data")):
             digest = escape(str(fingerprint.get(key)), code=True)
             yield verbatim(f"Fingerprint of the {split} annotations (SHA-256): `{digest}`")

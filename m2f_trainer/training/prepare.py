@@ -262,6 +262,7 @@ def image_processor(config: M2FConfig) -> Mask2FormerImageProcessorPil:
         size={"height": config.image_height, "width": config.image_width},
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
+        size_divisor=1,  # by default it rounds sides up to multiples of 32
         do_reduce_labels=False,
         ignore_index=255,
     )

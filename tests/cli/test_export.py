@@ -40,6 +40,7 @@ def test_the_exit_status_is_the_parity(
     assert out.startswith(f"{path}: 1.5 MB. {tmp_path / 'model.json'} describes how to use it.\n")
     assert "compared on synthetic images" in out
     assert "largest difference: 1e-6" in out
+    assert ("python recipes/predict_exported.py" in out) is met
 
 
 def test_the_files_of_a_validation_dataset_can_be_given(
@@ -73,6 +74,11 @@ def test_int8_needs_openvino_and_images_and_has_limits_of_its_own(
     stand_in_for_the_export(monkeypatch, path, lambda *given: (asked.append(given[4]), parity)[1])
     assert main(["export", "user/model", "--int8", "--validation", "coco"]) == 1
     assert "--int8 needs --format openvino, got --format onnx" in capsys.readouterr().err
+    installed: dict[str, object] = dict.fromkeys(("onnx", "onnxscript", "openvino"), object())
+    monkeypatch.setattr("importlib.util.find_spec", installed.get)
+    assert main(["export", "user/model", "--int8", "--format", "openvino", "--validation", "coco"]) == 1
+    assert "needs nncf, which is not installed: pip install 'm2f-trainer[int8]'" in capsys.readouterr().err
+    installed["nncf"] = object()
     assert main(["export", "user/model", "--int8", "--format", "openvino"]) == 1
     assert "give --validation DATASET" in capsys.readouterr().err
     assert main(["export", "user/model", "--int8", "--format", "openvino", "--validation", "coco"]) == 0

@@ -6,21 +6,27 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.images import open_image
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.tiles import Tile, lay_tiles
 from m2f_trainer.errors import MissingPackageError, ModelFolderError
-from m2f_trainer.export.export import export_model, save_program
-from m2f_trainer.export.parity import HALF, check_export
+from m2f_trainer.export.export import export_constants, export_model, save_program
+from m2f_trainer.export.parity import HALF, Runner, check_export
+from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.inference.tiles import Piece, merge_pieces
 from m2f_trainer.model.mask2former import M2FModel
 from tests.export.models import SHAPES, SMALL, assert_equal_at_any_size, model_of
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, images
@@ -81,7 +87,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         export_model(model_of(SMALL), "onnx", tmp_path)
 
 
-def example() -> object:
+def example() -> Any:
     """The module of the example, which does not import this package."""
     spec = importlib.util.spec_from_file_location("predict_exported", EXAMPLE)
     assert spec is not None
@@ -99,7 +105,7 @@ def test_the_example_scales_values_of_more_than_8_bits_as_the_predictor_does(
     values = np.linspace(100, 3000, 48 * 64).reshape(48, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     expected = open_image(tmp_path / "a.png", "a", displayed=True, pixel_range=pixel_range)
-    found = example().read_rgb(tmp_path / "a.png", pixel_range)  # type: ignore[attr-defined]
+    found = example().read_rgb(tmp_path / "a.png", pixel_range)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
 
 
@@ -169,19 +175,123 @@ def test_the_example_equals_the_predictor_and_a_float16_file_nearly_so(tmp_path:
     assert half.stat().st_size < path.stat().st_size
     module = example()
     constants = json.loads(path.with_name("model.json").read_text(encoding="utf-8"))
-    network = module.open_network(path, constants)  # type: ignore[attr-defined]
+    assert constants["tiles"] is None
+    network = module.open_network(path, constants)
     for file in sorted(data.glob("*.png")) + sorted(data.glob("*.jpg")):
-        found = list(module.predict(network, constants, Image.open(file).convert("RGB")))  # type: ignore[attr-defined]
         (expected,) = Predictor(model)(file)
-        assert len(found) == len(expected) > 0
-        found.sort(key=lambda instance: -instance[1])
-        np.testing.assert_allclose([score for _, score, _ in found], expected.scores, atol=1e-4)
-        assert [category["id"] for category, _, _ in found] == expected.category_ids.tolist()
-        for index, (_, _, inside) in enumerate(found):
-            assert (inside != expected.mask(index).astype(bool)).mean() < 1e-3
-    environment = {**os.environ, "PYTHONPATH": ""}
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(path), str(file)], check=True, cwd=tmp_path, env=environment
+        assert len(expected)
+        assert_equal(module.predict(network, constants, Image.open(file).convert("RGB")), expected)
+    assert len(run_example(path, file)) == len(expected)
+
+
+def assert_equal(found: Iterable[tuple[dict[str, Any], float, NDArray[np.bool_]]], expected: Instances) -> None:
+    """Assert that the example found what the predictor found."""
+    best_first = sorted(found, key=lambda instance: -instance[1])
+    np.testing.assert_allclose([score for _, score, _ in best_first], expected.scores, atol=1e-4)
+    assert [category["id"] for category, _, _ in best_first] == expected.category_ids.tolist()
+    for index, (_, _, inside) in enumerate(best_first):
+        assert (inside != expected.mask(index).astype(bool)).mean() < 1e-3
+
+
+def run_example(path: Path, image: Path) -> list[dict[str, Any]]:
+    """Run the example as users do, without this package; return what it prints."""
+    command, environment = [sys.executable, str(EXAMPLE), str(path), str(image)], {**os.environ, "PYTHONPATH": ""}
+    run = subprocess.run(command, check=True, cwd=path.parent, env=environment, capture_output=True, text=True)
+    assert image.with_suffix(".instances.png").is_file()
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_the_example_predicts_in_tiles_as_the_predictor_does(tmp_path: Path) -> None:
+    model = model_of(SMALL, tile_size=40, tile_overlap=0.25)
+    model.config.thresholds = [0.05, 0.0, 0.1]
+    path = export_model(model, "torch", tmp_path, fixed_size=True)
+    noise = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (expected,) = Predictor(model)(tmp_path / "a.png")
+    assert len(expected)
+    found = run_example(path, tmp_path / "a.png")
+    found.sort(key=lambda instance: -instance["score"])
+    np.testing.assert_allclose([one["score"] for one in found], expected.scores, atol=2e-4)
+    assert [one["id"] for one in found] == expected.category_ids.tolist()
+    np.testing.assert_allclose(
+        [one["pixels"] for one in found], [expected.mask(index).sum() for index in range(len(expected))], atol=2
     )
-    assert run.returncode == 0
-    assert file.with_suffix(".instances.png").is_file()
+
+
+class Colours(Runner):
+    """Finds discs by their colour: the query k is sure of the pixels of red value 20 k + 20, the surer the larger."""
+
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As an exported file of stride 1."""
+        queries = torch.arange(self.config.num_queries)
+        red = pixel_values[:, :1].float()  # (B, 1, H, W)
+        masks = (8 - (red - 20 - 20 * queries[:, None, None]).abs()) * pixel_mask[:, None]  # (B, Q, H, W)
+        area = (masks > 0).float().mean((2, 3))
+        classes = torch.full((*area.shape, len(self.config.categories or []) + 1), -9.0)
+        classes[:, queries, queries % 2] = 4 * area.sqrt()
+        classes[:, :, -1] = 0
+        return classes, masks
+
+
+@pytest.mark.parametrize("size", [(150, 210), (64, 200), (30, 40)])
+@pytest.mark.parametrize(("side", "overlap"), [(64, 0.3), (50, 0.0), (90, 0.45)])
+def test_objects_that_seams_cut_are_merged_by_the_example_as_by_the_predictor(
+    size: tuple[int, int], side: int, overlap: float
+) -> None:
+    y, x = np.mgrid[: size[0], : size[1]]
+    pixels, rng = np.zeros((*size, 3), np.uint8), np.random.default_rng(side)
+    for number in range(12):
+        cy, cx, radius = rng.integers(size[0]), rng.integers(size[1]), rng.integers(4, 4 + min(size) // 4)
+        pixels[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 20 + 20 * number
+    model = Colours(model_of(SMALL, tile_size=side, tile_overlap=overlap, num_queries=12).config)
+    model.config.thresholds = [0.55, 0.5, 0.5]
+    constants = export_constants(model.config, "onnx", half=False, fixed_size=True)
+
+    def network(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
+        return [logits.numpy() for logits in model.run(torch.from_numpy(pixels), torch.from_numpy(mask))]
+
+    (expected,) = Predictor(model)(pixels)  # type: ignore[arg-type]
+    assert len(expected) > 3
+    assert_equal(example().predict(network, constants, Image.fromarray(pixels)), expected)
+
+
+def random_pieces(tiles: Sequence[Tile], size: tuple[int, int], rng: np.random.Generator) -> list[Piece]:
+    """Pieces of random discs, each tile's moved and scored by chance, and some forgotten."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    pieces = []
+    for number in range(40):
+        cy, cx, radius = rng.integers(size[0]), rng.integers(size[1]), rng.integers(2, 40)
+        for tile, place in enumerate(tiles):
+            x0, y0, x1, y1 = place.box
+            dy, dx = rng.integers(-3, 4, 2)
+            mask = ((y - cy - dy) ** 2 + (x - cx - dx) ** 2 <= radius**2)[y0:y1, x0:x1]
+            if not mask.any() or rng.random() < 0.15:
+                continue
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            tight = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            box = (x0 + int(columns[0]), y0 + int(rows[0]), x0 + int(columns[-1]) + 1, y0 + int(rows[-1]) + 1)
+            pieces.append(Piece(tile, number % 2, rng.random(), box, int(tight.sum()), np.packbits(tight)))
+    return pieces
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_example_merges_pieces_that_agree_poorly_as_the_predictor_does(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = (int(rng.integers(60, 220)), int(rng.integers(60, 220)))
+    side, overlap = int(rng.integers(40, 100)), float(rng.uniform(0, 0.49))
+    module, tiles = example(), lay_tiles(size, side, overlap)
+    laid = module.lay_tiles(size, side, overlap)
+    assert laid == [(tile.box, tile.core) for tile in tiles]
+    pieces = random_pieces(tiles, size, rng)
+    expected = merge_pieces(0, tiles, pieces, size)
+    config = model_of(SMALL, tile_size=side, tile_overlap=overlap).config
+    rules = export_constants(config, "onnx", half=False, fixed_size=True)["tiles"]
+    same = [module.Piece(one.tile, one.category_id, one.score, one.box, one.mask, one.area) for one in pieces]
+    found = module.merge(same, laid, size, rules)
+    assert [piece.label for piece in found] == expected.category_ids.tolist()
+    np.testing.assert_allclose([piece.score for piece in found], expected.scores)
+    for index, piece in enumerate(found):
+        x0, y0, x1, y1 = piece.box
+        mask = np.zeros(size, np.bool_)
+        mask[y0:y1, x0:x1] = piece.mask
+        assert np.array_equal(mask, expected.mask(index))

@@ -44,6 +44,8 @@ def test_the_card_shows_results_use_and_classes(tmp_path: Path) -> None:
     assert text.index("| dog | 75.0 |") < text.index("| cat | 25.0 |")
     assert "m2f predict me/pets photos/" in text
     assert 'pipeline("image-segmentation", model="me/pets", trust_remote_code=True)' in text
+    assert 'segment("photo.jpg", subtask="instance", threshold=0.5)' in text
+    assert "- Input: 518 x 518 (height x width); images are resized with their aspect ratio kept, then padded\n" in text
     assert "/home/someone" not in text
 
 
@@ -55,6 +57,18 @@ def test_a_model_of_dense_images_shows_ap_without_cocos_limit_and_the_limit_of_a
     assert "| split | mask AP | mask AP, no limit |\n|---|---|---|\n| valid | 50.0 | 60.0 |\n" in text
     assert '"no limit" counts all predictions' in text
     assert "tiles of 64 pixels, and finds at most 20 objects in a tile" in text
+
+
+def test_the_card_of_a_model_of_tiles_describes_them_and_advises_against_the_pipeline(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "run", tile_size=64, image_height=112, image_width=112)
+    digests = {"train_data": "ab" * 32, "valid_data": "cd" * 32}
+    write_json(folder / "fingerprint.json", {"train_images": 11351, "tile_size": 80, **digests})
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "- Input: tiles of 64 x 64 pixels of the image, which overlap, each resized to 112 x 112;" in text
+    assert "aspect ratio" not in text
+    assert "pets, 11,351 tiles of 80 x 80 pixels per epoch" in text
+    assert "pipeline` is not suitable for this model" in text
+    assert "pipeline(" not in text
 
 
 def test_the_test_split_has_a_row_of_its_own(tmp_path: Path) -> None:
@@ -175,7 +189,7 @@ def test_the_card_names_data_time_hardware_and_software(tmp_path: Path) -> None:
     write_json(folder / "fingerprint.json", {"train_images": 1464, "train_data": "ab" * 32, "valid_data": "cd" * 32})
     text = write_card(folder).read_text(encoding="utf-8")
     for expected in (
-        "pets, 1,464 images to train on", f"valid annotations (SHA-256): `{'cd' * 32}`", "1,800 steps, 15.5 epochs",
+        "pets, 1,464 images per epoch", f"valid annotations (SHA-256): `{'cd' * 32}`", "1,800 steps, 15.5 epochs",
         "2 h 03 min, evaluations", "2 x a GPU; peak memory of a process 1.5 GiB", "Software: torch 2",
     ):  # fmt: skip
         assert expected in text

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import Mask2FormerConfig
+from transformers import AutoImageProcessor, Mask2FormerConfig
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.arguments import HEADS, ModelArguments
@@ -20,6 +22,7 @@ from m2f_trainer.training.prepare import (
     build_recipe_model,
     eval_samples,
     head_settings,
+    image_processor,
     load_data,
     report_overfull,
     require_batch,
@@ -27,6 +30,7 @@ from m2f_trainer.training.prepare import (
     train_samples,
 )
 from tests.data.test_reading import deep_dataset, ramp
+from tests.model.tiny import DINOV2, tiny_model
 from tests.training.runs import write_dense, write_tiny
 
 
@@ -171,6 +175,16 @@ def test_a_dataset_of_8_bit_images_leaves_the_range_open(tmp_path: Path) -> None
     assert data.pixel_range is None
     assert with_pixel_range(recipe, data.pixel_range) == recipe
     assert build_recipe_model(recipe.model, recipe.data, data.categories).config.pixel_range is None
+
+
+@pytest.mark.parametrize("height", [112, 518])
+def test_transformers_processor_gives_images_of_exactly_the_models_size(height: int, tmp_path: Path) -> None:
+    config = tiny_model(DINOV2, image_size=(height, 140)).config
+    image_processor(config).save_pretrained(tmp_path)
+    photo = np.zeros((48, 64, 3), np.uint8)
+    for reader in (AutoImageProcessor, Mask2FormerImageProcessorPil):
+        processor = reader.from_pretrained(tmp_path)
+        assert processor(photo, return_tensors="pt")["pixel_values"].shape == (1, 3, height, 140)
 
 
 def test_the_original_head_has_the_sizes_of_transformers_configuration() -> None:
