@@ -247,6 +247,8 @@ def stitch(pieces, tiles):
 if __name__ == "__main__":
     model = Path(sys.argv[1])
     constants = json.loads(model.with_name("model.json").read_text())
+    if "tiles" not in constants:
+        sys.exit(f"{model} was exported by an older version, which did not write its tiles: export the model again")
     network = open_network(model, constants)
     for path in map(Path, sys.argv[2:]):
         pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
