@@ -30,8 +30,8 @@ from m2f_trainer.data.dataset import (
 )
 from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
-from m2f_trainer.data.normalize import is_text, type_name
-from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
+from m2f_trainer.data.normalize import type_name
+from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_name, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.data.splits import Entry, SplitAnnotations, pack_polygons
@@ -291,8 +291,7 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
 def _category_key(one: Mapping[str, Any]) -> int | str | None:
     """The category of an object: its number, or its name if it has none."""
     number = category_of(one)
-    names = (one[key] for key in CATEGORY_KEYS if is_text(one.get(key)))
-    return next(names, None) if number is None else number
+    return category_name(one) if number is None else number
 
 
 def _label_names(rows: datasets.Dataset) -> dict[int, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
 from m2f_trainer.data.normalize import is_text, type_name
-from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, split_objects
+from m2f_trainer.data.objects import MASK_KEYS, category_name, category_of, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
@@ -83,12 +83,8 @@ def _class_names(path: Path) -> Iterator[str]:
             objects = split_objects(row["objects"], "") if isinstance(row, Mapping) and "objects" in row else []
         except DataError:  # reported when the rows are read
             continue
-        yield from (name for one in objects if (name := _category_name(one)) is not None)
-
-
-def _category_name(one: object) -> str | None:
-    keys = CATEGORY_KEYS if isinstance(one, Mapping) else ()
-    return next((one[key] for key in keys if is_text(one.get(key))), None)  # type: ignore[index, attr-defined]
+        names = (category_name(one) for one in objects if isinstance(one, Mapping))
+        yield from (name for name in names if name is not None)
 
 
 def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -162,7 +158,7 @@ def _objects(
         report("bad-annotation-entry", name, [image["id"]], str(error), image["id"])
         return
     for index, one in enumerate(objects):
-        label = _category_name(one)
+        label = category_name(one) if isinstance(one, Mapping) else None
         category = ids.get(label) if label is not None else category_of(one) if isinstance(one, Mapping) else None
         if category is None:
             found = f"a {type_name(one)}" if not isinstance(one, Mapping) else f"fields {', '.join(map(str, one))}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from m2f_trainer.data.normalize import type_name
+from m2f_trainer.data.normalize import is_text, type_name
 from m2f_trainer.errors import DataError
 
 CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "class")
@@ -14,6 +14,11 @@ def category_of(one: Mapping[str, Any]) -> int | None:
     """The category id of an object; None if it has no integer of 64 bits as category."""
     numbers = (one[key] for key in CATEGORY_KEYS if type(one.get(key)) is int)
     return next((int(number) for number in numbers if abs(number) < 2**63), None)
+
+
+def category_name(one: Mapping[str, Any]) -> str | None:
+    """The name of an object's category; None if it has none."""
+    return next((one[key] for key in CATEGORY_KEYS if is_text(one.get(key))), None)
 
 
 def split_objects(objects: Any, where: str) -> list[Any]:
