@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     if arguments.int8 and arguments.format != "openvino":
         raise ArgumentError(f"--int8 needs --format openvino, got --format {arguments.format}.")
     if arguments.int8:
-        needs("onnx", "onnxscript", "openvino", "nncf", extra="int8")
+        needs("nncf", extra="int8")
     check_model_path(arguments.model)
     limits = INT8 if arguments.int8 else HALF if arguments.half else FULL
     model, calibration = load_model(arguments.model), None

@@ -19,7 +19,7 @@ EVIL = '"><script>alert(1)</script>{{ 7 * 7 }}'
 
 
 def report(**changes: object) -> str:
-    values = {"heading": "a", "title": "a", "galleries": [], "summary": Table(["run"], [["a"]])}
+    values = {"heading": "a", "title": "a", "dense": False, "galleries": [], "summary": Table(["run"], [["a"]])}
     values |= {
         "classes": Table(["class"], [["cat"]], sortable=True),
         "errors": Table([], []),
