@@ -17,6 +17,13 @@ from m2f_trainer.errors import DataError
 Transform: TypeAlias = Callable[[Mapping[str, Any], int, int, Sequence[Mapping[str, Any]]], Sample]
 
 
+def object_counts(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """The number of objects in each row, without crowd regions, (len,)."""
+    lists = rows.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
+    crowd = pc.struct_field(pc.list_flatten(lists), "iscrowd").to_numpy(zero_copy_only=False).astype(bool)
+    return np.bincount(pc.list_parent_indices(lists).to_numpy()[~crowd], minlength=len(rows)).astype(np.int64)
+
+
 class InstanceDataset(Dataset[dict[str, Any]]):
     """Transformed rows, with class k for the k-th category and without crowd regions."""
 
@@ -59,7 +66,7 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def objects(self) -> npt.NDArray[np.int64]:
         """The number of objects of each sample, (len,), before augmentation."""
-        return np.bincount(self.labels()[:, 0], minlength=len(self.rows)).astype(np.int64)
+        return object_counts(self.rows)
 
     def labels(self) -> npt.NDArray[np.int64]:
         """Row number and class of every object of the split, without crowd regions, (N, 2)."""

@@ -101,6 +101,10 @@ OTHER_FORMATS: Mapping[str, str] = {
         "Write it as Parquet and name that folder: `for split, rows in datasets.load_from_disk('FOLDER').items():"
         " rows.to_parquet(f'as_parquet/{split}.parquet')`; or upload it with push_to_hub and name user/name"
     ),
+    "datasets.Dataset.save_to_disk": (
+        "Write it as Parquet and name that folder: `datasets.load_from_disk('FOLDER')"
+        ".to_parquet('as_parquet/train.parquet')`; or upload it with push_to_hub and name user/name"
+    ),
     "DOTA": f"Its oriented boxes aren't masks. {ADD_OUTLINES}",
     "archive": "Unpack it and name its folder: a zip file as in `python -m zipfile -e export.zip export`",
 }
@@ -356,8 +360,10 @@ def other_format(folder: Path) -> tuple[str, Path] | None:
                 return kind, path
             if name == "metadata.jsonl":
                 return "imagefolder without objects", path
-            if name == "dataset_dict.json" or name.endswith(".arrow"):
+            if name == "dataset_dict.json":
                 return "datasets.save_to_disk", path
+            if name.endswith(".arrow"):
+                return "datasets.Dataset.save_to_disk", path
             if name.endswith(".xml") and _starts_with(path, b"<annotations>"):
                 return "CVAT for images", path
             if name.endswith(".xml") and _starts_with(path, b"<annotation"):

@@ -282,6 +282,11 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
             used |= {key for key in keys if key is not None and (not known or key in known)}
     numbers = {key for key in used if isinstance(key, int)}
     texts = sorted(key for key in used if isinstance(key, str))
+    if numbers and texts and not names:
+        raise DataError(
+            f"{name}: some objects have a number as category, such as {min(numbers)}, and others only a name, such as"
+            f" {brief(texts[0])}. Give all a number, or all a name."
+        )
     by_number = {key: names.get(key, str(key)) for key in numbers}
     ids = {text: key for key, text in names.items()} or dict(zip(texts, count(max(numbers, default=0) + 1)))
     by_number |= {ids[text]: text for text in texts}

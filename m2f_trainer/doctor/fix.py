@@ -24,7 +24,7 @@ from m2f_trainer.errors import DataError
 
 CHANGES = "changes.json"
 _DUPLICATE_KINDS = ("duplicate-image", "leakage")
-_CONSEQUENCES = ("no-objects",)  # which may be gone when other errors are corrected
+_CONSEQUENCES = ("missing-split", "no-objects")  # which may be gone when other errors are corrected
 _KEEP_ORDER = ("test", "valid", "train")  # an image in several splits stays in the first of these
 _LOST_IMAGES = ("bad-image-entry", "missing-image", "bad-image", "wrong-image-size", "unsafe-path")
 _LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask")

@@ -45,7 +45,7 @@ def metrics_table(metrics: Mapping[str, float], prefix: str = "") -> str:
         values = [metrics.get(f"{prefix}{kind}{column}", -1.0) for column in COLUMNS]
         lines.append(f"{label:8}" + "".join(f"{percent(value):>8}" for value in values))
     if "no limit" in scored:
-        counted = f"COCO counts the {LIMITS[-1]} best of an image, and some have more objects."
+        counted = f"The other rows count the {LIMITS[-1]} best of an image, and some have more objects."
         lines += ["", f"no limit: masks, all predictions. {counted}"]
     start = prefix + CLASS_KEY
     classes = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}

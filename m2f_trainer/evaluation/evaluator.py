@@ -3,8 +3,9 @@
 The metrics (COCO AP and AR, boundary AP) are numbers by name, logged at each evaluation. The diagnostics are written to
 evaluation.json, next to a checkpoint's metrics.json. Reports, model cards and pictures are made from them.
 
-COCO counts the 100 best predictions of an image. Where images have more objects than that, no model can find them all
-by these figures, so AP is given without the limit, too. The diagnostics count all predictions.
+The metrics count the 100 best predictions of an image, as the original Mask2Former's do; COCO's own limit is 100 of
+each class. Where images have more objects than that, no model can find them all by these figures, so AP is given
+without the limit, too. The diagnostics count all predictions.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ def boundary_iou(first: Boundary, second: Boundary) -> float:
 
 
 BACKGROUND_IOU = 0.1  # pairs below it are dropped
+PREDICTIONS_AT_ONCE = 1000  # whose overlaps with all objects of an image are in memory
 MATCH_IOU = 0.5  # the lowest IoU of a match
 
 
@@ -143,8 +144,19 @@ def _overlapping(
     masks: list[dict[str, Any]], regions: list[dict[str, Any]], crowd: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The pairs (p, 2) that overlap by at least `BACKGROUND_IOU`, and their overlaps (p,)."""
-    if not masks or not regions:
-        return np.zeros((0, 2), np.int64), np.zeros(0)
+    starts = range(0, len(masks) if regions else 0, PREDICTIONS_AT_ONCE)
+    parts = [_overlaps_of(masks[start : start + PREDICTIONS_AT_ONCE], regions, crowd) for start in starts]
+    pairs = [found + np.array([start, 0]) for start, (found, _) in zip(starts, parts, strict=True)]
+    return (
+        np.concatenate([np.zeros((0, 2), np.int64), *pairs]),
+        np.concatenate([np.zeros(0), *(values for _, values in parts)]),
+    )
+
+
+def _overlaps_of(
+    masks: list[dict[str, Any]], regions: list[dict[str, Any]], crowd: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """As `_overlapping`, with memory for every pair of a prediction and an object."""
     unique: dict[bytes, int] = {}  # predictions of one query with several classes share a mask
     position = [unique.setdefault(mask["counts"], len(unique)) for mask in masks]
     firsts = [{"size": masks[0]["size"], "counts": counts} for counts in unique]

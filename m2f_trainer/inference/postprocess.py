@@ -26,7 +26,7 @@ from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.masks.rle import Box, Size, encode_runs, runs_of_changes, union
 
 TOP_K = 100
-"""(query, class) pairs of an image that the original Mask2Former keeps, as many as COCO's figures count."""
+"""(query, class) pairs of an image that the original Mask2Former keeps, and that the metrics count."""
 
 Pairs = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 """Probability, class and query of k pairs, (k,) each."""

@@ -108,7 +108,8 @@ class Predictor:
         """The instances of each image whose score is above `threshold`, best first.
 
         `image_ids` are those of the results, such as `rows["image_id"]` of a dataset to score against with `CocoMap`;
-        by default they are the positions of the images. `batch_size` and `top_k` are as in `stream`.
+        by default they are the positions of the images. `batch_size` and `top_k` are as in `stream`; with `top_k=100`
+        and `threshold=0.0`, the figures of `CocoMap` are those of an evaluation.
 
         An image is a path, the bytes of a file, a binary file object, a Pillow image, an array (H, W) or (H, W, C), or
         a tensor (H, W) or (C, H, W). An array or tensor with four axes is a batch of images.
@@ -251,7 +252,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ArgumentError(f"device: {str(name)!r} can't be used here ({error}). Use cpu.") from error
     return device
 

@@ -205,7 +205,7 @@ def _pairs(tiles: Sequence[Tile], pieces: Sequence[Sequence[Piece]]) -> Iterator
     across = sum(tile.box[1] == tiles[0].box[1] for tile in tiles)
     for number, tile in enumerate(tiles):
         later = {number + 1, *(number + across + step for step in (-1, 0, 1))}
-        for other in (one for one in later if number < one < len(tiles)):
+        for other in (one for one in sorted(later) if number < one < len(tiles)):
             shared = intersection(tile.box, tiles[other].box)
             if not box_area(shared):
                 continue

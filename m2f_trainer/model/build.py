@@ -165,9 +165,9 @@ def _check_fields(given: Mapping[str, Any]) -> None:
 def _label_fields(given: Sequence[Any]) -> dict[str, Any]:
     """The configuration's class fields: our `categories`, and transformers' `id2label` and `label2id`."""
     categories = [vars(one) if is_dataclass(one) else one for one in given]
-    if not all(isinstance(one, Mapping) and {"id", "name"} <= one.keys() for one in categories):
+    if not all(isinstance(one, Mapping) and "name" in one and type(one.get("id")) is int for one in categories):
         raise ModelError(f"categories: expected each as {{'id': 1, 'name': 'cat'}}, got {categories}")
-    ids = [int(category["id"]) for category in categories]
+    ids = [category["id"] for category in categories]
     if not ids or len(set(ids)) < len(ids):
         raise ModelError(f"categories: expected one or more with distinct ids, got the ids {ids}")
     names = [str(category["name"]) for category in categories]

@@ -6,6 +6,7 @@ the tensor would stay random.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,12 @@ def load_weights(
 
 
 def share_weights(folder: Path) -> None:
-    """Give the weights in a folder the permissions of its config.json: safetensors' files are for their owner only."""
+    """Give the weights in a folder the permissions of its config.json: safetensors' files are for their owner only.
+
+    Links, and files whose permissions can't be changed, stay as they are.
+    """
     config = folder / "config.json"
     for path in folder.glob("*.safetensors") if config.exists() else ():
-        path.chmod(config.stat().st_mode)
+        if not path.is_symlink():
+            with suppress(OSError):
+                path.chmod(config.stat().st_mode)

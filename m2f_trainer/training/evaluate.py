@@ -58,7 +58,7 @@ def evaluate_folder(
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form; the 100 best of each image, which COCO counts). `annotations`, `images`,
+    predictions.json (COCO results form; the 100 best of each image, which the metrics count). `annotations`, `images`,
     `exif_frame` and `follow_links` are as of `load_dataset`; `pixel_range` is the recipe field, by default the model's
     own. `precision` is as of `Predictor`. Where the model's recipe.json is beside it and it was trained on such a
     device, "auto" is the precision of the training, and `batch_size`, the number of images or tiles of a forward pass,

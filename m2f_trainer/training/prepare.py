@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -22,7 +21,7 @@ from m2f_trainer.config.arguments import (
 )
 from m2f_trainer.config.recipe import Recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.collate import InstanceDataset
+from m2f_trainer.data.collate import InstanceDataset, object_counts
 from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.hub_dataset import load_recipe_dataset
 from m2f_trainer.data.imbalance import RepeatedSamples, resolve_weights, weights_of_classes, weights_text
@@ -227,8 +226,7 @@ def require_figure(name: str | None, rows: Dataset) -> None:
     """Raise RecipeError if evaluations have no metric of that name; the Trainer notices it at the first evaluation
     only.
     """
-    objects = rows.select_columns(["objects"]).with_format("arrow")[:]["objects"]
-    densest = int(np.argmax(pc.list_value_length(objects)))  # dense images have more metrics
+    densest = int(np.argmax(object_counts(rows)))  # dense images have more metrics
     figures = [f"eval_{figure}" for figure in Evaluator(rows.select([densest]))([])]
     wanted = f"eval_{str(name).removeprefix('eval_')}"
     if name is not None and wanted not in figures:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_utils import EvalLoopOutput
 
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.collate import InstanceDataset, collate, object_counts
 from m2f_trainer.data.tiles import EvalTiles, TileOrder, TileTransform
 from m2f_trainer.distributed import from_main
 from m2f_trainer.evaluation.coco import LIMITS
@@ -230,7 +230,8 @@ class M2FTrainer(Trainer):
         """
         self.predictions = []
         dataset = unwatched(dataloader.dataset)
-        self.limit = None if self.scorer is None and has_dense_images(dataset) else LIMITS[-1]
+        takes_all = self.scorer is None or isinstance(self.scorer, Evaluator)
+        self.limit = None if takes_all and has_dense_images(dataset) else LIMITS[-1]
         self.merger = Merger(dataset.tiling, self.limit) if isinstance(dataset, EvalTiles) else None
         with averaged(self.optimizer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -345,8 +346,8 @@ def split_rows(dataset: Dataset[Any]) -> datasets.Dataset:
 
 
 def has_dense_images(dataset: Dataset[Any]) -> bool:
-    """Whether an image has more objects than the predictions that COCO counts; then the `Evaluator` takes all."""
-    return isinstance(dataset, InstanceDataset) and int(dataset.objects().max(initial=0)) > LIMITS[-1]
+    """Whether an image has more objects than predictions of it count; then the `Evaluator` takes all predictions."""
+    return isinstance(dataset, InstanceDataset) and int(object_counts(dataset.rows).max(initial=0)) > LIMITS[-1]
 
 
 def instances_of(

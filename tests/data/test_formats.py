@@ -105,6 +105,7 @@ OTHERS = {
     "Pascal VOC": ("Annotations/a.xml", "<annotation><object/></annotation>"),
     "imagefolder without objects": ("train/metadata.jsonl", '{"file_name": "a.png", "text": "a cell"}'),
     "datasets.save_to_disk": ("dataset_dict.json", {"splits": ["train"]}),
+    "datasets.Dataset.save_to_disk": ("data-00000-of-00001.arrow", ""),
     "DOTA": ("train/labelTxt/a.txt", "imagesource:GoogleEarth"),
     "archive": ("export.zip", "PK"),
     "CVAT for images": ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version/></annotations>"),

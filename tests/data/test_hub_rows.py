@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -125,16 +126,28 @@ def test_categories_given_by_name_are_numbered_in_the_order_of_the_names(tmp_pat
         load_hub(named(tmp_path / "null", train=["cell", None], valid=["cell"]))
 
 
+def test_objects_of_which_some_have_a_number_and_some_only_a_name_are_refused(tmp_path):
+    fields = List({"category_id": Value("int64"), "category": Value("string"), "segmentation": POLYGONS})
+    objects = [{"category_id": 3, "category": "cat"}, {"category_id": None, "category": "dog"}]
+    row = {"image": picture(), "objects": [{**one, "segmentation": SQUARE} for one in objects]}
+    features = datasets.Features({"image": datasets.Image(), "objects": fields})
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([row], features=features)})
+    with pytest.raises(DataError, match="a number as category, such as 3, and others only a name, such as 'dog'"):
+        load_hub(as_pushed(splits, tmp_path / "mixed"))
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["splits", "one split"])
 def test_a_folder_of_save_to_disk_is_refused_with_a_way_out_that_works(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pushed = datasets.load_dataset(named(tmp_path / "set", train=["cell", "nucleus"], valid=["cell"]))
     (pushed if whole else pushed["train"]).save_to_disk("FOLDER")
-    with pytest.raises(DataError, match=r"its format is datasets\.save_to_disk.*`(.*)`; or upload it") as error:
+    format_name = r"datasets\.(Dataset\.)?save_to_disk"
+    with pytest.raises(DataError, match=rf"its format is {format_name}.*`(.*)`; or upload it") as error:
         load_dataset("FOLDER")
-    if whole:
-        exec(re.search("`(.*)`", str(error.value))[1], {"datasets": datasets})
-        assert {split: len(rows) for split, rows in load_dataset("as_parquet").items()} == {"train": 2, "valid": 1}
+    Path("as_parquet").mkdir()
+    exec(re.search("`(.*)`", str(error.value))[1], {"datasets": datasets})
+    found = {split: len(rows) for split, rows in load_hub("as_parquet").items()}
+    assert found == ({"train": 2, "valid": 1} if whole else {"train": 2})
 
 
 OURS = {

@@ -135,7 +135,7 @@ def test_a_run_on_dense_images_shows_ap_without_cocos_limit(data: Path, tmp_path
     write_metrics({**figures, "eval_unlimited_map": 0.625}, folder / "metrics.json")
     words = Reader(write_report([folder], tmp_path / "page.html").read_text()).words
     assert {"AP, no limit", "62.5"} <= set(words)
-    assert any("COCO counts the 100 best predictions of an image" in word for word in words)
+    assert any("count the 100 best predictions of an image" in word for word in words)
 
 
 def test_the_settings_that_differ_between_runs_are_listed_and_no_others(data: Path, tmp_path: Path) -> None:

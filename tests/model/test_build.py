@@ -145,6 +145,7 @@ def test_categories_are_those_of_a_dataset_or_dictionaries_with_distinct_ids() -
         ([], r"got the ids \[\]"),
         ([CATEGORIES[0], CATEGORIES[0]], r"distinct ids, got the ids \[3, 3\]"),
         (["cat"], "expected each as {'id': 1, 'name': 'cat'}"),
+        ([{"id": "x", "name": "cat"}], "expected each as {'id': 1, 'name': 'cat'}"),
     ):
         with pytest.raises(ModelError, match=message):
             tiny_model(categories=wrong)
