@@ -1,4 +1,4 @@
-"""Fine-tunes Mask2Former on DINOv3 and DINOv2 backbones for instance segmentation.
+"""Fine-tunes Mask2Former on DINOv3, DINOv2 and other backbones for instance segmentation.
 
 Public names are imported on first use, which keeps importing the package fast.
 """

@@ -11,8 +11,11 @@ runs/first/                 output_dir of `m2f train`
   README.md, pictures/      the model card
   adapter/                  of a LoRA run: the adapter with neck and head
   feature_cache/            with feature_cache: backbone features, deleted at the end
-  checkpoint-N/             all of this at step N, plus the optimizer's state and manifest.json, which lists the
-                            files with sizes and SHA-256 and makes the checkpoint complete
+  *.py                      the model's code, for trust_remote_code
+  runs/                     TensorBoard's files
+  checkpoint-N/             model, records and code at step N, plus the states of optimizer, schedule and random
+                            numbers, and manifest.json, which lists the files with sizes and SHA-256 and makes the
+                            checkpoint complete
   .staging/                 the checkpoint being written
   .resume/                  links to the checkpoint that a changed run resumed from
   .lock                     held by the process that writes here

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. The options of `train` are recipe fields, which `config.recipe` parses."""
-    overview = ["Fine-tune Mask2Former on DINOv3 backbones for instance segmentation."]
+    overview = ["Fine-tune Mask2Former on DINOv3, DINOv2 and other backbones for instance segmentation."]
     for title, modules in GROUPS.items():
         overview += ["", title, *(f"  {module.__name__.rpartition('.')[2]:<10} {module.SUMMARY}" for module in modules)]
     parser = argparse.ArgumentParser(

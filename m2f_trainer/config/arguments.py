@@ -411,7 +411,7 @@ class DataArguments:
     )
     lsj_min_scale: float | None = option(
         None,
-        "Large-scale jitter: smallest factor an image is scaled by. With tile_size the default is 1.",
+        "Large-scale jitter: smallest factor an image is scaled by [0.1; with tile_size 1].",
         "augmentation",
         at_least=0.01,
         at_most=10,
@@ -419,7 +419,7 @@ class DataArguments:
     )
     lsj_max_scale: float | None = option(
         None,
-        "Large-scale jitter: largest factor an image is scaled by. With tile_size the default is 1.",
+        "Large-scale jitter: largest factor an image is scaled by [2; with tile_size 1].",
         "augmentation",
         at_least=0.01,
         at_most=10,

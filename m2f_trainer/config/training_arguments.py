@@ -98,8 +98,8 @@ class TrainArguments(TrainingArguments):
     )
     max_minutes: float | None = option(
         None,
-        "Train for this many minutes of wall time instead of epochs or steps. Everything counts but the last evaluation, the last save and the final test; "
-        "the learning rate schedule follows the time.",
+        "Train for this many minutes of wall time instead of epochs or steps. Everything counts but the last "
+        "evaluation, the last save and the final test; the learning rate schedule follows the time.",
         "length and batch",
         at_least=0.01,
         changes_results=True,

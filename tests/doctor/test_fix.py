@@ -10,6 +10,7 @@ from PIL import Image
 
 from m2f_trainer.cli.main import main
 from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.problems import KINDS
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor.examine import examine
@@ -233,3 +234,14 @@ def test_a_split_without_usable_images_is_named_as_dropped(tmp_path):
     assert list(done.dropped) == ["test"]
     assert "test: 0 of 6 images, 0 of 6 objects, 0 of 1 classes; the split is dropped" in done.to_text()
     assert not (tmp_path / "copy/test").exists()
+
+
+def test_validation_images_that_can_not_be_used_are_dropped_and_others_held_out(tmp_path, capsys):
+    root = write_sample(tmp_path / "set", images=(10, 2, 0))
+    for path in (root / "valid").glob("*.jpg"):
+        path.unlink()
+    assert main(["check", str(root)]) == 1
+    assert "--fix" in capsys.readouterr().out.split("Next:")[1]
+    done = repair(examine(root), tmp_path / "copy")
+    assert list(done.dropped) == ["valid"]
+    assert set(load_dataset(tmp_path / "copy")) == {"train", "valid"}
