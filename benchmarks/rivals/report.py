@@ -60,9 +60,13 @@ def _details(results: Results, command: str) -> list[str]:
         "",
     ]
     for label, budgets in groups(results).items():
-        one = next(iter(budgets.values()))[0]
-        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-        details.append(f"- {label}: `{json.dumps(one['settings'])}`; {versions}.")
+        runs = [one for several in budgets.values() for one in several]
+        found: dict[str, dict[str, None]] = {}  # each version once, in order
+        for one in runs:
+            for name, version in one["versions"].items():
+                found.setdefault(name, {})[version] = None
+        versions = ", ".join(f"{name} {' and '.join(several)}" for name, several in found.items())
+        details.append(f"- {label}: `{json.dumps(runs[0]['settings'])}`; {versions}.")
     return details
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.rivals.__main__ import main
+from benchmarks.rivals.report import to_markdown
 from benchmarks.rivals.running import planned, rate
 from benchmarks.rivals.table import TABLE, rivals_of
 from tests.benchmarks.dataset import square, write_squares
@@ -46,6 +47,8 @@ def test_every_budget_and_seed_becomes_a_result_and_a_figure(squares: Path) -> N
     assert "| Perfect | 1 | 2 | **100.0** (100.0, 100.0) | 100.0 |" in text
     with Image.open(out / "rivals.png") as picture:
         assert picture.width > 600
+    later = [one | {"versions": one["versions"] | {"commit": name}} for one, name in zip(results, "abba", strict=True)]
+    assert "commit a and b." in to_markdown(later, "command")
 
 
 def test_a_finished_result_is_not_run_again_unless_its_settings_change(squares: Path) -> None:
