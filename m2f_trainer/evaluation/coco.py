@@ -156,7 +156,8 @@ class CocoMap:
             if item.image_id not in self.sizes:
                 raise DataError(
                     f"Expected predictions for the dataset's {len(self.sizes)} images only, found image_id "
-                    f"{item.image_id}. Score against the split that was predicted; a Predictor takes its image_ids."
+                    f"{item.image_id}. Score against the split that was predicted. A Predictor numbers images by their "
+                    'position, unless it is given image_ids=rows["image_id"].'
                 )
             size = self.sizes[item.image_id]
             if len(item) and tuple(item.size) != size:

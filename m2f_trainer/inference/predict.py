@@ -157,7 +157,8 @@ class Job:
 def model_version(model: str, config: PreTrainedConfig) -> str:
     """A digest of what predictions depend on besides the input: name, configuration, and date or commit of weights."""
     dates = [file.stat().st_mtime_ns for file in sorted(Path(model).glob("model*.safetensors"))]
-    facts = [model, config.to_dict(), vars(config).get("_commit_hash"), dates, "one object for each query"]
+    kept = "one object for each query"  # earlier versions kept 100, and their results are not reused
+    facts = [model, config.to_dict(), vars(config).get("_commit_hash"), dates, kept]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -31,7 +31,7 @@ class Job:
     future: Future[Instances] = field(default_factory=Future)
 
     def deliver(self, result: Instances | Exception) -> None:
-        """Set the instances or the error, unless it has an error already or was cancelled."""
+        """Set the result or the error of the future, unless it is done or cancelled."""
         if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         if isinstance(result, Exception):

@@ -13,7 +13,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.evaluation.evaluator import Evaluator
+from m2f_trainer.evaluation.overlaps import image_overlaps
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.masks.segmentation import decode
 from m2f_trainer.run_folder import read_details, write_classes, write_details
@@ -112,6 +114,20 @@ def test_the_diagnostics_of_a_dense_image_count_all_predictions() -> None:
     assert figures["unlimited_map"] == pytest.approx(1)
     assert evaluator.details["errors"]["missed"]["count"] == 0
     assert evaluator.details["classes"][0]["recall"] == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 300])
+def test_the_overlaps_do_not_depend_on_how_many_predictions_are_compared_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coco = dense_image(150, 3)
+    scorer, found = CocoMap(rows_of(coco), categories_in(coco)), noisy(coco, seed=5)
+    (expected,) = image_overlaps(scorer, found)
+    monkeypatch.setattr("m2f_trainer.evaluation.overlaps.PREDICTIONS_AT_ONCE", at_once)
+    (image,) = image_overlaps(scorer, found)
+    assert len(expected.pairs) > 100
+    for name in ("pairs", "overlaps", "boundaries"):
+        assert np.array_equal(getattr(image, name), getattr(expected, name)), name
 
 
 def test_without_dense_images_there_are_no_figures_without_the_limit() -> None:
