@@ -22,6 +22,7 @@ from m2f_trainer.data.image_names import (
     outermost,
     path_elsewhere,
     usual_name,
+    without_server,
 )
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, is_text, type_name, whole_number
@@ -174,7 +175,7 @@ def _locate(images: list[Entry], files: SplitFiles, report: Report) -> _Located:
     A name that no file has is searched with other spellings. A name that fits two files, and a file that fits two
     names, are reported and left out.
     """
-    name = str(files.annotations)
+    name, images = str(files.annotations), [without_server(image) for image in images]
     places = ImageNames(
         files.image_folders, files.annotations, files.split, files.root, files.other_splits, files.follow_links
     )

@@ -3,8 +3,8 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,6 +19,7 @@ LINK_ADVICE = "If it is a link of your own, give --follow_links."
 
 _COMPARED = 20  # images whose files are compared between two folders that hold the same names
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
+_LABEL_STUDIO = "/data/local-files/?d="  # before the percent-encoded path of a file in its local storage
 
 
 def is_inside(name: str) -> bool:
@@ -82,11 +83,14 @@ class ImageNames:
         Reports a folder that holds other files of the same names: an error, unless the first one is where images
         usually are and has all of them.
         """
-        wanted = [name for name in names if is_inside(name) and len(name) < 4096]
-        held = {folder: [name for name in wanted if self._has(folder, name)] for folder in self._folders}
+        by_first: dict[str, set[str]] = {}
+        for name in names:
+            if is_inside(name) and len(name) < 4096:
+                by_first.setdefault("".join(PurePosixPath(name).parts[:1]), set()).add(name)
+        held = {folder: self._held(folder, by_first) for folder in self._folders}
         best = max(self._folders, key=lambda folder: len(held[folder]))
         for other in self._folders:
-            same = sorted(set(held[best]) & set(held[other])) if other != best else []
+            same = sorted(held[best] & held[other]) if other != best else []
             differs = next((name for name in same[:_COMPARED] if files_differ(best / name, other / name)), None)
             if differs is None:
                 continue
@@ -122,22 +126,11 @@ class ImageNames:
         files with the same last part, those that share the most folders with the name are returned, if they share any.
         An absolute path, or one with \\ between its folders, only refers to files that share its last folder.
         """
-        elsewhere = path_elsewhere(name)
-        parts = _parts(elsewhere or name)
-        found: list[Path] = []
-        for places in self._places:
-            found = [path for path in places.of_name(parts) if not self._is_of_another_split(path, parts)]
-            found = [path for path in found if _common_end(parts, path.parts) > 1 or not self._is_version(path.parent)]
-            if elsewhere is not None:  # the file's folder must be that of the name, too
-                found = [path for path in found if _common_end(parts, path.parts) > 1]
-            if found:
-                break
-        if len(found) < 2:
-            return found
-        shared = [_common_end(parts, path.parts) for path in found]
-        best = [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
-        best = best if max(shared) > 1 else found
-        return best if any(files_differ(best[0], other) for other in best[1:]) else best[:1]
+        parts, is_elsewhere = _parts(name), path_elsewhere(name) is not None
+        groups = (group for places in self._places for group in places.by_shared_folders(parts))
+        fitting = ([path for path in group if self._fits(path, parts, is_elsewhere)] for group in groups)
+        found = next(filter(None, fitting), [])
+        return found if any(files_differ(found[0], other) for other in found[1:]) else found[:1]
 
     def find_in_other_splits(self, name: str) -> list[Path]:
         """The files below the folders, but in those of other splits, that a name would refer to."""
@@ -149,10 +142,20 @@ class ImageNames:
         folders = (folder for places in self._places for folder in places.folders)
         return next(path.relative_to(folder).as_posix() for folder in folders if path.is_relative_to(folder))
 
+    def _fits(self, path: Path, parts: Sequence[str], is_elsewhere: bool) -> bool:
+        """Whether a file with the last part of a name may be meant by the name."""
+        if self._is_of_another_split(path, parts):
+            return False
+        return _shared_folders(path, parts) > 0 or not (is_elsewhere or self._is_version(path.parent))
+
     def _is_of_another_split(self, path: Path, parts: Sequence[str]) -> bool:
         """Whether a file is in the folder of another split, and the name doesn't say so."""
-        folders = PurePosixPath(self.relative(path)).parts[:-1]
-        return not self._other_splits.isdisjoint(map(split_of, folders)) and _common_end(parts, path.parts) < 2
+        if path.parent not in self._depths:
+            folders = PurePosixPath(self.relative(path)).parts[:-1]
+            depths = (depth for depth, one in enumerate(reversed(folders)) if split_of(one) in self._other_splits)
+            self._depths[path.parent] = next(depths, None)
+        depth = self._depths[path.parent]
+        return depth is not None and _shared_folders(path, parts) <= depth
 
     def _is_version(self, folder: Path) -> bool:
         """Whether a folder has other files of the names in the image folder: label pictures, or reduced images."""
@@ -165,13 +168,20 @@ class ImageNames:
 
     def _listing(self, folder: Path) -> set[str]:
         if folder not in self._listings:
-            self._listings[folder] = set(os.listdir(folder))  # noqa: PTH208 (names only, of perhaps 100,000 files)
+            try:
+                self._listings[folder] = set(os.listdir(folder))  # noqa: PTH208 (names only, of perhaps 100,000 files)
+            except OSError:
+                self._listings[folder] = set()
         return self._listings[folder]
 
-    def _has(self, folder: Path, name: str) -> bool:
-        if "/" in name:
-            return os.path.lexists(folder / name)
-        return name in self._listing(folder)
+    def _held(self, folder: Path, by_first: Mapping[str, set[str]]) -> set[str]:
+        """The names of files in a folder, of names by their first part."""
+        return {
+            name
+            for first in by_first.keys() & self._listing(folder)
+            for name in by_first[first]
+            if "/" not in name or os.path.lexists(folder / name)
+        }
 
     def _is_usual(self, folder: Path) -> bool:
         """Whether images are expected there: beside the annotations, in images, or in a folder named as the split."""
@@ -191,6 +201,11 @@ class ImageNames:
     def _listings(self) -> dict[Path, set[str]]:
         return {}
 
+    @cached_property
+    def _depths(self) -> dict[Path, int | None]:
+        """Folder -> how many folders are below that of another split around it, None without one."""
+        return {}
+
 
 class _Places:
     """The image files below folders, by name."""
@@ -207,6 +222,28 @@ class _Places:
         if not found and not key.endswith(SUFFIXES):  # masks are often named a.jpg.png
             found = self._by_stem.get(key, [])
         return found
+
+    def by_shared_folders(self, parts: Sequence[str]) -> Iterator[list[Path]]:
+        """The files with the last part of a name in groups, the first of which share the most of its last folders; the
+        last group are all files.
+        """
+        groups, end = [self.of_name(parts)], tuple(parts[-1:])
+        for folder in reversed(parts[:-1]):
+            if len(groups[-1]) < 2:
+                break
+            if end not in self._by_folder:
+                inside: dict[str, list[Path]] = {}
+                for path in groups[-1]:
+                    inside.setdefault("".join(map(_key, path.parts[-len(end) - 1 : -len(end)])), []).append(path)
+                self._by_folder[end] = inside
+            groups.append(self._by_folder[end].get(_key(folder), []))
+            end = (_key(folder), *end)
+        yield from reversed(groups)
+
+    @cached_property
+    def _by_folder(self) -> dict[tuple[str, ...], dict[str, list[Path]]]:
+        """End of a path -> the files with this end by the key of the folder before it."""
+        return {}
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
@@ -254,8 +291,17 @@ def usual_name(image: dict[str, Any]) -> str | None:
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
+def without_server(image: dict[str, Any]) -> dict[str, Any]:
+    """The image entry with the path itself where its `file_name` is that of a file in Label Studio's local storage."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or _LABEL_STUDIO not in name:
+        return image
+    return {**image, "file_name": unquote(name.partition(_LABEL_STUDIO)[2])}
+
+
 def _parts(name: str) -> tuple[str, ...]:
-    """Folders and name of a file name or a URL; () for one that leads out of its folder."""
+    """Folders and name of a file name, a path of another machine or a URL; () for one that leads out of its folder."""
+    name = path_elsewhere(name) or name
     if is_address(name):
         try:
             parts = [part for part in unquote(urlsplit(name).path).split("/") if part]
@@ -265,14 +311,16 @@ def _parts(name: str) -> tuple[str, ...]:
     return PurePosixPath(name).parts if is_inside(name) and len(name) < 4096 else ()
 
 
+@lru_cache(maxsize=1 << 16)
 def _key(name: str) -> str:
     """A key that is equal for names that differ in percent-encoding, Unicode form, case or surrounding spaces."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(unquote(name))).casefold()).strip()
 
 
-def _common_end(parts: Sequence[str], others: Sequence[str]) -> int:
+def _shared_folders(path: Path, parts: Sequence[str]) -> int:
+    """How many of the last folders a file and a name have in common, in any spelling."""
     count = 0
-    for one, other in zip(reversed(parts), reversed(others), strict=False):
+    for one, other in zip(reversed(path.parts[:-1]), reversed(parts[:-1]), strict=False):
         if _key(one) != _key(other):
             break
         count += 1
