@@ -1,7 +1,8 @@
 """Read labelme folders: one JSON file for each image with `shapes`, `imagePath`, `imageHeight` and `imageWidth`.
 
 Shapes become objects as in labelme's own converter (labelme/examples/instance_segmentation/labelme2coco.py): polygons,
-rectangles, circles and masks are areas; shapes with the same label and `group_id` are one object.
+rectangles, circles and masks are areas; shapes with the same label and `group_id` are one object. Rectangles of four
+corners, as newer versions and X-AnyLabeling write them, are polygons.
 """
 
 import base64
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -32,8 +33,15 @@ from m2f_trainer.masks.rle import brief, max_pixels
 
 _LABEL = re.compile(rb'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
+_FOUR_CORNERS = ("rotation", "oriented_rectangle", "quadrilateral")
 _LARGEST = 1e6  # pixels; a coordinate beyond is a mistake
 _MIN_CORNERS = 12  # of a circle; larger circles have as many as labelme gives them
+_WRITE_IMAGES = (  # a program without double quotes
+    "import base64, json, pathlib as p;"
+    " [f.with_name(p.PureWindowsPath(d['imagePath']).name).write_bytes(base64.b64decode(d['imageData']))"
+    " for f in p.Path('.').rglob('*.json') for d in [json.loads(f.read_text('utf-8'))]"
+    " if 'imageData' in d and d['imageData']]"
+)
 
 
 def find_labelme(root: Path) -> tuple[SplitFiles, ...]:
@@ -68,21 +76,32 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
     places = ImageNames([folder], files.annotations, files.split, None, files.other_splits, files.follow_links)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
+    left_out: list[int] = []
     number = 0
     for path in files.files:
         content = _read(path, name, report)
-        image = None if content is None else _image(content, path, files, places, len(images) + 1, report)
-        if content is None or image is None:
+        if content is None:
             continue
-        images.append(image)
-        groups[image["id"]] = []
-        for label, segmentation in _objects(content["shapes"], image, path, partial(report, file=name)):
+        image = _image(content, path, files, places, len(images) + 1, report)
+        if image is not None:
+            images.append(image)
+            groups[image["id"]] = []
+        image_id = None if image is None else image["id"]
+        for label, shapes in _objects(content["shapes"], path, partial(report, file=name, image=image_id)):
+            try:
+                segmentation = None if image is None else _segmentation(shapes, image, path)
+            except MaskError as error:
+                report("bad-mask", name, [f"{path.name}:{min(shapes)}"], str(error), image_id)
+                continue
             number += 1
+            if image is None:
+                left_out.append(number)
+                continue
             entry = {"id": number, "image_id": image["id"], "category_id": ids[label], "segmentation": segmentation}
             groups[image["id"]].append(entry)
     if not images:
         raise DataError(f"{name}: found no usable labelme file. Correct the files, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, folder, follow_links=files.follow_links)
+    return FolderSplit(name, tuple(images), groups, names, folder, follow_links=files.follow_links, left_out=left_out)
 
 
 def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
@@ -107,7 +126,7 @@ def _image(
         message = f"{path}: expected the name of the image as `imagePath`, got {brief(written)}. Correct it."
         report("bad-image-entry", name, [path.name], message)
         return None
-    file = _image_file(written, path, places, name, report)
+    file = _image_file(written, bool(content.get("imageData")), path, files, places, report)
     if file is None:
         return None
     image = {"id": image_id, "file_name": os.path.relpath(file, folder), "height": sides[0], "width": sides[1]}
@@ -125,52 +144,65 @@ def _image(
     return image
 
 
-def _image_file(written: str, beside: Path, places: ImageNames, name: str, report: Report) -> Path | None:
+def _image_file(
+    written: str, has_data: bool, beside: Path, files: SplitFiles, places: ImageNames, report: Report
+) -> Path | None:
     """The path of an image: as written, relative to its annotation file, or that of the only image with its name; None
-    where there are several, or where only another split has it.
+    where there is none inside the folder, or where several or only another split have it.
     """
+    folder, name, base = files.image_folders[0], str(files.annotations), PureWindowsPath(written).name
     path = Path(os.path.normpath(beside.parent / written.replace("\\", "/")))
-    if os.path.isfile(path):  # noqa: PTH113 (False, not an error, for a name that is too long)
+    absolute, around = (Path(os.path.abspath(one)) for one in (path, folder))  # noqa: PTH100 (keeps links)
+    is_inside = absolute.is_relative_to(around)
+    if is_inside and os.path.isfile(path):  # noqa: PTH113 (False, not an error, for a name that is too long)
         return path
-    base = PureWindowsPath(written).name
-    choices, misplaced = places.find(base), places.find_in_other_splits(base)
+    own = [beside.parent / base] if base and os.path.isfile(beside.parent / base) else []  # noqa: PTH113
+    choices, misplaced = own or places.find(base), places.find_in_other_splits(base)
     if len(choices) == 1:
         report("found-image", name, [beside.name], f"{beside}: {written!r} is read from {choices[0]}.")
         return choices[0]
     if choices:
-        message = f"{beside}: {written!r} may be {listed(choices)}. Correct `imagePath`."
-        report("ambiguous-image", name, [beside.name], message)
-        return None
-    if misplaced:
-        message = f"{beside}: {written!r} is missing; {misplaced[0]} is in a folder of another split. Add the image."
-        report("missing-image", name, [beside.name], message)
-        return None
-    return path
+        kind, problem = "ambiguous-image", f"{written!r} may be {listed(choices)}. Correct `imagePath`."
+    elif has_data:
+        kind = "missing-image"
+        problem = (
+            f"found no file {written!r}, its `imagePath`, but the image itself as `imageData`. Write such images beside"
+            f' their files: run, in {folder}, python -c "{_WRITE_IMAGES}"'
+        )
+    elif misplaced:
+        kind = "missing-image"
+        problem = f"{written!r} is missing; {misplaced[0]} is in a folder of another split. Add the image."
+    elif not is_inside:
+        kind, both = "unsafe-path", around.parent
+        advice = f"Name {both}, which holds both, or copy" if absolute.is_relative_to(both) else "Copy"
+        problem = f"its `imagePath` {written!r} leads out of {folder}. {advice} the images into {folder}."
+    else:
+        return path
+    report(kind, name, [beside.name], f"{beside}: {problem}")
+    return None
 
 
-def _objects(shapes: Sequence[Any], image: Entry, path: Path, report: Any) -> Iterator[tuple[str, Any]]:
-    """(label, segmentation) of each object of a file."""
-    groups: dict[tuple[str, object], list[Any]] = {}
+def _objects(shapes: Sequence[Any], path: Path, report: Any) -> Iterator[tuple[str, dict[int, Entry]]]:
+    """(label, shapes by their number) of each object of a file."""
+    groups: dict[tuple[str, object], dict[int, Entry]] = {}
     left_out = []
     for number, shape in enumerate(shapes):
-        where = f"{path}, shape {number}"
         if not isinstance(shape, dict) or not is_text(shape.get("label")) or not _are_points(shape.get("points")):
-            message = f"{where}: expected a `label` and `points` as pairs of numbers. Correct or remove it."
-            report("bad-annotation-entry", ids=[f"{path.name}:{number}"], message=message, image=image["id"])
+            message = (
+                f"{path}, shape {number}: expected a `label` and `points` as pairs of numbers. Correct or remove it."
+            )
+            report("bad-annotation-entry", ids=[f"{path.name}:{number}"], message=message)
         elif shape.get("shape_type") in _WITHOUT_AREA:
             left_out.append(number)
         else:
             group = shape.get("group_id")
             key = ("alone", number) if group is None else ("group", str(group))
-            try:
-                groups.setdefault((shape["label"], key), []).append(_segmentation(shape, image, where))
-            except MaskError as error:
-                report("bad-mask", ids=[f"{path.name}:{number}"], message=str(error), image=image["id"])
+            groups.setdefault((shape["label"], key), {})[number] = shape
     if left_out:
         message = f"{path}: shapes {listed(left_out)} are points or lines, which have no area, and are left out."
-        report("no-area", ids=[f"{path.name}:{number}" for number in left_out], message=message, image=image["id"])
-    for (label, _), parts in groups.items():
-        yield label, _joined(parts, image, str(path))
+        report("no-area", ids=[f"{path.name}:{number}" for number in left_out], message=message)
+    for (label, _), some in groups.items():
+        yield label, some
 
 
 def _are_points(points: object) -> bool:
@@ -184,10 +216,26 @@ def _is_coordinate(value: object) -> bool:
     return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
-def _segmentation(shape: dict[str, Any], image: Entry, where: str) -> list[float] | Entry:
+def _segmentation(shapes: Mapping[int, Entry], image: Entry, path: Path) -> Any:
+    """One segmentation of all shapes of an object: polygons, or one RLE. Raises MaskError."""
+    places = [f"{path}, shape {number}" for number in shapes]
+    parts = [_part(shape, image, where) for shape, where in zip(shapes.values(), places, strict=True)]
+    if all(isinstance(part, list) for part in parts):
+        return parts
+    height, width = image["height"], image["width"]
+    bitmap = np.zeros((height, width), bool)
+    for part, where in zip(parts, places, strict=True):
+        counts = masks.to_counts([part] if isinstance(part, list) else part, height, width, where)
+        bitmap |= masks.decode(counts, height, width) != 0
+    return {"size": [height, width], "counts": masks.encode(bitmap)}
+
+
+def _part(shape: Entry, image: Entry, where: str) -> list[float] | Entry:
     """The polygon of a shape, or the RLE of a mask. Raises MaskError."""
     kind, points = shape.get("shape_type") or "polygon", shape["points"]
-    if kind == "polygon":
+    if kind in _FOUR_CORNERS and len(points) != 4:
+        raise MaskError(f"{where}: expected four corners of a {kind}, got {len(points)}. Correct or remove it.")
+    if kind in ("polygon", *_FOUR_CORNERS) or (kind == "rectangle" and len(points) == 4):
         return [float(value) for point in points for value in point]
     if kind in ("rectangle", "circle", "mask") and len(points) != 2:
         raise MaskError(f"{where}: expected two points of a {kind}, got {len(points)}. Correct or remove it.")
@@ -233,16 +281,4 @@ def _mask(shape: dict[str, Any], image: Entry, where: str) -> Entry:
         raise MaskError(f"{where}: expected the mask as a PNG in base64 ({error}). Draw it again.") from error
     bitmap = np.zeros((height, width), np.uint8)
     bitmap[y0 : y0 + size[1], x0 : x0 + size[0]] = part != 0
-    return {"size": [height, width], "counts": masks.encode(bitmap)}
-
-
-def _joined(parts: Sequence[list[float] | Entry], image: Entry, where: str) -> Any:
-    """One segmentation of all parts of an object: polygons, or one RLE."""
-    if all(isinstance(part, list) for part in parts):
-        return list(parts)
-    height, width = image["height"], image["width"]
-    bitmap = np.zeros((height, width), bool)
-    for part in parts:
-        counts = masks.to_counts([part] if isinstance(part, list) else part, height, width, where)
-        bitmap |= masks.decode(counts, height, width) != 0
     return {"size": [height, width], "counts": masks.encode(bitmap)}

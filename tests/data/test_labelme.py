@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from PIL import Image
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.formats import find_splits
 from m2f_trainer.doctor.examine import examine
-from m2f_trainer.errors import DataError
+from m2f_trainer.doctor.fix import repair
+from m2f_trainer.errors import DataError, MissingImageError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.exports import dump, pictures
 
@@ -68,6 +72,91 @@ def test_rectangles_circles_and_masks_are_areas(tmp_path):
     assert drawn[6, 6]
 
 
+@pytest.mark.parametrize("kind", ["rectangle", "rotation", "oriented_rectangle", "quadrilateral"])
+def test_rectangles_of_four_corners_are_polygons(kind, tmp_path):
+    """As X-AnyLabeling and newer versions of labelme write them."""
+    turned = [[10, 2], [14, 6], [10, 10], [6, 6]]
+    square, diamond = objects_of(
+        labelme(tmp_path / "set", "a", shape(kind=kind), shape(points=turned, kind=kind)), tmp_path
+    )
+    assert square.sum() == 80
+    assert square[3:11, 2:12].all()
+    assert np.array_equal(diamond, masks.decode(masks.to_counts([[10, 2, 14, 6, 10, 10, 6, 6]], 16, 20, ""), 16, 20))
+
+
+@pytest.mark.parametrize("bad", [shape(points=[[1, 2]], kind="rectangle"), shape(kind="ellipse")])
+def test_a_faulty_shape_is_counted_once_and_leaves_no_object(bad, tmp_path):
+    root = labelme(tmp_path / "set", "abcdef", shape())
+    labelme(root, "c", shape(), bad)
+    examination = examine(root)
+    (error,) = [one for one in examination.findings if one.severity == "error"]
+    assert (error.kind, error.ids) == ("bad-mask", ["c.json:1"])
+    assert sum(len(scan.objects) for scans in examination.scans.values() for scan in scans) == 6
+    assert repair(examination, tmp_path / "copy").to_text().count("c.json:1") == 1
+
+
+def test_a_faulty_part_of_an_object_with_a_mask_is_reported_as_that_object(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 255, np.uint8)).save(buffer, "PNG")
+    mask = shape(points=[[5, 6], [6, 7]], kind="mask", mask=base64.b64encode(buffer.getvalue()).decode(), group_id=1)
+    root = labelme(tmp_path / "set", "abcdef", shape())
+    labelme(root, "c", shape(), mask, shape(points=[[3, 3], [4, 4]], group_id=1))
+    examination = examine(root)
+    (error,) = [one for one in examination.findings if one.severity == "error"]
+    assert (error.kind, error.ids) == ("bad-mask", ["c.json:1"])
+    assert "c.json, shape 2, polygon 0: expected at least three points" in error.message
+    assert sum(len(scan.objects) for scans in examination.scans.values() for scan in scans) == 6
+
+
+def test_the_objects_of_an_unreadable_image_are_counted(tmp_path):
+    parts = [shape(points=[[x, 1], [x + 3, 1], [x + 3, 4]], group_id=7) for x in (1, 10)]
+    root = labelme(tmp_path / "set", "abcdef", shape(), *parts)
+    content = json.loads((root / "b.json").read_text())
+    (root / "b.json").write_text(json.dumps({**content, "imageHeight": None}))
+    (root / "b.png").write_bytes(b"no image")
+    text = repair(examine(root), tmp_path / "copy").to_text()
+    found = [re.search(rf"(\d+) of (\d+) {what}", line) for what in ("images", "objects") for line in text.splitlines()]
+    kept, total = zip(*(map(int, one.groups()) for one in found if one), strict=True)
+    assert (sum(kept[:2]), sum(total[:2]), sum(kept[2:]), sum(total[2:])) == (5, 6, 10, 12)
+
+
+def test_an_image_beside_its_file_is_read_where_its_path_leads_elsewhere(tmp_path):
+    for folder in ("first", "second"):
+        labelme(tmp_path / "set" / folder, "a", image_path=str(tmp_path / "elsewhere/{}.png"))
+    pictures(tmp_path / "elsewhere", ["a.png"])
+    rows = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")["train"]
+    places = [f"{tmp_path.resolve()}/set/{folder}/a.png" for folder in ("first", "second")]
+    assert [row["image"]["path"] for row in rows] == places
+    assert [one.ids for one in examine(tmp_path / "set").findings if one.kind == "found-image"] == [["a.json"] * 2]
+
+
+def test_images_beside_the_named_folder_are_refused_with_the_folder_that_holds_both(tmp_path):
+    root = labelme(tmp_path / "set/images", "ab", image_path="..\\images\\{}.png", folder="../labels").parent
+    message = (
+        rf"labels/a\.json: its `imagePath` .*images.*a\.png' leads out of .*labels\. Name {root}, which holds both"
+    )
+    with pytest.raises(DataError, match=message):
+        load_coco(root / "labels", cache_dir=tmp_path / "cache")
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"]) == 2
+
+
+def test_images_that_only_the_files_hold_are_refused_with_a_command_that_writes_them(tmp_path):
+    root = labelme(tmp_path / "set", "abcde", image_path="..\\photos\\{}.png")
+    for path in sorted(root.glob("*.json")):
+        image = path.with_suffix(".png")
+        data = base64.b64encode(image.read_bytes()).decode()
+        path.write_text(json.dumps({**json.loads(path.read_text()), "imageData": data}))
+        image.unlink()
+    with pytest.raises(
+        MissingImageError, match=r"a\.json: found no file .*a\.png'.*the image itself as `imageData`"
+    ) as error:
+        load_coco(root, cache_dir=tmp_path / "cache")
+    command = str(error.value).partition("run, in ")[2].partition(", python -c ")
+    subprocess.run([sys.executable, "-c", command[2].strip('"')], cwd=command[0], check=True)
+    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"]) == 4
+    assert examine(root).status == 0
+
+
 def test_shapes_of_one_label_and_group_are_one_object(tmp_path):
     parts = [shape(points=[[x, 1], [x + 3, 1], [x + 3, 4], [x, 4]], group_id=7) for x in (1, 10)]
     alone, joined, other = objects_of(
@@ -108,7 +197,7 @@ def test_an_image_outside_the_folder_is_refused(written, sides, tmp_path):
     (root / "a/a.json").write_text(json.dumps({**json.loads((root / "a/a.json").read_text()), **sides}))
     Image.new("RGB", (20, 16)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DataError, match=r"file_name"):
+    with pytest.raises(DataError, match=r"(its `imagePath`|`file_name`) '.*' leads out of"):
         load_coco(root, cache_dir=tmp_path / "cache")
 
 
