@@ -3,6 +3,7 @@
     M2FError
     ├── RecipeError          an invalid option or recipe file, or contradicting options
     ├── DataError            a dataset folder or annotation file that can't be used
+    │   ├── EmptySplitError  a split without images, or with boxes only
     │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError, PixelRangeError)
     │   └── MaskError        a polygon or an RLE that doesn't describe a mask
     ├── ModelFolderError     a model folder that can't be used for what was asked
@@ -32,6 +33,10 @@ class RecipeError(M2FError):
 
 class DataError(M2FError):
     """A dataset folder or its annotations can't be used as they are."""
+
+
+class EmptySplitError(DataError):
+    """A split has no image, or only boxes where masks are needed; a test split may, as training doesn't need it."""
 
 
 class ImageError(DataError):

@@ -29,7 +29,7 @@ from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, is_text, type_nam
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
-from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.errors import DataError, EmptySplitError, ImageError
 from m2f_trainer.masks import rle
 
 
@@ -46,7 +46,7 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
         content = {"categories": [], **content, "annotations": []}
     images, entries, categories = (_list_of(content, key, name) for key in ("images", "annotations", "categories"))
     if not images:
-        raise DataError(f"{name}: `images` is empty. Add images, or remove the split.")
+        raise EmptySplitError(f"{name}: `images` is empty. Add images, or remove the split.")
     image_ids, category_ids = (Ids(one.get("id") for one in group) for group in (images, categories))
     images = _unique(_with_ids(images, image_ids, "image", name, report), "image", name, report)
     located = _locate(images, files, report)

@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from m2f_trainer.config.arguments import ExifFrame, PixelRange
 from m2f_trainer.data.categories import Annotations, match_categories
-from m2f_trainer.data.formats import Layout, contents, find_splits, read_split
+from m2f_trainer.data.formats import Layout, contents, find_splits, read_optional, read_split
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import KINDS, Report, TrainingReport, raise_problem
 from m2f_trainer.data.reading import find_reading
@@ -119,6 +119,7 @@ def load_coco(
     exif_frame: ExifFrame = "auto",
     pixel_range: PixelRange | Literal["auto"] = "auto",
     follow_links: bool = False,
+    required: str = "",
 ) -> datasets.DatasetDict:
     """The splits of a dataset on this machine, under the names train, valid and test.
 
@@ -133,6 +134,7 @@ def load_coco(
         exif_frame: the frame of annotations whose sizes don't say it; an error where it is needed and "auto"
         pixel_range: for images of more than 8 bits; "auto": that of the training images
         follow_links: whether images may be links to files outside of the dataset folder
+        required: "test" where that split may not be left out, as it is where it has no images or masks
 
     Raises:
         DataError: the folder or its annotations can't be used; the message names file, id and remedy
@@ -153,6 +155,10 @@ def load_coco(
         builder.download_and_prepare()
     _log_findings(builder.report)
     splits = builder.as_dataset()
+    for files in layout.splits:
+        if files.split == required and required not in splits:
+            read_split(files)  # raises the reason
+    layout = layout.without({files.split for files in layout.splits}.difference(splits))
     log_once(describe_files(layout, splits))
     if len(splits) > len(layout.splits):
         warn_held_out(root, splits)
@@ -260,7 +266,8 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 
     def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
         self.report = TrainingReport()
-        splits = {files.split: read_split(files, self.report) for files in self.config.layout}
+        read = {files.split: read_optional(files, self.report) for files in self.config.layout}
+        splits: Mapping[str, SplitAnnotations] = {name: split for name, split in read.items() if split is not None}
         splits, categories = used_categories(splits, self.report)
         splits = with_reading(splits, self.config.exif_frame, self.config.pixel_range, self.report)
         splits = with_validation(splits) if self.config.hold_out else splits

@@ -40,7 +40,7 @@ from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.splits import FolderSplit
 from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
-from m2f_trainer.errors import DataError, mistyped_path
+from m2f_trainer.errors import DataError, EmptySplitError, mistyped_path
 
 
 class Format(NamedTuple):
@@ -123,6 +123,10 @@ class Layout:
     root: Path
     splits: tuple[SplitFiles, ...]
 
+    def without(self, splits: Collection[str]) -> "Layout":
+        """The layout without these splits."""
+        return replace(self, splits=tuple(files for files in self.splits if files.split not in splits))
+
     def describe(self, folders: Mapping[str, Collection[Path]]) -> str:
         """Text for the user: the files and folders of each split, and those beside them that are not used.
 
@@ -150,7 +154,7 @@ class Layout:
         for files in self.splits:
             used |= {_real(path) for path in (files.annotations, *files.files)}
             if files.format == "YOLO":
-                used.add(_real(label_folder(files.image_folders[0], files.annotations.parent)))
+                used |= {_real(label_folder(folder, files.annotations.parent)) for folder in files.image_folders}
         around = used.union(*(path.parents for path in used))
         beside = {files.annotations.parent for files in self.splits if files.annotations.is_file()}
         found = [path for place in (self.root, *sorted(beside - {self.root})) for path in visible(place)]
@@ -219,17 +223,29 @@ def find_splits(
     )
 
 
+def read_optional(files: SplitFiles, report: Report) -> FolderSplit | None:
+    """As `read_split`; None for a test split without images or masks, which is reported."""
+    try:
+        return read_split(files, report)
+    except EmptySplitError as error:
+        if files.split != "test":
+            raise
+        report("test-without-annotations", files.annotations, [], f"The test split is left out. {error}")
+        return None
+
+
 def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     """Read and check one split.
 
     Raises:
+        EmptySplitError: it has no images, or no masks
         DataError: it can't be used; the message names file, ids and remedy
     """
     split = FORMATS[files.format].read(files, report)
     entries = [(image, entry) for image in split.images for entry in split.annotations[image["id"]]]
     if entries and not any(entry.get("segmentation") for _, entry in entries):
         image, entry = entries[0]
-        raise DataError(
+        raise EmptySplitError(
             f"{split.full_name(entry, image)}: segmentation is empty, as in all {len(entries)} annotations: these are"
             f" boxes only. {ADD_OUTLINES}."
         )

@@ -50,6 +50,7 @@ def load_dataset(
     exif_frame: ExifFrame = "auto",
     pixel_range: PixelRange | Literal["auto"] = "auto",
     follow_links: bool = False,
+    required: str = "",
 ) -> datasets.DatasetDict:
     """The rows of a dataset on this machine, or of one on the Hub (`user/name`) or its downloaded folder.
 
@@ -59,6 +60,7 @@ def load_dataset(
         name: a folder or file as of `load_coco`, or `user/name`
         annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
         exif_frame, pixel_range, follow_links: how images are read, as of `load_coco`
+        required: a split that may not be left out, as of `load_coco`
 
     Raises:
         DataError: there is none, or it can't be used; the message names what is wrong and the remedy
@@ -73,6 +75,7 @@ def load_dataset(
             exif_frame=exif_frame,
             pixel_range=pixel_range,
             follow_links=follow_links,
+            required=required,
         )
     check_no_files(name, files, folders)
     return load_hub(str(name), exif_frame, pixel_range)

@@ -44,7 +44,14 @@ _KNOWN_NAMES = (
 )
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "label", "ann")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "data", "jpegimages")
-_OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")  # beside COCO's instances_*
+_OTHER_TASKS = (
+    "captions_",
+    "person_keypoints_",
+    "stuff_",
+    "panoptic_",
+    "image_info_",
+    "labels_",
+)  # beside COCO's instances_*
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def _split_folders(root: Path, named: bool) -> Iterator[SplitFiles]:
         inside = [one for one in subfolders(folder) if one.name.lower() in _ANNOTATION_FOLDERS]
         files = next((found for where in (folder, *inside) if (found := _coco_files(where, named))), [])
         for file in files:
-            candidates = (folder, *_named(folder, IMAGE_FOLDERS), *subfolders(folder))
+            candidates = (folder, *named_folders(folder, IMAGE_FOLDERS), *subfolders(folder))
             yield SplitFiles(split, file, tuple(dict.fromkeys(candidates)))
 
 
@@ -203,7 +210,7 @@ def _split_files(root: Path, named: bool) -> Iterator[SplitFiles]:
 
 def _single_file(root: Path, named: bool) -> Iterator[SplitFiles]:
     for file in _coco_files(root, named):
-        folders = (root, *_named(root, IMAGE_FOLDERS), *subfolders(root))
+        folders = (root, *named_folders(root, IMAGE_FOLDERS), *subfolders(root))
         yield SplitFiles("train", file, tuple(dict.fromkeys(folders)))
 
 
@@ -241,7 +248,7 @@ def image_folders_of(root: Path, name: str, split: str) -> tuple[Path, ...]:
     """The folders that may hold the images of an annotation file, the most likely first: [images/]train2017 for
     instances_train2017, then folders that are named after the split, then those that hold all images.
     """
-    containers = _named(root, IMAGE_FOLDERS)
+    containers = named_folders(root, IMAGE_FOLDERS)
     inside = [folder for container in (*containers, root) for folder in subfolders(container)]
     name = name.lower().removeprefix("instances_")
     same_name = [folder for folder in inside if folder.name.lower() == name]
@@ -249,15 +256,15 @@ def image_folders_of(root: Path, name: str, split: str) -> tuple[Path, ...]:
     return tuple(dict.fromkeys([*same_name, *same_split, *containers, root]))
 
 
-def _named(root: Path, names: Sequence[str]) -> list[Path]:
+def named_folders(root: Path, names: Sequence[str]) -> list[Path]:
     """The folders in `root` with one of these names, in any case, in the order of `names`."""
     found = [folder for folder in subfolders(root) if folder.name.lower() in names]
     return sorted(found, key=lambda folder: names.index(folder.name.lower()))
 
 
 def split_of(name: str) -> str | None:
-    """The split of names such as train2017, val-v2, test, coco_train."""
-    words = [part.rstrip("0123456789") for part in name.lower().replace("-", "_").split("_") if part]
+    """The split of names such as train2017, val-v2, test, coco_train, Train Set."""
+    words = [part.rstrip("0123456789") for part in re.split(r"[-_ ]+", name.lower()) if part]
     return next((SPLITS[word] for word in (words[:1] + words[-1:]) if word in SPLITS), None)
 
 

@@ -102,22 +102,26 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
         _check_instances([some[0] for some, one_each in masks_of.values() if not one_each], files)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
+    left_out: list[int] = []
     number = 0
     for path, (masks, one_each) in masks_of.items():
         image = _image(path, root, len(images) + 1, name, report)
-        if image is None:
-            continue
-        with contextlib.suppress(ImageError):  # reported when its objects are read
-            height, width = image_size(masks[0], str(masks[0]))
-            if (height, width) == (image["width"], image["height"]):  # drawn on the photo as viewers show it
-                image.update(height=height, width=width)
-        images.append(image)
-        groups[image["id"]] = []
+        if image is not None:
+            with contextlib.suppress(ImageError):  # reported when its objects are read
+                height, width = image_size(masks[0], str(masks[0]))
+                if (height, width) == (image["width"], image["height"]):  # drawn on the photo as viewers show it
+                    image.update(height=height, width=width)
+            images.append(image)
+            groups[image["id"]] = []
         for mask in masks:
             for value, segmentation in _objects_of(mask, one_each, files, image, report):
                 found = _category(value) if cityscapes else (_CLASS, 0)
-                if found is not None:
-                    number += 1
+                if found is None:
+                    continue
+                number += 1
+                if image is None:
+                    left_out.append(number)
+                else:
                     entry = {"id": number, "image_id": image["id"], "category_id": found[0], "iscrowd": found[1]}
                     groups[image["id"]].append({**entry, "segmentation": segmentation})
     if not images:
@@ -129,6 +133,7 @@ def read_mask_images(files: SplitFiles, report: Report = raise_problem) -> Folde
         CITYSCAPES if cityscapes else {_CLASS: "object"},
         root,
         follow_links=files.follow_links,
+        left_out=left_out,
     )
 
 
@@ -216,9 +221,9 @@ def _image(path: Path, root: Path, image_id: int, name: str, report: Report) -> 
 
 
 def _objects_of(
-    mask: Path, one_each: bool, files: SplitFiles, image: Entry, report: Report
+    mask: Path, one_each: bool, files: SplitFiles, image: Entry | None, report: Report
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(value, segmentation) of each object of a mask."""
+    """(value, segmentation) of each object of a mask; `image` is None for one that can't be used."""
     root, name = files.image_folders[0], str(files.annotations)
     shown = mask.relative_to(root).as_posix()
     try:
@@ -231,9 +236,9 @@ def _objects_of(
                 " Save it as an 8- or 16-bit grey PNG."
             )
     except ImageError as error:
-        report("bad-mask", name, [shown], str(error), image["id"])
+        report("bad-mask", name, [shown], str(error), None if image is None else image["id"])
         return
-    if values.shape != (image["height"], image["width"]):
+    if image is not None and values.shape != (image["height"], image["width"]):
         message = (
             f"{mask}: expected {image['width']}x{image['height']} pixels as its image, got"
             f" {values.shape[1]}x{values.shape[0]}. Save it in the size of its image."

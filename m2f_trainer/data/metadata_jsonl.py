@@ -8,6 +8,7 @@ a name) and a segmentation in COCO's form.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,7 +63,7 @@ def _split_folder(name: str) -> str | None:
 
 
 def _has_objects(path: Path) -> bool:
-    return next((isinstance(row, Mapping) and "objects" in row for _, row in _rows(path)), False)
+    return any(isinstance(row, Mapping) and "objects" in row for _, row in _rows(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -98,6 +99,7 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     ids = {label: number for number, label in names.items()}
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
+    left_out: list[int] = []
     number = 0
     for path in files.files:
         for line, row in _rows(path):
@@ -105,19 +107,25 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
             if not path.is_relative_to(files.annotations) and _of_another_split(row, files.split):
                 continue
             image = _image(row, path, files, len(images) + 1, where, report)
-            if image is None:
-                continue
-            images.append(image)
-            groups[image["id"]] = []
-            for category, one in _objects(row, image, ids, where, name, report):
+            if image is not None:
+                images.append(image)
+                groups[image["id"]] = []
+            image_id = None if image is None else image["id"]
+            of_line = partial(report, file=name, image=image_id)
+            for category, one in _objects(row, ids, where, f"{path.name}:{line}", of_line):
                 number += 1
+                if image is None:
+                    left_out.append(number)
+                    continue
                 if category not in names:
                     names[category] = str(category)
+                if isinstance(one["segmentation"], str):
+                    one["segmentation"] = {"size": [image["height"], image["width"]], "counts": one["segmentation"]}
                 entry = {"id": number, "image_id": image["id"], "category_id": category, **one}
                 groups[image["id"]].append(pack_polygons(entry))
     if not images:
         raise DataError(f"{name}: found no usable line in {_NAME}. Correct it, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, root, follow_links=files.follow_links)
+    return FolderSplit(name, tuple(images), groups, names, root, follow_links=files.follow_links, left_out=left_out)
 
 
 def _of_another_split(row: Any, split: str) -> bool:
@@ -148,14 +156,12 @@ def _image(row: Any, path: Path, files: SplitFiles, image_id: int, where: str, r
     return image
 
 
-def _objects(
-    row: Mapping[str, Any], image: Entry, ids: Mapping[str, int], where: str, name: str, report: Report
-) -> Iterator[tuple[int, Entry]]:
-    """(category id, fields) of each object of a line."""
+def _objects(row: Any, ids: Mapping[str, int], where: str, key: str, report: Any) -> Iterator[tuple[int, Entry]]:
+    """(category id, fields) of each object of a line; `key` is the line in findings."""
     try:
-        objects = split_objects(row.get("objects") or [], where)
+        objects = split_objects(row.get("objects") or [], where) if isinstance(row, Mapping) else []
     except DataError as error:
-        report("bad-annotation-entry", name, [image["id"]], str(error), image["id"])
+        report("bad-annotation-entry", ids=[key], message=str(error))
         return
     for index, one in enumerate(objects):
         label = category_name(one) if isinstance(one, Mapping) else None
@@ -163,13 +169,11 @@ def _objects(
         if category is None:
             found = f"a {type_name(one)}" if not isinstance(one, Mapping) else f"fields {', '.join(map(str, one))}"
             message = f"{where}, object {index}: expected a category, got {found}. Add one."
-            report("bad-annotation-entry", name, [f"{image['id']}:{index}"], message, image["id"])
+            report("bad-annotation-entry", ids=[f"{key}:{index}"], message=message)
         elif one.get("iscrowd") not in (None, 0, 1):
             message = f"{where}, object {index}: expected an `iscrowd` of 0 or 1, got {brief(one['iscrowd'])}."
-            report("bad-crowd", name, [f"{image['id']}:{index}"], f"{message} Correct it.", image["id"])
+            report("bad-crowd", ids=[f"{key}:{index}"], message=f"{message} Correct it.")
         else:
-            mask = next((one[key] for key in MASK_KEYS if one.get(key) is not None), None)
-            if isinstance(mask, str):
-                mask = {"size": [image["height"], image["width"]], "counts": mask}
+            mask = next((one[name] for name in MASK_KEYS if one.get(name) is not None), None)
             box, area = one.get("bbox"), one.get("area")
             yield category, {"segmentation": mask, "bbox": box, "area": area, "iscrowd": int(one.get("iscrowd") or 0)}

@@ -9,19 +9,21 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import dropwhile
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.files import files_below, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
-from m2f_trainer.data.layouts import SplitFiles, split_of
+from m2f_trainer.data.layouts import SplitFiles, named_folders, split_of
 from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit
-from m2f_trainer.errors import DataError, ImageError
+from m2f_trainer.errors import DataError, EmptySplitError, ImageError, printable
 from m2f_trainer.masks import rle
 
 logger = logging.getLogger(__name__)
@@ -41,15 +43,14 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
     if path is None:
         return tuple(_splits_of_classes(root))
     content = read_yaml(path)
+    bases = [*([_place([root], content["path"])] if isinstance(content.get("path"), str) else ()), root]
     found = []
     for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
         if value is None:
             continue
-        if isinstance(value, str) and value.endswith(".txt") and _inside(root, value).is_file():
-            found.append(_listed_images(root, path, split, _inside(root, value)))
-        elif split != "test" or not isinstance(value, str) or _exists(root, value):
-            found.append(SplitFiles(split, path, (_folder(root, path, split, value),), "YOLO"))
+        if split != "test" or not isinstance(value, str) or _place(bases, value).exists():
+            found.append(_split(bases, path, split, value if isinstance(value, list) else [value]))
         else:
             logger.warning("%s: the test split %r doesn't exist and is left out", path, value)
     return tuple(found)
@@ -74,33 +75,58 @@ def _splits_of_classes(root: Path) -> Iterator[SplitFiles]:
             yield SplitFiles(split, classes, (folder,), "YOLO")
 
 
-def _listed_images(root: Path, path: Path, split: str, listing: Path) -> SplitFiles:
-    """A split whose images are listed in a text file, one path a line."""
+def _split(bases: Sequence[Path], path: Path, split: str, values: Sequence[object]) -> SplitFiles:
+    """A split of a data.yaml, from its image folders and text files that list images."""
+    lists = [isinstance(one, str) and one.endswith(".txt") and _place(bases, one).is_file() for one in values]
+    if not any(lists):
+        return SplitFiles(split, path, tuple(_folder(bases, path, split, value) for value in values), "YOLO")
+    files: list[Path] = []
+    for value, is_list in zip(values, lists, strict=True):
+        files += (
+            _listed_images(bases, _place(bases, str(value)))
+            if is_list
+            else image_files(_folder(bases, path, split, value))
+        )
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    return SplitFiles(split, path, (folder,), "YOLO", tuple(dict.fromkeys(files)))
+
+
+def _listed_images(bases: Sequence[Path], listing: Path) -> Iterator[Path]:
+    """The images in a text file with one path a line; tools write other folders before those of the dataset."""
+    root = bases[-1]
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: can't be read ({error}). Replace the file.") from error
-    files = []
     for line in lines:
-        place = line.replace("\\", "/").rpartition("images/")  # tools write other folders before it
-        candidates = (_inside(root, line), root / "images" / place[2])
-        file = next((one for one in candidates if one.is_relative_to(root) and one.is_file()), None)
+        candidates = (base.joinpath(*ending) for ending in _endings(line) for base in bases)
+        file = next((one for one in candidates if one.is_file()), None)
         if file is None or not file.resolve().is_relative_to(root.resolve()):
             raise DataError(f"{listing}: the image {line!r} isn't in {root}. Add it, or correct the line.")
-        files.append(file)
-    if not files:
+        yield file
+    if not lines:
         raise DataError(f"{listing}: expected the path of an image in each line, found none. Add the images.")
-    folder = Path(os.path.commonpath([file.parent for file in files]))
-    return SplitFiles(split, path, (folder,), "YOLO", tuple(files))
 
 
-def _inside(root: Path, value: str) -> Path:
-    """A path of a data.yaml below `root`: the file's `path:` and Roboflow's leading ../ are ignored."""
-    return root / re.sub(r"^(\.\./|\./)+", "", value.replace("\\", "/"))
+def _endings(value: str) -> Iterator[tuple[str, ...]]:
+    """The parts of a path without Roboflow's leading ../, and those of its endings, the longest first."""
+    path = PureWindowsPath(value)
+    parts = tuple(dropwhile("..".__eq__, path.relative_to(path.anchor).parts))
+    yield from (parts[start:] for start in range(len(parts) or 1))
 
 
-def _exists(root: Path, value: str) -> bool:
-    return _inside(root, value).exists()
+def _place(bases: Sequence[Path], value: str) -> Path:
+    """A file or folder of a data.yaml below the first folder of `bases` that has it; below the last one if none has.
+
+    Of an absolute path, as another machine wrote it, the longest ending that exists is taken, unless it lacks the
+    folder of the split.
+    """
+    whole, *others = _endings(value)
+    is_absolute = PureWindowsPath(value).anchor != ""
+    names_split = any(map(split_of, whole))
+    endings = [whole, *(one for one in others if is_absolute and (any(map(split_of, one)) or not names_split))]
+    found = (base.joinpath(*ending) for ending in endings for base in bases)
+    return next((one for one in found if one.exists()), bases[-1].joinpath(value if is_absolute else Path(*whole)))
 
 
 class BoundedLoader(yaml.SafeLoader):  # type: ignore[misc]
@@ -130,14 +156,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folder(root: Path, path: Path, split: str, value: object) -> Path:
-    """The image folder of a split, which is below `root`."""
+def _folder(bases: Sequence[Path], path: Path, split: str, value: object) -> Path:
+    """An image folder of a split, which is below the dataset folder, the last of `bases`."""
     if not isinstance(value, str) or value.endswith(".txt"):
         raise DataError(f"{path}: expected an image folder for {split!r}, got {value!r:.60}. Name one folder.")
-    inside = _inside(root, value)
-    below = inside.relative_to(root).parts if inside.is_relative_to(root) else ()
-    folder = inside if "images" in below else inside / "images"
-    found = folder if folder.is_dir() else inside
+    root, found = bases[-1], _place(bases, value)
+    below = found.relative_to(root).parts if found.is_relative_to(root) else ()
+    if "images" not in map(str.lower, below):
+        found = next(iter(named_folders(found, ("images",))), found)
     if not found.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{path}: {value!r} of {split!r} leads out of {root}. Name a folder inside it.")
     if not found.is_dir():
@@ -152,35 +178,48 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
     Raises:
         DataError: no class names, no images, or an invalid label; the message names file, line and remedy
     """
-    names, folder = _class_names(files.annotations), files.image_folders[0]
-    labels = label_folder(folder, files.annotations.parent)
+    names, folder = _class_names(files.annotations), Path(os.path.commonpath(files.image_folders))
+    labels, pairs = label_folder(folder, files.annotations.parent), _images_and_labels(files)
+    if not pairs:
+        raise EmptySplitError(f"{folder}: found no images. Add images, or remove the split from {files.annotations}.")
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
+    left_out: list[int] = []
     number = 0
-    _check_outlines(labels, [(labels / path.relative_to(folder)).with_suffix(".txt") for path in _images(files)])
-    for path in _images(files):
-        name, image_id = path.relative_to(folder).as_posix(), len(images) + 1
-        if not is_text(name):
-            report(
-                "bad-image", labels, [rle.brief(name)], f"{folder}: the name of {name!r} isn't UTF-8. Rename the file."
-            )
-            continue
-        try:
-            where = f"image {image_id} ({path})"
-            height, width = size_in_frame(path, where, files.exif_frame, str(labels), report)
-        except ImageError as error:
-            report("bad-image", labels, [name], str(error))
-            continue
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        groups[image_id] = []
-        for category, fractions in _label_objects((labels / name).with_suffix(".txt"), names, report, labels):
+    _check_outlines(labels, [label for _, label in pairs])
+    for path, label in pairs:
+        image = _image(path, folder, labels, len(images) + 1, files.exif_frame, report)
+        if image is not None:
+            images.append(image)
+            groups[image["id"]] = []
+        for category, fractions in _label_objects(label, names, report, labels):
             number += 1
-            polygon = [fraction * (height if k % 2 else width) for k, fraction in enumerate(fractions)]
-            entry = {"id": number, "image_id": image_id, "category_id": category, "segmentation": [polygon]}
-            groups[image_id].append(entry)
+            if image is None:
+                left_out.append(number)
+                continue
+            sides = image["width"], image["height"]
+            polygon = [fraction * sides[k % 2] for k, fraction in enumerate(fractions)]
+            entry = {"id": number, "image_id": image["id"], "category_id": category, "segmentation": [polygon]}
+            groups[image["id"]].append(entry)
     if not images:
-        raise DataError(f"{folder}: found no images. Add images, or remove the split from {files.annotations}.")
-    return FolderSplit(str(labels), tuple(images), groups, names, folder, follow_links=files.follow_links)
+        raise DataError(f"{folder}: found no usable image. Replace the images, or remove the split.")
+    return FolderSplit(
+        str(labels), tuple(images), groups, names, folder, follow_links=files.follow_links, left_out=left_out
+    )
+
+
+def _image(path: Path, folder: Path, labels: Path, image_id: int, frame: ExifFrame, report: Report) -> Entry | None:
+    name = path.relative_to(folder).as_posix()
+    if not is_text(name):
+        message = f"{folder}: the name of {name!r} isn't UTF-8. Rename the file."
+        report("bad-image", labels, [rle.brief(name)], message)
+        return None
+    try:
+        height, width = size_in_frame(path, f"image {image_id} ({path})", frame, str(labels), report)
+    except ImageError as error:
+        report("bad-image", labels, [name], str(error))
+        return None
+    return {"id": image_id, "file_name": name, "height": height, "width": width}
 
 
 def _class_names(path: Path) -> dict[int, str]:
@@ -192,10 +231,11 @@ def _class_names(path: Path) -> dict[int, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: can't be read ({error}). Replace the file.") from error
     names = read_yaml(path).get("names")
-    by_class = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(by_class, dict) or not by_class or not all(type(key) is int for key in by_class):
+    given = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else {}
+    by_class = {int(key) if re.fullmatch("[0-9]{1,9}", str(key)) else None: name for key, name in given.items()}
+    if not by_class or None in by_class or len(by_class) < len(given):
         raise DataError(f"{path}: expected `names` as a list of class names, got {names!r:.60}. Add the names.")
-    return {key: str(name) for key, name in by_class.items()}
+    return {key: str(name) for key, name in by_class.items() if key is not None}
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -204,17 +244,25 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def label_folder(images: Path, root: Path) -> Path:
-    """The label folder of an image folder: YOLO replaces the last `images` of the path below the root by `labels`."""
-    parts = list(images.relative_to(root).parts) if images.is_relative_to(root) else []
-    if "images" not in parts:
-        return images
-    place = len(parts) - 1 - parts[::-1].index("images")
-    return root.joinpath(*parts[:place], "labels", *parts[place + 1 :])
+    """The label folder of an image folder: YOLO replaces the last `images` of the path below the root by `labels`.
+
+    Where there is no such folder, that of an earlier `images` is taken, as CVAT writes it.
+    """
+    parts = images.relative_to(root).parts if images.is_relative_to(root) else ()
+    places = [place for place, part in enumerate(parts) if part.lower() == "images"][::-1]
+    for place in places:
+        for labels in named_folders(root.joinpath(*parts[:place]), ("labels",)):
+            if (found := labels.joinpath(*parts[place + 1 :])).is_dir():
+                return found
+    return root.joinpath(*parts[: places[0]], "labels", *parts[places[0] + 1 :]) if places else images
 
 
-def _images(files: SplitFiles) -> Sequence[Path]:
-    """The images of a split."""
-    return files.files or image_files(files.image_folders[0])
+def _images_and_labels(files: SplitFiles) -> list[tuple[Path, Path]]:
+    """The images of a split, each with the path of its label file, which may not exist."""
+    images = files.files or [path for folder in files.image_folders for path in image_files(folder)]
+    root, unique = files.annotations.parent, dict.fromkeys(images)
+    labels = {folder: label_folder(folder, root) for folder in dict.fromkeys(path.parent for path in unique)}
+    return [(path, (labels[path.parent] / path.name).with_suffix(".txt")) for path in unique]
 
 
 def _check_outlines(labels: Path, paths: Sequence[Path]) -> None:
@@ -230,7 +278,7 @@ def _check_outlines(labels: Path, paths: Sequence[Path]) -> None:
             return
         boxes += len(lengths)
     if boxes:
-        raise DataError(
+        raise EmptySplitError(
             f"{labels}: each line is a class and a box of four numbers, in all {boxes} lines: these are boxes only."
             f" {ADD_OUTLINES}."
         )
@@ -239,11 +287,8 @@ def _check_outlines(labels: Path, paths: Sequence[Path]) -> None:
 def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
     """All content that the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
     yield files.annotations.read_bytes()
-    folder = files.image_folders[0]
-    labels = label_folder(folder, files.annotations.parent)
-    for path in _images(files):
+    for path, label in _images_and_labels(files):
         yield os.fsencode(f"{path} {path.stat().st_size}")
-        label = (labels / path.relative_to(folder)).with_suffix(".txt")
         yield label.read_bytes() if label.is_file() else b""
 
 
@@ -251,23 +296,24 @@ def _label_objects(
     label: Path, names: dict[int, str], report: Report, labels: Path
 ) -> Iterator[tuple[int, list[float]]]:
     """(class, [x, y, x, y, ...] as fractions) of each valid line; an image without a label file has no objects."""
+    name = printable(label.name)
     try:
         lines = label.read_text(encoding="utf-8-sig").splitlines() if label.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        report("bad-annotation-entry", labels, [label.name], f"{label}: can't be read ({error}). Replace the file.")
+        report("bad-annotation-entry", labels, [name], f"{printable(str(label))}: can't be read ({error}). Replace it.")
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{label}, line {number}"
+        where = f"{printable(str(label))}, line {number}"
         words = line.split()
         category, *fractions = map(_number, words)
         problem = _line_problem(words, category, fractions)
         if problem:
-            report("bad-annotation-entry", labels, [f"{label.name}:{number}"], f"{where}: {problem}")
+            report("bad-annotation-entry", labels, [f"{name}:{number}"], f"{where}: {problem}")
         elif int(category) not in names:
             message = f"{where}: class {int(category)} isn't among the {len(names)} names. Correct it, or add the name."
-            report("unknown-category", labels, [f"{label.name}:{number}"], message)
+            report("unknown-category", labels, [f"{name}:{number}"], message)
         else:
             yield int(category), fractions
 

@@ -17,7 +17,7 @@ from m2f_trainer.data.dataset import (
     with_reading,
     with_validation,
 )
-from m2f_trainer.data.formats import find_splits, read_split
+from m2f_trainer.data.formats import find_splits, read_optional
 from m2f_trainer.data.hub_dataset import check_no_files, is_hub_dataset, read_hub
 from m2f_trainer.data.images import FEWEST_LEVELS, FULL_RANGE
 from m2f_trainer.data.layouts import split_paths
@@ -126,7 +126,10 @@ def _read_splits(
         return {}, ""
     for files in layout.splits:
         try:
-            found = read_split(files, report)
+            found = read_optional(files, report)
+            if found is None:
+                layout = layout.without([files.split])
+                continue
             splits[files.split] = found
             folders[files.split] = set(_folders(found))
         except DataError as error:

@@ -74,7 +74,13 @@ def evaluate_folder(
     loaded = load_model(model)
     chosen = model_range(loaded.config.pixel_range) or "auto" if pixel_range is None else parse_pixel_range(pixel_range)
     splits = load_dataset(
-        dataset, annotations, images, exif_frame=exif_frame, pixel_range=chosen, follow_links=follow_links
+        dataset,
+        annotations,
+        images,
+        exif_frame=exif_frame,
+        pixel_range=chosen,
+        follow_links=follow_links,
+        required=split,
     )
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -78,6 +79,47 @@ def test_the_image_folder_that_was_used_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_coco(root, cache_dir=tmp_path / "cache")
     assert "train result.json, images in images" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["no images", "boxes", "no images of YOLO", "boxes of YOLO"])
+def test_a_test_split_without_images_or_masks_is_left_out_with_its_reason(kind, tmp_path, caplog):
+    if "YOLO" in kind:
+        root, reason = yolo(tmp_path / "set"), "test: found no images"
+        with (root / "data.yaml").open("a") as file:
+            file.write("test: images/test\n")
+        (root / "images/test").mkdir()
+        if "boxes" in kind:
+            pictures(root / "images/test", ["a.png"])
+            (root / "labels/test").mkdir()
+            (root / "labels/test/a.txt").write_text("0 0.5 0.5 0.2 0.2")
+            reason = "labels/test: .*boxes only"
+    else:
+        root, reason = roboflow(tmp_path / "set"), "test/_annotations.coco.json: `images` is empty"
+        path = root / "test/_annotations.coco.json"
+        test = json.loads(path.read_text())
+        if "boxes" in kind:
+            test["annotations"] = [{**one, "segmentation": []} for one in test["annotations"]]
+            reason = "test/_annotations.coco.json: annotation .*boxes only"
+        path.write_text(json.dumps(test if "boxes" in kind else {**test, "images": [], "annotations": []}))
+    for _ in range(2):  # the second time from the cache
+        assert list(load_coco(root, cache_dir=tmp_path / "cache")) == ["train", "valid"]
+        with pytest.raises(DataError, match=reason):
+            load_coco(root, cache_dir=tmp_path / "cache", required="test")
+    assert "The test split is left out" in caplog.text
+    examination = examine(root)
+    assert (examination.status, list(examination.scans)) == (0, ["train", "valid"])
+    (warning,) = [one for one in examination.findings if one.kind == "test-without-annotations"]
+    assert re.search(f"The test split is left out\\. .*{reason}", warning.message)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_an_empty_split_that_training_needs_is_refused(split, tmp_path):
+    root = roboflow(tmp_path / "set")
+    path = root / split / "_annotations.coco.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": [], "annotations": []}))
+    with pytest.raises(DataError, match=f"{split}/_annotations.coco.json: `images` is empty"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert examine(root).findings[0].kind == "unusable"
 
 
 def test_image_folders_can_be_given_without_annotations(tmp_path):

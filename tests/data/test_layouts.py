@@ -126,6 +126,12 @@ def test_the_other_tasks_of_coco_are_left_aside(tmp_path):
     ]
 
 
+def test_the_labels_of_datumaro_are_left_aside(tmp_path):
+    for name in ("instances_default", "labels_default"):
+        place(tmp_path / "set", f"annotations/{name}.json", "images/default/a.png")
+    assert [files.annotations.name for files in find_splits(tmp_path / "set").splits] == ["instances_default.json"]
+
+
 def test_given_paths_are_also_looked_for_in_the_working_directory(tmp_path, monkeypatch):
     place(tmp_path / "set", "labels/mine.json", "pictures/a.png")
     place(tmp_path, "other.json", "photos/a.png")

@@ -8,6 +8,7 @@ from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.mask_images import CITYSCAPES, counts_of_values
 from m2f_trainer.data.validate import check_dataset, check_split
 from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.exports import pictures
@@ -91,6 +92,22 @@ def test_one_mask_an_object_is_read(nested, tmp_path):
     assert list(splits) == ["train"]
     for found in objects(splits["train"]):
         assert np.array_equal(found, [ids(3) == value for value in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_objects_of_an_unreadable_image_are_counted(nested, tmp_path):
+    root = masked(tmp_path / "set", (3, 4, 5, 3, 4, 5))
+    if nested:  # one mask an object
+        for path in sorted((root / "masks").iterdir()):
+            values = np.asarray(Image.open(path))
+            for value in range(1, values.max() + 1):
+                save(path.with_suffix("") / f"{value}.png", (values == value).astype(np.uint8))
+            path.unlink()
+    (root / "images/c.png").write_bytes(b"")
+    repaired = repair(examine(root), tmp_path / "copy")
+    for what, (kept, total) in {"images": (5, 6), "objects": (19, 24)}.items():
+        found = [repaired.counts[split][what] for split in ("train", "valid")]
+        assert (sum(after for _, after in found), sum(before for before, _ in found)) == (kept, total)
 
 
 def test_cityscapes_has_classes_groups_and_numbered_objects(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.doctor.examine import examine
+from m2f_trainer.doctor.fix import repair
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.segmentation import to_counts
 from tests.data.exports import SQUARE, pictures
@@ -116,6 +117,27 @@ def test_boxes_without_masks_are_refused_as_such(tmp_path):
         load_coco(root, cache_dir=tmp_path / "cache")
     (finding, *_) = examine(root).findings
     assert "boxes only" in finding.message
+
+
+def test_lines_without_objects_are_images_without_objects(tmp_path):
+    root = imagefolder(tmp_path / "set", LISTS, LISTS, LISTS, LISTS, LISTS)
+    first, *others = (root / "metadata.jsonl").read_text().splitlines()
+    (root / "metadata.jsonl").write_text(
+        "\n".join(['{"file_name": "a.png"}', *others, first.replace("a.png", "f.png")])
+    )
+    pictures(root, ["f.png"])
+    rows = load_coco(root, cache_dir=tmp_path / "cache", hold_out=False)["train"]
+    assert [len(row["objects"]) for row in rows] == [0, 1, 1, 1, 1, 1]
+
+
+def test_the_objects_of_an_unreadable_image_are_counted(tmp_path):
+    two = {key: value * 2 for key, value in LISTS.items()} | {"segmentation": [[SQUARE], [[0, 0, 5, 0, 5, 5]]]}
+    for split, names in (("train", "abc"), ("val", "xy")):
+        imagefolder(tmp_path / "set" / split, two, LISTS, *([LISTS] if split == "train" else []), names=names)
+    (tmp_path / "set/train/a.png").write_bytes(b"")
+    text = repair(examine(tmp_path / "set"), tmp_path / "copy").to_text()
+    assert "train: 2 of 3 images, 2 of 4 objects" in text
+    assert "left out: annotations 1, 2" in text
 
 
 def test_a_metadata_file_without_objects_is_no_dataset(tmp_path):

@@ -148,7 +148,9 @@ def test_labels_of_boxes_only_are_refused_with_what_adds_outlines(tmp_path):
         ("train: images/none\nnames: [cat, dog]\n", "doesn't exist"),
         ("train: a/../../../..\nnames: [cat, dog]\n", "leads out of"),
         ("train: /etc\nnames: [cat, dog]\n", "leads out of"),
-        ("train: [a, b]\nnames: [cat, dog]\n", "Name one folder"),
+        ("train: [images/train, b]\nnames: [cat, dog]\n", "image folder .*/b of 'train' doesn't exist"),
+        ("train: 3\nnames: [cat, dog]\n", "Name one folder"),
+        ("train: images/train\nnames: {0: cat, '0': dog}\n", "expected `names`"),
         ("train: train.txt\nnames: [cat, dog]\n", "Name one folder"),
     ],
 )
@@ -191,6 +193,74 @@ def test_a_text_file_may_list_the_pictures_of_a_split(tmp_path, monkeypatch):
         (root / "train.txt").write_text(text)
         with pytest.raises(DataError, match=message):
             load_coco(root, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "pattern"),
+    [
+        ("path: /content/data\ntrain: /content/data/train/images\nval: C:\\data\\val\\images\n", "{}/images"),
+        ("path: dataset\ntrain: images/train\nval: images/val\n", "dataset/images/{}"),
+        ("path: dataset\ntrain: dataset/images/train\nval: images/val\n", "dataset/images/{}"),
+        ("train: Images/train\nval: images/val\n", "images/{}"),
+    ],
+)
+def test_paths_of_another_machine_and_below_path_are_found(yaml, pattern, tmp_path):
+    root = yolo(tmp_path / "set", yaml=f"{yaml}names: {{'0': cat, '1': dog}}\n", pattern=pattern)
+    if "Images" in yaml:
+        for name in ("images", "labels"):
+            (root / name.capitalize()).mkdir()
+            (root / name / "train").rename(root / name.capitalize() / "train")
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert {split: [len(row["objects"]) for row in rows] for split, rows in splits.items()} == {
+        "train": [1, 0],
+        "valid": [1, 0],
+    }
+    assert categories_of(splits["train"]) == (Category(1, "dog"),)
+
+
+def test_an_absolute_path_is_not_replaced_by_a_folder_of_all_splits(tmp_path):
+    root = yolo(tmp_path / "set", yaml="train: /content/train/images\nnames: [cat, dog]\n")
+    with pytest.raises(DataError, match="'/content/train/images' of 'train' leads out of"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("pattern", ["images/{}", "{}/images"])
+def test_a_split_may_have_several_folders_and_lists(pattern, tmp_path):
+    root = yolo(tmp_path / "set", pattern=pattern)
+    folders = [pattern.format(split) for split in ("train", "val")]
+    (root / "list.txt").write_text(f"/content/ds/{folders[1]}/a.jpg\n")
+    for second, objects in ((folders[1], [1, 0, 1, 0]), ("list.txt", [1, 0, 1])):
+        (root / "data.yaml").write_text(f"train: [{folders[0]}, {second}]\nval: {folders[1]}\nnames: [cat, dog]\n")
+        splits = load_coco(root, cache_dir=tmp_path / "cache")
+        assert [len(row["objects"]) for row in splits["train"]] == objects
+        assert splits["train"][2]["image"]["path"] == str((root / folders[1] / "a.jpg").resolve())
+        assert "not used" not in examine(root).files
+
+
+def test_a_list_may_have_a_folder_called_images_in_any_place(tmp_path):
+    """CVAT's Ultralytics export of a task with folders, which has its labels below labels/train/images."""
+    root = yolo(tmp_path / "set", yaml="path: .\ntrain: train.txt\nnames: [cat, dog]\n")
+    for kind, name in (("images", "a.jpg"), ("images", "b.png"), ("labels", "a.txt")):
+        (root / kind / "train/images/batch 1").mkdir(parents=True, exist_ok=True)
+        (root / kind / "train" / name).rename(root / kind / "train/images/batch 1" / name)
+    lines = [f"data/images/train/images/batch 1/{name}" for name in ("a.jpg", "b.png")]
+    (root / "train.txt").write_text("\n".join(lines))
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [1, 0]
+    (root / "labels/train/images/batch 1/a.txt").rename(root / "images/train/images/batch 1/a.txt")
+    (root / "images/train/labels/batch 1").mkdir(parents=True)
+    (root / "images/train/images/batch 1/a.txt").rename(root / "images/train/labels/batch 1/a.txt")
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [1, 0], "as Ultralytics looks for it: beside the last images"
+
+
+def test_the_objects_of_an_unreadable_image_are_counted(tmp_path):
+    root = yolo(tmp_path / "set", f"{LINE}\n{LINE.replace('1 ', '0 ', 1)}")
+    (root / "labels/train/b.txt").write_text(LINE)
+    (root / "images/train/a.jpg").write_bytes(b"")
+    text = repair(examine(root), tmp_path / "copy").to_text()
+    assert "train: 1 of 2 images, 1 of 3 objects" in text
+    assert "left out: annotations 1, 2" in text
 
 
 @pytest.mark.parametrize("split", ["", "train/"])

@@ -45,6 +45,14 @@ def test_test_figures_are_of_the_test_split(finished_run: Path) -> None:
     assert held["test_box_mar_100"] == pytest.approx(again["eval_box_mar_100"], abs=1e-9)
 
 
+def test_a_test_split_that_was_left_out_is_refused_with_the_reason(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "data", tmp_path / "data")
+    path = tmp_path / "data/test/_annotations.coco.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": [], "annotations": []}))
+    with pytest.raises(DataError, match=r"test/_annotations\.coco\.json: `images` is empty"):
+        evaluate_folder(str(finished_run / "run"), str(tmp_path / "data"), "test")
+
+
 def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(finished_run: Path) -> None:
     held = (finished_run / "run" / "metrics.json").read_bytes()
     with pytest.raises(RecipeError, match="holds a run"):
