@@ -54,6 +54,8 @@ def place(root: Path, annotations: str, image: str) -> None:
         ("annotations/lvis_v1_train.json", "train2017/a.png", "train"),  # LVIS
         ("annotations/instances_train.json", "images/train/a.png", "train"),  # Datumaro
         ("annotations/instances_train.json.gz", "images/train/a.png", "train"),
+        ("Train Set/_annotations.coco.json", "Train Set/a.png", "train"),
+        ("Validation Set/_annotations.coco.json", "Validation Set/a.png", "valid"),
     ],
 )
 def test_layouts_are_found_by_themselves(annotations, image, split, tmp_path):
