@@ -80,13 +80,15 @@ def _split(bases: Sequence[Path], path: Path, split: str, values: Sequence[objec
     lists = [isinstance(one, str) and one.endswith(".txt") and _place(bases, one).is_file() for one in values]
     if not any(lists):
         return SplitFiles(split, path, tuple(_folder(bases, path, split, value) for value in values), "YOLO")
-    files: list[Path] = []
-    for value, is_list in zip(values, lists, strict=True):
-        files += (
+    files = [
+        file
+        for value, is_list in zip(values, lists, strict=True)
+        for file in (
             _listed_images(bases, _place(bases, str(value)))
             if is_list
             else image_files(_folder(bases, path, split, value))
         )
+    ]
     folder = Path(os.path.commonpath([file.parent for file in files]))
     return SplitFiles(split, path, (folder,), "YOLO", tuple(dict.fromkeys(files)))
 
