@@ -354,6 +354,7 @@ KINDS: Mapping[str, Kind] = {
         "It covers no pixel; the other parts are used.",
         "the part is removed",
     ),
+    "void-border": _note("void border of Pascal VOC in a mask", "It separates objects and is none.", "left out"),
     "unusual-rle": _note(
         "RLE without size, with swapped size, or with counts as Python bytes or fractions",
         "Its mask has the annotation's box.",
