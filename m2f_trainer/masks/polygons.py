@@ -14,8 +14,8 @@ Step = tuple[int, int]
 
 RIGHT_TURN: dict[Step, Step] = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}
 _MAX_PAIRS = 5_000_000  # of edges that overlap along an axis, of a polygon that is checked for crossings
-_PAIRS_AT_ONCE = 200_000
-_FEW_EDGES = 64  # of which all pairs are compared, because sorting them takes longer
+_PAIRS_AT_ONCE = 200_000  # which are in memory
+_FEW_EDGES = 32  # of which all pairs are compared, because sorting them takes longer
 
 
 def mask_to_polygons(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[float]]:
