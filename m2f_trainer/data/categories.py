@@ -1,6 +1,6 @@
 """Match the classes of a dataset's splits by name; the same class may have another id in each split."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import TypeVar
 
@@ -38,6 +38,8 @@ class _Matcher:
 
     def __init__(self, splits: Mapping[str, SplitAnnotations], report: Report) -> None:
         self.names: dict[int, str] = {}
+        self._by_name: dict[str, list[int]] = {}
+        self._by_normalized_name: dict[str, list[int]] = {}
         self._first: dict[int, SplitAnnotations] = {}
         self._used: set[int] = set()
         self._report = report
@@ -49,14 +51,17 @@ class _Matcher:
         used = split.used_categories()
         self._report_repeated_names(split, used)
         ids: dict[int, int] = {}
+        taken: set[int] = set()
         exact = {name.strip() for key, name in split.categories.items() if key in used}
+        present = set(map(normalized_name, split.categories.values()))
         for key in sorted(split.categories, key=lambda key: (key not in used, key)):
             name = split.categories[key]
-            found = self._find(name, set(ids.values()), exact if key in used else set())
+            found = self._find(name, taken, exact if key in used else set())
             if found is None:
-                renamed = key in used and self._is_renamed(split, key)
+                renamed = key in used and self._is_renamed(split, key, present)
                 found = key if renamed else self._add(split, key)
             ids[key] = found
+            taken.add(found)
             known = self.names[found]
             if key in used and known.strip() != name.strip() and normalized_name(known) == normalized_name(name):
                 message = f"category {key}: {name!r} is taken as {known!r} of {self._first[found].name}."
@@ -83,20 +88,23 @@ class _Matcher:
 
         `others` are the names of the split's own classes, which only an exact match may use.
         """
-        exact = [key for key, known in self.names.items() if known.strip() == name.strip() and key not in taken]
+        exact = [key for key in self._by_name.get(name.strip(), ()) if key not in taken]
         if exact:
             return min(exact, key=lambda key: (key not in self._used, key))
         alike = [
             key
-            for key, known in self.names.items()
-            if normalized_name(known) == normalized_name(name) and key not in taken and known.strip() not in others
+            for key in self._by_normalized_name.get(normalized_name(name), ())
+            if key not in taken and self.names[key].strip() not in others
         ]
         return alike[0] if len(alike) == 1 else None
 
     def _add(self, split: SplitAnnotations, key: int) -> int:
         new = key if key not in self.names else self._free
         self._free += new == self._free
-        self.names[new], self._first[new] = split.categories[key], split
+        name = split.categories[key]
+        self.names[new], self._first[new] = name, split
+        self._by_name.setdefault(name.strip(), []).append(new)
+        self._by_normalized_name.setdefault(normalized_name(name), []).append(new)
         return new
 
     def _report_repeated_names(self, split: SplitAnnotations, used: set[int]) -> None:
@@ -111,12 +119,15 @@ class _Matcher:
                 )
                 self._report("repeated-category-name", split.name, ids, message)
 
-    def _is_renamed(self, split: SplitAnnotations, key: int) -> bool:
-        """Whether the id may be a known class with a new name; if so, it is reported."""
+    def _is_renamed(self, split: SplitAnnotations, key: int, present: Set[str]) -> bool:
+        """Whether the id may be a known class with a new name; if so, it is reported.
+
+        `present` are the normalized names of the split's categories.
+        """
         first = self.names.get(key)
         if first is None or key not in self._used:
             return False
-        if normalized_name(first) in {normalized_name(name) for name in split.categories.values()}:
+        if normalized_name(first) in present:
             return False
         name, where = split.categories[key], self._first[key].name
         message = (

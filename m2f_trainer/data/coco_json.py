@@ -48,7 +48,7 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
     if not images:
         raise EmptySplitError(f"{name}: `images` is empty. Add images, or remove the split.")
     image_ids, category_ids = (Ids(one.get("id") for one in group) for group in (images, categories))
-    images = _unique(_with_ids(images, image_ids, "image", name, report), "image", name, report)
+    images = _unique_images(_with_ids(images, image_ids, "image", name, report), name, report)
     located = _locate(images, files, report)
     sized = _sized(located.images, located.paths, files.exif_frame, name, report)
     images, first_entry = _merged(check_images(sized, name, report), located.paths, name, report)
@@ -134,7 +134,7 @@ def check_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
     """The image entries with a unique id, a file name and a size."""
     valid = []
     ids = Ids(image.get("id") for image in images)
-    for image in _unique(_with_ids(images, ids, "image", name, report), "image", name, report):
+    for image in _unique_images(_with_ids(images, ids, "image", name, report), name, report):
         file_name, where = image.get("file_name"), f"{name}: image {image['id']}"
         sides: list[Any] = [image.get("height"), image.get("width")]
         if not file_name or not is_text(file_name):
@@ -348,7 +348,7 @@ def _check_annotations(
             "refer to a category that isn't in `categories`",
         ),
     )
-    valid = _unique(entries, "annotation", name, report)
+    valid = _unique_annotations(entries, name, report)
     for kind, is_wrong, what in tests:
         ids = [entry["id"] for entry in valid if is_wrong(entry)]
         if ids:
@@ -429,20 +429,54 @@ def _report_bad_id(entry: Entry, key: str, label: str, kind: str, name: str, rep
     report(f"bad-{kind}-entry", name, [rle.brief(entry.get("id"))], message)
 
 
-def _unique(entries: list[Entry], kind: str, name: str, report: Report) -> list[Entry]:
+def _unique_images(images: list[Entry], name: str, report: Report) -> list[Entry]:
+    """The first entry of each id. An id of entries that differ is an error that can't be corrected: its annotations may
+    belong to each of the images.
+    """
+    first: dict[int, Entry] = {}
+    repeated: dict[int, None] = {}
+    shared: dict[int, Entry] = {}  # id -> an entry that differs from the first one
+    for image in images:
+        one = first.setdefault(image["id"], image)
+        if one is not image:
+            differs = any(one.get(key) != image.get(key) for key in ("height", "width"))
+            if differs or usual_name(one) != usual_name(image):
+                shared.setdefault(image["id"], image)
+            else:
+                repeated[image["id"]] = None
+    if shared:
+        key, other = next(iter(shared.items()))
+        message = (
+            f"{name}: image ids must be unique, found more than once: {listed(list(shared))}. Image {key} is"
+            f" {_described(first[key])} and {_described(other)}, and annotations of image {key} may belong to each of"
+            " them. Give each image its own id, and its annotations the same `image_id`; export files that were joined"
+            " again as one, or renumber the images and annotations of one before they are joined."
+        )
+        report("duplicate-image-id", name, list(shared), message)
+    if again := [key for key in repeated if key not in shared]:
+        message = f"{name}: image ids must be unique, found more than once: {listed(again)}. List each image once."
+        report("repeated-image-entry", name, again, message)
+    return list(first.values())
+
+
+def _described(image: Entry) -> str:
+    return f"{usual_name(image)!r} of {rle.brief(image.get('width'))}x{rle.brief(image.get('height'))} pixels"
+
+
+def _unique_annotations(entries: list[Entry], name: str, report: Report) -> list[Entry]:
     """One entry for each id; further annotations with the same id are renumbered, so that no object is lost."""
     counts = Counter(entry["id"] for entry in entries)
     repeated = [key for key, count in counts.items() if count > 1]
     if not repeated:
         return entries
-    message = f"{name}: {kind} ids must be unique, found more than once: {listed(repeated)}. Renumber them."
-    report(f"duplicate-{kind}-id", name, repeated, message)
+    message = f"{name}: annotation ids must be unique, found more than once: {listed(repeated)}. Renumber them."
+    report("duplicate-annotation-id", name, repeated, message)
     kept: dict[int, Entry] = {}
     unused = max(counts) + 1
     for entry in entries:
         if entry["id"] not in kept:
             kept[entry["id"]] = entry
-        elif kind == "annotation":
+        else:
             kept[unused] = {**entry, "id": unused}
             unused += 1
     return list(kept.values())

@@ -4,7 +4,7 @@ Only `find_splits` decides which files a dataset consists of; `Layout.describe` 
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -243,13 +243,20 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
     """
     split = FORMATS[files.format].read(files, report)
     entries = [(image, entry) for image in split.images for entry in split.annotations[image["id"]]]
-    if entries and not any(entry.get("segmentation") for _, entry in entries):
+    if entries and all(_has_no_outline(entry.get("segmentation")) for _, entry in entries):
         image, entry = entries[0]
         raise EmptySplitError(
             f"{split.full_name(entry, image)}: segmentation is empty, as in all {len(entries)} annotations: these are"
             f" boxes only. {ADD_OUTLINES}."
         )
     return split
+
+
+def _has_no_outline(segmentation: object) -> bool:
+    """Whether a segmentation is missing, [] or [[]]."""
+    if isinstance(segmentation, list):
+        return all(isinstance(part, Sequence) and not part for part in segmentation)
+    return not segmentation
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:

@@ -73,8 +73,12 @@ _BACK = {**_TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 _MODES_TO_RGB = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr")
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # TIFF tags
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 277, 339  # TIFF tags
+_SAMPLES = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers"}
+"""The kinds of values of a TIFF file, by its sample format."""
+
 _WIDE = (";16B", ";16L", ";16N")  # how Pillow names 16-bit values in a file
+_GREY_WITH_ALPHA = "LA;16B"
 _CHANNELS = (
     "expected one image of one channel, or of three or four (RGB, alpha is dropped), got {}. Save one"
     " of them as a grey image, or the three that show the objects best as an RGB image."
@@ -332,8 +336,8 @@ def _identify(file: Path | io.BytesIO, where: str, whole: bool = False, limit: i
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{where}: expected at most {limit or max_pixels():,} pixels ({error}). {_CUT}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if (samples := _samples_of_tiff(file)) > 4:
-            raise ImageError(f"{where}: {too_many_channels(samples)}") from error
+        if problem := _problem_of_unknown_tiff(file):
+            raise ImageError(f"{where}: {problem}") from error
         raise ImageError(
             f"{where}: not an image of a known format: {_guess_content(file)}."
             " Replace the file, or remove it from the set."
@@ -350,7 +354,7 @@ def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile) -> str:
             " with interleaved channels, or as PNG."
         )
     samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
-    if samples > 4:  # Pillow would drop those after the third
+    if samples > 4 or (samples > 1 and image.mode in ("L", "P")):  # Pillow would drop those after the third or first
         return too_many_channels(samples)
     size = image.size
     if image.is_animated:  # it has several pages
@@ -367,16 +371,25 @@ def too_many_channels(count: int) -> str:
     return _CHANNELS.format(f"{count} channels")
 
 
-def _samples_of_tiff(file: Path | io.BytesIO) -> int:
-    """The number of channels of a TIFF file, 0 for other files."""
+def _problem_of_unknown_tiff(file: Path | io.BytesIO) -> str:
+    """Why Pillow doesn't read a TIFF file: its number of channels, or their type; "" for other files."""
     try:
         with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as opened:
             directory = TiffImagePlugin.ImageFileDirectory_v2(opened.read(8))
             opened.seek(directory.next)
             directory.load(opened)
-        return int(directory.get(_SAMPLES_PER_PIXEL, 0))
+        samples, bits = int(directory.get(_SAMPLES_PER_PIXEL, 1)), max(directory.get(_BITS_PER_SAMPLE, (1,)))
+        kind = _SAMPLES.get(max(directory.get(_SAMPLE_FORMAT, (1,))), "values of another kind")
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
-        return 0
+        return ""
+    if samples > 4:
+        return too_many_channels(samples)
+    if bits <= 16 and samples != 2 and kind != _SAMPLES[3]:
+        return ""  # of a known type: it is damaged
+    return (
+        "expected a TIFF file of one channel of 8- to 32-bit integers or 32-bit floating-point numbers, or of RGB in 8"
+        f" or 16 bits, got {samples} channel{'s' * (samples > 1)} of {bits}-bit {kind}. Save it as one of these."
+    )
 
 
 def _guess_content(file: Path | io.BytesIO) -> str:
@@ -447,7 +460,8 @@ def _raw_mode(image: Image.Image) -> str:
 def _low_bytes(image: Image.Image) -> npt.NDArray[np.int64] | None:
     """The low bytes (H, W, C) of an image of 16-bit colours, of which Pillow decodes the high bytes only; else None.
 
-    The file is decoded a second time in the other byte order.
+    The file is decoded a second time in the other byte order. Of grey with alpha, for which Pillow has no other order
+    and which it decodes as RGBA, all bytes are decoded as if they were RGBA, and those of grey are returned (H, W, 1).
     """
     mode = _raw_mode(image)
     if not (isinstance(image, ImageFile.ImageFile) and mode.endswith(_WIDE) and mode[:2] != "I;"):
@@ -456,13 +470,14 @@ def _low_bytes(image: Image.Image) -> npt.NDArray[np.int64] | None:
         return None
     native = "L" if sys.byteorder == "little" else "B"
     order = mode[-1] if mode[-1] != "N" else native
-    wanted = mode[:-1] + ("B" if order == "L" else "L")
+    wanted = "RGBA" if mode == _GREY_WITH_ALPHA else mode[:-1] + ("B" if order == "L" else "L")
     with Image.open(io.BytesIO(image.fp.getvalue()), formats=[str(image.format)]) as other:
         other.tile = [
             tile._replace(args=(wanted, *tile.args[1:]) if isinstance(tile.args, tuple) else wanted)
             for tile in other.tile
         ]
-        return np.asarray(other).astype(np.int64)
+        values = np.asarray(other).astype(np.int64)
+    return values[..., 1:2] if mode == _GREY_WITH_ALPHA else values  # its bytes: high and low of grey, then of alpha
 
 
 def _to_rgb(

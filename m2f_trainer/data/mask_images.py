@@ -42,6 +42,8 @@ _CITYSCAPES = re.compile(r"_gt(fine|coarse)_instanceids$", re.IGNORECASE)
 _SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of masks: formats that keep values
 _EXAMINED = 50  # masks that decide whether values are objects
 _MANY = 20  # semantic datasets rarely have more classes
+_FEWER_FLOATS = 2**24  # from which on floats of 32 bits lack whole numbers
+_VOC_VOID = 255  # the value of the border around objects
 _CLASS = 1  # the id of the only class where masks have none
 
 CITYSCAPES = {
@@ -227,13 +229,13 @@ def _objects_of(
     root, name = files.image_folders[0], str(files.annotations)
     shown = mask.relative_to(root).as_posix()
     try:
-        values = read_mask(mask, root, files.follow_links)
+        values, void = read_mask(mask, root, files.follow_links)
         if one_each:
             values = (values != 0).any(axis=2) if values.ndim == 3 else values != 0
         elif values.ndim == 3:
             raise ImageError(
-                f"{mask}: expected one channel with the ids of objects as values, got {values.shape[2]} channels."
-                " Save it as an 8- or 16-bit grey PNG."
+                f"{mask}: expected one channel with the ids of objects as values, got {values.shape[2]} channels that"
+                " differ. Save it as an 8- or 16-bit grey PNG."
             )
     except ImageError as error:
         report("bad-mask", name, [shown], str(error), None if image is None else image["id"])
@@ -245,15 +247,22 @@ def _objects_of(
         )
         report("bad-mask", name, [shown], message, image["id"])
         return
+    if void:
+        message = f"{mask}: {void} pixels of the value {_VOC_VOID} in Pascal VOC's palette are taken as background."
+        report("void-border", name, [shown], message, image["id"])
     for value, counts in counts_of_values(values):
         yield value, {"size": list(values.shape), "counts": counts}
 
 
-def read_mask(path: Path, root: Path, follow_links: bool = False) -> npt.NDArray[Any]:
-    """The values of a mask, (H, W) or (H, W, C); the indices of a palette image.
+def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.NDArray[Any], int]:
+    """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image.
+
+    Alpha is dropped. Whole numbers may be stored as floating-point numbers, as ImageJ does. Pixels of the void border
+    around objects in masks with Pascal VOC's palette get the value 0; their number is the second result.
 
     Raises:
-        ImageError: it can't be read, or a link leads out of the dataset folder without `follow_links`
+        ImageError: it can't be read, has values that aren't whole numbers from 0, or a link leads out of the dataset
+            folder without `follow_links`
     """
     if not follow_links and not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
         raise ImageError(f"{path}: the file leads out of {root}. Copy it into the folder. {LINK_ADVICE}")
@@ -265,10 +274,30 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> npt.NDArray
         raise ImageError(f"{path}: the image data is damaged ({error}). Replace the file.") from error
     if several:
         raise ImageError(f"{path}: expected one mask, got a file of several. Save each in its own file.")
-    if not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
-        raise ImageError(f"{path}: expected whole numbers as values, got {values.dtype}. Save it as PNG.")
-    alpha = image.mode in ("RGBA", "LA")
-    return values[..., :-1] if alpha else values
+    wrong = values < 0
+    if values.dtype.kind == "f":
+        wrong |= (values != np.floor(values)) | (values >= _FEWER_FLOATS)
+    if wrong.any():
+        raise ImageError(
+            f"{path}: expected whole numbers from 0 as values, with 0 where there is no object, got"
+            f" {values[wrong][0]}. Save it as an 8- or 16-bit grey PNG."
+        )
+    if image.mode in ("RGBA", "LA"):
+        values = values[..., :-1]
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.dtype.kind == "f":
+        values = values.astype(np.int64)
+    void = (values == _VOC_VOID) & _has_voc_palette(image)
+    return np.where(void, 0, values) if void.any() else values, int(void.sum())
+
+
+def _has_voc_palette(image: Image.Image) -> bool:
+    """Whether an image has the colours of Pascal VOC's masks, which other datasets of palette images use, too."""
+    colours = image.getpalette() if image.mode == "P" else None
+    return (
+        colours is not None and (colours[3:6], colours[-3:]) == ([128, 0, 0], [224, 224, 192]) and len(colours) == 768
+    )
 
 
 def number_of_frames(image: Image.Image) -> int:
@@ -305,14 +334,15 @@ def _check_instances(masks: Sequence[Path], files: SplitFiles) -> None:
     whole, total, counts, contiguous, largest = 0, 0, set[int](), True, 0
     for mask in masks[:_EXAMINED]:
         try:
-            values = read_mask(mask, root, files.follow_links)
+            values, _ = read_mask(mask, root, files.follow_links)
         except ImageError:  # reported when its objects are read
             continue
-        ids = [value for value in np.unique(values).tolist() if value] if values.ndim == 2 else []
+        ids: list[int] = np.unique(values[values != 0]).tolist() if values.ndim == 2 else []
         if not ids:
             continue
-        boxes = ndimage.find_objects(values.astype(np.int32))
-        pieces = [ndimage.label(values[boxes[value - 1]] == value, np.ones((3, 3)))[1] for value in ids]
+        numbers = np.where(values != 0, np.searchsorted(ids, values) + 1, 0)  # ids may be too large for a table
+        boxes = enumerate(ndimage.find_objects(numbers), start=1)
+        pieces = [ndimage.label(numbers[box] == number, np.ones((3, 3)))[1] for number, box in boxes]
         whole, total = whole + pieces.count(1), total + len(pieces)
         counts.add(len(ids))
         contiguous, largest = contiguous and ids == list(range(1, len(ids) + 1)), max(largest, *ids)

@@ -7,6 +7,7 @@ import ast
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -142,24 +143,32 @@ def usual_segmentation(segmentation: object, height: int, width: int, box: objec
     if isinstance(segmentation, Mapping):
         usual = _usual_rle(segmentation, height, width, box)
         return None if usual is None else (usual, "unusual-rle")
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str | bytes) or not segmentation:
-        return None
-    if all(map(_is_number, segmentation)) or all(_point(part) is not None for part in segmentation):
-        segmentation = [segmentation]
-    parts = [_flat(part) for part in segmentation]
-    kept = [part for part in parts if not _has_no_pixel(part)]
-    if not kept or None in kept:
+    parts = flat_polygons(segmentation)
+    kept = [part for part in parts or [] if not _has_no_pixel(part)]
+    if not parts or not kept:
         return None
     return kept, "stray-part" if len(kept) < len(parts) else "unusual-outline"
 
 
-def _flat(part: object, wrapped: bool = True) -> list[float] | None:
+def flat_polygons(segmentation: object) -> list[Sequence[float]] | None:
+    """The polygons of a segmentation in any spelling, each as [x, y, x, y, ...]; None if it isn't one of polygons."""
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str | bytes):
+        return None
+    if all(map(_is_number, segmentation)) or all(_point(part) is not None for part in segmentation):
+        segmentation = [segmentation]
+    parts = [_flat(part) for part in segmentation]
+    return None if None in parts else [part for part in parts if part is not None]
+
+
+def _flat(part: object, wrapped: bool = True) -> Sequence[float] | None:
     """A polygon as [x, y, x, y, ...]; None if it isn't one.
 
     Accepted are flat numbers, points, and, if `wrapped`, either of them inside one more list.
     """
     if part is None:
         return []
+    if isinstance(part, array):
+        return part
     if not isinstance(part, Sequence) or isinstance(part, str | bytes):
         return None
     values = list(part)
@@ -183,9 +192,9 @@ def _point(value: object) -> tuple[float, float] | None:
     return (value[0], value[1]) if all(map(_is_number, value)) else None
 
 
-def _has_no_pixel(part: Sequence[float] | None) -> bool:
+def _has_no_pixel(part: Sequence[float]) -> bool:
     """Whether a polygon has fewer than three points, so that it covers nothing."""
-    return part is not None and len(part) < 6 and all(map(math.isfinite, part))
+    return len(part) < 6 and all(number(value) is not None for value in part)
 
 
 def _is_number(value: object) -> bool:
@@ -199,6 +208,8 @@ def _usual_rle(segmentation: Mapping[Any, Any], height: int, width: int, box: ob
             counts = ast.literal_eval(counts).decode("ascii")
         except (ValueError, SyntaxError, MemoryError, RecursionError, AttributeError):
             return None
+    if isinstance(counts, list):  # 480.0 is 480
+        counts = [whole_number(value) if type(value) is float else value for value in counts]
     if size is not None:
         if not isinstance(size, Sequence) or isinstance(size, str | bytes):
             return None

@@ -77,9 +77,14 @@ KINDS: Mapping[str, Kind] = {
         "named after its id",
     ),
     "duplicate-image-id": _error(
-        "image id used twice",
+        "one id for two images",
         "Annotations of one image would be drawn on the other.",
-        "Renumber the images.",
+        "Give each image its own id, and its annotations the same `image_id`.",
+    ),
+    "repeated-image-entry": _error(
+        "image listed twice under one id",
+        "Two images may have been meant.",
+        "List each image once.",
         "the first is kept",
     ),
     "duplicate-annotation-id": _error(
@@ -349,8 +354,9 @@ KINDS: Mapping[str, Kind] = {
         "It covers no pixel; the other parts are used.",
         "the part is removed",
     ),
+    "void-border": _note("void border of Pascal VOC in a mask", "It separates objects and is none.", "left out"),
     "unusual-rle": _note(
-        "RLE without size, with swapped size, or with counts as Python bytes",
+        "RLE without size, with swapped size, or with counts as Python bytes or fractions",
         "Its mask has the annotation's box.",
         "written as COCO RLE",
     ),

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from m2f_trainer.data.image_names import LINK_ADVICE
-from m2f_trainer.data.normalize import number, usual_box, usual_segmentation
+from m2f_trainer.data.normalize import flat_polygons, number, usual_box, usual_segmentation
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import Photo, Reading
 from m2f_trainer.errors import DataError, MaskError
@@ -93,6 +93,12 @@ class SplitAnnotations(ABC):
             message = f"{self.full_name(entry, image)}: its outline lies outside the image, {reach}."
             report("outside-image", self.name, [entry["id"]], f"{message} {self._scale_hint}", image["id"])
             return None
+        if is_brush_crowd(entry):
+            message = (
+                f"{self.full_name(entry, image)}: a crowd region exported by CVAT, which is excluded from training."
+            )
+            advice = "If it is one object, set its `iscrowd` to 0, as m2f check --fix does for all of them."
+            report("brush-crowd", self.name, [entry["id"]], f"{message} {advice}", image["id"])
         box, area = self._box_and_area(entry, image, report)
         if box is None or area is None:
             runs = rle.read_runs(counts, image["height"], image["width"])
@@ -133,22 +139,16 @@ class SplitAnnotations(ABC):
             return masks.to_counts(segmentation, height, width, "")
         except MaskError:
             pass  # tried again below with the annotation's name, which takes time to build
-        usual = usual_segmentation(segmentation, height, width, entry.get("bbox"))
-        if usual is not None:
-            try:
-                counts = masks.to_counts(usual[0], height, width, "")
-            except MaskError:
-                pass
-            else:
-                message = f"{self.full_name(entry, image)}: {rle.brief(segmentation)}."
-                report(usual[1], self.name, [entry["id"]], message, image["id"])
-                entry["segmentation"] = usual[0]
-                return counts
+        name = self.full_name(entry, image)
+        usual, kind = usual_segmentation(segmentation, height, width, entry.get("bbox")) or (segmentation, "")
         try:
-            return masks.to_counts(segmentation, height, width, self.full_name(entry, image))
+            counts = masks.to_counts(usual, height, width, name)
         except MaskError as error:
             report("bad-mask", self.name, [entry["id"]], str(error), image["id"])
-        return None
+            return None
+        report(kind, self.name, [entry["id"]], f"{name}: {rle.brief(segmentation)}.", image["id"])
+        entry["segmentation"] = usual
+        return counts
 
     @cached_property
     def _scale_hint(self) -> str:
@@ -176,6 +176,12 @@ class SplitAnnotations(ABC):
         return f"annotation {entry['id']} of image {image['id']} ({image['file_name']})"
 
 
+def is_brush_crowd(entry: Entry) -> bool:
+    """Whether an annotation is a crowd region that CVAT exported, as it does with objects drawn with its brush."""
+    attributes = entry.get("attributes")
+    return bool(entry.get("iscrowd")) and isinstance(attributes, dict) and "occluded" in attributes  # CVAT writes it
+
+
 @lru_cache
 def _empty_counts(height: int, width: int) -> str:
     """The RLE of a mask without a pixel."""
@@ -184,11 +190,11 @@ def _empty_counts(height: int, width: int) -> str:
 
 def _outline_boxes(entry: Entry) -> list[tuple[float, float, float, float]]:
     """The box of all polygons of an annotation as (left, top, right, bottom), in a list; none for other masks."""
-    parts = entry.get("segmentation")
-    if not isinstance(parts, list) or not all(isinstance(part, array) and len(part) > 1 for part in parts):
-        return []
+    parts = flat_polygons(entry.get("segmentation")) or []
     across, down = [x for part in parts for x in part[::2]], [y for part in parts for y in part[1::2]]
-    return [(min(across), min(down), max(across), max(down))] if across else []
+    box = min(across, default=None), min(down, default=None), max(across, default=None), max(down, default=None)
+    sides = [side for value in box if (side := number(value)) is not None]
+    return [(sides[0], sides[1], sides[2], sides[3])] if len(sides) == 4 else []
 
 
 def _reach(entry: Entry, image: Entry) -> str:

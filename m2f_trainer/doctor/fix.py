@@ -29,6 +29,7 @@ _KEEP_ORDER = ("test", "valid", "train")  # an image in several splits stays in 
 _LOST_IMAGES = ("bad-image-entry", "missing-image", "bad-image", "wrong-image-size", "unsafe-path")
 _LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask")
 _SAME_BOX = 0.02  # of the image's sides: how far the boxes of one object in two duplicates may lie apart
+_SAME_BOX_IOU = 0.5  # which these boxes have at least: those of small neighbours are close, too, but hardly overlap
 
 Change: TypeAlias = dict[str, Any]
 
@@ -86,7 +87,7 @@ def repair(examination: Examination, target: Path, remove_leaked: bool = False) 
                 _write_corrected(examination, split, {**content, "categories": plan.categories}, copy / split)
         after = examine(copy, examination.settings)
         if after.status != CLEAN:
-            _refuse(after.findings, examination)
+            _refuse(after.findings, copy)
         changes = [*_finding_changes(examination), *plan.changes]
         (copy / CHANGES).write_text(json.dumps(changes, indent=1, ensure_ascii=False), encoding="utf-8")
         if target.exists():
@@ -116,6 +117,9 @@ def can_be_corrected(examination: Examination) -> bool:
     changed = {one.kind for one in examination.findings if KINDS[one.kind].fix}
     if errors and not changed & (errors | {"brush-crowd"}):
         return False
+    train = [scan.entry["file_name"] for scan in examination.scans.get("train", ())]
+    if "missing-split" in errors and not held_out(train):
+        return False  # a split would be missing in the copy, too
     objects = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
     return any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in objects)
 
@@ -136,13 +140,17 @@ def _without_fix(examination: Examination) -> list[Finding]:
     return [one for one in found if not KINDS[one.kind].fix and one.kind not in _CONSEQUENCES]
 
 
-def _refuse(findings: Sequence[Finding], examination: Examination | None = None) -> None:
-    """Raise DataError for the errors among findings: of the original, or of the copy of an `examination`."""
+def _refuse(findings: Sequence[Finding], copy: Path | None = None) -> None:
+    """Raise DataError for the errors among findings: of the original, or of a copy, whose files are named without its
+    folder, which is deleted.
+    """
     errors = [one for one in findings if one.severity == "error"]
     if not errors:
         return
-    whose = "the corrected copy would have" if examination else "the dataset has"
+    whose = "the corrected copy would have" if copy else "the dataset has"
     found = [f"{KINDS[one.kind].title} ({one.count}): {one.message}" for one in errors]
+    if copy:
+        found = [one.replace(f"{copy}/", "").replace(str(copy), "the copy") for one in found]
     raise DataError(
         f"nothing is written: {whose} {len(errors)} error(s) that --fix can't correct. Correct them, then run the check"
         " again:\n  " + "\n  ".join(found)
@@ -239,7 +247,7 @@ class _Plan:
         return any(
             self._category[one["category_id"]] == self._category[other["category_id"]]
             and one["iscrowd"] == other["iscrowd"]
-            and max(abs(a - b) for a, b in zip(box, _relative_box(other, of), strict=True)) < _SAME_BOX
+            and _same_box(box, _relative_box(other, of))
             for other in others
         )
 
@@ -248,6 +256,16 @@ def _relative_box(one: Entry, scan: Scan) -> list[float]:
     x, y, width, height = one["mask_box"]
     across, down = scan.entry["width"], scan.entry["height"]
     return [x / across, y / down, (x + width) / across, (y + height) / down]
+
+
+def _same_box(box: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) in shares of the image's sides are those of one object."""
+    if max(abs(a - b) for a, b in zip(box, other, strict=True)) >= _SAME_BOX:
+        return False
+    width, height = (min(box[k + 2], other[k + 2]) - max(box[k], other[k]) for k in (0, 1))
+    shared = max(0, width) * max(0, height)
+    areas = ((right - left) * (bottom - top) for left, top, right, bottom in (box, other))
+    return shared >= _SAME_BOX_IOU * (sum(areas) - shared)
 
 
 def _same_in_detail(first: Scan, second: Scan) -> bool:

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from m2f_trainer.config.arguments import ExifFrame
 from m2f_trainer.data.images import FEWEST_LEVELS
 from m2f_trainer.data.problems import Report, kind_of
-from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations
+from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations, is_brush_crowd
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.polygons import crosses_itself
@@ -82,6 +82,8 @@ def scan_split(split: SplitAnnotations, report: Report, advance: Callable[[], ob
             for kind, what in _object_findings(one, raw[one["id"]]):
                 report(kind, split.name, [one["id"]], f"{split.annotation_name(one, entry)}: {what}.", image_id)
                 one["findings"].append(kind)
+            if is_brush_crowd(raw[one["id"]]):  # reported when its mask was read
+                one["findings"].append("brush-crowd")
         _report_repeated_objects(objects, entry, report, split)
         if isinstance(facts, ImageError):
             report(kind_of(facts), split.name, [image_id], str(facts))
@@ -171,11 +173,9 @@ def _object_findings(one: Entry, raw: Entry) -> Iterator[tuple[str, str]]:
         yield "box-mismatch", f"`bbox` {[round(value, 1) for value in box]}, but its mask spans {one['mask_box']}"
     if abs(area - one["mask_area"]) > 10 + sum(size) + 0.2 * one["mask_area"]:
         yield "area-mismatch", f"`area` {area:g}, but its mask has {one['mask_area']} pixels"
-    segmentation, attributes = raw.get("segmentation"), raw.get("attributes")
+    segmentation = raw.get("segmentation")
     if isinstance(segmentation, list) and any(crosses_itself(part) for part in segmentation):
         yield "self-intersection", "two edges of its polygon cross"
-    if one["iscrowd"] and isinstance(attributes, dict) and "occluded" in attributes:  # CVAT writes this attribute
-        yield "brush-crowd", "a crowd region exported by CVAT"
 
 
 def boxes_agree(box: Sequence[float], other: Sequence[float]) -> bool:

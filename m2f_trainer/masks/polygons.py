@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ Step = tuple[int, int]
 """(dx, dy) of one pixel, y down."""
 
 RIGHT_TURN: dict[Step, Step] = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}
-_MAX_POINTS = 3000  # of a polygon that is checked for crossings, which takes time in the square of its points
+_MAX_PAIRS = 5_000_000  # of edges that overlap along an axis, of a polygon that is checked for crossings
+_PAIRS_AT_ONCE = 200_000  # which are in memory
+_FEW_EDGES = 32  # of which all pairs are compared, because sorting them takes longer
 
 
 def mask_to_polygons(mask: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> list[list[float]]:
@@ -81,18 +84,53 @@ def _signed_area(loop: list[Point]) -> int:
 def crosses_itself(part: Sequence[float]) -> bool:
     """Whether two edges of a closed polygon x0, y0, x1, y1, ... cross between their ends.
 
-    Polygons of more than 3000 points are not checked and count as not crossing.
+    Of many edges, only those that overlap along x, or along y where these are fewer, are compared. Polygons with more
+    than 5,000,000 such pairs, so of more than 3000 points, are not checked and count as not crossing.
     """
-    points = np.asarray(part, dtype=np.float64)
-    count = len(points) // 2
-    if not 4 <= count <= _MAX_POINTS:
+    points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
+    if len(points) < 4:
         return False
-    x, y = (np.append(values, values[0]) for values in (points[::2], points[1::2]))  # (n + 1,): closed
-    from_x, from_y = x - x[:-1, None], y - y[:-1, None]  # (n, n + 1): the vector from the start of edge i to point j
-    left = np.diff(x)[:, None] * from_y > np.diff(y)[:, None] * from_x  # sides of the line through edge i
-    right = np.diff(x)[:, None] * from_y < np.diff(y)[:, None] * from_x
-    crosses_line = (left[:, :-1] & right[:, 1:]) | (right[:, :-1] & left[:, 1:])  # edge j has an end on each side
-    return bool((crosses_line & crosses_line.T).any())
+    edges = np.stack([points, np.concatenate([points[1:], points[:1]])], axis=1)  # (n, 2, 2): start and end of each
+    if len(edges) <= _FEW_EDGES:
+        first, second = _all_pairs(len(edges))
+        return _any_cross(edges[first], edges[second])
+    edges, following = min(map(_sorted_edges, (edges, edges[..., ::-1])), key=lambda found: int(found[1].sum()))
+    ends = np.cumsum(following)  # of the pairs that each edge is the first of
+    if ends[-1] > _MAX_PAIRS:
+        return False
+    for start in range(0, int(ends[-1]), _PAIRS_AT_ONCE):
+        pairs = np.arange(start, min(start + _PAIRS_AT_ONCE, int(ends[-1])))
+        first = np.searchsorted(ends, pairs, side="right")
+        second = first + 1 + pairs - (ends - following)[first]
+        if _any_cross(edges[first], edges[second]):
+            return True
+    return False
+
+
+@lru_cache
+def _all_pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first, second = np.triu_indices(count, 1)
+    return first, second
+
+
+def _sorted_edges(edges: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The edges (n, 2, 2) by their smallest x, and how many of those after each one overlap with it along x, (n,)."""
+    edges = edges[np.argsort(edges[..., 0].min(axis=1))]
+    low, high = edges[..., 0].min(axis=1), edges[..., 0].max(axis=1)
+    return edges, np.searchsorted(low, high, side="right") - np.arange(1, len(edges) + 1)
+
+
+def _any_cross(edges: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether an edge (m, 2, 2) and the other one of its pair cross between their ends."""
+    return bool((_divides(edges, others) & _divides(others, edges)).any())
+
+
+def _divides(lines: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each edge (m, 2, 2) has its ends on the two sides of its line, one of (m, 2, 2); (m,)."""
+    along, to_ends = lines[:, 1] - lines[:, 0], edges - lines[:, :1]
+    one, other = along[:, :1] * to_ends[..., 1], along[:, 1:] * to_ends[..., 0]  # (m, 2)
+    left, right = one > other, one < other
+    return (left[:, 0] & right[:, 1]) | (right[:, 0] & left[:, 1])
 
 
 def simplify(polygon: Sequence[float], tolerance: float) -> list[float]:

@@ -63,7 +63,7 @@ SEGMENTATIONS: dict[str, Any] = {
     "counts too long": {"size": [16, 20], "counts": [300, 200]},
     "counts empty": {"size": [16, 20], "counts": []},
     "counts negative": {"size": [16, 20], "counts": [340, -20]},
-    "counts fractional": {"size": [16, 20], "counts": [300.0, 20.0]},
+    "counts fractional": {"size": [16, 20], "counts": [299.5, 20.5]},
     "counts of text": {"size": [16, 20], "counts": ["300", "20"]},
     "counts with null": {"size": [16, 20], "counts": [300, None, 20]},
     "counts with true": {"size": [16, 20], "counts": [319, True]},

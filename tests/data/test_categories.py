@@ -1,12 +1,16 @@
 """Classes are matched by name across splits, regardless of ids; a corrected copy changes no class."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from m2f_trainer.data.categories import match_categories
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
+from m2f_trainer.data.problems import Findings
+from m2f_trainer.data.splits import FolderSplit
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
@@ -85,6 +89,27 @@ def test_names_that_differ_in_case_are_one_class_with_a_warning(tmp_path):
     root = two_splits(tmp_path / "set", [(0, "cat"), (1, "Lion")], [(4, "CAT"), (1, "Lion")])
     assert [name for name, _ in classes(root, tmp_path)["valid"]] == ["Lion", "cat"]
     assert "category-case" in {one.kind for one in examine(root, SETTINGS).findings}
+
+
+def test_thousands_of_classes_take_no_time(tmp_path):
+    """A search of all names for each name takes over 10 seconds."""
+    count = 4000
+    entry = annotation(1, image_id=1)
+    first, second = (
+        FolderSplit(
+            split,
+            ({"id": 1, "file_name": "a.png", "height": 16, "width": 20},),
+            {1: [{**entry, "category_id": key} for key in range(count)]},
+            {key: f"class {count - 1 - key if turned else key}" for key in range(count)},
+            tmp_path,
+        )
+        for split, turned in (("train", False), ("valid", True))
+    )
+    start = time.process_time()
+    matched, names = match_categories({"train": first, "valid": second}, Findings())
+    assert time.process_time() - start < 2
+    assert names == {key: f"class {key}" for key in range(count)}
+    assert [one["category_id"] for one in matched["valid"].annotations[1]] == list(range(count))[::-1]
 
 
 def test_names_that_differ_in_case_within_a_split_are_two_classes_everywhere(tmp_path):

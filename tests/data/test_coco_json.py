@@ -6,9 +6,10 @@ import pytest
 
 from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.doctor.examine import examine
-from m2f_trainer.doctor.fix import repair
+from m2f_trainer.doctor.fix import can_be_corrected, repair
 from m2f_trainer.errors import DataError
 from tests.data.folders import annotation, content, write
+from tests.data.honest import picture
 
 IMAGE = {"id": 1, "file_name": "a.png", "height": 16, "width": 20}
 
@@ -48,6 +49,10 @@ BAD_FILES = {
     ),
     "bad polygon": (content(annotation(6, segmentation=[[1, 2, 3]])), "annotation 6 of image 1 .a.png., polygon 0"),
     "box only": (content(annotation(6, segmentation=[])), "annotation 6 .*segmentation is empty"),
+    "box only, with an empty part": (
+        content(annotation(6, segmentation=[[]])),
+        "annotation 6 .*boxes only. Add outlines",
+    ),
     "bad box": (content(annotation(6, bbox=[1, 2, 3])), "annotation 6 .*expected a `bbox` of four numbers"),
     "NaN box": (json.dumps(content(annotation(6, bbox=[1, 2, 3, float("nan")]))), "expected a `bbox`"),
     "NaN area": (json.dumps(content(annotation(6, area=float("nan")))), "annotation 6 .*expected an `area`.*got nan"),
@@ -62,6 +67,28 @@ def test_bad_annotation_files_are_refused_with_file_id_and_remedy(name, tmp_path
         load_coco(root, cache_dir=tmp_path / "cache")
     assert "train/_annotations.coco.json" in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("change", [{"file_name": "b.png"}, {"height": 12}])
+def test_one_id_for_two_images_is_refused_by_training_and_by_the_repair(change, tmp_path):
+    """As where two exports that both count from 1 are joined: nobody knows which image an annotation belongs to."""
+    images = [{**IMAGE, "id": k, "file_name": f"{k}.png"} for k in range(1, 9)]
+    objects = [annotation(k, image_id=k) for k in range(1, 9)]
+    root = write(tmp_path / "set", content(*objects, images=[*images, images[0], {**images[1], **change}]))
+    for name in ("b.png", *(image["file_name"] for image in images)):
+        picture(root / "train" / name)
+    with pytest.raises(
+        DataError, match=r"found more than once: 2\. Image 2 is '2.png' of 20x16 pixels and '.*Give each"
+    ):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    examination = examine(root)
+    errors = {one.kind: one.ids for one in examination.findings if one.severity == "error"}
+    assert errors == {"duplicate-image-id": [2], "repeated-image-entry": [1]}
+    assert not can_be_corrected(examination)
+    with pytest.raises(
+        DataError, match=r"(?s)nothing is written: .* image ids must be unique, found more than once: 2\."
+    ):
+        repair(examination, tmp_path / "copy")
 
 
 def test_the_first_ten_ids_of_many_are_named_with_their_count(tmp_path):

@@ -76,6 +76,20 @@ def test_the_doctor_reports_nothing_of_an_export_but_what_is_special_to_its_tool
     assert sum(map(len, examination.scans.values())) >= 5
 
 
+def test_training_logs_how_many_brush_masks_of_cvat_it_leaves_out(tmp_path, caplog):
+    root = EXPORTS["cvat brush"](tmp_path / "set")
+    (file,) = (root / "annotations").glob("*.json")
+    coco = json.loads(file.read_text())
+    for one in coco["annotations"][3:]:
+        one["iscrowd"] = 0
+    file.write_text(json.dumps(coco))
+    load_coco(root, cache_dir=tmp_path / "cache")
+    log = r"crowd region \(3\), the first: .*annotation 1 .*set its `iscrowd` to 0, as m2f check --fix"
+    assert re.search(log, caplog.text)
+    (finding,) = [one for one in examine(root, SETTINGS).findings if one.kind == "brush-crowd"]
+    assert sorted(finding.ids) == [1, 2, 3]
+
+
 def test_a_fifth_is_held_out_by_name_whatever_the_order_and_named_in_a_warning(tmp_path, caplog):
     names = [f"{k}.png" for k in range(50)]
     chosen = {names[place] for place in held_out(names)}

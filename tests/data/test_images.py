@@ -17,6 +17,7 @@ from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.page import render
 from m2f_trainer.errors import ImageError
+from tests.data.corpus import png
 from tests.data.honest import dataset
 
 RAMP = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
@@ -84,6 +85,58 @@ def test_pixels_without_one_right_conversion_are_refused(array, tmp_path):
     path = save(Image.fromarray(array), tmp_path / "a.tif")
     with pytest.raises(ImageError, match=r"unambiguous conversion|expected values of 0 to 65535"):
         open_image(path, "a.tif")
+
+
+def tiff(values: np.ndarray, *extra: int) -> bytes:
+    """An uncompressed TIFF file of values (H, W, C), written here because Pillow writes few kinds; grey with fewer than
+    three channels. `extra`: the meaning of channels beyond these, 0 unknown or 2 alpha.
+    """
+    height, width, channels = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    each, data = [8 * values.dtype.itemsize] * channels, values.tobytes()
+    tags = {256: [width], 257: [height], 258: each, 259: [1], 262: [1 if channels < 3 else 2], 277: [channels]}
+    tags |= {273: [8], 278: [height], 279: [len(data)], 338: list(extra), 339: [kind] * channels}
+    entries, tail = b"", b""
+    used = {key: numbers for key, numbers in sorted(tags.items()) if numbers}
+    start = 8 + len(data) + 2 + 12 * len(used) + 4
+    for key, numbers in used.items():
+        packed = struct.pack(f"<{len(numbers)}H", *numbers)
+        if len(packed) > 4:
+            packed, tail = struct.pack("<I", start + len(tail)), tail + packed
+        entries += struct.pack("<HHI", key, 3, len(numbers)) + packed.ljust(4, b"\0")
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(used)) + entries + bytes(4) + tail
+
+
+@pytest.mark.parametrize(
+    ("values", "extra", "message"),
+    [
+        (np.zeros((6, 8, 2), np.uint8), (0,), r"expected one image of one channel, .* got 2 channels\. Save one"),
+        (np.zeros((6, 8, 1), np.float64), (), r"got 1 channel of 64-bit floating-point numbers\. Save it as one"),
+        (np.zeros((6, 8, 1), np.float16), (), r"got 1 channel of 16-bit floating-point numbers\. Save it as one"),
+        (np.zeros((6, 8, 3), np.float32), (), r"got 3 channels of 32-bit floating-point numbers\. Save it as one"),
+        (np.zeros((6, 8, 2), np.uint16), (2,), r"got 2 channels of 16-bit unsigned integers\. Save it as one"),
+    ],
+)
+def test_a_tiff_of_values_or_channels_that_are_not_read_is_refused_with_what_it_has(values, extra, message):
+    with pytest.raises(ImageError, match=message):
+        open_image(tiff(values, *extra), "a")
+
+
+def test_grey_with_alpha_is_grey(tmp_path):
+    """A TIFF of 8 bits, and a PNG of 16 bits, of which the low bytes count, too."""
+    alpha = np.full_like(RAMP, 9)
+    found = open_image(tiff(np.stack([RAMP, alpha], axis=2), 2), "a")
+    assert np.array_equal(np.asarray(found)[..., 0], RAMP)
+    deep = np.stack([RAMP.astype(np.uint16) * 16 + 5, np.full_like(RAMP, 9, np.uint16)], axis=2).astype(">u2")
+    rows = b"".join(b"\1" + _differences(row.tobytes(), 4) for row in deep)  # the filter Sub
+    found = open_image(png(16, 12, zlib.compress(rows), 16, 4), "a", pixel_range=(5, 5 + 255 * 16))
+    assert np.array_equal(np.asarray(found), np.repeat(RAMP[..., None], 3, axis=2))
+
+
+def _differences(row: bytes, step: int) -> bytes:
+    """Each byte minus the one `step` bytes before."""
+    return bytes((one - before) % 256 for one, before in zip(row, bytes(step) + row, strict=False))
 
 
 def test_paths_bytes_pictures_and_arrays_are_all_images(tmp_path):

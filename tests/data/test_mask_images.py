@@ -155,7 +155,10 @@ def test_values_that_may_be_classes_are_refused_unless_they_are_said_to_be_insta
         (lambda root: (root / "masks/b.png").unlink(), "b.png: found no mask of this image"),
         (lambda root: (root / "images/b.png").unlink(), "1 masks have no image of their name: masks/b.png"),
         (lambda root: save(root / "masks/b.png", ids(4)[:, :10]), "expected 20x16 pixels as its image, got 10x16"),
-        (lambda root: save(root / "masks/b.png", np.stack([ids(4)] * 3, axis=2)), "expected one channel"),
+        (
+            lambda root: save(root / "masks/b.png", np.stack([ids(4), ids(4), ids(3)], axis=2)),
+            "expected one channel .* got 3 channels that differ",
+        ),
         (lambda root: (root / "masks/b.png").write_bytes(b"no image"), "not an image of a known format"),
         (lambda root: save(root / "instances/b.png", ids(4)), "found 2 masks of its name"),
     ],
@@ -166,6 +169,58 @@ def test_masks_that_fit_no_image_are_refused(spoil, message, tmp_path):
     with pytest.raises(DataError, match=message):
         load_coco(root, cache_dir=tmp_path / "cache")
     assert examine(root).status
+
+
+SPELLINGS = {
+    "grey with alpha": lambda values: np.stack([values, np.full_like(values, 255)], axis=2),
+    "three equal channels": lambda values: np.stack([values] * 3, axis=2),
+    "RGBA": lambda values: np.stack([*[values] * 3, np.full_like(values, 255)], axis=2),
+    "floats of ImageJ": lambda values: values.astype(np.float32),
+    "ids beyond 10 ** 9": lambda values: np.where(values > 0, values.astype(np.int32) + 2_000_000_000, 0),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_ids_are_read_in_every_unambiguous_spelling(name, tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 0), mask="masks/{}.tif")
+    for file, count in zip("abc", (3, 5, 0), strict=True):
+        save(root / f"masks/{file}.tif", SPELLINGS[name](ids(count)))
+    found = objects(load_coco(root, cache_dir=tmp_path / "cache")["train"])
+    assert list(map(len, found)) == [3, 5, 0]
+    assert all(np.array_equal(bitmap, ids(5) == value) for value, bitmap in enumerate(found[1], start=1))
+
+
+@pytest.mark.parametrize("folder", ["masks", "instances"])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda values: np.where(values > 0, values.astype(np.int32), -1), "-1"),
+        (lambda values: values.astype(np.float32) / 2, "0.5"),
+        (lambda values: np.where(values == 2, np.nan, values.astype(np.float32)), "nan"),
+        (lambda values: np.where(values == 2, np.inf, values.astype(np.float32)), "inf"),
+    ],
+)
+def test_values_that_are_no_ids_are_refused_with_the_file_and_the_value(folder, change, found, tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 4), mask=folder + "/{}.tif", dtype=np.int32)
+    save(root / folder / "b.tif", change(ids(5)).astype(np.int32 if found == "-1" else np.float32))
+    with pytest.raises(DataError, match=rf"b\.tif: expected whole numbers from 0 as values, .* got {found}\. Save"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    assert {one.kind for one in examine(root).findings if one.severity == "error"} >= {"bad-mask"}
+
+
+def test_the_void_border_of_pascal_voc_is_no_object(tmp_path, caplog):
+    root = masked(tmp_path / "set", (3, 5), mask="instances/{}.png")
+    colours = [[0, 0, 0], [128, 0, 0], *[[k, k, k] for k in range(2, 255)], [224, 224, 192]]
+    for name, count in (("a", 3), ("b", 5)):
+        values = ids(count)
+        values[15] = 255
+        image = Image.fromarray(values)
+        image.putpalette([value for colour in colours for value in colour] if name == "a" else [*range(256)] * 3)
+        image.save(root / f"instances/{name}.png")
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [3, 6], "255 of another palette may be an object"
+    assert "void border of Pascal VOC in a mask (1), the first: " in caplog.text
+    assert "a.png: 20 pixels of the value 255 in Pascal VOC's palette are taken as background" in caplog.text
 
 
 def test_a_file_of_several_masks_is_refused(tmp_path):

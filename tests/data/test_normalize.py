@@ -103,6 +103,7 @@ HONEST = {
     "rle of the turned mask": (outline({"size": [20, 16], "counts": TURNED}), "unusual-rle"),
     "rle size as fractions": (outline({"size": ["16", 20.0], "counts": COUNTS}), "unusual-rle"),
     "counts as Python bytes": (outline({"size": [16, 20], "counts": str(STRING.encode())}), "unusual-rle"),
+    "counts as fractions": (outline({"size": [16, 20], "counts": [float(run) for run in COUNTS]}), "unusual-rle"),
     "rle without a size": (outline({"counts": COUNTS}), "unusual-rle"),
     "a stray number": (outline([SQUARE, [10, 8, 11]]), "stray-part"),
     "a polygon as JSON text": (outline(json.dumps([SQUARE])), "unusual-outline"),

@@ -67,7 +67,7 @@ def bad_category_entry(coco, folder):
 
 
 @plant
-def duplicate_image_id(coco, folder):
+def repeated_image_entry(coco, folder):
     coco["images"].append(dict(coco["images"][0]))
 
 

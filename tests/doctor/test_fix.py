@@ -169,11 +169,14 @@ def test_nothing_is_written_while_an_error_remains(case, tmp_path, capsys, monke
     root = dataset(tmp_path / "set", UNMENDABLE[case])
     if case == "too few images are left":
         (root / "images/img_0.png").rename(root / "images/0.png")
-    with pytest.raises(DataError, match=r"nothing is written: .* error\(s\) that --fix can't correct"):
+    with pytest.raises(DataError, match=r"nothing is written: .* error\(s\) that --fix can't correct") as refusal:
         repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert ".copy-" not in str(refusal.value), "a folder that is deleted"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["set"]
     assert main(["check", str(root), "--fix", str(tmp_path / "copy")]) != 0
     assert "m2f train" not in "".join(capsys.readouterr())
+    main(["check", str(root)])
+    assert "--fix" not in capsys.readouterr().out.partition("Next:")[2]
 
 
 def test_outlines_of_larger_images_are_an_error_with_the_factor(tmp_path):
@@ -197,6 +200,25 @@ def test_objects_of_two_files_with_the_same_pixels_all_stay(tmp_path):
     masks = sorted(str(mask) for _, _, mask in objects(root, tmp_path / "cache"))
     repair(examine(root, SETTINGS), tmp_path / "copy")
     assert sorted(str(mask) for _, _, mask in objects(tmp_path / "copy", tmp_path / "cache")) == masks
+
+
+def test_small_neighbours_in_two_files_with_the_same_pixels_all_stay(tmp_path):
+    """Objects of 10 pixels that lie 15 pixels apart, which is less than 2 % of the image."""
+    root = tmp_path / "set"
+    for split, shifts in {"train": (0, 15, 1), "valid": (0,)}.items():
+        places = [(k, x + shift, 10 * k + x // 40) for k, shift in enumerate(shifts) for x in range(100, 500, 40)]
+        squares = [(k, number, [[x, 9, x + 10, 9, x + 10, 19, x, 19]]) for k, x, number in places]
+        objects = [annotation(number, image_id=k, segmentation=one, bbox=None) for k, number, one in squares]
+        images = [{"id": k, "file_name": f"{k}.png", "height": 1000, "width": 1000} for k in range(len(shifts))]
+        write(root, content(*objects, images=images), split=split)
+        picture(root / split / "0.png", (1000, 1000))
+    picture(root / "valid/other.png", (1000, 1000))
+    (root / "valid/other.png").replace(root / "valid/0.png")
+    for copied_to in (1, 2):
+        Image.open(root / "train/0.png").save(root / f"train/{copied_to}.png", compress_level=1)
+    done = repair(examine(root, SETTINGS), tmp_path / "copy")
+    assert done.counts["train"]["images"] == (3, 1)
+    assert done.counts["train"]["objects"] == (30, 20), "all of image 1; those of image 2 are the same as in image 0"
 
 
 @pytest.mark.parametrize("remove", [False, True])
