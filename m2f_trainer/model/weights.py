@@ -242,21 +242,28 @@ def _copy_classes(model: M2FModel, source: Mapping[str, Tensor], classes: Sequen
     """Copy the class head's row of each category by name, and the row of "no object"; describe what became of each."""
     own = [category["name"] for category in model.config.categories or []]
     weight, bias = (source.get(name) for name in CLASS_HEAD)
-    kept = [name for name in own if name in classes]
-    if weight is None or bias is None or weight.shape[1] != model.class_predictor.in_features:
-        kept = []
-    else:
-        rows = {name: row for row, name in enumerate(classes)} | {None: len(weight) - 1}
-        for row, name in enumerate([*own, None]):
-            if name in rows:
-                model.class_predictor.weight[row].copy_(weight[rows[name]])
-                model.class_predictor.bias[row].copy_(bias[rows[name]])
+    found: list[int | None] = [None] * len(own)
+    if weight is not None and bias is not None and weight.shape[1] == model.class_predictor.in_features:
+        found = _rows_of_names(own, classes)
+        for row, theirs in enumerate([*found, len(weight) - 1]):
+            if theirs is not None:
+                model.class_predictor.weight[row].copy_(weight[theirs])
+                model.class_predictor.bias[row].copy_(bias[theirs])
     fates = {
-        "kept": kept,
-        "new": [name for name in own if name not in kept],
-        "dropped": [name for name in classes if name not in kept],
+        "kept": [name for name, theirs in zip(own, found, strict=True) if theirs is not None],
+        "new": [name for name, theirs in zip(own, found, strict=True) if theirs is None],
+        "dropped": [name for row, name in enumerate(classes) if row not in found],
     }
     return "classes " + "; ".join(f"{fate}: {_named(names)}" for fate, names in fates.items() if names)
+
+
+def _rows_of_names(own: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """Place in `classes` of each of our names: the same one, or the only one without regard to case and spaces."""
+    plain, plain_own = ([" ".join(name.split()).casefold() for name in names] for names in (classes, own))
+    return [
+        classes.index(name) if name in classes else plain.index(alike) if plain.count(alike) == 1 else None
+        for name, alike in zip(own, plain_own, strict=True)
+    ]
 
 
 def _named(names: Sequence[str], limit: int = 20) -> str:

@@ -86,6 +86,18 @@ def test_a_class_of_another_name_starts_new_also_where_the_number_of_classes_is_
     assert "classes kept: dog; new: cow; dropped: cat" in caplog.text
 
 
+def test_class_scores_are_carried_over_without_regard_to_case_and_spaces_unless_that_is_ambiguous(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["Traffic  light", "cat", "Dog", "dog "]
+    old = tiny_model(categories=[{"id": k, "name": name} for k, name in enumerate(names)])
+    old.save_pretrained(tmp_path)
+    own = ["DOG", "Cat", "traffic light", "Dog"]
+    new = tiny_model(init_from=str(tmp_path), categories=[{"id": k, "name": name} for k, name in enumerate(own)])
+    assert torch.equal(new.class_predictor.weight[[1, 2, 3, 4]], old.class_predictor.weight[[1, 0, 2, 4]])
+    assert "classes kept: Cat, traffic light, Dog; new: DOG; dropped: dog " in caplog.text
+
+
 def test_the_weights_of_the_classes_in_the_loss_are_those_of_the_new_run(tmp_path: Path) -> None:
     tiny_model(class_weights=[2.0, 3.0]).save_pretrained(tmp_path)
     new = tiny_model(init_from=str(tmp_path), class_weights=[5.0, 7.0])
