@@ -33,7 +33,8 @@ from m2f_trainer.config.typed_json import (
 from m2f_trainer.errors import ModelFolderError, RecipeError, check_model_path
 from m2f_trainer.model.backbones import BACKBONES, find_row, is_pyramidal, read_config, stride_of
 from m2f_trainer.model.mask2former import M2FConfig
-from m2f_trainer.model.sources import load_config
+from m2f_trainer.model.neck import smallest_side
+from m2f_trainer.model.sources import load_config, with_floats
 from m2f_trainer.run_folder import write_atomically
 
 __all__ = ["DataArguments", "ModelArguments", "Recipe", "TrainArguments", "find_recipe", "load_recipe", "save_recipe"]
@@ -297,7 +298,7 @@ def checked_value(key: str, value: Any, where: str) -> Any:
         return value
     if not has_type(value, hints()[key]):
         raise RecipeError(f"{where}: expected {accepted_values(key)}, got {value!r}.")
-    return value
+    return with_floats(value, hints()[key])
 
 
 def accepted_values(key: str) -> str:
@@ -313,10 +314,10 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"These options can't be used together or here: {error}") from error
     if not data.dataset_name:
         raise RecipeError("dataset_name is missing: give the folder of a dataset, as in --dataset_name my_coco.")
-    multiple = backbone_stride(model)
+    multiple, least = backbone_stride(model), least_side(model)
     if data.tile_size and not {"image_height", "image_width"} & values.keys():
-        data.image_height = data.image_width = -(-data.tile_size // multiple) * multiple
-    check_sides(data, multiple)
+        data.image_height = data.image_width = max(-(-data.tile_size // multiple) * multiple, least)
+    check_sides(data, multiple, least)
     return Recipe(model, data, train)
 
 
@@ -342,8 +343,18 @@ def _backbone_at_hand(model: ModelArguments) -> PreTrainedConfig | None:
     return read_config(model.backbone) if is_local else None
 
 
-def check_sides(data: DataArguments, multiple: int) -> None:
-    """Raise RecipeError unless both sides are multiples of `multiple`, and equal where there are tiles."""
+def least_side(model: ModelArguments) -> int:
+    """The smallest image side; `backbone_stride` where the neck is that of a model to start from."""
+    start = model.init_from or model.head_checkpoint
+    head = model.head_config if isinstance(model.head_config, dict) else {}
+    neck = str(head.get("neck") or model.neck or ("" if start else M2FConfig.neck))
+    return smallest_side(neck, backbone_stride(model), is_vit=backbone_layers(model) > 0)
+
+
+def check_sides(data: DataArguments, multiple: int, least: int) -> None:
+    """Raise RecipeError unless both sides are multiples of `multiple`, from `least` on, and equal where there are
+    tiles.
+    """
     if data.tile_size and data.image_height != data.image_width:
         raise RecipeError(
             f"tile_size={data.tile_size}: tiles are square, and the frame that they fill is {data.image_height} x "
@@ -352,5 +363,10 @@ def check_sides(data: DataArguments, multiple: int) -> None:
     for name, side in (("image_height", data.image_height), ("image_width", data.image_width)):
         if side % multiple:
             below = side // multiple * multiple
-            near = " or ".join(str(size) for size in (below, below + multiple) if size > 0)
+            near = " or ".join(str(size) for size in (below, below + multiple) if size >= least) or str(least)
             raise RecipeError(f"{name}={side} is not a multiple of the backbone's {multiple}. The nearest are {near}.")
+        if side < least:
+            raise RecipeError(
+                f"{name}={side}: expected at least {least}, two patches of the backbone, because the neck halves its "
+                f"maps. Give {name}={least}, or neck plain."
+            )

@@ -14,14 +14,31 @@ from m2f_trainer.data.dataset import Category
 from m2f_trainer.data.transforms import Sample
 from m2f_trainer.errors import DataError
 
+_ROWS_AT_ONCE = 1000
 Transform: TypeAlias = Callable[[Mapping[str, Any], int, int, Sequence[Mapping[str, Any]]], Sample]
+
+
+def object_fields(rows: datasets.Dataset, *names: str) -> npt.NDArray[np.int64]:
+    """Row number and integer fields of every object, without crowd regions, (N, 1 + fields).
+
+    The masks' text is neither copied nor joined: that of a large split has more bytes than an Arrow array can have.
+    """
+    found, first = [np.zeros((0, 1 + len(names)), np.int64)], 0
+    for table in rows.select_columns(["objects"]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for lists in table["objects"].chunks:
+            objects = lists.flatten()
+            crowd, *fields = (
+                pc.struct_field(objects, name).to_numpy(zero_copy_only=False) for name in ("iscrowd", *names)
+            )
+            numbers = first + pc.list_parent_indices(lists).to_numpy()
+            found.append(np.column_stack([numbers, *fields])[~crowd.astype(bool)])
+            first += len(lists)
+    return np.concatenate(found)
 
 
 def object_counts(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
     """The number of objects in each row, without crowd regions, (len,)."""
-    lists = rows.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
-    crowd = pc.struct_field(pc.list_flatten(lists), "iscrowd").to_numpy(zero_copy_only=False).astype(bool)
-    return np.bincount(pc.list_parent_indices(lists).to_numpy()[~crowd], minlength=len(rows)).astype(np.int64)
+    return np.bincount(object_fields(rows)[:, 0], minlength=len(rows)).astype(np.int64)
 
 
 class InstanceDataset(Dataset[dict[str, Any]]):
@@ -70,14 +87,8 @@ class InstanceDataset(Dataset[dict[str, Any]]):
 
     def labels(self) -> npt.NDArray[np.int64]:
         """Row number and class of every object of the split, without crowd regions, (N, 2)."""
-        lists = self.rows.select_columns(["objects"]).with_format("arrow")[:]["objects"].combine_chunks()
-        crowd, ids = (
-            pc.struct_field(pc.list_flatten(lists), name).to_numpy(zero_copy_only=False)
-            for name in ("iscrowd", "category_id")
-        )
-        images = pc.list_parent_indices(lists).to_numpy()[~crowd.astype(bool)]
-        classes = [self.class_of[key] for key in ids[~crowd.astype(bool)].tolist()]
-        return np.column_stack([images, classes]).astype(np.int64)
+        images, ids = object_fields(self.rows, "category_id").T
+        return np.column_stack([images, [self.class_of[key] for key in ids.tolist()]]).astype(np.int64)
 
     def unit_classes(self) -> npt.NDArray[np.int64]:
         """Every pair of a unit and a class that has objects in it, (P, 2). A unit is a row, or a tile of one."""

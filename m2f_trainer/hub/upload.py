@@ -139,7 +139,7 @@ def check_model(folder: Path, adapter_only: bool = False) -> None:
     if adapter_only and not (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise SharingError(
             f"{folder} holds no adapter: expected adapter/adapter_model.safetensors, which a run with --tune "
-            "lora writes at its end. Give such a run's folder, or leave out --adapter_only."
+            "lora on a published backbone writes at its end. Give such a run's folder, or leave out --adapter_only."
         )
 
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .conversion import FILES, foreign_file, load_foreign, timm_config
 from .sources import ModelError as ModelError
-from .sources import check_limits, load_config, load_weights, read_json_file, without_kernels
+from .sources import check_limits, load_config, load_weights, read_json_file, with_floats, without_kernels
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -294,7 +294,7 @@ def set_noise(config: PreTrainedConfig, drop_path: float, rope_rescale: float | 
     for name, value in (("drop_path_rate", drop_path), ("pos_embed_rescale", rope_rescale)):
         if value and name not in known:
             raise ModelError(f"a {config.model_type!r} backbone has no {name}, so it can't be set to {value}")
-    noise = {"drop_path_rate": drop_path, "pos_embed_rescale": rope_rescale}
+    noise = {"drop_path_rate": float(drop_path), "pos_embed_rescale": with_floats(rope_rescale, float)}
     noise |= {"pos_embed_shift": None, "pos_embed_jitter": None}
     for name, value in noise.items():
         if name in known:

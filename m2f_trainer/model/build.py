@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .backbones import (
@@ -24,9 +25,9 @@ from .backbones import (
     taps_of,
 )
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
-from .neck import SCRIPT_NECKS
-from .sources import check_limits
-from .weights import head_fields, load_head, load_model_weights, own_head_fields
+from .neck import SCRIPT_NECKS, smallest_side
+from .sources import check_limits, strict_message, with_floats
+from .weights import Head, load_head, load_model_weights, own_head_fields, read_head
 
 
 def build_model(
@@ -58,8 +59,7 @@ def build_model(
 
     Raises ModelError when a part can't be loaded or doesn't fit.
     """
-    _check_fields(config_fields)
-    check_limits(config_fields, "the head's configuration")
+    config_fields = _checked_fields(config_fields)
     source = load_model(init_from) if init_from else None
     if source is not None and (_is_converted(source) or (not taps and _has_backbone(source, backbone))):
         backbone_config = deepcopy(backbone_of(source.config))  # without access to a gated backbone, too
@@ -72,28 +72,32 @@ def build_model(
         kept = ("neck", "neck_channels", "last_norm", "backbone_name", "backbone_licence")
         config_fields |= {name: getattr(source.config, name) for name in kept}
         head_checkpoint = source.config.head_checkpoint  # for the licence chain; its weights are not read
-    config = M2FConfig(
-        backbone_config=backbone_config,
-        head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
-        init_from=_absolute_source(init_from) if init_from else None,
-        image_height=image_size[0],
-        image_width=image_size[1],
-        **{
-            **_head_fields(head_checkpoint, source),
-            **_source_fields(backbone, source),
-            **config_fields,
-        },
-        **_label_fields(categories),
-    )
-    _check_size(backbone_of(config), image_size)
+    head = read_head(head_checkpoint) if head_checkpoint and source is None else None
+    try:
+        config = M2FConfig(
+            backbone_config=backbone_config,
+            head_checkpoint=_absolute_source(head_checkpoint) if head_checkpoint else None,
+            init_from=_absolute_source(init_from) if init_from else None,
+            image_height=image_size[0],
+            image_width=image_size[1],
+            **{
+                **_head_fields(head, source),
+                **_source_fields(backbone, source),
+                **config_fields,
+            },
+            **_label_fields(categories),
+        )
+    except StrictDataclassError as error:
+        raise ModelError(f"the head's configuration: {strict_message(error)}") from error
+    _check_size(config)
     model = M2FModel(config)
     if source is not None:
         load_model_weights(model, source)
         return model
     if isinstance(backbone, str):
         load_backbone_weights(model)
-    if head_checkpoint:
-        load_head(model, head_checkpoint)
+    if head is not None:
+        load_head(model, head)
     return model
 
 
@@ -120,11 +124,11 @@ def _same_backbone(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
     return bool(alike and source.num_hidden_layers <= config.num_hidden_layers)
 
 
-def _head_fields(head_checkpoint: str | None, start: M2FModel | None) -> dict[str, Any]:
+def _head_fields(head: Head | None, start: M2FModel | None) -> dict[str, Any]:
     """The configuration's fields that give the shape of the head that the weights come from; none for a new head."""
     if start is not None:
         return own_head_fields(start.config)
-    return head_fields(head_checkpoint) if head_checkpoint else {}
+    return dict(head.fields) if head else {}
 
 
 def _source_fields(backbone: str | Mapping[str, Any], start: M2FModel | None) -> dict[str, Any]:
@@ -154,12 +158,15 @@ def load_backbone_weights(model: M2FModel) -> None:
     model.encoder.backbone.load_state_dict(pretrained.state_dict())
 
 
-def _check_fields(given: Mapping[str, Any]) -> None:
-    known = {field.name for field in fields(M2FConfig)}
+def _checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given fields with floats where the configuration has floats. Raises ModelError for unknown ones."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(M2FConfig)}
     for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        if name not in types:
+            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
             raise ModelError(f"unknown field {name!r} of the head's configuration: the nearest is {nearest!r}")
+    check_limits(given, "the head's configuration")
+    return {name: with_floats(value, types[name]) for name, value in given.items()}
 
 
 def _label_fields(given: Sequence[Any]) -> dict[str, Any]:
@@ -178,12 +185,14 @@ def _label_fields(given: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _check_size(backbone: PreTrainedConfig, image_size: tuple[int, int]) -> None:
-    stride = stride_of(backbone)
-    for name, side in zip(("image_height", "image_width"), image_size, strict=True):
-        if side < stride or side % stride:
-            below = max(stride, side // stride * stride)
+def _check_size(config: M2FConfig) -> None:
+    backbone, sides = backbone_of(config), {"image_height": config.image_height, "image_width": config.image_width}
+    stride, least = stride_of(backbone), smallest_side(config.neck, stride_of(backbone), not is_pyramidal(backbone))
+    for name, side in sides.items():
+        if side < least or side % stride:
+            below = max(least, side // stride * stride)
             raise ModelError(
-                f"{name} {side}: this backbone needs a multiple of {stride}; nearest are {below} and {below + stride}"
+                f"{name} {side}: this backbone needs a multiple of {stride}, with this neck at least {least}; nearest "
+                f"are {below} and {below + stride}"
             )
-    feature_maps(backbone, image_size)  # some backbones take images of one size only
+    feature_maps(backbone, (config.image_height, config.image_width))  # some backbones take images of one size only

@@ -15,6 +15,7 @@ from .discrimination import discrimination
 from .matcher import Matches, match
 from .points import random_points, sample_features, sample_logits
 from .quality import best_overlaps, seen_queries
+from .sources import ModelError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class LossSettings:
     discrimination_weight: float = 0.0
     quality_weight: float = 0.0
     class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ModelError for a value that the loss can't be computed with."""
+        share = self.importance_sample_ratio
+        for name, value, fits, expected in (
+            ("no_object_weight", self.no_object_weight, self.no_object_weight > 0, "more than 0"),
+            ("train_num_points", self.num_points, self.num_points >= 1, "at least 1"),
+            ("oversample_ratio", self.oversample_ratio, self.oversample_ratio >= 1, "at least 1"),
+            ("importance_sample_ratio", share, 0 <= share <= 1, "between 0 and 1"),
+        ):
+            if not fits:
+                raise ModelError(f"{name} of the head's configuration: expected {expected}, got {value}")
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -228,7 +241,9 @@ class PointLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_entropy: Tensor, grad_dice: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the embeddings (M, C) and the features (B, C, h, w)."""
         pairs, features, chosen, inside = ctx.saved_tensors
-        grad_pairs, grad_features = torch.empty_like(pairs), torch.zeros_like(features)
+        last = features.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format  # of others a matrix (C, h x w) is a copy
+        grad_pairs, grad_features = torch.empty_like(pairs), torch.zeros_like(features, memory_format=layout)
         for some, parts in ctx.chunks:
             within, target = inside[some], ctx.masks.sample(ctx.targets[some], chosen[some])
             overlap, union = (tensor.unsqueeze(1) for tensor in _overlap(within, target))
@@ -239,7 +254,7 @@ class PointLosses(torch.autograd.Function):
             grad_logits = _scatter_gradients(slope, chosen[some], features.shape[-2:])  # (m, h x w)
             for image, rows in parts:
                 torch.mm(grad_logits[rows], features[image].flatten(1).T, out=grad_pairs[some][rows])
-                grad_features[image].flatten(1).addmm_(pairs[some][rows].T, grad_logits[rows])
+                grad_features[image].view(features.shape[1], -1).addmm_(pairs[some][rows].T, grad_logits[rows])
         return grad_pairs, grad_features, None, None, None, None
 
 

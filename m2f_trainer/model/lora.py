@@ -17,11 +17,15 @@ from peft.tuners.lora import Linear as LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbones import load_pretrained
 from .build import load_backbone_weights
-from .mask2former import M2FConfig, M2FModel
+from .mask2former import M2FConfig, M2FModel, backbone_of
 from .sources import ModelError, load_config, share_weights
+from .weights import BACKBONE
 
 ADAPTER = "default"
+ATTENTION = frozenset({"attention", "attn"})
+"""Names of the attention modules in transformers' backbones."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -51,26 +55,28 @@ def set_tuning(model: M2FModel, tune: str, lora: LoraSettings | None = None) -> 
 
 def attach_lora(model: M2FModel, settings: LoraSettings) -> None:
     """Add trainable low-rank factors to the backbone's attention (and feed-forward) layers."""
-    backbone = model.encoder.backbone
-    targets = lora_targets(backbone, settings.mlp)
+    _attach(model, settings, lora_targets(model.encoder.backbone, settings.mlp))
+
+
+def _attach(model: M2FModel, settings: LoraSettings, targets: list[str]) -> None:
+    """Add factors to the layers of the backbone with these names."""
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
     )
-    inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
+    inject_adapter_in_model(config, model.encoder.backbone, adapter_name=ADAPTER)
     model.register_state_dict_post_hook(_merge_on_save)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(_keep_base_on_load)  # type: ignore[no-untyped-call]
 
 
 def lora_targets(backbone: nn.Module, mlp: bool) -> list[str]:
     """Names of the attention's linear layers, with `mlp` also the feed-forward ones. Raises ModelError if none."""
-    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    words = ("attention", "mlp") if mlp else ("attention",)
-    targets = [name for name in linears if any(word in name.split(".") for word in words)]
-    if not targets:
+    linears = {name: name.split(".") for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    attention = {name for name, parts in linears.items() if ATTENTION.intersection(parts)}
+    if not attention:
         raise ModelError(
             "tune 'lora' needs a backbone with attention layers (a ViT); use 'frozen' or 'full' with this one"
         )
-    return targets
+    return [name for name, parts in linears.items() if name in attention or (mlp and "mlp" in parts)]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -114,11 +120,15 @@ def _check_base(name: str, merged: Tensor, base: Tensor, scale: float, state: di
         )
 
 
+@torch.no_grad()
 def merge(model: M2FModel) -> None:
     """Merge the adapters into the weights permanently; the model then needs no peft."""
     for name, layer in lora_layers(model).items():
-        layer.merge(adapter_names=[ADAPTER])
-        model.set_submodule(name, layer.get_base_layer())
+        base = layer.get_base_layer()
+        weight = base.get_parameter("weight")
+        merged = weight + layer.get_delta_weight(ADAPTER)  # a new tensor: other models may share the base
+        base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        model.set_submodule(name, base)
     model._state_dict_hooks.clear()
     model._load_state_dict_pre_hooks.clear()
 
@@ -126,11 +136,13 @@ def merge(model: M2FModel) -> None:
 def save_adapter(model: M2FModel, folder: Path) -> None:
     """Save everything except the backbone's own weights: LoRA factors, neck, head and both configurations.
 
-    A few megabytes instead of hundreds; `load_adapter` is the inverse.
+    A few megabytes instead of hundreds; `load_adapter` is the inverse. Raises ModelError for a model that it could not
+    load: without adapters, or on a backbone other than the published one.
     """
     layers = lora_layers(model)
     if not layers:
         raise ModelError("this model has no adapters: only a model trained with tune 'lora' can be saved as an adapter")
+    _check_published(model)
     folder.mkdir(parents=True, exist_ok=True)
     base = {f"{name}.{key}" for name in layers for key in ("weight", "bias")}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -143,9 +155,26 @@ def save_adapter(model: M2FModel, folder: Path) -> None:
     share_weights(folder)
 
 
+def _check_published(model: M2FModel) -> None:
+    """Raise ModelError unless the base weights are those that `load_backbone_weights` loads."""
+    config = model.config
+    if not config.backbone_name:
+        raise ModelError("an adapter needs a published backbone, and this one started with random weights")
+    if config.init_from is None:
+        return
+    published = load_pretrained(config.backbone_name, backbone_of(config)).state_dict()
+    own = {name.replace(".base_layer.", "."): one for name, one in model.encoder.backbone.state_dict().items()}
+    for name, tensor in published.items():
+        if not name.endswith("mask_token") and not torch.equal(own[name].cpu(), tensor):
+            raise ModelError(
+                f"an adapter needs a published backbone, and {name} of this one, which came from init_from "
+                f"{config.init_from!r}, differs from that of {config.backbone_name!r}: it was trained there"
+            )
+
+
 def load_adapter(folder: Path) -> M2FModel:
     """Load what `save_adapter` wrote, onto the backbone it was trained with (loaded from its original source)."""
-    model = _with_adapter(folder)
+    model = _with_adapter(folder, _read_config(folder))
     merge(model)
     return model
 
@@ -155,32 +184,47 @@ def load_adapters(folders: Mapping[str, Path]) -> dict[str, M2FModel]:
 
     Raises ModelError when they were trained on different backbones.
     """
+    configs = {name: _read_config(folder) for name, folder in folders.items()}
+    depths = {name: backbone_of(one).to_dict().get("num_hidden_layers", 0) for name, one in configs.items()}
     models: dict[str, M2FModel] = {}
-    for name, folder in folders.items():
-        base = next(iter(models.values()), None)
-        models[name] = _with_adapter(folder, base)
-    return models
+    for name in sorted(folders, key=lambda one: -depths[one]):  # the others have some of the deepest one's layers
+        models[name] = _with_adapter(folders[name], configs[name], next(iter(models.values()), None))
+    return {name: models[name] for name in folders}
 
 
-def _with_adapter(folder: Path, base: M2FModel | None = None) -> M2FModel:
-    """The model of an adapter, not merged; with `base` it shares that model's backbone weights."""
+def _read_config(folder: Path) -> M2FConfig:
     config = load_config(str(folder))
     if not isinstance(config, M2FConfig):
         raise ModelError(f"{folder} holds a {config.model_type!r} model, not an adapter of m2f_trainer")
+    return config
+
+
+def _with_adapter(folder: Path, config: M2FConfig, base: M2FModel | None = None) -> M2FModel:
+    """The model of an adapter, not merged; with `base` it shares that model's backbone weights.
+
+    The names of its tensors say which layers are adapted; peft shortens the list of them in its configuration.
+    """
     model = M2FModel(config)
     if base is None:
         load_backbone_weights(model)
     elif base.config.backbone_name != model.config.backbone_name:
         raise ModelError(
-            f"{folder} was trained on {model.config.backbone_name!r}, not on {base.config.backbone_name!r} as the first"
+            f"{folder} was trained on {model.config.backbone_name!r}, not on {base.config.backbone_name!r} as another"
             " adapter: only adapters of one backbone can share it"
         )
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    mlp = any("mlp" in target for target in settings["target_modules"])
-    attach_lora(model, LoraSettings(settings["r"], settings["lora_alpha"], settings["lora_dropout"], mlp))
+    state = load_file(folder / ADAPTER_WEIGHTS)
+    targets = [name.removeprefix(BACKBONE).partition(".lora_A.")[0] for name in state if ".lora_A." in name]
+    _attach(model, LoraSettings(settings["r"], settings["lora_alpha"], settings["lora_dropout"]), targets)
     if base is not None:
         _share_backbone(model, base)
-    model.load_state_dict(load_file(folder / ADAPTER_WEIGHTS), strict=False)
+    result = model.load_state_dict(state, strict=False)
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if not name.startswith(BACKBONE))]
+    if wrong:
+        raise ModelError(
+            f"{folder / ADAPTER_WEIGHTS} doesn't fit the configuration beside it: {len(wrong)} tensors are missing or "
+            f"not part of the model, such as {', '.join(sorted(wrong)[:3])}. Copy the folder again"
+        )
     model.eval()  # type: ignore[no-untyped-call]
     return model
 

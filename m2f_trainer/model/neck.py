@@ -267,6 +267,11 @@ SCRIPT_NECKS = {"script_plain": False, "script_pyramid": True}
 _PYRAMIDS = {"pyramid": SimplePyramid, "adapter": AdapterPyramid, "top_down": TopDownPyramid}
 
 
+def smallest_side(neck: str, stride: int, is_vit: bool) -> int:
+    """The smallest side of an image: of a ViT two patches, because these necks halve its maps; else the stride."""
+    return 2 * stride if is_vit and (neck in _PYRAMIDS or SCRIPT_NECKS.get(neck)) else stride
+
+
 def build_neck(neck: str, backbone: PreTrainedConfig, channels: Sequence[int] | None) -> tuple[nn.Module, list[int]]:
     """Return the neck and the channels of its four maps, fine to coarse. Raises ModelError for an unknown neck."""
     maps = feature_maps(backbone)

@@ -8,8 +8,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -57,6 +59,24 @@ def check_limits(fields: Mapping[str, Any], where: str) -> None:
                 raise ModelError(f"{where}: {name} is {one}, and the limit is {LIMITS[name]}. Correct it")
 
 
+def with_floats(value: Any, hint: Any) -> Any:
+    """The value with whole numbers as floats where its type has floats and no ints: JSON may have 5 for 5.0.
+
+    >>> with_floats([0, 4095], list[float] | None)
+    [0.0, 4095.0]
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, list | tuple):
+        inside = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)), Any)
+        return type(value)(with_floats(one, inside) for one in value)
+    return float(value) if type(value) is int and float in kinds and int not in kinds else value
+
+
+def strict_message(error: StrictDataclassError) -> str:
+    """The message of a configuration's type check in one line."""
+    return " ".join(str(error).split())
+
+
 def load_config(source: str) -> PreTrainedConfig:
     """The configuration of a folder or Hub id.
 
@@ -64,7 +84,7 @@ def load_config(source: str) -> PreTrainedConfig:
 
     Raises:
         OSError: there is none.
-        ModelError: the model needs its own code, or a field is beyond `LIMITS`.
+        ModelError: the model needs its own code, or a field is beyond `LIMITS` or of a wrong type.
         ValueError, KeyError: transformers rejects the configuration.
     """
     fields, _ = PreTrainedConfig.get_config_dict(source)
@@ -74,7 +94,10 @@ def load_config(source: str) -> PreTrainedConfig:
             f"{source!r} holds a {fields.get('model_type')!r} model that needs its own code, which is never run. Give "
             "a model of transformers or of m2f_trainer"
         )
-    return without_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    try:
+        return without_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    except StrictDataclassError as error:
+        raise ModelError(f"config.json of {source!r}: {strict_message(error)}. Correct it") from error
 
 
 def read_json_file(source: str, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,16 @@ class LoadReport:
 class Head:
     """A head to start from: its configuration as fields of `M2FConfig`, and its tensors under the names of `M2FModel`.
 
-    `classes` are the names of the class head's rows.
+    `source` is its folder or Hub id, `classes` are the names of the class head's rows. The fields include the channels
+    of its four input maps, fine to coarse, as `neck_channels`.
     """
 
+    source: str
     fields: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     classes: tuple[str, ...]
 
 
-@lru_cache(maxsize=1)
 def read_head(checkpoint: str) -> Head:
     """The head of a Mask2Former or OneFormer of transformers, of a model of ours, or a saved head (`HEAD_FILE`).
 
@@ -120,7 +120,7 @@ def _mask2former_head(checkpoint: str, config: PreTrainedConfig) -> Head:
     )
     given = config.to_dict()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
-    return _head({name: given[name] for name in HEAD_FIELDS}, tensors, (config.id2label or {}).values())
+    return _head(checkpoint, {name: given[name] for name in HEAD_FIELDS}, tensors, (config.id2label or {}).values())
 
 
 def _oneformer_head(checkpoint: str, config: PreTrainedConfig) -> Head:
@@ -133,7 +133,7 @@ def _oneformer_head(checkpoint: str, config: PreTrainedConfig) -> Head:
     given = config.to_dict()
     fields = {name: given[ONEFORMER_FIELDS.get(name, name)] for name in HEAD_FIELDS if name != "num_queries"}
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
-    return _head(fields, {_oneformer_name(name): tensor for name, tensor in state.items()}, ())
+    return _head(checkpoint, fields, {_oneformer_name(name): tensor for name, tensor in state.items()}, ())
 
 
 def _oneformer_name(name: str) -> str:
@@ -147,7 +147,7 @@ def _oneformer_name(name: str) -> str:
 
 def _own_head(checkpoint: str, config: M2FConfig) -> Head:
     classes = [category["name"] for category in config.categories or []]
-    return _head(own_head_fields(config), head_tensors(checkpoint), classes)
+    return _head(checkpoint, own_head_fields(config), head_tensors(checkpoint), classes)
 
 
 def own_head_fields(config: M2FConfig) -> dict[str, Any]:
@@ -156,13 +156,13 @@ def own_head_fields(config: M2FConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _head(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:
+def _head(source: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Any) -> Head:
     """With the channels of the four maps that the pixel decoder reads, fine to coarse, as `neck_channels`."""
     inputs = {name: one.shape[1] for name, one in tensors.items() if name.startswith(PIXEL_DECODER) and one.ndim > 1}
     finest = [inputs[name] for name in sorted(inputs) if re.search(r"\.adapter_\d+\.0\.weight$", name)]
     coarser = [inputs[name] for name in sorted(inputs) if re.search(r"\.input_projections\.\d+\.0\.weight$", name)]
     used = {name: tensor for name, tensor in tensors.items() if not UNUSED.fullmatch(name)}
-    return Head({**fields, "neck_channels": [*finest, *coarser[::-1]][-4:]}, used, tuple(classes))
+    return Head(source, {**fields, "neck_channels": [*finest, *coarser[::-1]][-4:]}, used, tuple(classes))
 
 
 def head_tensors(checkpoint: str) -> dict[str, Tensor]:
@@ -178,21 +178,14 @@ def head_tensors(checkpoint: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
 
 
-def head_fields(checkpoint: str) -> dict[str, Any]:
-    """Return the configuration fields of a head, and the channels of its four input maps, fine to coarse."""
-    return dict(read_head(checkpoint).fields)
-
-
-def load_head(model: M2FModel, checkpoint: str) -> LoadReport:
-    """Copy every head tensor whose name and shape match, rows of the class head by the classes' names.
+def load_head(model: M2FModel, head: Head) -> LoadReport:
+    """Copy every tensor of a head whose name and shape match, rows of the class head by the classes' names.
 
     The backbone stays as it is; so does the neck, except from a head of ours.
     """
-    head = read_head(checkpoint)
     has_neck = any(name.startswith(ENCODER) for name in head.tensors)
     report = _copy_matching(model, head.tensors, head.classes, skip=BACKBONE if has_neck else ENCODER)
-    read_head.cache_clear()
-    logger.warning("head from %s: %s", checkpoint, report)
+    logger.warning("head from %s: %s", head.source, report)
     return report
 
 
@@ -249,21 +242,28 @@ def _copy_classes(model: M2FModel, source: Mapping[str, Tensor], classes: Sequen
     """Copy the class head's row of each category by name, and the row of "no object"; describe what became of each."""
     own = [category["name"] for category in model.config.categories or []]
     weight, bias = (source.get(name) for name in CLASS_HEAD)
-    kept = [name for name in own if name in classes]
-    if weight is None or bias is None or weight.shape[1] != model.class_predictor.in_features:
-        kept = []
-    else:
-        rows = {name: row for row, name in enumerate(classes)} | {None: len(weight) - 1}
-        for row, name in enumerate([*own, None]):
-            if name in rows:
-                model.class_predictor.weight[row].copy_(weight[rows[name]])
-                model.class_predictor.bias[row].copy_(bias[rows[name]])
+    found: list[int | None] = [None] * len(own)
+    if weight is not None and bias is not None and weight.shape[1] == model.class_predictor.in_features:
+        found = _rows_of_names(own, classes)
+        for row, theirs in enumerate([*found, len(weight) - 1]):
+            if theirs is not None:
+                model.class_predictor.weight[row].copy_(weight[theirs])
+                model.class_predictor.bias[row].copy_(bias[theirs])
     fates = {
-        "kept": kept,
-        "new": [name for name in own if name not in kept],
-        "dropped": [name for name in classes if name not in kept],
+        "kept": [name for name, theirs in zip(own, found, strict=True) if theirs is not None],
+        "new": [name for name, theirs in zip(own, found, strict=True) if theirs is None],
+        "dropped": [name for row, name in enumerate(classes) if row not in found],
     }
     return "classes " + "; ".join(f"{fate}: {_named(names)}" for fate, names in fates.items() if names)
+
+
+def _rows_of_names(own: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """Place in `classes` of each of our names: the same one, or the only one without regard to case and spaces."""
+    plain, plain_own = ([" ".join(name.split()).casefold() for name in names] for names in (classes, own))
+    return [
+        classes.index(name) if name in classes else plain.index(alike) if plain.count(alike) == 1 else None
+        for name, alike in zip(own, plain_own, strict=True)
+    ]
 
 
 def _named(names: Sequence[str], limit: int = 20) -> str:

@@ -21,6 +21,7 @@ from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import MEMORY_ADVICE, TrainingError
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.model.sources import LIMITS
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.optimizer import trainable
 
@@ -63,10 +64,11 @@ def resolve(
             limit = min(max(REFERENCE_IMAGES // spread, 1), len(samples))
             train.per_device_train_batch_size = probe(model, limit)
         if accumulates:
-            train.gradient_accumulation_steps = accumulation_for(train.per_device_train_batch_size * train.world_size)
+            batch = train.per_device_train_batch_size * train.world_size
+            train.gradient_accumulation_steps = accumulation_for(batch, len(samples))
             spread = train.world_size * train.gradient_accumulation_steps
         if "learning_rate" in owners:
-            train.learning_rate = rate_for(train.per_device_train_batch_size * spread)
+            train.learning_rate = rate_for(min(train.per_device_train_batch_size * spread, len(samples)))
     values = ", ".join(f"{name} = {vars(owner)[name]:g}" for name, owner in owners.items())
     warn_on_main(logger, "auto: %s", "; ".join([values, *reasons]))
     return Recipe(model, recipe.data, train)
@@ -86,13 +88,16 @@ def with_pixel_range(recipe: Recipe, found: PixelRange) -> Recipe:
 
 
 def queries_for(objects: NDArray[np.int64]) -> tuple[int, str]:
-    """Number of queries that 99 % of the training samples need, rounded up to tens, and the reason.
+    """Number of queries that 99 % of the training samples need, rounded up to tens and within the limit; the reason.
 
     `objects`: number of objects of each training sample, (n,).
     """
-    enough, most = int(np.quantile(objects, 0.99, method="higher")), int(objects.max())
+    enough, most, limit = int(np.quantile(objects, 0.99, method="higher")), int(objects.max()), LIMITS["num_queries"]
     queries = max(FEWEST_QUERIES, 10 * math.ceil(enough / 10))
-    return queries, f"99 % of the training samples have at most {enough} objects, one has {most}"
+    reason = f"99 % of the training samples have at most {enough} objects, one has {most}"
+    if queries > limit:
+        reason += f"; more than {limit:,} queries are not possible: use tiles (tile_size)"
+    return min(queries, limit), reason
 
 
 def rate_for(images: int) -> float:
@@ -103,11 +108,12 @@ def rate_for(images: int) -> float:
     return REFERENCE_RATE * math.sqrt(images / REFERENCE_IMAGES)
 
 
-def accumulation_for(images: int) -> int:
-    """How many batches make 16 images per optimizer step, or as many as fit into it; `images` are those of one batch on
-    all devices.
+def accumulation_for(images: int, samples: int) -> int:
+    """How many batches make 16 images per optimizer step, or as many as fit into it, at most those of an epoch.
+
+    `images` are those of one batch on all devices, `samples` those of an epoch.
     """
-    return max(REFERENCE_IMAGES // images, 1)
+    return max(min(REFERENCE_IMAGES // images, math.ceil(samples / images)), 1)
 
 
 def epochs_for(images: int) -> float:

@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from m2f_trainer.config.fields import options_of
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.model.backbones import stride_of
+from m2f_trainer.masks.rle import Size
+from m2f_trainer.model.backbones import ModelError, feature_maps, stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.training.callbacks.clock import TICKS
 from m2f_trainer.training.checkpointing.fingerprint import updates_per_epoch
@@ -64,16 +66,29 @@ def estimate(model: M2FModel, instances: int, *, bf16: bool, averaged: bool) -> 
 def activations(model: M2FModel, instances: int, bf16: bool) -> int:
     """Bytes that autograd keeps for one image of the model's size.
 
-    Measured at 1/8 and 1/4 of the sides, and extrapolated linearly in the image's area.
+    Measured at 1/8 and 1/4 of the sides, and extrapolated linearly in the image's area; at the full size where the
+    backbone takes no other.
     """
-    config = model.config
-    stride, sides = stride_of(backbone_of(config)), (config.image_height, config.image_width)
-    small = [max(round(side / 8 / stride), 4) * stride for side in sides]
-    middle = [max(round(side / 4 / stride), 8) * stride for side in sides]
+    config, backbone = model.config, backbone_of(model.config)
+    stride, (height, width) = stride_of(backbone), (config.image_height, config.image_width)
+    small, middle = (
+        (max(round(height / part / stride), least) * stride, max(round(width / part / stride), least) * stride)
+        for part, least in ((8, 4), (4, 8))
+    )
+    if not takes_size(backbone, small):
+        return image_bytes(model, (height, width), instances, bf16)
     first, second = (image_bytes(model, size, instances, bf16) for size in (small, middle))
-    area = config.image_height * config.image_width - small[0] * small[1]
     slope = (second - first) / (middle[0] * middle[1] - small[0] * small[1])
-    return int(first + slope * area)
+    return int(first + slope * (height * width - small[0] * small[1]))
+
+
+def takes_size(backbone: PreTrainedConfig, size: Size) -> bool:
+    """Whether a backbone takes images of `size` (height, width)."""
+    try:
+        feature_maps(backbone, size)
+    except ModelError:
+        return False
+    return True
 
 
 def image_bytes(model: M2FModel, size: Sequence[int], instances: int, bf16: bool) -> int:

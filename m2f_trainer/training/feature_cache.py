@@ -18,13 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,11 +35,12 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
 from m2f_trainer.data.imbalance import RepeatedSamples
 from m2f_trainer.data.packed_samples import pack_sample, unpack_sample
-from m2f_trainer.distributed import from_main, rank_and_world_size
+from m2f_trainer.data.reading import reading_of
+from m2f_trainer.distributed import from_main, rank_and_world_size, warn_on_main
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
-from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.run_folder import FEATURE_CACHE, write_json
 from m2f_trainer.training.callbacks.progress import print_line
 from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
@@ -215,12 +218,14 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
     share the run's folder. Raises DataError if the disk is full.
     """
     transform: Any = dataset.transform
-    folder, encoder = Path(str(args.output_dir), FEATURE_CACHE), model.encoder.to(args.device)
-    shapes = map_shapes(encoder, transform.size)
+    folder = Path(str(args.output_dir), FEATURE_CACHE)
+    cast(nn.Module, model).to(args.device)
+    shapes = map_shapes(model.encoder, transform.size)
     rank, world = rank_and_world_size()
     key = {
-        "format": FORMAT, "shapes": [list(shape) for shape in shapes], "views": views, "of": cache_key(dataset, encoder)
+        "format": FORMAT, "shapes": [list(shape) for shape in shapes], "views": views, "of": cache_key(dataset, model)
     }  # fmt: skip
+    report_unseen_tiles(dataset, views)
     found = from_main(partial(stored_files, folder, key))
     name, parts = found or (from_main(lambda: f"maps-{uuid.uuid4().hex[:8]}"), world)
     maps = MapFiles(folder, name, len(dataset), views, shapes, transform.size, parts)
@@ -249,16 +254,43 @@ def map_shapes(encoder: Encoder, size: Size) -> tuple[tuple[int, int, int], ...]
     return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in found)
 
 
-def cache_key(dataset: InstanceDataset, encoder: Encoder) -> str:
-    """SHA-256 of everything the files depend on: backbone weights, annotations, classes and augmentation settings."""
-    total = hashlib.sha256()
-    for name, tensor in encoder.backbone.state_dict().items():
+def cache_key(dataset: InstanceDataset, model: M2FModel) -> str:
+    """SHA-256 of everything the files depend on: backbone, pixel values, annotations, classes and augmentation."""
+    total = hashlib.sha256(backbone_of(model.config).to_json_string(use_diff=False).encode())
+    for name, tensor in model.encoder.backbone.state_dict().items():
         total.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     settings = {name: str(value) for name, value in sorted(vars(dataset.transform).items())}
     repeated = dataset.threshold if isinstance(dataset, RepeatedSamples) else None
-    classes = list(dataset.class_of)
-    total.update(json.dumps([settings, len(dataset), annotations_digest(dataset.rows), repeated, classes]).encode())
+    pixels = [list(model.config.image_mean), list(model.config.image_std), reading_of(dataset.rows[0]).columns()]
+    contents = [annotations_digest(dataset.rows), images_digest(dataset.rows), list(dataset.class_of)]
+    total.update(json.dumps([settings, len(dataset), repeated, pixels, contents]).encode())
     return total.hexdigest()
+
+
+def images_digest(rows: datasets.Dataset) -> str:
+    """SHA-256 of the size and modification time of each image's file; of the size alone for images inside the rows."""
+    total = hashlib.sha256()
+    for table in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=100):
+        for chunk in table["image"].chunks:
+            sizes = pc.binary_length(chunk.field("bytes")).to_pylist()
+            for size, path in zip(sizes, chunk.field("path").to_pylist(), strict=True):
+                state = os.stat(path) if size is None else None  # noqa: PTH116 (called for every image)
+                total.update(repr((state.st_size, state.st_mtime_ns) if state else size).encode())
+    return total.hexdigest()
+
+
+def report_unseen_tiles(dataset: InstanceDataset, views: int) -> None:
+    """Log how many of the tiles that are cycled through over the epochs are in none of the views."""
+    tiles = dataset.dataset if isinstance(dataset, RepeatedSamples) else dataset
+    total = np.count_nonzero(tiles.shares())
+    seen = len(np.unique(np.concatenate([tiles.units(view) for view in range(views)])))
+    if seen < total:
+        warn_on_main(
+            logger,
+            "feature_cache %s: %s of %s tiles are never trained on, because the tiles of the first %s epochs are used "
+            "in all of them. Raise feature_cache or tiles_per_image.",
+            views, f"{total - seen:,}", f"{total:,}", views,
+        )  # fmt: skip
 
 
 def make_room(maps: MapFiles) -> None:

@@ -26,13 +26,17 @@ BACKBONE = "pixel_level_module.encoder.backbone."
 HEAD, LORA = "neck and head", "backbone LoRA"
 UNDECAYED_NAMES = (
     "level_embed", "position_embeddings", "cls_token", "register_tokens", "mask_token", "lambda1", "gamma",
-    "relative_position_bias_table",
+    "relative_position_bias_table", "rel_pos_h", "rel_pos_w",
 )  # fmt: skip
 NOT_MATRICES = ("sampling_offsets", "attention_weights", "class_predictor", "stem.stages.0")
 LARGEST = 256
 """Muon leaves two kinds of matrices to AdamW. `NOT_MATRICES` are layers initialised with zero, and the first and last
 layer, as its author advises. Matrices whose smaller side is above `LARGEST` take too long to orthogonalise."""
-BLOCK = re.compile(r"(?:^|\.)layer\.(\d+)\.")
+WEIGHTED = (nn.Linear, nn.Conv2d)
+"""Layers whose weights stay matrices, even with one output."""
+POSITION_BIAS = "continuous_position_bias_mlp"
+"""Swin V2's network that makes its relative position biases."""
+BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 STAGE = re.compile(r"(?:^|\.)(?:stages|encoder\.layers)\.(\d+)\.")
 
 
@@ -76,12 +80,14 @@ def undecayed(model: nn.Module) -> set[str]:
     """Names of the parameters without weight decay: norms, biases, embeddings (queries, levels, positions), LayerScale.
 
     The original (train_net.py `build_optimizer`) leaves norms and embeddings undecayed; biases follow ViT practice.
+    Norms and scales may be stored as (1, 1, 1, C) or (C, 1, 1).
     """
     names = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            plain = parameter.ndim <= 1 or isinstance(module, nn.Embedding) or name in UNDECAYED_NAMES
-            if plain:
+            vector = parameter.numel() == max(parameter.shape, default=1) and not isinstance(module, WEIGHTED)
+            known = isinstance(module, nn.Embedding) or name in UNDECAYED_NAMES or POSITION_BIAS in prefix
+            if parameter.ndim <= 1 or vector or known:
                 names.add(f"{prefix}.{name}" if prefix else name)
     return names
 
@@ -140,7 +146,7 @@ def block_of(name: str, top: int) -> int:
         return int(stage[1])
     if block is not None:
         return int(block[1]) + 1
-    return 0 if ".embeddings." in name else top
+    return 0 if ".embeddings." in name or ".embedder." in name else top
 
 
 def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -23,6 +23,7 @@ from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
 from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
 from m2f_trainer.model.mask2former import M2FModel
+from m2f_trainer.model.sources import ModelError
 from m2f_trainer.model.weights import HEAD_FILE, head_tensors
 from m2f_trainer.run_folder import (
     ADAPTER_FOLDER,
@@ -233,7 +234,7 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
             shutil.rmtree(output / temporary, ignore_errors=True)
         write_metrics(figures, output / METRICS)
         if lora_layers(model):
-            save_adapter(model, output / ADAPTER_FOLDER)
+            write_adapter(model, output / ADAPTER_FOLDER)
         write_json(output / FINGERPRINT, trainer.fingerprint or {})
         illustrate(output, valid)
         write_card(output, CardOptions(pictures=True))
@@ -241,6 +242,14 @@ def finish(trainer: M2FTrainer, figures: Mapping[str, float], valid: Dataset, ta
             for upload in running_uploads(trainer.callback_handler.callbacks):
                 upload.wait()
             push(output, target)
+
+
+def write_adapter(model: M2FModel, folder: Path) -> None:
+    """Write the LoRA adapter of a run, or log why there is none; the whole model is there in any case."""
+    try:
+        save_adapter(model, folder)
+    except ModelError as error:
+        logger.warning("%s is not written: %s", folder, error)
 
 
 def save_head(model: Path, folder: Path) -> None:

@@ -409,3 +409,27 @@ def test_the_polynomial_schedule_warms_up_and_ends_at_zero_however_short_the_run
     assert rates[-1] == 0.0
     halfway = (total + warmup) // 2
     assert rates[halfway] == pytest.approx(1e-4 * (1 - (halfway - warmup) / (total - warmup)) ** 0.9)
+
+
+def test_whole_numbers_in_json_are_floats_where_a_field_is_one(tmp_path: Path) -> None:
+    values = {
+        "dataset_name": "coco", "discrimination_weight": 0, "quality_weight": 2, "tile_overlap": 0, "rope_rescale": 2,
+        "num_queries": 7, "ema_decay": None,
+    }  # fmt: skip
+    recipe = load_recipe([write(tmp_path, values)])
+    found = {**vars(recipe.model), **vars(recipe.data), **vars(recipe.train)}
+    for name, value in values.items():
+        assert found[name] == value
+        assert isinstance(found[name], int) == (name == "num_queries")
+
+
+def test_a_vits_image_side_of_one_patch_is_refused_unless_the_neck_is_plain(tmp_path: Path) -> None:
+    vit = {"dataset_name": "coco", "backbone_config": {"model_type": "dinov2", "patch_size": 14}, "image_width": 28}
+    path = write(tmp_path, {**vit, "image_height": 14})
+    message = error_of(path)
+    assert message.startswith("image_height=14: expected at least 28, two patches of the backbone")
+    assert load_recipe([path, "--neck", "plain"]).data.image_height == 14
+    assert error_of(path, "--image_height", "15").endswith("The nearest are 28.")
+    del vit["image_width"]
+    tiles = load_recipe([write(tmp_path, {**vit, "tile_size": 8})])
+    assert (tiles.data.image_height, tiles.data.image_width) == (28, 28)

@@ -1,11 +1,13 @@
 """Batches hold every instance once, packed, in order; workers see the epoch change."""
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from m2f_trainer.data.collate import InstanceDataset, collate, unpack_masks
+from m2f_trainer.data.collate import InstanceDataset, collate, object_counts, unpack_masks
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
@@ -79,3 +81,21 @@ def test_workers_that_stay_see_the_epoch_and_their_number_changes_nothing(rows):
     assert len(alone) == 12
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     assert not torch.equal(alone[0], alone[6])
+
+
+def test_objects_are_counted_by_row_and_class_also_of_selected_rows(rows):
+    categories = categories_of(rows)
+    for some in (rows, rows.select([5, 0, 7]), rows.select([])):
+        data = InstanceDataset(some, EvalTransform(64, 64), categories)
+        kept = [[one["category_id"] for one in row["objects"] if not one["iscrowd"]] for row in some]
+        assert data.objects().tolist() == list(map(len, kept))
+        assert data.labels().tolist() == [[i, [1, 3, 7].index(key)] for i, ids in enumerate(kept) for key in ids]
+
+
+def test_masks_of_more_than_two_gigabytes_of_text_are_not_joined():
+    """The chunks share one buffer of 64 MiB, so that they take no memory until they are joined."""
+    text = pa.array(["x" * 2**26, "y"])
+    fields = {"category_id": pa.array([3, 5]), "iscrowd": pa.array([False, True]), "text": text}
+    lists = pa.ListArray.from_arrays([0, 1, 2], pa.StructArray.from_arrays(list(fields.values()), list(fields)))
+    many = datasets.Dataset(pa.table({"objects": pa.chunked_array([lists] * 40)}), fingerprint="many")
+    assert object_counts(many).tolist() == [1, 0] * 40

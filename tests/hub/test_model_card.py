@@ -205,7 +205,7 @@ def test_the_recipe_in_the_card_is_a_recipe_without_local_folders(tmp_path: Path
     shown = json.loads(block)
     assert shown == {**given, "dataset_name": "pets", "backbone": "vit `"}
     (tmp_path / "again.json").write_text(
-        json.dumps({**shown, "backbone": "dinov2-small", "image_height": 14, "image_width": 14})
+        json.dumps({**shown, "backbone": "dinov2-small", "image_height": 28, "image_width": 28})
     )
     assert load_recipe([str(tmp_path / "again.json")]).train.max_steps == 77
 

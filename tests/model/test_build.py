@@ -1,20 +1,22 @@
 """Building a model to train: what it starts from, and what is refused."""
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel
 
 from m2f_trainer.data.dataset import Category
-from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.backbones import ModelError, read_config
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.lora import save_adapter, set_tuning
 from m2f_trainer.model.mask2former import load_model
 from tests.model.published import MetaViT
-from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, images, tiny_model
+from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, images, labels, tiny_model
 
 SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
 
@@ -153,7 +155,8 @@ def test_categories_are_those_of_a_dataset_or_dictionaries_with_distinct_ids() -
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_saved_weights_may_be_read_by_whoever_may_read_the_configuration(tmp_path: Path) -> None:
-    model = tiny_model()
+    AutoBackbone.from_config(read_config(VIT)).save_pretrained(tmp_path / "backbone")
+    model = tiny_model(str(tmp_path / "backbone"))
     set_tuning(model, "lora")
     model.save_pretrained(tmp_path / "model")
     save_adapter(model, tmp_path / "adapter")
@@ -161,3 +164,63 @@ def test_saved_weights_may_be_read_by_whoever_may_read_the_configuration(tmp_pat
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
         assert len(modes) >= 2
         assert set(modes.values()) == {modes["config.json"]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("discrimination_weight", 5), ("quality_weight", 2), ("mask_weight", 10), ("tile_overlap", 0),
+        ("class_weights", [1, 2]), ("pixel_range", (0, 4095)), ("rope_rescale", 2), ("drop_path", 0),
+    ],
+)  # fmt: skip
+def test_whole_numbers_are_taken_for_floats(field: str, value: Any, tmp_path: Path) -> None:
+    model = tiny_model(**{field: value}).train()
+    assert torch.isfinite(model(images(), **labels()).loss)
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+
+
+def test_a_field_of_another_type_is_refused_with_its_name_also_in_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"head's configuration: .*'tile_overlap' expected float, got str"):
+        tiny_model(tile_overlap="much")
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tile_overlap": "much"}))
+    with pytest.raises(ModelError, match=r"config.json of .*'tile_overlap' expected float, got str.*Correct it"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("no_object_weight", 0.0, "more than 0"), ("oversample_ratio", 0.5, "at least 1"),
+        ("importance_sample_ratio", 1.5, "between 0 and 1"), ("train_num_points", 0, "at least 1"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_loss_cannot_be_computed_with_is_refused(field: str, value: float, expected: str) -> None:
+    with pytest.raises(ModelError, match=f"{field} of the head's configuration: expected {expected}, got {value}"):
+        tiny_model(**{field: value})
+
+
+@pytest.mark.parametrize("neck", ["pyramid", "adapter", "top_down", "plain"])
+def test_every_accepted_image_of_a_vit_can_be_trained_on(neck: str) -> None:
+    """All necks but the plain one halve the map of a ViT, so that it needs two patches a side."""
+    for size in ((14, 14), (14, 28), (28, 14), (28, 28)):
+        if neck != "plain" and 14 in size:
+            with pytest.raises(ModelError, match=r"image_(height|width) 14: .*at least 28; nearest are 28 and 42"):
+                tiny_model(DINOV2, image_size=size, neck=neck)
+        else:
+            model = tiny_model(DINOV2, image_size=size, neck=neck).train()
+            assert torch.isfinite(model(images(2, *size), **labels(*size)).loss)
+
+
+def test_a_head_that_changed_after_a_failed_start_is_read_again(tmp_path: Path) -> None:
+    source = tiny_model()
+    source.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="image_height 65"):
+        tiny_model(image_size=(65, 64), head_checkpoint=str(tmp_path))
+    with torch.no_grad():
+        source.class_predictor.weight.add_(1)
+    source.save_pretrained(tmp_path)
+    found = tiny_model(head_checkpoint=str(tmp_path)).class_predictor.weight
+    assert torch.equal(found, source.class_predictor.weight)

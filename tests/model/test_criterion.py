@@ -76,6 +76,21 @@ def test_point_losses_have_the_gradients_of_their_values(monkeypatch: pytest.Mon
     assert torch.autograd.gradcheck(losses, (pairs, given["features"]))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2), (0, 3, 1, 2), (1, 0, 2, 3)])
+def test_the_gradient_does_not_depend_on_how_the_features_lie_in_memory(order: tuple[int, ...]) -> None:
+    given = inputs([3, 2])
+    back = [order.index(axis) for axis in range(4)]
+    points = Points(torch.rand(2, 32, 2), torch.rand(10, 96, 2), torch.rand(10, 8, 2))
+    gradients = []
+    for features in (given["features"], given["features"].detach().permute(order).contiguous().permute(back)):
+        leaf = features.detach().requires_grad_()
+        terms = Criterion(3, SETTINGS)(**{**given, "features": leaf}, points=points)
+        (terms["loss_mask"] + terms["loss_dice"]).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_the_loss_keeps_no_mask_of_the_frames_size() -> None:
     """Neither a dense target nor the logits of a matched pair: what is kept follows the points."""
     torch.manual_seed(0)

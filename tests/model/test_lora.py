@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoBackbone
 
-from m2f_trainer.model.backbones import ModelError
+from m2f_trainer.model.backbones import ModelError, read_config
 from m2f_trainer.model.lora import (
     LoraSettings,
     load_adapter,
@@ -17,6 +18,7 @@ from m2f_trainer.model.lora import (
     set_tuning,
 )
 from m2f_trainer.model.mask2former import M2FModel, load_model
+from tests.model.test_families import family
 from tests.model.tiny import CONVNEXT, VIT, images, labels, tiny_model
 
 BACKBONE = "pixel_level_module.encoder.backbone"
@@ -24,14 +26,7 @@ BACKBONE = "pixel_level_module.encoder.backbone"
 
 def adapted(mlp: bool = False) -> M2FModel:
     """A model whose adapters have left their start at zero."""
-    model = tiny_model()
-    set_tuning(model, "lora", LoraSettings(rank=4, alpha=8, mlp=mlp))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return perturbed(tiny_model(), mlp)
 
 
 def masks(model: M2FModel) -> torch.Tensor:
@@ -104,10 +99,6 @@ def test_merging_gives_the_same_outputs_and_a_plain_model() -> None:
 
 
 def test_an_adapter_alone_is_put_on_its_backbone_again(tmp_path: Path) -> None:
-    from transformers import AutoBackbone
-
-    from m2f_trainer.model.backbones import read_config
-
     torch.manual_seed(7)
     AutoBackbone.from_config(read_config(VIT)).save_pretrained(tmp_path / "backbone")
     model = tiny_model(str(tmp_path / "backbone"))
@@ -136,10 +127,6 @@ def trained_adapter(folder: Path, backbone: str, seed: int, classes: int) -> M2F
 
 
 def test_several_adapters_share_one_backbone_and_each_gives_its_own_outputs(tmp_path: Path) -> None:
-    from transformers import AutoBackbone
-
-    from m2f_trainer.model.backbones import read_config
-
     for name in ("base", "other"):
         AutoBackbone.from_config(read_config(VIT)).save_pretrained(tmp_path / name)
     trained = {k: trained_adapter(tmp_path / f"a{k}", str(tmp_path / "base"), k, classes=k + 1) for k in (1, 2)}
@@ -153,6 +140,86 @@ def test_several_adapters_share_one_backbone_and_each_gives_its_own_outputs(tmp_
     trained_adapter(tmp_path / "b", str(tmp_path / "other"), 3, classes=1)
     with pytest.raises(ModelError, match="only adapters of one backbone"):
         load_adapters({"a": tmp_path / "a1", "b": tmp_path / "b"})
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a backbone of 6 layers, which has more layers to adapt than peft lists."""
+    torch.manual_seed(7)
+    folder = tmp_path_factory.mktemp("published")
+    AutoBackbone.from_config(read_config({**VIT, "num_hidden_layers": 6})).save_pretrained(folder)
+    return str(folder)
+
+
+def perturbed(model: M2FModel, mlp: bool = False) -> M2FModel:
+    """The model with trained factors."""
+    set_tuning(model, "lora", LoraSettings(rank=4, alpha=8, mlp=mlp))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def test_the_factors_of_all_adapted_layers_of_a_deep_backbone_come_back(published: str, tmp_path: Path) -> None:
+    model = perturbed(tiny_model(published), mlp=True)
+    assert len(lora_layers(model)) == 36
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(masks(load_adapter(tmp_path)), masks(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["lacks", "adds"])
+def test_an_adapter_that_does_not_fit_its_configuration_is_refused(published: str, tmp_path: Path, change: str) -> None:
+    save_adapter(perturbed(tiny_model(published)), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    if change == "lacks":
+        tensors.pop("class_predictor.bias")
+    else:
+        tensors["class_predictor.scale"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"doesn't fit the configuration beside it: 1 tensors .*class_predictor"):
+        load_adapter(tmp_path)
+
+
+def test_an_adapter_is_only_saved_where_its_backbone_can_be_loaded_again(published: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="needs a published backbone, and this one started with random weights"):
+        save_adapter(adapted(), tmp_path / "random")
+    frozen = tiny_model(published)
+    set_tuning(frozen, "frozen")
+    frozen.save_pretrained(tmp_path / "frozen")
+    same = perturbed(tiny_model(published, init_from=str(tmp_path / "frozen")))
+    save_adapter(same, tmp_path / "same")
+    torch.testing.assert_close(masks(load_adapter(tmp_path / "same")), masks(same), rtol=1e-4, atol=1e-5)
+    perturbed(tiny_model(published)).save_pretrained(tmp_path / "trained")
+    with pytest.raises(ModelError, match=r"differs from that of .*: it was trained there"):
+        save_adapter(perturbed(tiny_model(published, init_from=str(tmp_path / "trained"))), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_adapters_that_read_other_layers_share_the_deepest_backbone(published: str, tmp_path: Path) -> None:
+    trained = {name: perturbed(tiny_model(published, taps=taps)) for name, taps in (("a", (2, 3)), ("b", (3, 6)))}
+    for name, model in trained.items():
+        save_adapter(model, tmp_path / name)
+    loaded = load_adapters({name: tmp_path / name for name in trained})
+    assert list(loaded) == ["a", "b"]
+    for name, model in trained.items():
+        torch.testing.assert_close(masks(loaded[name]), masks(model), rtol=1e-4, atol=1e-5)
+
+
+def test_merging_one_of_several_adapters_leaves_the_others_as_they_are(published: str, tmp_path: Path) -> None:
+    save_adapter(perturbed(tiny_model(published)), tmp_path)
+    loaded = load_adapters({"a": tmp_path, "b": tmp_path})
+    before = masks(loaded["b"])
+    merge(loaded["a"])
+    assert torch.equal(masks(loaded["b"]), before)
+    torch.testing.assert_close(masks(loaded["a"]), before, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_adapts_hieras_attention_too() -> None:
+    model = tiny_model(family("hiera"))
+    set_tuning(model, "lora", LoraSettings(rank=2, mlp=True))
+    assert {name.split(".")[-2] for name in lora_layers(model)} == {"attn", "mlp"}
 
 
 def test_lora_on_a_backbone_without_attention_is_refused() -> None:

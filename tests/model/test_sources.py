@@ -13,7 +13,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from m2f_trainer.model.backbones import load_pretrained, read_config
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.model.sources import ModelError
-from m2f_trainer.model.weights import head_fields
+from m2f_trainer.model.weights import read_head
 from tests.model.tiny import VIT, images, tiny_model
 
 CLASS_HEAD = "class_predictor.weight"
@@ -73,13 +73,10 @@ def test_a_published_head_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None
     stages = ["stage1", "stage2", "stage3", "stage4"]
     config = Mask2FormerConfig(backbone_config={**swin, "out_features": stages}, num_attention_heads=2, **small)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
-    assert head_fields(str(tmp_path))["decoder_layers"] == 2
+    assert read_head(str(tmp_path)).fields["decoder_layers"] == 2
     change_weights(tmp_path, lambda tensors: tensors.pop("model.transformer_module.level_embed.weight"))
-    import m2f_trainer.model.weights as weights
-
-    weights.read_head.cache_clear()
     with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors, such as model\.transformer_module\.level"):
-        head_fields(str(tmp_path))
+        read_head(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import (
 from m2f_trainer.model.backbones import ModelError
 from m2f_trainer.model.build import build_model
 from m2f_trainer.model.transformer_decoder import decoder_layer
-from m2f_trainer.model.weights import ENCODER, PIXEL_DECODER, _oneformer_name, load_head
+from m2f_trainer.model.weights import ENCODER, PIXEL_DECODER, _oneformer_name, load_head, read_head
 from tests.model.published import randomize
 from tests.model.tiny import CATEGORIES, DINOV2, HEAD, VIT, tiny_model
 
@@ -40,7 +40,7 @@ def test_the_pyramid_takes_the_heads_channels_so_that_every_head_tensor_loads(he
     model = build_model(VIT, CATEGORIES, image_size=(64, 64), head_checkpoint=str(head))
     assert model.config.num_queries == 11
     assert model.config.neck_channels == [8, 16, 32, 64]
-    report = load_head(model, str(head))
+    report = load_head(model, read_head(str(head)))
     assert report.new == ()
     assert report.unused == ()
     theirs = Mask2FormerForUniversalSegmentation.from_pretrained(head).state_dict()
@@ -52,7 +52,8 @@ def test_the_pyramid_takes_the_heads_channels_so_that_every_head_tensor_loads(he
 def test_a_published_heads_class_scores_are_carried_over_by_name(head: Path) -> None:
     categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cow"}]
     model = build_model(VIT, categories, image_size=(64, 64), head_checkpoint=str(head))
-    assert str(load_head(model, str(head))).endswith("0 new; 0 unused; classes kept: dog; new: cow; dropped: cat")
+    report = load_head(model, read_head(str(head)))
+    assert str(report).endswith("0 new; 0 unused; classes kept: dog; new: cow; dropped: cat")
     theirs = Mask2FormerForUniversalSegmentation.from_pretrained(head).class_predictor.weight
     assert torch.equal(model.class_predictor.weight[[0, 2]], theirs[[1, 2]])  # the last row is "no object"
     assert not any(torch.equal(model.class_predictor.weight[1], row) for row in theirs)
@@ -85,6 +86,18 @@ def test_a_class_of_another_name_starts_new_also_where_the_number_of_classes_is_
     assert "classes kept: dog; new: cow; dropped: cat" in caplog.text
 
 
+def test_class_scores_are_carried_over_without_regard_to_case_and_spaces_unless_that_is_ambiguous(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["Traffic  light", "cat", "Dog", "dog "]
+    old = tiny_model(categories=[{"id": k, "name": name} for k, name in enumerate(names)])
+    old.save_pretrained(tmp_path)
+    own = ["DOG", "Cat", "traffic light", "Dog"]
+    new = tiny_model(init_from=str(tmp_path), categories=[{"id": k, "name": name} for k, name in enumerate(own)])
+    assert torch.equal(new.class_predictor.weight[[1, 2, 3, 4]], old.class_predictor.weight[[1, 0, 2, 4]])
+    assert "classes kept: Cat, traffic light, Dog; new: DOG; dropped: dog " in caplog.text
+
+
 def test_the_weights_of_the_classes_in_the_loss_are_those_of_the_new_run(tmp_path: Path) -> None:
     tiny_model(class_weights=[2.0, 3.0]).save_pretrained(tmp_path)
     new = tiny_model(init_from=str(tmp_path), class_weights=[5.0, 7.0])
@@ -113,7 +126,7 @@ def test_a_head_of_ours_starts_on_another_backbone_of_the_same_width(backbone: A
         backbone, categories, image_size=(64, 64), taps=(1, 2), head_checkpoint=str(tmp_path), quality_weight=1.0,
         neck="pyramid",
     )  # fmt: skip
-    report = load_head(new, str(tmp_path))
+    report = load_head(new, read_head(str(tmp_path)))
     assert (report.new, report.unused) == ((), ())
     theirs, ours = old.state_dict(), new.state_dict()
     assert report.loaded
@@ -143,7 +156,7 @@ def test_a_oneformer_gives_its_pixel_decoder_and_its_decoder_layers(tmp_path: Pa
     """Proved by equal outputs; queries and class head are new, text and task parts are left out."""
     theirs = oneformer(tmp_path)
     model = build_model(VIT, CATEGORIES, image_size=(64, 64), head_checkpoint=str(tmp_path), num_queries=7).eval()
-    report = load_head(model, str(tmp_path))
+    report = load_head(model, read_head(str(tmp_path)))
     queries = [f"model.transformer_module.queries_{part}.weight" for part in ("embedder", "features")]
     assert sorted(report.new) == queries
     assert report.unused
@@ -210,7 +223,7 @@ def test_a_new_run_on_another_backbone_than_its_start_is_refused(backbone: Any, 
 def test_more_queries_than_the_source_has_keep_its_own_and_say_how_many_are_new(head: Path, tmp_path: Path) -> None:
     theirs = Mask2FormerForUniversalSegmentation.from_pretrained(head).state_dict()
     more = build_model(VIT, CATEGORIES, image_size=(64, 64), head_checkpoint=str(head), num_queries=15)
-    report = load_head(more, str(head))
+    report = load_head(more, read_head(str(head)))
     assert "11 of the source's 11 queries copied, 4 new" in str(report)
     assert report.new == ()
     for name in ("queries_embedder.weight", "queries_features.weight"):

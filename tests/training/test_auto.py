@@ -29,7 +29,8 @@ def test_the_learning_rate_goes_with_the_root_of_the_images_a_step(images: int, 
 
 
 def test_batches_are_accumulated_to_sixteen_images_on_all_devices() -> None:
-    assert [automatic.accumulation_for(images) for images in (1, 2, 8, 12, 16, 64)] == [16, 8, 2, 1, 1, 1]
+    assert [automatic.accumulation_for(images, 100) for images in (1, 2, 8, 12, 16, 64)] == [16, 8, 2, 1, 1, 1]
+    assert [automatic.accumulation_for(images, 5) for images in (1, 2, 8)] == [5, 3, 1], "an epoch has no more batches"
 
 
 def test_small_datasets_are_seen_more_often() -> None:
@@ -43,6 +44,13 @@ def test_queries_are_what_99_of_100_samples_need_in_tens(objects: list[int], que
     found, reason = automatic.queries_for(np.array(objects))
     assert found == queries
     assert reason.endswith(f"one has {max(objects)}")
+
+
+def test_queries_stay_within_the_limit_and_tiles_are_advised() -> None:
+    found, reason = automatic.queries_for(np.array([10_609]))
+    assert found == 10_000
+    assert "at most 10609 objects" in reason
+    assert reason.endswith("more than 10,000 queries are not possible: use tiles (tile_size)")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +105,12 @@ def test_a_run_saves_and_logs_the_values_of_auto_and_a_resumed_one_keeps_them(
         train(load_recipe([str(path)]))
     assert (
         "auto: num_queries = 20, num_train_epochs = 150, per_device_train_batch_size = 2, "
-        "gradient_accumulation_steps = 8, learning_rate = 0.0001; 99 % of the training samples have at most "
+        "gradient_accumulation_steps = 2, learning_rate = 5e-05; 99 % of the training samples have at most "
     ) in caplog.text
     checkpoint = tmp_path / "run" / "checkpoint-2"
     saved = json.loads((checkpoint / "recipe.json").read_text())
-    expected = {"num_queries": 20, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "num_train_epochs": 150}
-    expected |= {"gradient_accumulation_steps": 8}
+    expected = {"num_queries": 20, "learning_rate": 5e-5, "per_device_train_batch_size": 2, "num_train_epochs": 150}
+    expected |= {"gradient_accumulation_steps": 2}
     assert load_model(str(checkpoint)).config.num_queries == 20
     assert {name: saved[name] for name in AUTOMATIC} == pytest.approx(expected)
 

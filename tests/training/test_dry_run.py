@@ -11,6 +11,7 @@ from m2f_trainer.cli import main as cli
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, image_bytes, plan
+from tests.model.test_families import family
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
 
@@ -78,6 +79,11 @@ def test_activations_extrapolated_from_small_images_are_those_of_the_full_size(t
     state = torch.random.get_rng_state()
     assert activations(model, 5, False) == pytest.approx(image_bytes(model, (256, 192), 5, False), rel=0.02)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_memory_of_a_backbone_that_takes_one_size_is_measured_at_that_size() -> None:
+    model = tiny_model(family("hiera"))
+    assert activations(model, 2, False) == image_bytes(model, (64, 64), 2, False)
 
 
 def test_columns_are_flush() -> None:

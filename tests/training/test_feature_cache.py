@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,10 +29,11 @@ from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training import feature_cache
-from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFiles, with_cached_maps
+from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFiles, cache_key, with_cached_maps
 from m2f_trainer.training.run import train
 from tests.data.test_packed_samples import sample_of
-from tests.model.tiny import tiny_model
+from tests.model.pretend_device import DEVICE, Waits
+from tests.model.tiny import VIT, tiny_model
 from tests.training.runs import write_tiny
 
 Arguments = namedtuple(
@@ -151,6 +154,66 @@ def test_a_cache_that_is_there_is_read_and_one_of_other_settings_is_made_anew(
         _, third, _ = both(rows, tmp_path, views=3)
     assert third.maps.path(0).stat().st_size == written.st_size // 2 * 3
     assert not first.maps.path(0).exists()
+
+
+def test_everything_that_the_features_depend_on_makes_them_anew(rows: Any, tmp_path: Path) -> None:
+    """The layers that the neck reads, how pixels are normalised and read, and the image files themselves."""
+    folder = tmp_path / "data"
+    (photo, *_) = (write_sample(folder, images=(3, 1, 1)) / "train").glob("*.[jp][pn]g")
+    categories = [vars(one) for one in categories_of(rows)]
+    four = {**VIT, "num_hidden_layers": 4}
+
+    def keys(model: M2FModel, **reading: Any) -> str:
+        rows = load_coco(folder, cache_dir=tmp_path / "cache", **reading)["train"]
+        return cache_key(InstanceDataset(rows, TrainTransform(64, 64), categories_of(rows)), model)
+
+    first = tiny_model(four, categories=categories, taps=(1, 4))
+    other = tiny_model(four, categories=categories, taps=(2, 4))
+    other.load_state_dict(first.state_dict())
+    found = [keys(first), keys(first), keys(other), keys(first, pixel_range=(0.0, 4095.0))]
+    first.config.image_mean = [0.5, 0.5, 0.5]
+    found.append(keys(first))
+    os.utime(photo, ns=(1, 1))
+    found.append(keys(first))
+    assert found[0] == found[1]
+    assert len(set(found)) == 5
+
+
+def test_tiles_that_are_in_no_view_are_counted(rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    categories = categories_of(rows)
+    model = tiny_model(categories=[vars(one) for one in categories])
+    tiles = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories, limit=1)
+    filled = np.count_nonzero(tiles.grid.counts)
+    assert len(tiles) == 3 < filled
+    with caplog.at_level(logging.WARNING):
+        with_cached_maps(tiles, model, 1, Arguments(str(tmp_path), torch.device("cpu")))
+    assert f"feature_cache 1: {filled - 3} of {filled} tiles are never trained on" in caplog.text
+    caplog.clear()
+    whole = TrainTiles(rows, TileTransform(64, 64, 48, flip=False), categories)
+    with caplog.at_level(logging.WARNING):
+        with_cached_maps(whole, model, 1, Arguments(str(tmp_path), torch.device("cpu")))
+    assert "never trained on" not in caplog.text
+
+
+def test_the_whole_model_is_moved_to_the_device_of_the_run(rows: Any, tmp_path: Path) -> None:
+    """The pixels are normalised there too."""
+    categories = categories_of(rows)
+    given = InstanceDataset(rows, TrainTransform(64, 64), categories), tiny_model(categories=[vars(categories[0])])
+    with Waits():
+        kept = with_cached_maps(*given, 1, Arguments(str(tmp_path), DEVICE))
+        assert {tensor.device for tensor in (*given[1].parameters(), *given[1].buffers())} == {DEVICE}
+    assert kept.maps.path(0).stat().st_size == kept.maps.size
+
+
+@pytest.mark.gpu
+def test_features_are_computed_on_a_gpu(rows: Any, tmp_path: Path) -> None:
+    categories = categories_of(rows)
+    model = tiny_model(categories=[vars(one) for one in categories]).eval()
+    samples = InstanceDataset(rows, TrainTransform(64, 64), categories)
+    host = with_cached_maps(samples, model, 1, Arguments(str(tmp_path / "cpu"), torch.device("cpu")))
+    gpu = with_cached_maps(samples, model, 1, Arguments(str(tmp_path / "gpu"), torch.device("cuda", 0)))
+    for one, other in zip(host.maps.read(0), gpu.maps.read(0), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 def test_a_long_computation_tells_how_far_it_is(

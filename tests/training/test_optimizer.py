@@ -12,6 +12,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
 from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.training.optimizer import Rates, parameter_groups, rate_factors, undecayed, with_rate_shape
+from tests.model.test_families import family
 from tests.model.tiny import CONVNEXT, DINOV2, VIT, tiny_model
 
 UNDECAYED = (
@@ -85,6 +86,48 @@ def test_with_layer_decay_each_layer_learns_slower_than_the_one_above(
         assert found[name] == pytest.approx(0.5e-4 * share), name
     assert found["class_predictor.weight"] == 1e-4
     assert min(found.values()) == pytest.approx(0.5e-4 * min(shares.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("beit", {"embeddings.cls_token": 0.64, "layers.0.lambda_1": 0.8, "layers.1.mlp.fc1.weight": 1}),
+        ("pixio", {"embeddings.position_embeddings": 0.64, "layers.0.mlp.fc1.bias": 0.8, "layers.1.mlp.fc1.bias": 1}),
+        (
+            "resnet",
+            {"embedder.embedder.convolution.weight": 0.512, "1.layers.0.layer.1.convolution.weight": 0.64},
+        ),
+        ("bit", {"embedder.convolution.weight": 0.512, "stages.3.layers.0.conv2.weight": 1}),
+    ],
+)
+def test_layer_decay_knows_the_layers_of_other_families(name: str, shares: dict[str, float]) -> None:
+    found = rates(tiny_model(family(name)), Rates(1e-4, 0.05, 0.5, layer_decay=0.8))
+    for ending, share in shares.items():
+        (parameter,) = (one for one in found if "backbone." in one and one.endswith("." + ending))
+        assert found[parameter] == pytest.approx(0.5e-4 * share), parameter
+    assert min(found.values()) == pytest.approx(0.5e-4 * min(shares.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("convnextv2", ("grn.weight", "grn.bias")),
+        ("swinv2", ("logit_scale", "continuous_position_bias_mlp.0.weight", "continuous_position_bias_mlp.2.weight")),
+        ("vitdet", ("rel_pos_h", "rel_pos_w")),
+    ],
+)
+def test_norms_and_position_biases_of_other_families_are_not_decayed(name: str, words: tuple[str, ...]) -> None:
+    fields = {"use_relative_position_embeddings": True} if name == "vitdet" else {}
+    model = tiny_model({**family(name), **fields}, quality_weight=2.0)
+    plain = undecayed(model)
+    names = [one for one, _ in model.named_parameters()]
+    for word in (*words, "bias"):
+        found = [one for one in names if one.endswith(word)]
+        assert found
+        assert plain.issuperset(found)
+    matrices = [one for one, tensor in model.named_parameters() if one.startswith("quality") and tensor.ndim > 1]
+    assert any(dict(model.named_parameters())[one].shape[0] == 1 for one in matrices)
+    assert plain.isdisjoint(matrices), "a matrix with one output is one"
 
 
 def test_layer_decay_starts_from_the_full_rate_unless_a_multiplier_is_given() -> None:

@@ -1,6 +1,7 @@
 """A run from recipe to model card, and everything that can be done with what it leaves."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoBackbone, TrainerCallback
 
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import load_coco
@@ -21,6 +22,7 @@ from m2f_trainer.errors import CheckpointError, DataError, RecipeError
 from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.backbones import read_config
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
 from m2f_trainer.training import run
@@ -268,12 +270,25 @@ def test_a_run_with_repeated_samples_and_class_weights_resumes_exactly(
 
 
 def test_a_lora_run_leaves_a_plain_model_and_an_adapter(tmp_path: Path) -> None:
-    recipe = write_tiny(tmp_path, tune="lora", lora_rank=2, max_steps=2)
+    backbone = AutoBackbone.from_config(read_config(TINY["backbone_config"]))
+    backbone.save_pretrained(tmp_path / "backbone")
+    options = {"backbone": str(tmp_path / "backbone"), "backbone_config": None}
+    recipe = write_tiny(tmp_path, tune="lora", lora_rank=2, max_steps=2, **options)
     train(load_recipe([str(recipe)]))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     figures = evaluate_folder(str(tmp_path / "run"), str(tmp_path / "data"), batch_size=1)
     held = read_metrics(tmp_path / "run" / "metrics.json")
     assert figures["eval_mar_100"] == pytest.approx(held["eval_mar_100"], abs=1e-6)
+
+
+def test_a_lora_run_on_random_weights_leaves_no_adapter_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        train(load_recipe([str(write_tiny(tmp_path, tune="lora", lora_rank=2, max_steps=1))]))
+    assert "adapter is not written: an adapter needs a published backbone" in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 PIPELINE = """
