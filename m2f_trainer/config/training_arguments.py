@@ -659,7 +659,8 @@ class TrainArguments(TrainingArguments):
         if sharded and self.optim == MUON:
             raise RecipeError(
                 "optim=muon orthogonalises whole matrices, but fsdp and deepspeed give each process a part of them. "
-                "Set optim adamw_torch_fused, or leave fsdp and deepspeed out. (A saved recipe names the optimizer of its run.)"
+                "Set optim adamw_torch_fused (a saved recipe names the optimizer of its run), or leave fsdp and "
+                "deepspeed out."
             )
         return self.optim or ("adamw_torch_fused" if sharded else MUON)
 
