@@ -682,7 +682,11 @@ class TrainArguments(TrainingArguments):
 
     def _require_own_factors(self) -> None:
         """The schedules that follow the figures have no factor by step, so these fields would have no effect."""
-        unused = {"head_first_steps": (0,), "lr_milestones": (None, []), "warmup_steps": (0, DEFAULT_WARMUP)}
+        unused: dict[str, tuple[object, ...]] = {
+            "head_first_steps": (0,),
+            "lr_milestones": (None, []),
+            "warmup_steps": (0, DEFAULT_WARMUP),
+        }
         given = [name for name, without in unused.items() if vars(self)[name] not in without]
         if self.lr_scheduler_type in BY_FIGURES and given:
             raise RecipeError(

@@ -185,17 +185,19 @@ class M2FTrainer(Trainer):
         time up to here. The clock and the cost go on counting without `restore_callback_states_from_checkpoint`, too.
         """
         started = {type(one): one for one in self.callback_handler.callbacks}
-        states: Any = self.state.stateful_callbacks
+        state: Any = self.state
         restore = self.args.restore_callback_states_from_checkpoint
         if not restore:
-            counts = {Clock.__name__, Cost.__name__} & states.keys()
-            self.state.stateful_callbacks = states = {name: states[name] for name in counts}
+            counts = {Clock.__name__, Cost.__name__} & state.stateful_callbacks.keys()
+            state.stateful_callbacks = {name: state.stateful_callbacks[name] for name in counts}
         self.args.restore_callback_states_from_checkpoint = True
         super()._load_callback_state()
         self.args.restore_callback_states_from_checkpoint = restore
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, {})  # otherwise the first save would raise KeyError
+                state.stateful_callbacks.setdefault(
+                    type(callback).__name__, {}
+                )  # otherwise the first save would raise KeyError
             before = started.get(type(callback))
             if isinstance(callback, EarlyStoppingCallback) and isinstance(before, EarlyStoppingCallback):
                 callback.early_stopping_patience = before.early_stopping_patience

@@ -125,7 +125,7 @@ class EvaluateAtEverySave(TrainerCallback):
     ) -> None:
         """Remember the last step that was evaluated, and then saved, before this run was resumed."""
         steps = [entry["step"] for entry in state.log_history if "eval_runtime" in entry]
-        self.evaluated = self.saved = steps[-1] if steps else -1
+        self.evaluated = self.saved = int(steps[-1]) if steps else -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request an evaluation with every save; the Trainer evaluates first, then saves."""
@@ -161,17 +161,18 @@ class Bars(ProgressCallback):
     The number of steps of a run with `max_minutes` is a forecast, see `Clock`: its bar has none at first, then that.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # type: ignore[override]
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
         self.current_step = 0
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=None if state.max_steps == UNKNOWN else state.max_steps, dynamic_ncols=True)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # type: ignore[override]
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar on; its total is the latest forecast."""
-        if self.training_bar is not None:
-            self.training_bar.total = state.max_steps
-        super().on_step_end(args, state, control)
+        bar: Any = self.training_bar
+        if bar is not None:
+            bar.total = state.max_steps
+        super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # type: ignore[override]
         """Nothing: `Lines` prints the log."""
