@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.fields import Option, options_of
-from m2f_trainer.config.training_arguments import STEP_MILESTONES, TrainArguments
+from m2f_trainer.config.training_arguments import STEP_MILESTONES, TrainArguments, default_backbone_multiplier
 from m2f_trainer.config.typed_json import (
     describe_type,
     has_type,
@@ -62,6 +62,9 @@ RENAMED = {
 REMOVED = {"streaming": False}
 """Removed fields -> the value at which they are ignored, since the recipes saved by earlier versions contain it."""
 
+
+WORDS_OR_FILES = {"class_weights", "accelerator_config", "fsdp_config", "deepspeed"}
+"""Fields of objects that also take a word, or the path of a JSON file."""
 
 LOCAL_THEMES = (
     "checkpoints and resumption", "machine", "logs and uploads", "fixed or derived (not to be set)"
@@ -108,12 +111,16 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
 def kept_beside(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe that options leave in place.
 
-    A length of the run replaces those of other kinds, and a schedule the milestones that a saved recipe has for `step`.
+    A length of the run replaces those of other kinds, a schedule the milestones that a saved recipe has for `step`, and
+    `layer_decay` the multiplier that a saved recipe has by default.
     """
     replaced = {other for name, others in LENGTHS.items() if given.get(name) not in (None, -1) for other in others}
     kept = {name: value for name, value in recipe.items() if name not in replaced}
     if given.get("lr_scheduler_type", "step") != "step" and kept.get("lr_milestones") == STEP_MILESTONES:
         kept.pop("lr_milestones")
+    default = default_backbone_multiplier(kept.get("layer_decay"))
+    if "layer_decay" in given and kept.get("backbone_lr_multiplier") == default:
+        kept.pop("backbone_lr_multiplier")
     return kept
 
 
@@ -285,8 +292,11 @@ def checked_value(key: str, value: Any, where: str) -> Any:
         raise RecipeError(
             f"{where}: tokens are not accepted in a recipe or command. Set HF_TOKEN or run `hf auth login`."
         )
-    if isinstance(value, str) and value.startswith("{") and takes_object(hints()[key]):
-        value = parse_json(value, f"in {where}")
+    if isinstance(value, str) and takes_object(hints()[key]):
+        if value.lstrip().startswith("{"):
+            value = parse_json(value, f"in {where}")
+        elif key not in WORDS_OR_FILES:
+            raise RecipeError(f'{where}: expected a JSON object, such as {{"name": 1}}, or null, got {value!r}.')
     if not is_finite(value):
         raise RecipeError(f"{where}: expected a finite number, got {value}.")
     for leaf in leaves(value):

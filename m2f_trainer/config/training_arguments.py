@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +68,41 @@ LOGGERS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 """Names for `report_to` -> whether the logger is available, and what to do if it isn't."""
 
+UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "remove_unused_columns": (
+        False, "must stay false, since collate needs columns that are no argument of the model's forward"
+    ),
+    "use_liger_kernel": (False, "has kernels for language models only"),
+    "neftune_noise_alpha": (None, "adds noise to the embeddings of words, which no image has"),
+    "label_smoothing_factor": (0, "has no effect on the losses of Mask2Former"),
+    "logging_nan_inf_filter": (False, "must stay false, since it would hide a non-finite loss"),
+    "debug": ("", "would stop the run at its own checks; a non-finite loss ends a run with a report without it"),
+    "bf16_full_eval": (False, "would convert the trained weights to bfloat16; evaluations follow bf16"),
+    "fp16_full_eval": (False, "would convert the trained weights to float16; evaluations follow fp16"),
+    "average_tokens_across_devices": (
+        True, "must stay true: the gradients would be divided by the number of processes once too often"
+    ),
+    "auto_find_batch_size": (
+        False, "would record another batch size than it trains with; use per_device_train_batch_size auto"
+    ),
+    "enable_jit_checkpoint": (False, "would replace the checkpoint that every run writes at SIGTERM"),
+    "eval_delay": (0, "contradicts that every checkpoint is evaluated"),
+    "ignore_data_skip": (False, "would train a resumed run on samples that it has seen in this epoch"),
+}  # fmt: skip
+"""Fields of transformers that contradict this package -> the value that they keep, and what another one does."""
+
+ACCELERATOR_UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "split_batches": (False, "would divide per_device_train_batch_size by the number of processes"),
+    "dispatch_batches": (False, "can't cut batches whose masks have another size for each image"),
+    "use_seedable_sampler": (True, "must stay true, since a resumed run would draw the samples in another order"),
+}
+"""The same for the fields of `accelerator_config`."""
+
+LAUNCHER_ENGINES = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+"""Environment variables by which `accelerate launch` switches an engine on -> the recipe's field for it."""
+
+DEFAULT_WARMUP = 0.05
+
 LAUNCHED = {"LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
 """Environment variables of launchers, by which accelerate knows that there are several processes."""
 
@@ -123,6 +158,9 @@ class TrainArguments(TrainingArguments):
     dataloader_drop_last: bool = option(
         False, "Drop the last batch of an epoch if it is incomplete.", "length and batch", changes_results=True
     )
+    train_sampling_strategy: str = option(
+        "random", "Order of the training samples: random or sequential.", "length and batch", changes_results=True
+    )
     seed: int = option(
         42,
         "Seed of initialisation, data order and augmentation.",
@@ -170,7 +208,7 @@ class TrainArguments(TrainingArguments):
         changes_results=True,
     )
     warmup_steps: float = option(
-        0.05,
+        DEFAULT_WARMUP,
         "Linear warm-up, in optimizer steps; below 1, as a fraction of the run.",
         "learning rate and optimizer",
         changes_results=True,
@@ -208,6 +246,23 @@ class TrainArguments(TrainingArguments):
     weight_decay: float = option(
         0.05,
         "AdamW weight decay; 0 for norms, biases, queries and level embeddings.",
+        "learning rate and optimizer",
+        at_least=0,
+        changes_results=True,
+    )
+    adam_beta1: float = option(
+        0.9, "AdamW's decay of the mean of gradients.", "learning rate and optimizer", at_least=0, changes_results=True
+    )
+    adam_beta2: float = option(
+        0.999,
+        "AdamW's decay of the mean of squared gradients.",
+        "learning rate and optimizer",
+        at_least=0,
+        changes_results=True,
+    )
+    adam_epsilon: float = option(
+        1e-8,
+        "Added to the denominator of AdamW's update.",
         "learning rate and optimizer",
         at_least=0,
         changes_results=True,
@@ -370,26 +425,13 @@ class TrainArguments(TrainingArguments):
                 "full_determinism: torch has no deterministic backward of grid_sample on CUDA, so the first step would "
                 "fail. Leave it out: two runs with the same seed then differ by rounding."
             )
-        if self.max_steps == 0 or self.num_train_epochs == 0:
-            raise RecipeError("max_steps and num_train_epochs: expected a run of at least one step, got 0.")
-        if self.remove_unused_columns:
-            raise RecipeError(
-                "remove_unused_columns must stay false: collate needs columns that are no argument of the model's "
-                "forward."
-            )
+        self._require_length()
+        refuse_unsupported(vars(self), UNSUPPORTED)
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise RecipeError(
                 f"train_sampling_strategy={self.train_sampling_strategy}: expected random or sequential. Others "
                 "sort texts by their length."
             )
-        if self.use_liger_kernel:
-            raise RecipeError("use_liger_kernel has kernels for language models only: leave it out.")
-        if self.neftune_noise_alpha is not None:
-            raise RecipeError(
-                "neftune_noise_alpha adds noise to the embeddings of words, which no image has: leave it out."
-            )
-        if self.logging_nan_inf_filter:
-            raise RecipeError("logging_nan_inf_filter must stay false: it would hide a non-finite loss.")
         if self.hub_token is not None:
             raise RecipeError(
                 "hub_token: tokens are not accepted in a recipe, command line or file. Set the environment variable "
@@ -405,27 +447,31 @@ class TrainArguments(TrainingArguments):
                 "optimizer state are not uploaded, since they contain local paths. To resume elsewhere, copy "
                 "output_dir."
             )
-        resumes = resume_of(self.resume_from_checkpoint) not in (False, "auto")  # it may be the head of this run
-        if self.save_head and not resumes and Path(self.save_head, "config.json").exists():
+        if self.save_head and not self._continues() and Path(self.save_head, "config.json").exists():
             raise RecipeError(
                 f"save_head={self.save_head}: this folder holds a model already. Give a new folder, or delete this one."
             )
         self._align_checkpointing()
         self._resolve_schedule()
+        self._require_metric()
         if self.max_minutes is not None:
             self._require_fractions()
+        self._follow_launcher()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and not self.deepspeed and gpu_computes_in_bf16()
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
         require_known_loggers([self.report_to] if isinstance(self.report_to, str) else self.report_to)
         if self.backbone_lr_multiplier is None:
-            self.backbone_lr_multiplier = 0.1 if self.layer_decay is None else 1.0
+            self.backbone_lr_multiplier = default_backbone_multiplier(self.layer_decay)
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
+        if self.dataloader_num_workers == 0:
+            self.dataloader_multiprocessing_context = None  # of the workers
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         optim = self._optimizer()
         self.optim = TrainingArguments.default_optim if optim == MUON else optim  # transformers doesn't know muon
         super().__post_init__()  # type: ignore[no-untyped-call]
+        refuse_unsupported(vars(self.accelerator_config), ACCELERATOR_UNSUPPORTED, " in accelerator_config")
         if self.tf32 is None and not self.use_cpu and is_torch_tf32_available():
             enable_tf32(True)  # what bfloat16 autocast leaves in float32: the sampling locations of the pixel decoder
         if optim != MUON:
@@ -523,11 +569,67 @@ class TrainArguments(TrainingArguments):
 
     def schedule_kwargs(self, num_training_steps: int) -> dict[str, Any] | None:
         """`lr_scheduler_kwargs` as transformers takes them for a run of that length: fractions become whole steps."""
-        if not isinstance(self.lr_scheduler_kwargs, dict):
-            return None
-        counts = steps_of_schedule(self.lr_scheduler_kwargs)
+        given = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+        if self.lr_scheduler_type in BY_FIGURES:
+            given = {"mode": "max" if self.greater_is_better else "min", **given}
+        counts = steps_of_schedule(given)
         whole = {name: round(count if count >= 1 else count * num_training_steps) for name, count in counts.items()}
-        return {**self.lr_scheduler_kwargs, **whole}
+        return {**given, **whole} or None
+
+    def _continues(self) -> bool:
+        """Whether a checkpoint is resumed, or may be: `auto` resumes one where `output_dir` has any."""
+        resume = resume_of(self.resume_from_checkpoint)
+        return any(Path(self.output_dir or ".").glob("checkpoint-*")) if resume == "auto" else resume is not False
+
+    def _require_length(self) -> None:
+        """A run makes at least one step: the Trainer would end without one, and save an untrained model."""
+        epochs = vars(self)["num_train_epochs"]
+        if self.max_steps == 0 or self.max_steps < -1 or (not isinstance(epochs, str) and epochs <= 0):
+            raise RecipeError(
+                f"max_steps={self.max_steps}, num_train_epochs={epochs}: expected a run of at least one step. Give "
+                "num_train_epochs above 0, and max_steps of at least 1, or -1 to train by epochs."
+            )
+
+    def _require_metric(self) -> None:
+        """transformers would take the loss, which evaluations do not compute."""
+        needing = {
+            "early_stopping_patience": self.early_stopping_patience is not None,
+            "load_best_model_at_end": self.load_best_model_at_end,
+            f"lr_scheduler_type={self.lr_scheduler_type}": self.lr_scheduler_type in BY_FIGURES,
+        }
+        found = [name for name, needs in needing.items() if needs]
+        if self.metric_for_best_model is None and found:
+            raise RecipeError(
+                f"metric_for_best_model=null: expected a metric for {' and '.join(found)}. Give one, such as eval_map, "
+                "or leave these out (load_best_model_at_end false)."
+            )
+
+    def _follow_launcher(self) -> None:
+        """Take the precision from `accelerate launch`, which passes its options and its file by the environment.
+
+        accelerate would follow them whatever the recipe says, so whatever contradicts the recipe is refused.
+        """
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if self.bf16 is None and not self.fp16 and asked in ("bf16", "fp16"):
+            self.bf16, self.fp16 = asked == "bf16", asked == "fp16"
+        own = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        if asked not in ("no", own):
+            raise RecipeError(
+                f"ACCELERATE_MIXED_PRECISION={asked}, as accelerate launch or its file sets it, contradicts the "
+                f"recipe's mixed precision ({own}). Leave it out there, or set bf16 or fp16 in the recipe to match."
+            )
+        for variable, field in LAUNCHER_ENGINES.items():
+            if os.environ.get(variable, "false").lower() in ("true", "1") and not vars(self)[field]:
+                raise RecipeError(
+                    f"{variable} is set by accelerate launch or its file, but the recipe has no {field}. Leave it out "
+                    f"there, and give {field} in the recipe, whose settings are checked."
+                )
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no":
+            raise RecipeError(
+                f"ACCELERATE_DYNAMO_BACKEND={backend}, as accelerate launch or its file sets it, would compile the "
+                "losses for each number of objects. Leave it out there, and set torch_compile in the recipe."
+            )
 
     def _require_fractions(self) -> None:
         """A run of minutes has no known number of steps to count in."""
@@ -557,7 +659,8 @@ class TrainArguments(TrainingArguments):
         if sharded and self.optim == MUON:
             raise RecipeError(
                 "optim=muon orthogonalises whole matrices, but fsdp and deepspeed give each process a part of them. "
-                "Leave optim out, which is adamw_torch_fused there, or leave fsdp and deepspeed out."
+                "Set optim adamw_torch_fused (a saved recipe names the optimizer of its run), or leave fsdp and "
+                "deepspeed out."
             )
         return self.optim or ("adamw_torch_fused" if sharded else MUON)
 
@@ -571,9 +674,24 @@ class TrainArguments(TrainingArguments):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in SCHEDULE_DEFAULTS:
             self.lr_scheduler_kwargs = dict(SCHEDULE_DEFAULTS[self.lr_scheduler_type])
         require_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, vars(self)["learning_rate"])
+        self._require_own_factors()
         if not all(0 < share < 1 for share in self.lr_milestones or ()):
             raise RecipeError(
                 f"lr_milestones: expected fractions of the run, between 0 and 1, got {self.lr_milestones}."
+            )
+
+    def _require_own_factors(self) -> None:
+        """The schedules that follow the figures have no factor by step, so these fields would have no effect."""
+        unused: dict[str, tuple[object, ...]] = {
+            "head_first_steps": (0,),
+            "lr_milestones": (None, []),
+            "warmup_steps": (0, DEFAULT_WARMUP),
+        }
+        given = [name for name, without in unused.items() if vars(self)[name] not in without]
+        if self.lr_scheduler_type in BY_FIGURES and given:
+            raise RecipeError(
+                f"lr_scheduler_type={self.lr_scheduler_type} follows the figures of evaluations, so that "
+                f"{' and '.join(given)} would have no effect. Leave one of them out."
             )
 
     def _align_checkpointing(self) -> None:
@@ -590,6 +708,18 @@ class TrainArguments(TrainingArguments):
                         f"together. Leave {name} out, or set checkpointing_steps to a number of steps or 'epoch'."
                     )
                 setattr(self, name, derived)
+
+
+def refuse_unsupported(values: Mapping[str, object], table: Mapping[str, tuple[object, str]], where: str = "") -> None:
+    """Raise RecipeError if one of `values` is neither unset nor what the table says that it keeps."""
+    for name, (kept, effect) in table.items():
+        if values[name] not in (kept, None, []):
+            raise RecipeError(f"{name}{where} {effect}: leave it out.")
+
+
+def default_backbone_multiplier(layer_decay: float | None) -> float:
+    """`backbone_lr_multiplier` where none is given."""
+    return 0.1 if layer_decay is None else 1.0
 
 
 def resume_of(named: str | None) -> bool | str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from safetensors.torch import save
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import Recipe
@@ -42,7 +42,6 @@ from m2f_trainer.run_folder import (
 )
 from m2f_trainer.training.allocator import keep_freed_memory
 from m2f_trainer.training.auto import images_per_device, resolve, with_checkpoint_range, with_pixel_range
-from m2f_trainer.training.callbacks.clock import clock_of
 from m2f_trainer.training.callbacks.pictures import Pictures
 from m2f_trainer.training.callbacks.progress import ClassTable, Cost, EvaluateAtEverySave
 from m2f_trainer.training.callbacks.signals import StopOnSignal
@@ -107,8 +106,8 @@ def train(recipe: Recipe) -> dict[str, float]:
         model = build_recipe_model(with_checkpoint_shape(recipe.model, start), recipe.data, data.categories)
         if recipe.train.process_index == 0:
             report_licences(model)
-        callbacks = [*clock_of(recipe.train, begun), *run_callbacks(recipe.train), *resume_callbacks(start), stop]
-        trainer = make_trainer(model, recipe, samples, data, facts, callbacks)
+        callbacks = [*run_callbacks(recipe.train), *resume_callbacks(start), stop]
+        trainer = make_trainer(model, recipe, samples, data, facts, callbacks, begun)
         if checkpoint is None and recipe.train.overwrite_output_dir:
             from_main(partial(delete_former_run, Path(recipe.train.output_dir or ".")))
         if start is not None and evaluation_owed(start):
@@ -171,8 +170,12 @@ def make_trainer(
     data: Data,
     facts: Mapping[str, Any],
     callbacks: list[TrainerCallback],
+    begun: float,
 ) -> M2FTrainer:
-    """The Trainer of a run; it saves the recipe and `facts`, its fingerprint, with every checkpoint."""
+    """The Trainer of a run; it saves the recipe and `facts`, its fingerprint, with every checkpoint.
+
+    `begun`: when the run began, by `time.monotonic`.
+    """
     trainer = M2FTrainer(
         model,
         recipe.train.for_trainer(),
@@ -180,6 +183,7 @@ def make_trainer(
         eval_dataset=eval_samples(data.valid, model.config, data.categories),
         callbacks=callbacks,
         fingerprint=facts,
+        begun=begun,
         processing_class=SavedWithModel(recipe, model.config),
     )
     trainer.add_callback(
@@ -195,8 +199,7 @@ def make_trainer(
 
 def run_callbacks(args: TrainArguments) -> list[TrainerCallback]:
     """The callbacks of a run besides those of `M2FTrainer`; `callbacks.order` defines their order."""
-    stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience is not None else []
-    return [EvaluateAtEverySave(), ClassTable(), Cost(), *stopping, *upload_callbacks(args)]
+    return [EvaluateAtEverySave(), ClassTable(), Cost(), *upload_callbacks(args)]
 
 
 def evaluate(trainer: M2FTrainer, test: InstanceDataset | None) -> dict[str, float]:

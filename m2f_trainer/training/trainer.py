@@ -3,9 +3,9 @@
 Each overridden method delegates to a function that works without a Trainer. The private ones are pinned by a test.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from m2f_trainer.config.fields import options_of
+from m2f_trainer.config.recipe import AUTO
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate, object_counts
 from m2f_trainer.data.tiles import EvalTiles, TileOrder, TileTransform
 from m2f_trainer.distributed import from_main
+from m2f_trainer.errors import RecipeError
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.thresholds import class_thresholds
@@ -42,10 +45,10 @@ from m2f_trainer.run_folder import (
     write_json,
     write_metrics,
 )
-from m2f_trainer.training.callbacks.clock import Clock
+from m2f_trainer.training.callbacks.clock import Clock, clock_of
 from m2f_trainer.training.callbacks.guards import FiniteGuard
 from m2f_trainer.training.callbacks.order import position
-from m2f_trainer.training.callbacks.progress import DataWait, SeedEveryStep, console
+from m2f_trainer.training.callbacks.progress import Cost, DataWait, SeedEveryStep, console
 from m2f_trainer.training.callbacks.signals import EvaluationStopped
 from m2f_trainer.training.callbacks.uploads import NoStockUpload, refuse_stock_upload, running_uploads
 from m2f_trainer.training.checkpointing.checkpoints import figures_of_step, rotate, staged
@@ -55,6 +58,8 @@ from m2f_trainer.training.ema import Average, averaged
 from m2f_trainer.training.optimizer import build_optimizer, with_rate_shape
 from m2f_trainer.training.sharding import autocast_sharded, keep_float32, require_engine
 
+EMPTY_EPOCH = "There seems not to be a single sample in your epoch_iterator"
+"""How transformers' warning of an epoch without a step begins."""
 Scorer = Callable[[Sequence[Instances]], Mapping[str, float]]
 
 
@@ -62,7 +67,8 @@ class M2FTrainer(Trainer):
     """Trains and evaluates an `M2FModel` on `InstanceDataset`s.
 
     `compute_metrics` takes the predictions of the whole split as a list of `Instances` and returns metrics. By default
-    it is the `Evaluator` of that split, whose `details` are kept. Everything else is as in transformers' Trainer.
+    it is the `Evaluator` of that split, whose `details` are kept. `max_minutes` count from `begun`, a time of
+    `time.monotonic`; by default from the call of `train`. Everything else is as in transformers' Trainer.
     """
 
     def __init__(
@@ -75,13 +81,14 @@ class M2FTrainer(Trainer):
         compute_metrics: Scorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         fingerprint: Mapping[str, Any] | None = None,
+        begun: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(args, kwargs, (train_dataset, eval_dataset))
         args.start_process_group()  # before accelerate would, and for all copies of args
         require_engine(args, model)
         refuse_stock_upload(args)
-        arguments = copy(args)
+        arguments = args.for_trainer()
         arguments.save_total_limit = None  # `rotate` replaces the Trainer's rotation, which uses file times
         arguments.disable_tqdm = bool(args.disable_tqdm) or not sys.stderr.isatty()
         arguments.torch_compile = False  # the Trainer would compile the losses too, anew for each number of objects
@@ -108,7 +115,7 @@ class M2FTrainer(Trainer):
         self.limit: int | None = LIMITS[-1]
         self.latest_metrics: dict[str, float] = {}
         self.details: Mapping[str, Any] = {}
-        self.fingerprint, self.checkpoints_kept = fingerprint, args.save_total_limit
+        self.fingerprint, self.checkpoints_kept, self.begun = fingerprint, args.save_total_limit, begun
         self.watched: list[Watched] = []
         self.step_batches: list[dict[str, Any]] = []
         self.gradient_norm: Tensor | None = None
@@ -117,14 +124,41 @@ class M2FTrainer(Trainer):
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         average = [Average(args.ema_decay)] if args.ema_decay is not None else []
+        patience = args.early_stopping_patience
+        stopping = [EarlyStoppingCallback(patience)] if patience is not None else []
         bars = console(bars=not arguments.disable_tqdm)
-        for callback in [DataWait(), SeedEveryStep(), guard, NoStockUpload(), *bars, *average]:
+        for callback in [DataWait(), SeedEveryStep(), guard, NoStockUpload(), *stopping, *bars, *average]:
             self.add_callback(callback)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As the Trainer's; the callback runs at its place in `m2f_trainer.training.callbacks.order.ORDER`."""
         super().add_callback(callback)
         self.callback_handler.callbacks.sort(key=position)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a run with `max_minutes` gets its clock here.
+
+        A resumed run makes no evaluation at its start (`eval_on_start`): the uninterrupted run has none at that step,
+        and early stopping would count it.
+        """
+        if isinstance(self.args, TrainArguments) and self.args.max_minutes is not None:
+            self.remove_callback(Clock)  # of an earlier call
+            for clock in clock_of(self.args, self.begun):
+                self.add_callback(clock)
+        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
+        log = logging.getLogger("transformers.trainer")
+        log.addFilter(self.is_to_be_shown)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            log.removeFilter(self.is_to_be_shown)
+
+    def is_to_be_shown(self, record: logging.LogRecord) -> bool:
+        """Whether to show a warning of transformers: not that an epoch has no samples when a run has ended before it.
+
+        A run that has ended makes no step when it is resumed, see `_get_num_items_in_batch`.
+        """
+        return not (self.control.should_training_stop and record.getMessage().startswith(EMPTY_EPOCH))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The recipe's optimizer over our parameter groups, unless one was given to the constructor."""
@@ -148,14 +182,22 @@ class M2FTrainer(Trainer):
         """As the Trainer's, which replaces callbacks by those of the checkpoint.
 
         Callbacks that the checkpoint lacks begin anew; a changed patience applies; the clock also counts this process's
-        time up to here.
+        time up to here. The clock and the cost go on counting without `restore_callback_states_from_checkpoint`, too.
         """
         started = {type(one): one for one in self.callback_handler.callbacks}
+        state: Any = self.state
+        restore = self.args.restore_callback_states_from_checkpoint
+        if not restore:
+            counts = {Clock.__name__, Cost.__name__} & state.stateful_callbacks.keys()
+            state.stateful_callbacks = {name: state.stateful_callbacks[name] for name in counts}
+        self.args.restore_callback_states_from_checkpoint = True
         super()._load_callback_state()
-        states: Any = self.state.stateful_callbacks
-        for callback in self.callback_handler.callbacks:
+        self.args.restore_callback_states_from_checkpoint = restore
+        for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, {})  # otherwise the first save would raise KeyError
+                state.stateful_callbacks.setdefault(
+                    type(callback).__name__, {}
+                )  # otherwise the first save would raise KeyError
             before = started.get(type(callback))
             if isinstance(callback, EarlyStoppingCallback) and isinstance(before, EarlyStoppingCallback):
                 callback.early_stopping_patience = before.early_stopping_patience
@@ -256,6 +298,15 @@ class M2FTrainer(Trainer):
         """Store the best threshold of each class in the model's configuration, which is saved with the weights."""
         self.accelerator.unwrap_model(self.model).config.thresholds = class_thresholds(details)
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
+        """As the Trainer's, which keeps the loader of `eval_dataset` while its workers persist.
+
+        It would return that loader for any dataset that is given. The loader of a given one is not kept.
+        """
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
+
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors.
 
@@ -305,9 +356,16 @@ def check_arguments(args: object, given: Mapping[str, object], splits: Sequence[
 
     Raises:
         TypeError: the arguments are transformers' own, a collator is given, or rows instead of samples
+        RecipeError: a number is "auto", which `train` resolves
     """
     if not isinstance(args, TrainArguments):
         raise TypeError(f"args: expected m2f_trainer's TrainArguments, got {type(args).__name__}")
+    automatic = [name for name in options_of(TrainArguments) if vars(args)[name] == AUTO]
+    if automatic:
+        raise RecipeError(
+            f"{', '.join(automatic)}: expected a number, got auto, which only m2f train resolves. Give a number, or "
+            "train with m2f train."
+        )
     if "data_collator" in given:
         raise TypeError("data_collator: M2FTrainer has its own, which takes the samples of an InstanceDataset")
     if any(isinstance(split, datasets.Dataset) for split in splits):

@@ -176,6 +176,8 @@ def test_a_wrong_type_in_json_is_refused(tmp_path: Path, values: dict[str, Any],
         (["--image-width", "32", "--image_width=32"], "--image_width is given twice"),
         (["--seed", "1", "stray"], "Expected --option value, got 'stray'"),
         (["--backbone_config", '{"a": 1, "a": 2}'], "The key 'a' occurs 2 times"),
+        (["--head_config", "nonsense"], "head_config on .*: expected a JSON object, .* or null, got 'nonsense'"),
+        (["--lr_scheduler_kwargs", "power=1"], "lr_scheduler_kwargs on .*: expected a JSON object"),
     ],
 )
 def test_a_wrong_command_line_is_refused(options: list[str], expected: str) -> None:
@@ -315,6 +317,30 @@ def test_sides_that_are_no_multiple_of_the_patch_size_name_the_nearest(options: 
         (["--seed", "-1"], "seed: expected between 0 and 4294967295, got -1"),
         (["--max_steps", "0"], "expected a run of at least one step"),
         (["--num_train_epochs", "0"], "expected a run of at least one step"),
+        (["--max_steps=-5"], "max_steps=-5, .* expected a run of at least one step"),
+        (["--num_train_epochs=-2"], "num_train_epochs=-2.0: expected a run of at least one step"),
+        (["--bf16_full_eval", "true"], "bf16_full_eval would convert the trained weights to bfloat16.*: leave it out"),
+        (["--fp16_full_eval", "true"], "fp16_full_eval would convert the trained weights to float16"),
+        (["--average_tokens_across_devices", "false"], "average_tokens_across_devices must stay true"),
+        (["--auto_find_batch_size", "true"], "auto_find_batch_size .* use per_device_train_batch_size auto"),
+        (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint would replace the checkpoint .* SIGTERM"),
+        (["--eval_delay", "3"], "eval_delay contradicts that every checkpoint is evaluated"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor has no effect on the losses"),
+        (["--ignore_data_skip", "true"], "ignore_data_skip would train a resumed run on samples that it has seen"),
+        (["--debug", "underflow_overflow"], "debug would stop the run at its own checks"),
+        (["--accelerator_config", '{"split_batches": true}'], "split_batches in accelerator_config would divide"),
+        (["--accelerator_config", '{"dispatch_batches": true}'], "dispatch_batches in accelerator_config can't cut"),
+        (["--accelerator_config", '{"use_seedable_sampler": false}'], "use_seedable_sampler in .* must stay true"),
+        (["--metric_for_best_model", "null"], "metric_for_best_model=null: expected a metric for load_best_model_at_e"),
+        (
+            ["--metric_for_best_model", "null", "--load_best_model_at_end", "false", "--early_stopping_patience", "2"],
+            "metric_for_best_model=null: expected a metric for early_stopping_patience",
+        ),
+        (
+            ["--lr_scheduler_type", "reduce_lr_on_plateau", "--head_first_steps", "0.1", "--lr_milestones", "0.5"],
+            "reduce_lr_on_plateau follows .* head_first_steps and lr_milestones would have no effect",
+        ),
+        (["--lr_scheduler_type", "greedy", "--warmup_steps", "9"], "greedy follows .* warmup_steps would have no"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_min_lr with .* One of min_lr or min_lr_rate"),
         (["--lr_scheduler_kwargs", '{"powr": 1}'], "polynomial with .*'powr'"),
         (["--lr_scheduler_kwargs", '{"num_decay_steps": "a"}'], "num_decay_steps='a': expected a number of steps"),
@@ -341,6 +367,21 @@ def test_milestones_of_a_saved_step_schedule_do_not_stay_with_another(tmp_path: 
         assert again.lr_milestones == ([0.5] if own else [0.889, 0.963])
         train = load_recipe([str(tmp_path / "a.json"), "--lr_scheduler_type", "cosine"]).train
         assert train.lr_milestones == ([0.5] if own else None)
+
+
+def test_the_object_of_a_field_may_be_indented() -> None:
+    recipe = load_recipe(["--dataset_name", "coco", "--head_config", ' {"hidden_dim": 48}'])
+    assert recipe.model.head_config == {"hidden_dim": 48}
+
+
+def test_layer_decay_on_a_saved_recipe_has_its_own_default_multiplier(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved.json")
+    for own, multiplier in (([], 1.0), (["--backbone_lr_multiplier", "0.3"], 0.3)):
+        save_recipe(load_recipe(["--dataset_name", "coco", *own]), Path(saved))
+        assert load_recipe([saved]).train.backbone_lr_multiplier == (0.3 if own else 0.1)
+        assert load_recipe([saved, "--layer_decay", "0.8"]).train.backbone_lr_multiplier == multiplier
+    save_recipe(load_recipe(["--dataset_name", "coco", "--layer_decay", "0.8"]), Path(saved))
+    assert load_recipe([saved, "--layer_decay", "null"]).train.backbone_lr_multiplier == 0.1
 
 
 def test_a_length_on_the_command_line_replaces_the_other_kinds_in_the_recipe(tmp_path: Path) -> None:

@@ -195,3 +195,61 @@ def test_a_process_that_may_use_one_core_gets_one_data_worker() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "1"
+
+
+def test_accelerate_launch_sets_the_precision_and_contradicts_no_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes its options, and those of its file, by the environment; accelerate follows that by itself."""
+    rest = {"report_to": "none", "use_cpu": True}
+    for asked, bf16, fp16 in (("no", False, False), ("bf16", True, False), ("fp16", False, True)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        arguments = TrainArguments(**rest)
+        assert (arguments.bf16, arguments.fp16, arguments.mixed_precision) == (bf16, fp16, asked)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert TrainArguments(bf16=True, **rest).bf16, "no is also what it passes where nothing was asked"
+    for asked, own in (("bf16", {"bf16": False}), ("fp16", {"bf16": True}), ("fp8", {})):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        with pytest.raises(RecipeError, match=f"ACCELERATE_MIXED_PRECISION={asked}, .* contradicts the recipe"):
+            TrainArguments(**own, **rest)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP is set .* has no fsdp. Leave it out there, and give fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED is set .* has no deepspeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, .* set torch_compile in the"),
+    ],
+)
+def test_an_engine_that_only_accelerate_launch_asks_for_is_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RecipeError, match=message):
+        TrainArguments(report_to="none", use_cpu=True)
+
+
+@pytest.mark.parametrize(("larger", "mode"), [(True, "max"), (False, "min")])
+def test_a_schedule_of_the_figures_follows_them_in_the_direction_of_the_best_model(larger: bool, mode: str) -> None:
+    given = {"greater_is_better": larger, "report_to": "none", "use_cpu": True}
+    for name in ("reduce_lr_on_plateau", "greedy"):
+        arguments = TrainArguments(lr_scheduler_type=name, **given)
+        assert arguments.schedule_kwargs(10) == {"mode": mode}
+        own = TrainArguments(lr_scheduler_type=name, lr_scheduler_kwargs={"mode": "min", "patience": 0}, **given)
+        assert own.schedule_kwargs(10) == {"mode": "min", "patience": 0}
+
+
+def test_a_start_method_of_workers_has_no_effect_without_workers() -> None:
+    rest = {"report_to": "none", "use_cpu": True, "dataloader_multiprocessing_context": "spawn"}
+    assert TrainArguments(dataloader_num_workers=1, **rest).dataloader_multiprocessing_context == "spawn"
+    assert TrainArguments(dataloader_num_workers=0, **rest).dataloader_multiprocessing_context is None
+
+
+def test_a_run_that_resumes_itself_may_rewrite_its_head(tmp_path: Path) -> None:
+    """A finished run that a scheduler starts again with `auto` has written it."""
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "config.json").write_text("{}")
+    given = {"save_head": str(tmp_path / "head"), "output_dir": str(tmp_path / "run"), "report_to": "none"}
+    with pytest.raises(RecipeError, match="this folder holds a model already"):
+        TrainArguments(resume_from_checkpoint="auto", **given)
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    assert TrainArguments(resume_from_checkpoint="auto", **given).save_head

@@ -121,6 +121,28 @@ def test_a_signal_breaks_a_long_evaluation_off_and_the_resumed_run_makes_it(
     }
 
 
+def rates(output: Path) -> list[tuple[int, float]]:
+    """The learning rate of each step of a finished run."""
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["learning_rate"]) for entry in log if "learning_rate" in entry]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_made_later_counts_for_a_schedule_of_the_figures(data: Path, tmp_path: Path) -> None:
+    fields = {
+        "lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0, "per_device_eval_batch_size": 1,
+        "lr_scheduler_kwargs": {"patience": 0, "threshold": 10, "threshold_mode": "abs"}, "checkpointing_steps": 2,
+    }  # fmt: skip
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert train(tmp_path / "log", options(data, whole, **fields)).status == 0
+    assert len({rate for _, rate in rates(whole)}) == 2, "it falls after the second evaluation, at step 4"
+    ran = train(tmp_path / "log", options(data, output, **fields), partial(signal_in_a_long_evaluation, 0))
+    assert ran.status == 75, ran.text[-3000:]
+    again = train(tmp_path / "log", options(data, output, resume_from_checkpoint=True, **fields))
+    assert again.status == 0, again.text[-3000:]
+    assert rates(output) == rates(whole)
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_data_workers_alive(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"

@@ -25,7 +25,7 @@ from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.backbones import read_config
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import read_details, read_metrics
-from m2f_trainer.training import run
+from m2f_trainer.training import run, trainer
 from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.evaluate import evaluate_folder
 from m2f_trainer.training.run import train
@@ -106,6 +106,76 @@ def test_a_run_that_stopped_early_trains_no_step_more_unless_the_patience_grows(
         assert steps_of(tmp_path / "run") == steps
 
 
+def evaluations_of(run: Path) -> list[int]:
+    """The steps of the evaluations in a run's log."""
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in history if "eval_map" in entry]
+
+
+def test_a_run_that_stopped_early_is_resumed_without_another_evaluation_unless_its_patience_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"max_steps": 20, "checkpointing_steps": "epoch", "early_stopping_patience": 1}
+    fields |= {"learning_rate": 0.0, "lr_scheduler_type": "constant"}
+    command, run = [str(write_tiny(tmp_path, images=(4, 1, 0), **fields))], tmp_path / "run"
+    train(load_recipe(command))
+    resumed = [*command, "--resume_from_checkpoint", "true"]
+    for _ in range(2):
+        train(load_recipe(resumed))
+        assert evaluations_of(run) == [2, 4], "two steps an epoch; the second figure equals the first"
+        state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+        assert state["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == 1
+    assert "not to be a single sample" not in caplog.text
+    train(load_recipe([*resumed, "--restore_callback_states_from_checkpoint", "false"]))
+    assert evaluations_of(run) == [2, 4, 6]
+
+
+def test_the_minutes_of_a_run_are_over_even_if_its_callbacks_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = count(step=12)
+    monkeypatch.setattr(trainer, "clock_of", lambda *_: [Clock(1.0, now=lambda: float(next(seconds)))])
+    fields = {"max_steps": -1, "max_minutes": 1.0, "checkpointing_steps": 100, "lr_scheduler_type": "constant"}
+    command = [str(write_tiny(tmp_path, images=(4, 1, 0), **fields))]
+    train(load_recipe(command))
+    steps = steps_of(tmp_path / "run")
+    assert steps > 0
+    train(
+        load_recipe(
+            [*command, "--resume_from_checkpoint", "true", "--restore_callback_states_from_checkpoint", "false"]
+        )
+    )
+    assert steps_of(tmp_path / "run") == steps
+    assert "not to be a single sample" not in caplog.text
+
+
+def test_an_evaluation_at_the_start_is_made_at_the_start_of_the_run_only(tmp_path: Path) -> None:
+    command = [str(write_tiny(tmp_path, images=(4, 1, 0), eval_on_start=True, max_steps=2, checkpointing_steps=1))]
+    train(load_recipe(command))
+    assert evaluations_of(tmp_path / "run") == [0, 1, 2]
+    train(load_recipe([*command, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1")]))
+    assert evaluations_of(tmp_path / "run") == [0, 1, 2]
+
+
+def test_a_run_that_was_moved_ends_with_the_model_of_its_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state has recorded where that was."""
+    monkeypatch.chdir(tmp_path)
+    fields = {"metric_for_best_model": "eval_mar_100", "greater_is_better": False, "ema_decay": 0.5}
+    command = [str(write_tiny(tmp_path, **fields)), "--output_dir"]
+    train(load_recipe([*command, "first"]))
+    state = json.loads(Path("first/trainer_state.json").read_text())
+    assert (state["best_global_step"], state["global_step"]) == (2, 4)
+    best = load_file("first/model.safetensors")
+    Path("first").rename("second")
+    train(load_recipe([*command, "second", "--resume_from_checkpoint", "true"]))
+    again, last = load_file("second/model.safetensors"), load_file("second/checkpoint-4/model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in again.items())
+    assert any(not torch.equal(tensor, best[name]) for name, tensor in last.items())
+    assert read_metrics(Path("second/metrics.json"))["step"] == 2
+
+
 @pytest.mark.parametrize("limit", ["--early_stopping_patience", "--max_minutes"])
 def test_a_run_is_resumed_with_a_limit_that_it_did_not_have(
     limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +184,7 @@ def test_a_run_is_resumed_with_a_limit_that_it_did_not_have(
     clock = [Clock(1.0, now=lambda: float(next(seconds)))] if limit == "--max_minutes" else []
     recipe = str(write_tiny(tmp_path, images=(4, 1, 0), max_steps=1, checkpointing_steps=1))
     train(load_recipe([recipe]))
-    monkeypatch.setattr(run, "clock_of", lambda *_: clock)
+    monkeypatch.setattr(trainer, "clock_of", lambda *_: clock)
     length = [] if clock else ["--max_steps", "2"]
     resumed = ["--resume_from_checkpoint", "true", "--allow_changes", "true", limit, "1", *length]
     train(load_recipe([recipe, *resumed]))
@@ -140,7 +210,7 @@ def test_a_run_that_does_not_start_deletes_nothing_and_one_that_does_leaves_no_f
             assert not checkpoint.exists()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "clock_of", lambda *_: [Stopped()])
+    monkeypatch.setattr(run, "upload_callbacks", lambda _: [Stopped()])
     with pytest.raises(KeyboardInterrupt):
         train(load_recipe(overwrite))
 

@@ -1,6 +1,7 @@
 """The Trainer's seams, used from a notebook."""
 
 import inspect
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
-from m2f_trainer.data.transforms import EvalTransform
+from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.hub.upload import push
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training.prepare import eval_samples
-from m2f_trainer.training.trainer import M2FTrainer, has_dense_images
+from m2f_trainer.training.trainer import EMPTY_EPOCH, M2FTrainer, has_dense_images
 from tests.hub.loopback import hub_of_this_process
 from tests.model.tiny import images, tiny_model
 from tests.training.runs import write_dense
@@ -224,6 +225,61 @@ def test_a_notebook_trains_evaluates_and_predicts_with_the_public_names(tmp_path
     again = predictor(photos, threshold=0.0, image_ids=data["valid"]["image_id"])
     scores = [m2f_trainer.CocoMap(data["valid"])(one)["mar_100"] for one in (found, again)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_is_given_is_the_one_that_is_evaluated(tmp_path: Path, workers: int) -> None:
+    """transformers keeps the loader of a dataset whose workers persist."""
+    splits = load_coco(write_sample(tmp_path / "data", images=(3, 2, 0)))
+    train, valid = (InstanceDataset(rows, EvalTransform(64, 64), categories_of(rows)) for rows in splits.values())
+    arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=workers)
+    own = {"eval_dataset": valid, "compute_metrics": lambda found: {"images": len(found)}}
+    trainer = M2FTrainer(tiny_model(categories=[vars(one) for one in train.categories]), arguments, **own)
+    assert trainer.evaluate()["eval_images"] == 2
+    assert trainer.evaluate(train)["eval_images"] == 3
+    assert [one.image_id for one in trainer.predictions] == splits["train"]["image_id"]
+    assert trainer.evaluate()["eval_images"] == 2
+    both = trainer.evaluate({"train": train, "valid": valid})
+    assert (both["eval_train_images"], both["eval_valid_images"]) == (3, 2)
+
+
+def notebook(folder: Path, **fields: Any) -> M2FTrainer:
+    """A trainer with a training and a validation split, as a notebook makes it."""
+    data = load_coco(write_sample(folder / "data", images=(4, 1, 0)))
+    categories = categories_of(data["train"])
+    rest = {"use_cpu": True, "report_to": "none", "dataloader_num_workers": 0, "lr_scheduler_type": "constant"}
+    return M2FTrainer(
+        tiny_model(categories=[vars(one) for one in categories]),
+        TrainArguments(output_dir=str(folder / "run"), per_device_train_batch_size=2, **rest, **fields),
+        train_dataset=InstanceDataset(data["train"], TrainTransform(64, 64), categories),
+        eval_dataset=InstanceDataset(data["valid"], EvalTransform(64, 64), categories),
+    )
+
+
+def test_early_stopping_works_in_a_notebook(tmp_path: Path) -> None:
+    trainer = notebook(tmp_path, max_steps=8, checkpointing_steps=1, early_stopping_patience=1, learning_rate=0.0)
+    trainer.train()
+    assert trainer.state.global_step == 2, "the second figure equals the first"
+
+
+def test_minutes_work_in_a_notebook_and_count_from_each_call(tmp_path: Path) -> None:
+    trainer = notebook(tmp_path, max_minutes=0.01, checkpointing_steps=10**6)
+    for _ in range(2):
+        begun = time.monotonic()
+        trainer.train()
+        assert 0.6 <= time.monotonic() - begun < 30
+        assert trainer.state.global_step >= 1
+        assert "eval_map" in trainer.latest_metrics
+
+
+def test_a_number_of_a_notebook_may_not_be_auto(tmp_path: Path) -> None:
+    arguments = TrainArguments(str(tmp_path), learning_rate="auto", num_train_epochs="auto", report_to="none")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="num_train_epochs, learning_rate: expected a number, got auto, which only"):
+        M2FTrainer(tiny_model(), arguments)
+
+
+def test_the_warning_that_is_hidden_at_the_end_of_a_resumed_run_is_there() -> None:
+    assert EMPTY_EPOCH in inspect.getsource(Trainer._run_epoch)
 
 
 def test_arguments_of_a_notebook_that_can_not_work_are_named(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Clock(TrainerCallback, ExportableState):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
 
-def clock_of(args: TrainArguments, begun: float) -> list[TrainerCallback]:
-    """The clock of a run with `max_minutes`, started at `begun` by `time.monotonic`; no callback for other runs."""
-    return [] if args.max_minutes is None else [Clock(args.max_minutes, time.monotonic() - begun)]
+def clock_of(args: TrainArguments, begun: float | None) -> list[TrainerCallback]:
+    """The clock of a run with `max_minutes`, started at `begun` by `time.monotonic`, or now; none for other runs."""
+    passed = 0.0 if begun is None else time.monotonic() - begun
+    return [] if args.max_minutes is None else [Clock(args.max_minutes, passed)]

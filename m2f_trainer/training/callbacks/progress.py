@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
-from m2f_trainer.config.training_arguments import TrainArguments
+from m2f_trainer.config.training_arguments import UNKNOWN, TrainArguments
 from m2f_trainer.evaluation.coco import metrics_table
 from m2f_trainer.training.data_workers import Watched
 from m2f_trainer.version import __version__
@@ -120,6 +120,13 @@ class EvaluateAtEverySave(TrainerCallback):
     def __init__(self) -> None:
         self.evaluated = self.saved = -1
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the last step that was evaluated, and then saved, before this run was resumed."""
+        steps = [entry["step"] for entry in state.log_history if "eval_runtime" in entry]
+        self.evaluated = self.saved = int(steps[-1]) if steps else -1
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request an evaluation with every save; the Trainer evaluates first, then saves."""
         control.should_evaluate = control.should_evaluate or control.should_save
@@ -149,7 +156,23 @@ def peak_memory() -> int:
 
 
 class Bars(ProgressCallback):
-    """The Trainer's progress bars without its log lines."""
+    """The Trainer's progress bars without its log lines.
+
+    The number of steps of a run with `max_minutes` is a forecast, see `Clock`: its bar has none at first, then that.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=None if state.max_steps == UNKNOWN else state.max_steps, dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar on; its total is the latest forecast."""
+        bar: Any = self.training_bar
+        if bar is not None:
+            bar.total = state.max_steps
+        super().on_step_end(args, state, control)  # type: ignore[no-untyped-call]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # type: ignore[override]
         """Nothing: `Lines` prints the log."""

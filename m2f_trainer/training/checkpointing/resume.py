@@ -215,10 +215,26 @@ def find_start(checkpoint: Path | None, arguments: TrainArguments, facts: Mappin
     if checkpoint is None:
         return None
     changed = check_changes(checkpoint, facts, arguments.allow_changes)
-    other_figure = selects_by_other(checkpoint, arguments)
-    if changed or other_figure:
-        return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts, other_figure)
+    anew = selects_by_other(checkpoint, arguments)
+    state = read_json(checkpoint / STATE)
+    recorded, best = state.get("best_model_checkpoint"), best_checkpoint(checkpoint, state)
+    if recorded is not None and best is None:
+        logger.warning("%s, the best checkpoint so far, is gone: the best is chosen among the next ones", recorded)
+        anew = True
+    moved = best is not None and (recorded is None or best.resolve() != Path(recorded).resolve())
+    if changed or anew or moved:
+        return adapted_copy(checkpoint, Path(arguments.output_dir or "."), facts, anew)
     return checkpoint
+
+
+def best_checkpoint(checkpoint: Path, state: Mapping[str, Any]) -> Path | None:
+    """The best checkpoint so far: beside this one, whose run may have moved, or else where its state has recorded it.
+
+    None if there is no such folder.
+    """
+    beside = run_of(checkpoint) / f"checkpoint-{state.get('best_global_step')}"
+    recorded = state.get("best_model_checkpoint")
+    return next((one for one in (beside, *([Path(recorded)] if recorded else [])) if one.is_dir()), None)
 
 
 def selects_by_other(checkpoint: Path, arguments: TrainArguments) -> bool:
@@ -258,18 +274,21 @@ def resume_callbacks(start: Path | None) -> list[TrainerCallback]:
     return [Resumed(step), *([NewSettings()] if start.name == RESUME_STAGING else [])]
 
 
-def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any], other_figure: bool = False) -> Path:
+def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any], anew: bool = False) -> Path:
     """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
-    If the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint is
-    dropped, and early stopping counts anew, if the step, the validation images or the figure it was chosen by
-    (`other_figure`) have changed.
+    If the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint has the
+    path where it is now. It is dropped, and early stopping counts anew, if the step or the validation images have
+    changed, or if it is to be chosen `anew`.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     step = same_sample(state["global_step"], then, now)
     recounted = step != state["global_step"]
-    if recounted or other_figure or then.get("valid_data") != now.get("valid_data"):
+    best = best_checkpoint(checkpoint, state)
+    if best is not None:
+        state |= {"best_model_checkpoint": str(best)}
+    if recounted or anew or then.get("valid_data") != now.get("valid_data"):
         state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
         state.get("stateful_callbacks", {}).pop(EarlyStoppingCallback.__name__, None)
     if recounted:
@@ -343,7 +362,7 @@ class OwedEvaluation(TrainerCallback):
         """Evaluate, select the best checkpoint and save, as the Trainer does after a step."""
         logger.warning("step %d: its evaluation was broken off and is made now", state.global_step)
         trainer, model = self.trainer, cast(Any, self.trainer.model)
-        trainer._determine_best_metric(trainer.evaluate(), None)
+        trainer._determine_best_metric(trainer._evaluate(None, None), None)  # it also steps a schedule of the figures
         trainer._load_rng_state(str(self.start))  # the evaluation has drawn random numbers
         trainer._save_checkpoint(model, None)
         trainer.callback_handler.on_save(args, state, control)
@@ -351,7 +370,7 @@ class OwedEvaluation(TrainerCallback):
 
 
 class NewSettings(TrainerCallback):
-    """Applies changed learning rates and weight decay, and drops the average of the weights if ema_decay is unset.
+    """Applies changed settings of the optimizer, and drops the average of the weights if ema_decay is unset.
 
     Loading a checkpoint's optimizer restores the former values. Without the average, training continues from the raw
     weights.
@@ -366,9 +385,13 @@ class NewSettings(TrainerCallback):
             drop_averages(kwargs["optimizer"])
         fresh = parameter_groups(model, rates_of(args))
         schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        given = {} if args.deepspeed else kwargs["optimizer"].defaults  # such as betas and eps
+        for group, new in zip(groups, fresh, strict=True):
+            group |= {name: given[name] for name in given.keys() & group.keys() - {"lr"}}
+            group["weight_decay"] = new["weight_decay"]
         if isinstance(schedule, LambdaLR):
             schedule.base_lrs = [group["lr"] for group in fresh]
             schedule.last_epoch = state.global_step
             for group, new, factor in zip(groups, fresh, schedule.lr_lambdas, strict=True):
-                group["initial_lr"], group["weight_decay"] = new["lr"], new["weight_decay"]
-                group["lr"] = new["lr"] * factor(state.global_step)
+                group["initial_lr"], group["lr"] = new["lr"], new["lr"] * factor(state.global_step)
+            schedule._last_lr = [group["lr"] for group in groups]  # the Trainer logs these

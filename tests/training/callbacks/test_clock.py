@@ -1,6 +1,7 @@
 """Runs limited in minutes, with a simulated clock."""
 
 import json
+import time
 from itertools import count
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import RecipeError
-from m2f_trainer.training import run
+from m2f_trainer.training import run, trainer
 from m2f_trainer.training.callbacks.clock import TICKS, Clock, clock_of
 from m2f_trainer.training.optimizer import rate_factors
 from tests.training.runs import write_tiny
@@ -90,7 +91,7 @@ def test_the_last_step_is_evaluated_and_saved_once_where_checkpoints_are_of_epoc
 ) -> None:
     recipe = write_tiny(tmp_path, max_steps=-1, max_minutes=1.0, checkpointing_steps="epoch")
     seconds = count(step=12)
-    monkeypatch.setattr(run, "clock_of", lambda *_: [Clock(1.0, now=lambda: float(next(seconds)))])
+    monkeypatch.setattr(trainer, "clock_of", lambda *_: [Clock(1.0, now=lambda: float(next(seconds)))])
     run.train(load_recipe([str(recipe)]))
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     evaluated = [entry["step"] for entry in history if "eval_map" in entry]
@@ -182,3 +183,11 @@ def test_warmup_stable_decay_falls_in_the_last_fifth_of_the_minutes() -> None:
 def test_only_a_run_of_minutes_has_a_clock() -> None:
     assert clock_of(TrainArguments(use_cpu=True, report_to="none"), 0.0) == []
     assert [type(one) for one in clock_of(arguments(), 0.0)] == [Clock]
+
+
+def test_a_clock_without_a_begin_starts_now() -> None:
+    [begun], [now] = clock_of(arguments(), time.monotonic() - 60), clock_of(arguments(), None)
+    assert isinstance(begun, Clock)
+    assert isinstance(now, Clock)
+    assert begun.passed == pytest.approx(60, abs=5)
+    assert now.passed == 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from m2f_trainer.distributed import any_rank
-from m2f_trainer.training.callbacks.progress import ClassTable, Cost, DataWait, Lines, SeedEveryStep, peak_memory
+from m2f_trainer.training.callbacks.progress import Bars, ClassTable, Cost, DataWait, Lines, SeedEveryStep, peak_memory
 from tests.training.runs import ROOT, m2f, write_tiny
 
 
@@ -74,6 +74,19 @@ def test_the_table_of_an_evaluation_shows_step_and_memory_in_plain_text(capsys: 
     assert 0.01 < peak_memory() / 2**30 < 500
     assert "cat        25.0" in out
     assert not CONTROL.search(out)
+
+
+def test_the_bar_of_a_run_of_minutes_shows_the_forecast() -> None:
+    """At the start, its number of steps is unknown."""
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10**9)
+    bars = Bars()
+    bars.on_train_begin(NO, state, NO)
+    assert str(bars.training_bar).startswith("0it [")
+    for step, forecast, shown in ((2, 40, " 2/40 ["), (10, 20, " 10/20 [")):
+        state.global_step, state.max_steps = step, forecast
+        bars.on_step_end(NO, state, NO)
+        assert shown in str(bars.training_bar)
+    bars.on_train_end(NO, state, NO)
 
 
 def test_a_line_shows_loss_rate_time_left_wait_and_memory(

@@ -75,6 +75,8 @@ def test_every_setting_of_the_augmentation_counts_and_a_preset_is_what_it_stands
     assert changed("--rotate90", "true", "--min_instance_area", "9") == {"rotate90", "min_instance_area"}
     assert changed("--horizontal_flip", "false", "--lsj_min_scale", "0.5") == {"horizontal_flip", "lsj_min_scale"}
     assert changed("--color_jitter", "0") == set()
+    assert changed("--adam_beta2", "0.9", "--adam_epsilon", "1e-6") == {"adam_beta2", "adam_epsilon"}
+    assert changed("--train_sampling_strategy", "sequential") == {"train_sampling_strategy"}
 
 
 def test_the_fingerprints_of_earlier_versions_still_compare(tmp_path: Path) -> None:

@@ -62,6 +62,47 @@ def test_a_run_s_folder_is_no_checkpoint_and_one_of_its_own_is_named(tmp_path: P
         resume.find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "run")))
 
 
+def test_the_best_checkpoint_is_found_where_its_run_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
+    best, newest = checkpoint(run, 2), checkpoint(run, 4)
+    elsewhere.mkdir()
+    state = json.loads((newest / STATE).read_text())
+
+    def start(recorded: Path) -> tuple[Path, str | None]:
+        (newest / STATE).write_text(json.dumps({**state, "best_model_checkpoint": str(recorded), "best_metric": 0.5}))
+        found = resume.find_start(newest, arguments(run), FACTS)
+        assert found is not None
+        now = json.loads((found / STATE).read_text())
+        assert (now["best_metric"] is None) is (now["best_model_checkpoint"] is None)
+        return found, now["best_model_checkpoint"]
+
+    assert start(best) == (newest, str(best))
+    assert start(tmp_path / "former" / "checkpoint-2")[1] == str(best)
+    assert not caplog.records
+    best.rename(tmp_path / "kept")
+    assert start(elsewhere) == (newest, str(elsewhere)), "of the run that this one was resumed from"
+    assert start(best)[1] is None
+    assert f"{best}, the best checkpoint so far, is gone: the best is chosen among the next ones" in caplog.text
+
+
+def test_changed_settings_of_the_optimizer_apply_and_the_rate_is_logged(tmp_path: Path) -> None:
+    model = tiny_model()
+    saved, resumed = (
+        torch.optim.AdamW(parameter_groups(model, Rates(0.1, 0.0)), betas=betas, eps=eps)
+        for betas, eps in (((0.9, 0.999), 1e-8), ((0.5, 0.8), 1e-3))
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(resumed, lambda _: 1.0)
+    resumed.load_state_dict(saved.state_dict())
+    schedule._last_lr = [0.0] * len(resumed.param_groups)
+    keywords = {"model": model, "optimizer": resumed, "lr_scheduler": schedule}
+    args = arguments(tmp_path, learning_rate=0.2, weight_decay=0.3)
+    resume.NewSettings().on_train_begin(args, TrainerState(global_step=3), TrainerControl(), **keywords)
+    for group in resumed.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.5, 0.8), 1e-3)
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.3, 0.0, 0.0, 0.3]
+    assert schedule.get_last_lr() == pytest.approx([0.2, 0.2, 0.02, 0.02])
+
+
 def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3, valid_data="old")
     for data, best in (("old", 2), ("new", None)):
@@ -240,4 +281,5 @@ def test_an_evaluation_is_owed_where_it_was_due_and_has_no_figures(
 
 def test_the_private_methods_of_transformers_that_an_owed_evaluation_calls_are_there() -> None:
     assert list(signature(Trainer._determine_best_metric).parameters) == ["self", "metrics", "trial"]
+    assert list(signature(Trainer._evaluate).parameters) == ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]
     assert list(signature(Trainer._load_rng_state).parameters) == ["self", "checkpoint"]
