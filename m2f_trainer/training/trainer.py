@@ -254,7 +254,8 @@ class M2FTrainer(Trainer):
 
     def store_thresholds(self, details: Mapping[str, Any]) -> None:
         """Store the best threshold of each class in the model's configuration, which is saved with the weights."""
-        self.accelerator.unwrap_model(self.model).config.thresholds = class_thresholds(details)
+        config = self.accelerator.unwrap_model(self.model).config
+        config.thresholds = class_thresholds(details, [category["id"] for category in config.categories or []])
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors.
