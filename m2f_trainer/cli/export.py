@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.errors import ArgumentError, DataError, check_model_path, needs
     from m2f_trainer.export.export import CONSTANTS, export_model
-    from m2f_trainer.export.parity import FULL, HALF, INT8, check_export, recorded_dataset
+    from m2f_trainer.export.parity import FULL, HALF, INT8, check_export, recorded_dataset, validation_rows
     from m2f_trainer.export.quantize import calibration_frames
     from m2f_trainer.model.mask2former import load_model
     from m2f_trainer.run_folder import read_json
@@ -88,8 +88,9 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         )
     if arguments.int8 and dataset is None:
         raise DataError("--int8 is calibrated on the images of a dataset: give --validation DATASET.")
-    if arguments.int8 and dataset is not None:
-        calibration = calibration_frames(model, dataset, arguments.num_images)
+    rows = None if dataset is None else validation_rows(model.config, dataset)  # before the file: it may be refused
+    if arguments.int8 and rows is not None:
+        calibration = calibration_frames(model, rows, arguments.num_images)
         say(f"int8: calibrated on {len(calibration)} images or tiles of the valid split.")
     path = export_model(
         model,
@@ -108,10 +109,10 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         say(f"It runs on: {constants['runs_on']}. It contains machine code: load it only from sources that you trust.")
     if left := constants.get("int8", {}).get("left_in_float"):
         say(f"int8: left in float, since their errors move masks or ranks: {', '.join(left)}.")
-    if dataset is None:
+    if rows is None:
         say("No --validation dataset: compared on synthetic images, where AP is meaningless.")
     reference = load_model(arguments.model)
-    parity = check_export(reference, path, dataset, arguments.num_images, limits, arguments.fixed_size)
+    parity = check_export(reference, path, rows, arguments.num_images, limits, arguments.fixed_size)
     say(parity.to_text())
     if parity.met:
         suggest(f"python recipes/predict_exported.py {shlex.quote(str(path))} IMAGE")

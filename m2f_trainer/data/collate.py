@@ -111,6 +111,14 @@ class InstanceDataset(Dataset[dict[str, Any]]):
         return f"image {self.row(index, self.epoch)['image_id']} (sample {index})"
 
 
+class EvalImages(InstanceDataset):
+    """Whole images to predict: samples without objects, whose rows may have classes that the model lacks."""
+
+    def row(self, index: int, epoch: int) -> Mapping[str, Any]:
+        """The row of a sample, without its objects."""
+        return {**super().row(index, epoch), "objects": []}
+
+
 def with_class_labels(sample: Sample, class_of: Mapping[int, int]) -> dict[str, Any]:
     """The sample with class_labels int64 (N,) in place of its category ids.
 

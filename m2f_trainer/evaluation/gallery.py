@@ -15,7 +15,7 @@ from m2f_trainer.data.transforms import read_image
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.run_folder import Run
-from m2f_trainer.viz.overlay import add_legend
+from m2f_trainer.viz.overlay import add_legend, labels_fit
 
 GAP = 6  # pixels between the two images
 
@@ -44,6 +44,8 @@ def side_by_side(
 ) -> Image.Image:
     """The image of a row twice, ground truth on the left and prediction on the right, with one legend below both.
 
+    Both have labels, or neither, so that a colour means the same on both sides.
+
     Args:
         found: the prediction; None draws nothing on the right.
         names: category id -> name.
@@ -59,8 +61,10 @@ def side_by_side(
             f"{where}: predicted at {found.size[1]}x{found.size[0]} pixels, and now has {image.width}x{image.height}:"
             " the dataset has changed since. Score the model again."
         )
-    left, legend = truth.drawn_on(image, names)
-    right, right_legend = (image.convert("RGB"), {}) if found is None else found.drawn_on(image, names)
+    halves = (truth, truth.best(0) if found is None else found)
+    names = {int(one): str(one) for half in halves for one in half.category_ids} | dict(names)  # so colours agree
+    labelled = all(labels_fit(half.size, half.boxes, half.category_ids.tolist(), names) for half in halves)
+    (left, legend), (right, right_legend) = (half.drawn_on(image, names, labelled=labelled) for half in halves)
     left.thumbnail((longest, longest))
     right.thumbnail((longest, longest))
     both = Image.new("RGB", (2 * left.width + GAP, left.height), "white")

@@ -69,12 +69,8 @@ def confusion_chart(details: Details) -> Figure:
             for true, predicted, count in details["confusion"]
             if true != predicted and min(true, predicted) >= 0
         ]
-        return bar_chart(
-            [
-                (f"{names[true][:10]} > {names[predicted][:10]}", count)
-                for count, true, predicted in sorted(pairs)[:-21:-1]
-            ]
-        )
+        most = sorted(pairs)[:-21:-1]
+        return bar_chart([((names[true], f"> {names[predicted]}"), count) for count, true, predicted in most])
     size = len(names) + 1
     counts = [[0] * size for _ in range(size)]
     for true, predicted, count in details["confusion"]:

@@ -16,7 +16,7 @@ from m2f_trainer.errors import ImageError
 from m2f_trainer.evaluation import plots
 from m2f_trainer.evaluation.coco import percent
 from m2f_trainer.evaluation.gallery import pictures, rows_of_run
-from m2f_trainer.run_folder import PICTURES, Run, blame_damage, load_runs, write_atomically
+from m2f_trainer.run_folder import PICTURES, Run, blame_damage, evaluated_folder, load_runs, write_atomically
 from m2f_trainer.viz.charts import line_chart
 from m2f_trainer.viz.html import Chart, Photo, Table, chart, photo, render_page
 
@@ -125,7 +125,7 @@ def _classes(details: Mapping[str, Any]) -> Table:
             row["name"], row["objects"], percent(row["ap"]), percent(row["ap50"]), percent(row["ap75"]),
             percent(details["figures"].get(f"boundary_map_class/{row['name']}")),
             f"{row['threshold']:.2f}" if row["kept"] else "-",
-            percent(row["precision"]), percent(row["recall"]), percent(row["f1"]),
+            *(percent(row[key] if row["objects"] else None) for key in ("precision", "recall", "f1")),
         ]
         for row in sorted(details["classes"], key=lambda row: -row["ap"])
     ]  # fmt: skip
@@ -167,6 +167,9 @@ def _errors(details: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(head, rows)
 
 
+NO_PICTURES = "the run's folder has none of this evaluation. m2f report --images draws them from the dataset."
+
+
 @dataclass(frozen=True)
 class Gallery:
     """The worst and the best images of a run; where there are none, `problem` says why."""
@@ -177,9 +180,12 @@ class Gallery:
 
 
 def _stored_gallery(run: Run) -> Gallery:
-    """The pictures of the worst and best images in a run's folder, which a finished run has for its model card."""
+    """The pictures of the worst and best images in a run's folder, which a finished run has for its model card.
+
+    If the run was resumed since and is not finished, they are of an earlier evaluation, and not shown.
+    """
     photos: dict[str, list[Photo]] = {}
-    for kind in ("worst", "best"):
+    for kind in ("worst", "best") if evaluated_folder(run.folder) == run.folder else ():
         for number, entry in enumerate(run.details["shown"][kind], 1):
             path = run.folder / PICTURES / f"{kind}_{number}.jpg"
             if path.is_file() and not path.is_symlink():
@@ -189,7 +195,7 @@ def _stored_gallery(run: Run) -> Gallery:
                     return Gallery(run.name, problem=str(error))
                 photos.setdefault(kind, []).append(photo(image, path.name, (f"{kind} {number}", _quality(entry))))
     if not photos:
-        return Gallery(run.name, problem="the run's folder has none. m2f report --images draws them from the dataset.")
+        return Gallery(run.name, problem=NO_PICTURES)
     return Gallery(run.name, photos)
 
 

@@ -48,14 +48,20 @@ def best_thresholds(predictions: ScoredPredictions) -> list[ThresholdStats]:
     return [_best(predictions, one, int(truths)) for one, truths in enumerate(predictions.truths.tolist())]
 
 
-def class_thresholds(details: Mapping[str, Any]) -> list[float] | None:
-    """The best threshold of each class from the details of an evaluation; 0.5 for a class without correct predictions.
+def class_thresholds(details: Mapping[str, Any], category_ids: Sequence[int]) -> list[float] | None:
+    """The best threshold of each category from the details of an evaluation; None without details.
 
-    Rounded down to four decimals and below the best score itself, since predictions must score above a threshold. None
-    without details.
+    It is 0.5 for a category that was not scored or has no correct prediction. Others are rounded down to four decimals,
+    below the best score itself, since predictions must score above a threshold.
     """
-    rows = details.get("classes", [])
-    return [(math.ceil(1e4 * row["threshold"]) - 1) / 1e4 if row["kept"] else DEFAULT_THRESHOLD for row in rows] or None
+    best = {row["id"]: _below(row["threshold"]) for row in details.get("classes", []) if row["kept"]}
+    return [best.get(one, DEFAULT_THRESHOLD) for one in category_ids] if details else None
+
+
+def _below(score: float) -> float:
+    """The highest number of four decimals that is less than `score`."""
+    number = math.floor(1e4 * score) / 1e4
+    return number if number < score else round(number - 1e-4, 4)
 
 
 def _best(predictions: ScoredPredictions, one: int, truths: int) -> ThresholdStats:

@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from m2f_trainer.config.arguments import pixel_range_text
+from m2f_trainer.data.dataset import Category, load_coco
 from m2f_trainer.data.hub_dataset import load_recipe_dataset
 from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.synthetic import write_sample
-from m2f_trainer.data.validate import check_split
+from m2f_trainer.data.transforms import read_image
+from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.export.export import CONSTANTS, FILES, INPUTS, frame_stride
 from m2f_trainer.export.openvino import CompiledFile
@@ -206,9 +208,9 @@ def measure_parity(model: M2FModel, path: Path, rows: Dataset, limits: ParityLim
     predictions: tuple[list[Instances], list[Instances]] = [], []
     size = 0.0
     for row in rows:
+        image, ids = read_image(row), [row["image_id"]]
         for runner, found in zip((original, exported), predictions, strict=True):
-            (instances,) = Predictor(runner)(row["image"], threshold=0.0)  # type: ignore[arg-type]
-            found.append(replace(instances, image_id=row["image_id"]))
+            found += Predictor(runner)([image], threshold=0.0, image_ids=ids)  # type: ignore[arg-type]
         for model_logits, file_logits in zip(original.logits, exported.logits, strict=True):
             differences.append([_largest_difference(*pair) for pair in zip(model_logits, file_logits, strict=True)])
             size = max(size, float(model_logits[1].abs().max()))
@@ -265,24 +267,29 @@ def best_ious(reference: Instances, other: Instances) -> NDArray[np.float64]:
 def check_export(
     model: M2FModel,
     path: Path,
-    dataset: Mapping[str, Any] | None,
+    rows: Dataset | None,
     images: int,
     limits: ParityLimits,
     fixed_size: bool,
 ) -> Parity:
-    """`measure_parity` on the first `images` of a dataset's valid split, by default of the synthetic sample dataset.
+    """`measure_parity` on the first `images` of `validation_rows`, by default of the synthetic sample dataset."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rows is None:
+            rows = load_coco(write_sample(folder, images=(1, images, 0)))["valid"]
+        return measure_parity(model, path, rows.select(range(min(images, len(rows)))), limits, fixed_size)
 
-    `dataset` holds the fields of a recipe that name a dataset; images are read with the model's `pixel_range`.
+
+def validation_rows(config: M2FConfig, dataset: Mapping[str, Any]) -> Dataset:
+    """The valid split of a dataset, with the model's category ids (`match_rows`), read with its `pixel_range`.
+
+    `dataset` holds the fields of a recipe that name a dataset.
 
     Raises:
-        DataError: the dataset can't be read, or has no valid split.
+        DataError: the dataset can't be read, has no valid split, or has categories of other names.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        fields = dataset or {"dataset_name": str(write_sample(folder, images=(1, images, 0)))}
-        splits = load_recipe_dataset({**fields, "pixel_range": pixel_range_text(model_range(model.config.pixel_range))})
-        check_split(splits, "valid")
-        rows = splits["valid"].select(range(min(images, len(splits["valid"]))))
-        return measure_parity(model, path, rows, limits, fixed_size)
+    splits = load_recipe_dataset({**dataset, "pixel_range": pixel_range_text(model_range(config.pixel_range))})
+    check_split(splits, "valid")
+    return match_rows([Category(**category) for category in config.categories or []], splits["valid"])
 
 
 def recorded_dataset(folder: Path) -> dict[str, Any] | None:

@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 
-from m2f_trainer.config.arguments import pixel_range_text
-from m2f_trainer.data.hub_dataset import load_recipe_dataset
-from m2f_trainer.data.reading import model_range
-from m2f_trainer.data.validate import check_split
+from m2f_trainer.data.transforms import read_image
 from m2f_trainer.export.openvino import import_openvino
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import M2FModel
@@ -53,24 +51,18 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node of an ONNX file: the modules
 _MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "MaxPool")  # of values, without arithmetic
 
 
-def calibration_frames(model: M2FModel, dataset: Mapping[str, Any], compared: int) -> list[CalibrationFrame]:
-    """At most 128 frames of the valid split, at most 4 of an image; the first `compared` images are taken last.
+def calibration_frames(model: M2FModel, rows: Dataset, compared: int) -> list[CalibrationFrame]:
+    """At most 128 frames of the rows, at most 4 of an image; the first `compared` images are taken last.
 
-    Those are the images that the quantized file is compared on. `dataset` holds the fields of a recipe.
-
-    Raises:
-        DataError: the dataset can't be read, or has no valid split.
+    Those are the images that the quantized file is compared on. Raises ImageError if an image can't be read.
     """
-    splits = load_recipe_dataset({**dataset, "pixel_range": pixel_range_text(model_range(model.config.pixel_range))})
-    check_split(splits, "valid")
-    rows = splits["valid"]
     first = min(compared, len(rows))
     order = [*range(first, len(rows)), *range(first)]
     predictor = Predictor(model)
 
     def frames() -> Iterator[CalibrationFrame]:
         for index in order:
-            found = list(predictor.frames([rows[index]["image"]]))
+            found = list(predictor.frames([read_image(rows[index])]))
             for frame in found[:: -(-len(found) // FRAMES_PER_IMAGE)]:
                 yield frame.pixel_values.unsqueeze(0).numpy(), frame.pixel_mask.unsqueeze(0).numpy()
 

@@ -30,6 +30,7 @@ from m2f_trainer.viz.overlay import save_image
 
 CARD = "README.md"
 SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
+PICTURE = re.compile(rf"{PICTURES}/(worst|best)_\d\.jpg")
 SHOWN_PICTURES, PICTURE_SIDE = 3, 480  # of the worst and of the best images each; pixels of the longer side
 FEW_OBJECTS = 20  # figures of a class with fewer objects are mostly chance
 GIBIBYTE = 2**30
@@ -270,7 +271,8 @@ def figure(value: float | None) -> str:
 def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) -> list[Path]:
     """Write the worst and the best images, ground truth beside prediction, into the folder's `pictures/`.
 
-    Returns the paths written. Raises ImageError where an image can't be read.
+    Pictures of an earlier evaluation are removed. Returns the paths written. Raises ImageError where an image can't be
+    read.
     """
     categories = [Category(row["id"], row["name"]) for row in details.get("classes", [])]
     written = []
@@ -279,6 +281,9 @@ def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) ->
             pictures(dataset, entries[:SHOWN_PICTURES], categories, PICTURE_SIDE), 1
         ):
             written.append(save_image(image, folder / PICTURES / f"{kind}_{number}.jpg", quality=85))
+    for path in (folder / PICTURES).glob("*.jpg"):
+        if PICTURE.fullmatch(f"{PICTURES}/{path.name}") and path not in written:
+            path.unlink()
     return written
 
 

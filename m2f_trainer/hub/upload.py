@@ -18,7 +18,7 @@ from m2f_trainer.errors import SharingError, missing_path
 from m2f_trainer.evaluation.gallery import rows_of_run
 from m2f_trainer.hub.licences import TERMS, Origin, agreements, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
-from m2f_trainer.hub.model_card import CARD, CardOptions, draw_pictures, is_untouched, render_card, write_card
+from m2f_trainer.hub.model_card import CARD, PICTURE, CardOptions, draw_pictures, is_untouched, render_card, write_card
 from m2f_trainer.model import mask2former
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import PICTURES, load_run, read_details, read_json, write_atomically
@@ -44,7 +44,6 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MODEL_CODE = {path.name: path for path in (Path(__file__).parents[1] / "model").glob("*.py")}
 OWN_CLASSES = {f"{mask2former.__name__.rpartition('.')[2]}.{one.__name__}" for one in (M2FConfig, M2FModel)}
 LEGAL_FILES = ("LICENSE", "NOTICE", "DINOV3_LICENSE.md")
-PICTURE = re.compile(rf"{PICTURES}/(worst|best)_\d\.jpg")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.images import open_image
 from m2f_trainer.errors import MaskError, needs
 from m2f_trainer.masks import rle
@@ -30,6 +31,7 @@ class Instances:
         rles: n COCO run-length encodings, `{"size": [H, W], "counts": bytes}`, column-major and compressed.
         boxes: (n, 4) float64, x, y, width, height: the tight boxes of the masks.
         size: (H, W) of the original image.
+        pixel_range: how the `Predictor` read an image of more than 8 bits, see its attribute of this name.
 
     >>> (found,) = Instances.from_coco([
     ...     {"image_id": 5, "category_id": 3, "score": 0.4, "segmentation": {"size": [4, 4], "counts": "52203"}},
@@ -45,6 +47,7 @@ class Instances:
     rles: list[dict[str, Any]]
     boxes: NDArray[np.float64]
     size: Size
+    pixel_range: PixelRange = None
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -53,19 +56,20 @@ class Instances:
         """Those whose score is greater than `threshold`, one for all or by category id; zero drops empty masks only."""
         of_class = threshold if isinstance(threshold, Mapping) else dict.fromkeys(self.category_ids.tolist(), threshold)
         lowest = [of_class[key] for key in self.category_ids.tolist()]
-        kept = np.flatnonzero(self.scores > np.asarray(lowest))
-        rles = [self.rles[index] for index in kept]
-        return Instances(self.image_id, self.category_ids[kept], self.scores[kept], rles, self.boxes[kept], self.size)
+        return self._only(np.flatnonzero(self.scores > np.asarray(lowest)))
 
     def best(self, count: int) -> Instances:
         """The `count` instances with the highest scores, or all if there are fewer."""
-        return Instances(
-            self.image_id,
-            self.category_ids[:count],
-            self.scores[:count],
-            self.rles[:count],
-            self.boxes[:count],
-            self.size,
+        return self._only(np.arange(min(count, len(self))))
+
+    def _only(self, kept: NDArray[np.intp]) -> Instances:
+        """The instances at these places."""
+        return replace(
+            self,
+            category_ids=self.category_ids[kept],
+            scores=self.scores[kept],
+            rles=[self.rles[index] for index in kept],
+            boxes=self.boxes[kept],
         )
 
     def mask(self, index: int) -> NDArray[np.uint8]:
@@ -147,13 +151,21 @@ class Instances:
         return add_legend(drawn, colors) if legend else drawn
 
     def drawn_on(
-        self, image: Image.Image | str | Path, names: Mapping[int, str] | None = None, *, boxes: bool = False
+        self,
+        image: Image.Image | str | Path,
+        names: Mapping[int, str] | None = None,
+        *,
+        boxes: bool = False,
+        labelled: bool | None = None,
     ) -> tuple[Image.Image, Mapping[str, tuple[int, int, int]]]:
-        """As `overlay`, but the legend is returned as class name -> colour, to go with several images."""
+        """As `overlay`, but the legend is returned as class name -> colour, to go with several images.
+
+        `labelled` says whether to use labels; by default, if they fit.
+        """
         from m2f_trainer.viz.overlay import Shape, choose_style, draw_shapes
 
         if not isinstance(image, Image.Image):
-            image = open_image(image, str(image), displayed=True)
+            image = open_image(image, str(image), displayed=True, pixel_range=self.pixel_range)
         if (image.height, image.width) != tuple(self.size):
             remedy = "Pass the original image, not a resized one."
             if (image.width, image.height) == tuple(self.size):
@@ -162,7 +174,8 @@ class Instances:
                 f"Expected the image that was predicted, {self.size[0]}x{self.size[1]} (height x width), found "
                 f"{image.height}x{image.width}. {remedy}"
             )
-        style = choose_style(self.size, self.boxes, self.category_ids.tolist(), self.scores.tolist(), names or {})
+        ids, scores = self.category_ids.tolist(), self.scores.tolist()
+        style = choose_style(self.size, self.boxes, ids, scores, names or {}, labelled)
         order = np.argsort(-self.boxes[:, 2:].prod(axis=1), kind="stable").tolist()
         shapes = (Shape(*self._bitmap(index), style.colors[index], style.labels[index]) for index in order)
         return draw_shapes(image, shapes, boxes=boxes), style.legend

@@ -165,7 +165,7 @@ class Predictor:
             for frame, instances in zip(batch, self._predict(batch, min(lowest.values()), top_k), strict=True):
                 whole = merger.add(instances, frame.tile, frame.size) if merger else instances
                 if whole is not None:
-                    yield whole.above(lowest)
+                    yield replace(whole.above(lowest), pixel_range=self.pixel_range)
 
     def thresholds(self) -> dict[int, float]:
         """Category id -> the threshold of the highest F1 on the validation images; 0.5 if the model stores none."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from m2f_trainer.config.arguments import PixelRange
 from m2f_trainer.data.geometry import Pixels
@@ -21,7 +22,9 @@ from m2f_trainer.masks.rle import HIGHEST_LIMIT, Box, Size, max_pixels
 _ORIENTATION = 274  # the tag
 GREY, RGB, YCBCR = 1, 2, 6
 JPEG = 7
-"""Photometric interpretations and the one compression whose decoder makes RGB of YCbCr, as TIFF 6.0 numbers them."""
+ASSOCIATED = 1
+"""Photometric interpretations, the one compression whose decoder makes RGB of YCbCr, and the kind of an extra sample
+that is an alpha by which the colours are multiplied, as TIFF 6.0 numbers them."""
 
 _BYTES_PER_PIXEL = 12  # while an image is decoded: as stored, as RGB with padding, and as an array
 
@@ -149,8 +152,11 @@ class TiffWindows:
             raise ImageError(f"{self.path}: part {index} of the TIFF can't be decoded ({error}).{codec}") from error
         if decoded is None:  # a sparse TIFF: the tile is empty
             return np.zeros((*shape[1:3], 1), np.uint8)
-        pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
-        return pixels
+        pixels: Pixels = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2]]
+        if pixels.shape[2] == 4 and tuple(self.page.extrasamples) == (ASSOCIATED,):
+            stored = Image.frombytes("RGBa", (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
+            pixels = np.asarray(stored.convert("RGBA"))  # divided by alpha, as Pillow reads such files
+        return pixels[..., :3]
 
 
 def windows_of(image: ImageSource, where: str, pixel_range: PixelRange = None) -> Windows:

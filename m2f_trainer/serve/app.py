@@ -21,7 +21,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from m2f_trainer.errors import M2FError
+from m2f_trainer.errors import M2FError, printable
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Frame, Predictor
 from m2f_trainer.serve.answers import NAME, Format, check_image, coco_results, overlay_picture, polygon_results
@@ -250,8 +250,10 @@ def _add_label_studio(app: FastAPI, service: Service) -> None:
             image = await asyncio.to_thread(options.reader.read, task, control.key)
             found = await service.predict(request, image, options.threshold)
         except M2FError as error:
-            logger.warning("Label Studio: %s", error)
-            return {"error": str(error)}
+            where, reason = f"task {task.get('id')}", str(error)
+            reason = printable(reason if reason.startswith(where) else f"{where}: {reason}")
+            logger.warning("Label Studio: %s", reason)
+            return {"error": reason}
         return await service.write(prediction, found, control, options.name)
 
     def _control(config: object) -> Control:

@@ -74,7 +74,7 @@ def find_control(config: str, names: Mapping[int, str]) -> Control:
         raise DataError("label config: expected XML without DOCTYPE and ENTITY. Remove them.")
     try:
         root = ElementTree.fromstring(config)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, UnicodeEncodeError) as error:  # JSON can hold text that is no Unicode
         raise DataError(f"label config: expected XML, got an error at {error}.") from error
     images = {tag.get("name", ""): tag.get("value", "") for tag in root.iter("Image")}
     tag = next((tag for tag in root.iter() if tag.tag in TAGS and tag.get("toName") in images), None)
@@ -227,7 +227,12 @@ class ImageReader:
                 f"{where}: the image is at {address[:200]}, and this server opens no addresses. Start it with "
                 "--label_studio_url, or import images as data: URIs."
             )
-        parts = urlsplit(f"/data/{address}" if address.startswith("upload/") else address)
+        try:
+            parts = urlsplit(f"/data/{address}" if address.startswith("upload/") else address)
+        except ValueError as error:
+            raise ImageError(
+                f"{where}: expected an address, got {address[:200]} ({error}). Correct the task."
+            ) from error
         base, path = self._base.path, parts.path
         if parts.netloc or parts.scheme:
             foreign = (parts.scheme, parts.netloc) != (self._base.scheme, self._base.netloc)

@@ -21,7 +21,7 @@ from m2f_trainer.config.arguments import (
 )
 from m2f_trainer.config.recipe import Recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.collate import InstanceDataset, object_counts
+from m2f_trainer.data.collate import EvalImages, InstanceDataset, object_counts
 from m2f_trainer.data.dataset import Category, categories_of
 from m2f_trainer.data.hub_dataset import load_recipe_dataset
 from m2f_trainer.data.imbalance import RepeatedSamples, resolve_weights, weights_of_classes, weights_text
@@ -161,7 +161,7 @@ def eval_samples(rows: Dataset, config: M2FConfig, categories: Sequence[Category
     tiling = tiling_of(config)
     if tiling is not None:
         return EvalTiles(rows, tiling, categories)
-    return InstanceDataset(rows, EvalTransform(config.image_height, config.image_width), categories)
+    return EvalImages(rows, EvalTransform(config.image_height, config.image_width), categories)
 
 
 def with_feature_cache(

@@ -296,7 +296,8 @@ class M2FTrainer(Trainer):
 
     def store_thresholds(self, details: Mapping[str, Any]) -> None:
         """Store the best threshold of each class in the model's configuration, which is saved with the weights."""
-        self.accelerator.unwrap_model(self.model).config.thresholds = class_thresholds(details)
+        config = self.accelerator.unwrap_model(self.model).config
+        config.thresholds = class_thresholds(details, [category["id"] for category in config.categories or []])
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         """As the Trainer's, which keeps the loader of `eval_dataset` while its workers persist.

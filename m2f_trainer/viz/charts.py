@@ -48,13 +48,22 @@ def series_color(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def bar_chart(rows: Sequence[tuple[str, float]], value_format: str = "{:g}") -> Figure:
-    """Horizontal bars, one for each (label, value), with the value at the end of the bar."""
-    with _axes(0.15 + 0.2 * len(rows)) as (figure, axes):
+def bar_chart(rows: Sequence[tuple[str | tuple[str, ...], float]], value_format: str = "{:g}") -> Figure:
+    """Horizontal bars, one for each (label, value), with the value at the end of the bar; "none" without any.
+
+    A label is a line of at most 20 characters, or a tuple of several lines of at most 30.
+    """
+    labels = [
+        plain_text(label, 20) if isinstance(label, str) else "\n".join(plain_text(line, 30) for line in label)
+        for label, _ in rows
+    ]
+    with _axes(0.15 + 0.2 * max(1, sum(1 + label.count("\n") for label in labels))) as (figure, axes):
         places, values = range(len(rows)), [value for _, value in rows]
         drawn = axes.barh(places, values, color=PALETTE[0], height=0.7)
         axes.bar_label(drawn, [value_format.format(value) for value in values], padding=2)
-        axes.set_yticks(places, [plain_text(label, 20) for label, _ in rows])
+        axes.set_yticks(places, labels)
+        if not rows:
+            axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.tick_params(left=False, bottom=False, labelbottom=False)

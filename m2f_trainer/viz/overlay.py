@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,17 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from m2f_trainer.errors import printable
 from m2f_trainer.masks.rle import Bitmap, Box, Size
 from m2f_trainer.run_folder import write_atomically
+from m2f_trainer.viz.charts import plain_text
 
 Color: TypeAlias = tuple[int, int, int]
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Rectangle: TypeAlias = tuple[float, float, float, float]
 
 TINT = 0.45  # share of the colour inside a mask; its outline has the colour alone
 GOLDEN_RATIO = 0.618033988749895
 MAX_LABELS = 20  # images with more objects have no labels
 MAX_COVERED = 0.15  # nor have images of which labels would cover a larger share
+LONGEST_NAME = 80  # characters in a legend
 
 
 class Shape(NamedTuple):
@@ -72,12 +75,11 @@ def choose_style(
     category_ids: Sequence[int],
     scores: Sequence[float],
     names: Mapping[int, str],
+    labelled: bool | None = None,
 ) -> Style:
     """Choose colours and labels for the n objects of an image.
 
-    Labels contain the class, if there are several classes, and the score, if there is one. They are used for at most
-    `MAX_LABELS` objects, if the median box is larger than the median label and all labels together would cover at most
-    `MAX_COVERED` of the image, both for labels with scores.
+    Labels contain the class, if there are several classes, and the score, if there is one.
 
     Args:
         size: (H, W) of the image.
@@ -85,15 +87,14 @@ def choose_style(
         category_ids: n ids; an id that `names` lacks is written as it is.
         scores: n scores; NaN for an object without one, such as ground truth.
         names: category id -> name, of all classes of the dataset or model.
+        labelled: whether to use labels; by default, if `labels_fit`.
     """
     classes = sorted({*names, *category_ids})
     several = len(classes) > 1
-    words = [names.get(one, str(one)) for one in category_ids]
     percents = ["" if math.isnan(score) else f"{100 * score:.0f}%" for score in scores]
-    labels = [f"{word if several else ''} {score}".strip() for word, score in zip(words, percents, strict=True)]
+    labels = _labels(category_ids, percents, names)
     own_colors = [color(index) for index in range(len(labels))]
-    with_scores = [f"{word if several else ''} 100%".strip() for word in words]  # so truth looks like predictions
-    if _labels_fit(size, boxes, with_scores):
+    if labels_fit(size, boxes, category_ids, names) if labelled is None else labelled:
         return Style(own_colors, labels)
     nothing = [""] * len(labels)
     if not several:
@@ -103,13 +104,26 @@ def choose_style(
     return Style([by_class[one] for one in category_ids], nothing, legend)
 
 
-def _labels_fit(size: Size, boxes: NDArray[np.float64], labels: Sequence[str]) -> bool:
-    if not labels or len(labels) > MAX_LABELS:
-        return False
-    font = _font(size)
-    areas = [width * height for width, height in (_label_size(label, font) for label in labels)]
-    small_beside_objects = float(np.median(areas)) <= float(np.median(boxes[:, 2] * boxes[:, 3]))
-    return small_beside_objects and sum(areas) <= MAX_COVERED * size[0] * size[1]
+def labels_fit(size: Size, boxes: NDArray[np.float64], category_ids: Sequence[int], names: Mapping[int, str]) -> bool:
+    """Whether labels with scores would hide little of an image; the arguments are those of `choose_style`.
+
+    There are at most `MAX_LABELS` objects, the median box is larger than the median label, all labels together would
+    cover at most `MAX_COVERED` of the image, and none is wider than it. True without objects.
+    """
+    if not len(boxes) or len(boxes) > MAX_LABELS:
+        return not len(boxes)
+    font, labels = _font(size), _labels(category_ids, ["100%"] * len(boxes), names)
+    widths, heights = np.array([_label_size(label, font) for label in labels]).T
+    small_beside_objects = np.median(widths * heights) <= np.median(boxes[:, 2] * boxes[:, 3])
+    covered = (widths * heights).sum() / (size[0] * size[1])
+    return bool(small_beside_objects and covered <= MAX_COVERED and widths.max() < size[1])
+
+
+def _labels(category_ids: Sequence[int], scores: Sequence[str], names: Mapping[int, str]) -> list[str]:
+    """The class, if there are several, and the score of each object."""
+    several = len({*names, *category_ids}) > 1
+    words = [printable(names.get(one, str(one))) if several else "" for one in category_ids]
+    return [f"{word} {score}".strip() for word, score in zip(words, scores, strict=True)]
 
 
 def draw_shapes(image: Image.Image, shapes: Iterable[Shape], *, boxes: bool = False) -> Image.Image:
@@ -154,11 +168,12 @@ def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
     """The image with a strip below it that names the colours; the image itself if the legend is empty."""
     if not legend:
         return image
-    font = ImageFont.load_default(size=float(np.clip(image.width / 50, 11, 18)))
+    font = load_font(float(np.clip(image.width / 50, 11, 18)))
     side = math.ceil(_label_size("Ag", font)[1])  # of a colour's square
+    words = [_cut(name, font, image.width - 2 * side) for name in legend]
     places, x, y = [], side // 2, side // 2
-    for name in legend:
-        width = 1.5 * side + _label_size(name, font)[0] + side
+    for word in words:
+        width = 1.5 * side + _label_size(word, font)[0] + side
         if x + width > image.width and x > side // 2:
             x, y = side // 2, y + round(1.4 * side)
         places.append((x, y))
@@ -166,9 +181,9 @@ def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
     picture = Image.new("RGB", (image.width, image.height + y + round(1.5 * side)), "white")
     picture.paste(image)
     draw = ImageDraw.Draw(picture)
-    for (name, ink), (left, top) in zip(legend.items(), places, strict=True):
+    for word, ink, (left, top) in zip(words, legend.values(), places, strict=True):
         draw.rectangle((left, image.height + top, left + side, image.height + top + side), fill=ink)
-        draw.text((left + 1.5 * side, image.height + top), name, fill=(0, 0, 0), font=font)
+        draw.text((left + 1.5 * side, image.height + top), word, fill=(0, 0, 0), font=font)
     return picture
 
 
@@ -190,12 +205,27 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return inside[1:-1, 1:-1]
 
 
-def _font(size: Size) -> Font:
+def _font(size: Size) -> ImageFont.FreeTypeFont:
     """The font of labels on an image of (H, W)."""
-    return ImageFont.load_default(size=float(np.clip(min(size) / 32, 9, 32)))
+    return load_font(float(np.clip(min(size) / 32, 9, 32)))
 
 
-def _label_size(label: str, font: Font) -> tuple[float, float]:
+@lru_cache(maxsize=16)
+def load_font(size: float) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans, as in charts: it has Latin, Cyrillic, Greek and more; Pillow's own font has ASCII."""
+    from matplotlib import get_data_path  # importing it takes 0.2 s
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _cut(name: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The name in one line of at most `width` pixels, or one character."""
+    lengths = range(min(len(name), LONGEST_NAME), 1, -1)
+    cuts = (plain_text(name, length) for length in lengths)
+    return next((cut for cut in cuts if font.getlength(cut) <= width), plain_text(name, 1))
+
+
+def _label_size(label: str, font: ImageFont.FreeTypeFont) -> tuple[float, float]:
     """Width and height of a label with its margin, in pixels."""
     _, _, right, bottom = ImageDraw.Draw(Image.new("1", (1, 1))).textbbox((0, 0), label, font=font)
     return right + 4, bottom + 3

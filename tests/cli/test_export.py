@@ -21,9 +21,10 @@ def stand_in_for_the_export(monkeypatch: pytest.MonkeyPatch, path: Path, check: 
         INT8=3,
         check_export=check,
         recorded_dataset=lambda _: None,
+        validation_rows=lambda _, dataset: dataset,
     )
     stand_in(monkeypatch, "m2f_trainer.export.quantize", calibration_frames=lambda *given: list(given))
-    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda name: name)
+    stand_in(monkeypatch, "m2f_trainer.model.mask2former", load_model=lambda _: SimpleNamespace(config=None))
 
 
 @pytest.mark.parametrize(("met", "status"), [(True, 0), (False, 1)])

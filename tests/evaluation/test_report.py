@@ -191,6 +191,31 @@ def test_an_unfinished_run_is_reported_from_its_newest_checkpoint(data: Path, tm
         load_runs([tmp_path])
 
 
+def test_pictures_of_an_earlier_evaluation_are_not_shown(data: Path, tmp_path: Path) -> None:
+    """A finished run has pictures; it was resumed, and has a newer checkpoint."""
+    folder = write_run(tmp_path / "run", data)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 20)).save(folder / "pictures" / "worst_1.jpg")
+    newer = write_run(folder / "checkpoint-9", data)
+    assert len(Reader(write_report([folder], tmp_path / "page.html").read_text()).addresses) == 1
+    (newer / "trainer_state.json").write_text(json.dumps({"global_step": 9}))
+    reader = Reader(write_report([folder], tmp_path / "page.html").read_text())
+    assert not reader.addresses
+    assert any("has none of this evaluation. m2f report --images draws them" in word for word in reader.words)
+
+
+def test_a_class_without_objects_has_no_figures(data: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", data)
+    details = json.loads((folder / "evaluation.json").read_text())
+    row = {"id": 99, "name": "absent", "ap": -1, "ap50": -1, "ap75": -1, "threshold": 1.0, "kept": 0, "objects": 0}
+    details["classes"].append({**row, "precision": 0.0, "recall": 0.0, "f1": 0.0})
+    details["precision_recall"]["classes"].append(None)
+    write_details(details, folder / "evaluation.json")
+    words = Reader(write_report([folder], tmp_path / "page.html").read_text()).words
+    start = words.index("absent")
+    assert words[start : start + 10] == ["absent", "0", *["-"] * 8]
+
+
 def test_curves_keep_the_last_logged_value_of_a_step() -> None:
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "epoch": 1}, {"step": 1, "loss": 1.0, "note": "x"}]
     assert curves_of({"log_history": history}) == {"loss": [(1, 1.0), (2, 2.0)]}

@@ -30,8 +30,17 @@ def test_the_best_threshold_is_where_f1_is_highest() -> None:
 def test_predictions_at_the_best_threshold_of_their_class_are_above_the_one_that_a_model_stores() -> None:
     coco = picture([(3, 0, 20), (3, 40, 60)])
     details = evaluate(coco, predicted_bars((3, 0.9, 0, 20), (3, 0.61234, 40, 60), (3, 0.61, 150, 160)))
-    assert class_thresholds(details) == [0.6123, 0.5], "nothing was found of the other class"
-    assert class_thresholds({}) is None
+    assert class_thresholds(details, [3, 8]) == [0.6123, 0.5], "nothing was found of the other class"
+    assert class_thresholds(details, [8, 5, 3]) == [0.5, 0.5, 0.6123], "in the order of the model, which has one more"
+    assert class_thresholds({}, [3, 8]) is None
+
+
+def test_a_stored_threshold_is_below_the_best_score_whatever_its_decimals() -> None:
+    scores = [number / 10000 for number in range(1, 10001)] + [0.61234, 0.99995, 1e-5]
+    for score in scores:
+        (stored,) = class_thresholds({"classes": [{"id": 1, "threshold": score, "kept": 1}]}, [1]) or []
+        assert 0 < score - stored < 1.01e-4, score
+        assert stored == round(stored, 4)
 
 
 def test_a_threshold_does_not_separate_equal_scores() -> None:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from PIL import Image
+
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.export.parity import FULL, check_export
 from m2f_trainer.model.mask2former import M2FModel
 from tests.model.tiny import VIT, tiny_model
@@ -24,3 +27,13 @@ def assert_equal_at_any_size(model: M2FModel, path: Path) -> None:
     assert found.mask_logits < 1e-3
     assert found.other_size is not None
     assert found.other_size < 1e-3
+
+
+def write_photos(folder: Path, orientation: int) -> Path:
+    """The synthetic dataset with photos of this EXIF orientation, annotated on the stored pixels."""
+    data, exif = write_sample(folder, images=(1, 3, 0)), Image.Exif()
+    exif[0x0112] = orientation
+    for path in data.rglob("*.jpg"):
+        with Image.open(path) as photo:
+            photo.save(path, exif=exif, quality="keep")
+    return data

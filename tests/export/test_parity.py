@@ -10,11 +10,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from m2f_trainer.cli import main as cli
+from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.export import parity
-from m2f_trainer.export.parity import FULL, ModelRunner, ParityLimits, Runner, best_ious, check_export
+from m2f_trainer.export.parity import FULL, ModelRunner, ParityLimits, Runner, best_ious, check_export, validation_rows
 from m2f_trainer.inference.instances import Instances, tight_boxes
 from m2f_trainer.model.mask2former import M2FConfig
-from tests.export.models import SMALL, model_of
+from tests.export.models import SMALL, model_of, write_photos
 
 
 class Faulty(ModelRunner):
@@ -59,6 +61,50 @@ def test_a_model_of_tiles_is_compared_on_every_tile(tmp_path: Path, monkeypatch:
     found = check_export(model, tmp_path / "model.pt2", None, 1, FULL, fixed_size=True)
     assert found.images == 1
     assert found.mask_logits == pytest.approx(1, abs=1e-4)
+
+
+def test_photos_that_were_annotated_as_they_are_stored_are_compared_as_they_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation dataset whose photos viewers turn by 90 degrees gives the figures of the same photos, not turned."""
+    monkeypatch.setitem(parity.RUNNERS, "model.pt2", Faithful)
+    model = model_of(SMALL)
+    found = [
+        check_export(model, tmp_path / "model.pt2", load_coco(data)["valid"], 2, FULL, fixed_size=True)
+        for data in (write_photos(tmp_path / "turned", 6), write_photos(tmp_path / "upright", 1))
+    ]
+    assert found[0].instances == found[1].instances > 0
+    assert found[0].mask_logits_size == found[1].mask_logits_size
+    assert (found[0].model_ap, found[0].file_ap) == (found[1].model_ap, found[1].file_ap)
+
+
+def test_the_classes_of_a_validation_dataset_are_matched_by_name(tmp_path: Path) -> None:
+    data = write_sample(tmp_path / "data", images=(1, 3, 0))
+    given = load_coco(data)["valid"]
+    names = {category.id: category.name for category in categories_of(given)}
+    model = model_of(SMALL)
+    assert model.config.categories is not None
+    own = {category["id"]: category["name"] for category in model.config.categories}
+    assert names != own, "the same names with other ids"
+    rows = validation_rows(model.config, {"dataset_name": str(data)})
+    for row, before in zip(rows, given, strict=True):
+        assert [own[one["category_id"]] for one in row["objects"]] == [
+            names[one["category_id"]] for one in before["objects"]
+        ]
+
+
+def test_a_dataset_that_cannot_be_compared_is_refused_before_the_file_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_of(SMALL).save_pretrained(tmp_path / "model")
+    data = write_sample(tmp_path / "data", images=(1, 1, 0))
+    path = data / "valid" / "_annotations.coco.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"circle"', '"disc"'), encoding="utf-8")
+    (data / "train" / "_annotations.coco.json").unlink()
+    argv = ["export", str(tmp_path / "model"), "--format", "torch", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, "--validation", str(data)]) == 1
+    assert "category 1 is 'circle' in the model and 'disc' in the dataset" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_difference_in_ap_alone_fails_the_comparison() -> None:

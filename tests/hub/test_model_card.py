@@ -172,6 +172,16 @@ def test_the_card_shows_the_best_and_the_worst_images_only_where_asked_for(tmp_p
             assert not picture.getexif()
 
 
+def test_pictures_of_an_earlier_evaluation_are_removed_and_other_files_kept(tmp_path: Path) -> None:
+    run = scored(tmp_path)
+    rows = load_coco(tmp_path / "data")["valid"]
+    evaluator = Evaluator(rows.select([0]))
+    evaluator([])
+    (run / "pictures" / "notes.jpg").write_bytes(b"mine")
+    draw_pictures(run, rows, evaluator.details)
+    assert {path.name for path in (run / "pictures").iterdir()} == {"worst_1.jpg", "notes.jpg"}
+
+
 def test_the_card_shows_error_types_and_how_uncertain_its_figures_are(tmp_path: Path) -> None:
     text = write_card(scored(tmp_path)).read_text(encoding="utf-8")
     assert re.search(r"^\| missed \| [1-9]\d* \| \d", text, flags=re.MULTILINE)

@@ -64,6 +64,19 @@ def test_a_photo_given_by_its_path_is_drawn_on_as_it_was_predicted(
             found.overlay(stored)
 
 
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_an_image_of_more_than_8_bits_is_drawn_on_as_it_was_predicted(
+    kind: str, predictor: Predictor, tmp_path: Path
+) -> None:
+    grey, path = np.asarray(picture())[..., 0], tmp_path / "photo.tif"
+    scale = 1000 if kind == "uint16" else 0.5  # the values of black and white are 0 and this
+    Image.fromarray((grey / 255 * scale).astype(kind)).save(path)
+    predictor.pixel_range = (0.0, float(scale))
+    (found,) = predictor(path, threshold=0)
+    drawn = np.asarray(found.best(9).above(0).overlay(path, predictor.names, legend=False))
+    np.testing.assert_array_equal(drawn, np.asarray(found.overlay(picture(), predictor.names, legend=False)))
+
+
 def picture(height: int = 80, width: int = 60) -> Image.Image:
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[20:60, 10:40] = 255

@@ -29,6 +29,22 @@ def test_a_tiff_is_read_by_windows_to_the_pixel(options: dict[str, object], tmp_
         assert np.array_equal(windows.read((x0, y0, x1, y1)), pixels[y0:y1, x0:x1])
 
 
+@pytest.mark.parametrize("alpha", ["assocalpha", "unassalpha"])
+def test_colours_that_are_stored_multiplied_by_alpha_are_divided_as_where_the_file_is_decoded_whole(
+    alpha: str, tmp_path: Path
+) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the extra `tiff` is not installed")
+    pixels = np.random.default_rng(0).integers(1, 255, (101, 143, 4), np.uint8)
+    if alpha == "assocalpha":
+        pixels[..., :3] = pixels[..., :3].astype(int) * pixels[..., 3:] // 255
+    options = {"tile": (32, 48), "photometric": "rgb", "extrasamples": [alpha]}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    windows = open_windows(tmp_path / "a.tif")
+    assert isinstance(windows, TiffWindows)
+    whole = np.asarray(open_image(tmp_path / "a.tif", "a.tif"))
+    assert np.array_equal(windows.read((40, 30, 143, 70)), whole[30:70, 40:143])
+
+
 def test_other_files_are_decoded_whole(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.png")
     windows: Windows = open_windows(tmp_path / "a.png")

@@ -160,6 +160,7 @@ def test_a_task_without_a_readable_image_has_no_prediction_but_the_reason(
     good, broken = data_uri(picture()), data_uri(b"none")
     first, second, third = post(port, "/predict", predict_request(broken, good, "/etc/passwd")).json["results"]
     assert {*first, *third} == {"error"}  # Label Studio logs it, stores no prediction, and asks again
+    assert first["error"].startswith("task 11: the image: ")
     assert "not an image of a known format" in first["error"]
     assert "this server opens no addresses" in third["error"]
     assert len(second["result"]) == 1
@@ -167,6 +168,28 @@ def test_a_task_without_a_readable_image_has_no_prediction_but_the_reason(
     alone = post(port, "/predict", predict_request(broken))
     assert alone.status == 400
     assert "not an image of a known format" in alone.reason
+
+
+@pytest.mark.parametrize(
+    "address", ["/data/upload/\ud800.png", "data:\ud800", "data:image/png;base64,\udfff", "http://["]
+)
+def test_a_task_whose_address_is_no_text_is_answered_with_the_reason_and_the_others_with_regions(address: str) -> None:
+    reader = ImageReader("http://127.0.0.1:9", "secret")
+    with running(brightness(), threshold=0.5, reader=reader) as number:
+        answer = post(number, "/predict", predict_request(address, data_uri(picture())))
+        named = post(number, "/predict", predict_request(tasks=[{"id": "\ud800", "data": {"photo": address}}]))
+    first, second = answer.json["results"]
+    assert first["error"].startswith("task 11: ")
+    assert len(second["result"]) == 1
+    assert (named.status, named.reason[:8]) == (400, "task ?: ")
+
+
+def test_a_configuration_that_is_no_text_is_refused(port: int) -> None:
+    broken = "\ud800" + config()
+    for path, content in (("/setup", {"schema": broken}), ("/predict", predict_request(label_config=broken))):
+        answer = post(port, path, content)
+        assert answer.status == 400
+        assert "label config: expected XML, got an error at" in answer.reason
 
 
 def test_other_requests_of_label_studio_have_no_effect(port: int) -> None:

@@ -20,6 +20,7 @@ from m2f_trainer.inference.predictor import Precision
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.run_folder import read_details, read_json, read_metrics
 from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16
+from tests.model.tiny import tiny_model
 from tests.training.runs import m2f
 
 
@@ -126,6 +127,20 @@ def test_a_model_is_not_scored_on_classes_of_other_names(tmp_path: Path, monkeyp
     monkeypatch.setattr("m2f_trainer.training.evaluate.load_model", lambda _: SimpleNamespace(config=config))
     with pytest.raises(DataError, match=f"category {named.id} is 'another' in the model and '{named.name}'"):
         evaluate_folder("user/model", str(root))
+
+
+@pytest.mark.parametrize("tile_size", [None, 48])
+def test_objects_of_a_class_that_the_model_lacks_are_scored_as_missed(tmp_path: Path, tile_size: int | None) -> None:
+    data = write_sample(tmp_path / "data", images=(1, 3, 0))
+    rows = load_coco(data)["valid"]
+    *known, unknown = categories_of(rows)
+    assert any(one["category_id"] == unknown.id for row in rows for one in row["objects"])
+    model = tiny_model(categories=[vars(one) for one in known], tile_size=tile_size)
+    model.save_pretrained(tmp_path / "model")
+    figures = evaluate_folder(str(tmp_path / "model"), str(data), output_dir=tmp_path / "scores", batch_size=2)
+    assert_pycocotools_figures(figures, data, json.loads((tmp_path / "scores" / "predictions.json").read_text()))
+    missed = {row["id"]: row["kept"] for row in read_details(tmp_path / "scores")["classes"] if row["objects"]}
+    assert missed[unknown.id] == 0
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ from transformers import Trainer, TrainingArguments
 import m2f_trainer
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
-from m2f_trainer.data.dataset import categories_of, load_coco
+from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.errors import RecipeError, SharingError
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.hub.upload import push
+from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import EMPTY_EPOCH, M2FTrainer, has_dense_images
@@ -203,6 +204,25 @@ def test_dense_images_are_counted_whatever_the_classes_of_the_model(tmp_path: Pa
     fewer = categories_of(rows)[1:]
     assert has_dense_images(InstanceDataset(rows, EvalTransform(64, 64), fewer))
     assert not has_dense_images(InstanceDataset(rows.select([0]), EvalTransform(64, 64), fewer))
+
+
+def test_each_class_of_the_model_has_its_own_threshold_whatever_classes_were_scored(tmp_path: Path) -> None:
+    """The model has the classes in another order than the split, and one more."""
+    rows = load_coco(write_sample(tmp_path / "data", images=(1, 2, 0)))["valid"]
+    first, *rest = categories_of(rows)
+    categories = [*reversed(rest), Category(99, "owl"), first]
+    trainer = M2FTrainer(
+        tiny_model(categories=[vars(one) for one in categories]),
+        TrainArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", dataloader_num_workers=0),
+        eval_dataset=InstanceDataset(rows, EvalTransform(64, 64), categories),
+    )
+    trainer.evaluate()
+    assert set(Predictor(trainer.model).thresholds()) == {one.id for one in categories}
+    found = [{**row, "threshold": 0.9, "kept": int(row["id"] == first.id)} for row in trainer.details["classes"]]
+    trainer.store_thresholds({"classes": found})
+    trainer.save_model()
+    expected = {**dict.fromkeys([one.id for one in categories], 0.5), first.id: 0.8999}
+    assert Predictor.from_pretrained(str(tmp_path / "run")).thresholds() == expected
 
 
 def test_a_notebook_trains_evaluates_and_predicts_with_the_public_names(tmp_path: Path) -> None:

@@ -119,6 +119,34 @@ def test_a_long_legend_takes_several_rows() -> None:
     assert add_legend(image, {}) is image
 
 
+def test_a_legend_is_written_in_the_letters_of_other_alphabets() -> None:
+    image = Image.new("RGB", (300, 50))
+    for first, second in (("кот", "бык"), ("γάτα", "άλογ"), ("ñandú", "ćandó")):
+        drawn = [np.asarray(add_legend(image, {name: color(0)})) for name in (first, second)]
+        assert drawn[0].shape == drawn[1].shape
+        assert (drawn[0] != drawn[1]).any(), "boxes of missing letters are all alike"
+
+
+def test_a_name_in_a_legend_is_one_line_and_not_wider_than_the_image() -> None:
+    for width in (60, 300):
+        image = Image.new("RGB", (width, 50))
+        plain, long, broken = (np.asarray(add_legend(image, {name: color(0)})) for name in ("a", "a" * 500, "a\nb"))
+        assert plain.shape == long.shape == broken.shape
+        assert (long[50:, -2:] == 255).all(), "the last letter is complete"
+        assert (long[50:, width // 2 : -8] < 100).any(), "the name fills the row"
+
+
+def test_labels_that_are_wider_than_the_image_give_way_to_a_legend() -> None:
+    boxes, names = np.array([[5.0, 5, 50, 900], [5.0, 1000, 50, 900]]), {1: "a name of thirty characters...", 2: "dog"}
+    assert list(choose_style((2000, 60), boxes, [1, 2], [0.9] * 2, names).legend) == list(names.values())
+    assert choose_style((2000, 360), boxes, [1, 2], [0.9] * 2, names).labels[0] == f"{names[1]} 90%"
+
+
+def test_labels_are_one_line() -> None:
+    style = choose_style((240, 320), two_squares().boxes, [3, 4], [0.9] * 2, {3: "black\ncat", 4: "dog"})
+    assert style.labels == ["black?cat 90%", "dog 90%"]
+
+
 def test_an_image_without_instances_stays_as_it_is() -> None:
     image = Image.new("L", (320, 240), 7)
     picture = two_squares().above(0.99).overlay(image)
