@@ -227,7 +227,7 @@ def _objects_of(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(value, segmentation) of each object of a mask; `image` is None for one that can't be used."""
     root, name = files.image_folders[0], str(files.annotations)
-    shown = mask.relative_to(root).as_posix()
+    shown, image_id = mask.relative_to(root).as_posix(), None if image is None else image["id"]
     try:
         values, void = read_mask(mask, root, files.follow_links)
         if one_each:
@@ -238,18 +238,18 @@ def _objects_of(
                 " differ. Save it as an 8- or 16-bit grey PNG."
             )
     except ImageError as error:
-        report("bad-mask", name, [shown], str(error), None if image is None else image["id"])
+        report("bad-mask", name, [shown], str(error), image_id)
         return
     if image is not None and values.shape != (image["height"], image["width"]):
         message = (
             f"{mask}: expected {image['width']}x{image['height']} pixels as its image, got"
             f" {values.shape[1]}x{values.shape[0]}. Save it in the size of its image."
         )
-        report("bad-mask", name, [shown], message, image["id"])
+        report("bad-mask", name, [shown], message, image_id)
         return
     if void:
         message = f"{mask}: {void} pixels of the value {_VOC_VOID} in Pascal VOC's palette are taken as background."
-        report("void-border", name, [shown], message, image["id"])
+        report("void-border", name, [shown], message, image_id)
     for value, counts in counts_of_values(values):
         yield value, {"size": list(values.shape), "counts": counts}
 
