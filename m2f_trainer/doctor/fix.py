@@ -117,9 +117,10 @@ def can_be_corrected(examination: Examination) -> bool:
     changed = {one.kind for one in examination.findings if KINDS[one.kind].fix}
     if errors and not changed & (errors | {"brush-crowd"}):
         return False
-    train = [scan.entry["file_name"] for scan in examination.scans.get("train", ())]
-    if "missing-split" in errors and not held_out(train):
-        return False  # a split would be missing in the copy, too
+    if "missing-split" in errors:
+        train = [scan.entry["file_name"] for scan in examination.scans.get("train", ())]
+        if not held_out(train):
+            return False  # a split would be missing in the copy, too
     objects = (one for scans in examination.scans.values() for scan in scans for one in scan.objects)
     return any(not one["iscrowd"] or "brush-crowd" in one["findings"] for one in objects)
 
