@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -124,12 +124,12 @@ class ImageNames:
 
         The name may be a URL, or differ in folders, case, percent-encoding or Unicode form, or lack its ending. Among
         files with the same last part, those that share the most folders with the name are returned, if they share any.
-        An absolute path, or one with \\ between its folders, only refers to files that share its last folder.
+        An absolute path, or one with \\ between its folders, only refers to files that share its last folder. Where the
+        split has no folder of its own, and no other file is found, one in the folder of another split may be meant.
         """
-        parts, is_elsewhere = _parts(name), path_elsewhere(name) is not None
-        groups = (group for places in self._places for group in places.by_shared_folders(parts))
-        fitting = ([path for path in group if self._fits(path, parts, is_elsewhere)] for group in groups)
-        found = next(filter(None, fitting), [])
+        found = self._fitting(name, self._is_of_another_split)
+        if not found and not self._has_own_folder:
+            found = self._fitting(name, self._is_apart_in_another_split)
         return found if any(files_differ(found[0], other) for other in found[1:]) else found[:1]
 
     def find_in_other_splits(self, name: str) -> list[Path]:
@@ -142,20 +142,34 @@ class ImageNames:
         folders = (folder for places in self._places for folder in places.folders)
         return next(path.relative_to(folder).as_posix() for folder in folders if path.is_relative_to(folder))
 
-    def _fits(self, path: Path, parts: Sequence[str], is_elsewhere: bool) -> bool:
-        """Whether a file with the last part of a name may be meant by the name."""
-        if self._is_of_another_split(path, parts):
-            return False
-        return _shared_folders(path, parts) > 0 or not (is_elsewhere or self._is_version(path.parent))
+    def _fitting(self, name: str, is_excluded: Callable[[Path, Sequence[str]], bool]) -> list[Path]:
+        """The files that may be meant by a name and share the most folders with it, without those excluded."""
+        parts, is_elsewhere = _parts(name), path_elsewhere(name) is not None
+
+        def fits(path: Path) -> bool:
+            if is_excluded(path, parts):
+                return False
+            return _shared_folders(path, parts) > 0 or not (is_elsewhere or self._is_version(path.parent))
+
+        groups = (group for places in self._places for group in places.by_shared_folders(parts))
+        return next(filter(None, ([path for path in group if fits(path)] for group in groups)), [])
 
     def _is_of_another_split(self, path: Path, parts: Sequence[str]) -> bool:
         """Whether a file is in the folder of another split, and the name doesn't say so."""
+        depth = self._depth(path)
+        return depth is not None and _shared_folders(path, parts) <= depth
+
+    def _is_apart_in_another_split(self, path: Path, parts: Sequence[str]) -> bool:
+        """Whether a file is in the folder of another split, and shares no folder with the name."""
+        return self._depth(path) is not None and _shared_folders(path, parts) == 0
+
+    def _depth(self, path: Path) -> int | None:
+        """How many folders around a file are below that of another split, None without one."""
         if path.parent not in self._depths:
             folders = PurePosixPath(self.relative(path)).parts[:-1]
             depths = (depth for depth, one in enumerate(reversed(folders)) if split_of(one) in self._other_splits)
             self._depths[path.parent] = next(depths, None)
-        depth = self._depths[path.parent]
-        return depth is not None and _shared_folders(path, parts) <= depth
+        return self._depths[path.parent]
 
     def _is_version(self, folder: Path) -> bool:
         """Whether a folder has other files of the names in the image folder: label pictures, or reduced images."""
@@ -194,6 +208,12 @@ class ImageNames:
         )
 
     @cached_property
+    def _has_own_folder(self) -> bool:
+        """Whether images lie in a folder named as the split."""
+        folders = {folder for places in self._places for folder in places.holding_images()}
+        return any(split_of(one) == self._split for folder in folders for one in Path(self.relative(folder)).parts)
+
+    @cached_property
     def _versions(self) -> dict[Path, bool]:
         return {}
 
@@ -203,7 +223,7 @@ class ImageNames:
 
     @cached_property
     def _depths(self) -> dict[Path, int | None]:
-        """Folder -> how many folders are below that of another split around it, None without one."""
+        """Folder -> `_depth` of its files."""
         return {}
 
 
@@ -222,6 +242,10 @@ class _Places:
         if not found and not key.endswith(SUFFIXES):  # masks are often named a.jpg.png
             found = self._by_stem.get(key, [])
         return found
+
+    def holding_images(self) -> set[Path]:
+        """The folders that image files are in."""
+        return {path.parent for paths in self._by_name.values() for path in paths}
 
     def by_shared_folders(self, parts: Sequence[str]) -> Iterator[list[Path]]:
         """The files with the last part of a name in groups, the first of which share the most of its last folders; the

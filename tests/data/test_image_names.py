@@ -188,6 +188,27 @@ def test_a_name_in_another_spelling_is_of_its_own_split_where_all_have_the_same_
         load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("folders", ["train/cam", "images/train/cam", "train/a/cam"])
+def test_images_below_the_folder_of_another_split_are_found_where_a_split_has_no_folder(folders, tmp_path):
+    for split in ("train", "valid"):
+        names = [f"cam/{split}_{k}.png" for k in range(3)]
+        for name in names:
+            picture(tmp_path / "set" / folders / name.removeprefix("cam/"))
+        path = tmp_path / "set/annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(coco(names)))
+    splits = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    for split, rows in splits.items():
+        paths = [row["image"]["path"].split("/set/")[1] for row in rows]
+        assert paths == [f"{folders}/{split}_{k}.png" for k in range(3)]
+    examination = examine(tmp_path / "set", SETTINGS)
+    assert examination.status == 0
+    assert {one.kind: one.count for one in examination.findings if one.severity == "note"}["found-image"] >= 3
+    picture(tmp_path / "set/pictures/cam/valid_0.png", (16, 20))
+    rows = load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")["valid"]
+    assert rows[0]["image"]["path"].endswith("set/pictures/cam/valid_0.png"), "a file of no other split comes first"
+
+
 @pytest.mark.parametrize(("prefix", "folder"), [("", ""), ("scenes/", "images/"), ("/home/me/scenes/", "images/")])
 def test_one_folder_an_image_takes_time_in_proportion_to_the_images(prefix, folder, tmp_path):
     names = [f"{k:06d}/rgb.png" for k in range(800)]
