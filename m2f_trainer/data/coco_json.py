@@ -439,11 +439,10 @@ def _unique_images(images: list[Entry], name: str, report: Report) -> list[Entry
     for image in images:
         one = first.setdefault(image["id"], image)
         if one is not image:
-            differs = any(one.get(key) != image.get(key) for key in ("height", "width"))
-            if differs or usual_name(one) != usual_name(image):
-                shared.setdefault(image["id"], image)
-            else:
+            if _is_same_image(one, image):
                 repeated[image["id"]] = None
+            else:
+                shared.setdefault(image["id"], image)
     if shared:
         key, other = next(iter(shared.items()))
         message = (
@@ -457,6 +456,16 @@ def _unique_images(images: list[Entry], name: str, report: Report) -> list[Entry
         message = f"{name}: image ids must be unique, found more than once: {listed(again)}. List each image once."
         report("repeated-image-entry", name, again, message)
     return list(first.values())
+
+
+def _is_same_image(one: Entry, other: Entry) -> bool:
+    """Whether two entries have the same name and size, in any spelling; a missing size is equal to any."""
+    for key in ("height", "width"):
+        sides = {whole_number(one.get(key)), whole_number(other.get(key))} - {None}
+        if len(sides) > 1:
+            return False
+    names = (os.path.normpath((usual_name(image) or "").replace("\\", "/")) for image in (one, other))
+    return len(set(names)) == 1
 
 
 def _described(image: Entry) -> str:

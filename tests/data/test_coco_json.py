@@ -91,6 +91,23 @@ def test_one_id_for_two_images_is_refused_by_training_and_by_the_repair(change, 
         repair(examination, tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"width": "20"}, {"width": 20.0}, {"file_name": "./2.png"}, {"file_name": ".\\2.png"}, {"width": None}, None],
+)
+def test_an_image_listed_twice_in_two_spellings_is_listed_once_in_the_copy(change, tmp_path):
+    images = [{**IMAGE, "id": k, "file_name": f"{k}.png"} for k in range(1, 9)]
+    again = {**images[1], **change} if change else {"id": 2, "file_name": "2.png"}
+    root = write(tmp_path / "set", content(*(annotation(k, image_id=k) for k in range(1, 9)), images=[*images, again]))
+    for image in images:
+        picture(root / "train" / image["file_name"])
+    with pytest.raises(DataError, match=r"found more than once: 2\. List each image once"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+    repair(examine(root), tmp_path / "copy")
+    rows = load_coco(tmp_path / "copy", cache_dir=tmp_path / "cache")
+    assert sorted(row["image_id"] for split in rows.values() for row in split) == list(range(1, 9))
+
+
 def test_the_first_ten_ids_of_many_are_named_with_their_count(tmp_path):
     root = write(tmp_path / "set", content(*(annotation(i, image_id=3) for i in range(1, 31))))
     with pytest.raises(DataError, match=r"30 annotation.*ids 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. \(30 in all\)"):
