@@ -230,7 +230,7 @@ def read_optional(files: SplitFiles, report: Report) -> FolderSplit | None:
     except EmptySplitError as error:
         if files.split != "test":
             raise
-        report("test-without-annotations", files.annotations, [], f"The test split is left out. {error}")
+        report("test-left-out", files.annotations, [files.split], f"The test split is left out. {error}")
         return None
 
 

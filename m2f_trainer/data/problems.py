@@ -273,6 +273,12 @@ KINDS: Mapping[str, Kind] = {
         "It is not needed for training, and can't be scored.",
         "Add its annotations to score it.",
     ),
+    "test-left-out": _warning(
+        "test split without images or masks",
+        "It is not needed for training, and can't be scored.",
+        "Add its images and masks to score it.",
+        "the split is left out: it has no images or masks",
+    ),
     "brush-crowd": _warning(
         "CVAT brush mask exported as a crowd region",
         "CVAT exports objects drawn with its brush as crowd regions, which are excluded from training.",

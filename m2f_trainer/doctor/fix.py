@@ -42,7 +42,7 @@ class Repair:
         changes: all changes, as in the file changes.json
         counts: split -> "images", "objects" or "classes" -> their number in the original and in the copy
         left_out: split -> "images" or "annotations" -> ids of those that the copy lacks
-        dropped: splits without a usable image, which the copy lacks
+        dropped: splits without a usable image, or a test split without images or masks, which the copy lacks
     """
 
     changes: list[Change]
@@ -58,6 +58,8 @@ class Repair:
             dropped = "; the split is dropped" if split in self.dropped else ""
             lines.append(f"  {split}: {found}{dropped}")
             lines += [f"    left out: {what} {listed(ids)}" for what, ids in self.left_out[split].items() if ids]
+        unread = [split for split in self.dropped if split not in self.counts]
+        lines += [f"  {split}: no images or masks; the split is dropped" for split in unread]
         return "\n".join(lines)
 
 
@@ -373,6 +375,7 @@ def _compared(examination: Examination, plan: _Plan, changes: list[Change]) -> R
             ),
         }
     dropped = [split for split, content in plan.contents.items() if not content["images"]]
+    dropped += [str(key) for one in examination.findings if one.kind == "test-left-out" for key in one.ids]
     return Repair(changes, counts, left_out, dropped)
 
 

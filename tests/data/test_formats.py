@@ -108,7 +108,7 @@ def test_a_test_split_without_images_or_masks_is_left_out_with_its_reason(kind, 
     assert "The test split is left out" in caplog.text
     examination = examine(root)
     assert (examination.status, list(examination.scans)) == (0, ["train", "valid"])
-    (warning,) = [one for one in examination.findings if one.kind == "test-without-annotations"]
+    (warning,) = [one for one in examination.findings if one.kind == "test-left-out"]
     assert re.search(f"The test split is left out\\. .*{reason}", warning.message)
 
 

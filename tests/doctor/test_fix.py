@@ -258,6 +258,22 @@ def test_a_split_without_usable_images_is_named_as_dropped(tmp_path):
     assert not (tmp_path / "copy/test").exists()
 
 
+@pytest.mark.parametrize("content", [{"images": [], "annotations": []}, {}], ids=["empty", "boxes"])
+def test_a_test_split_without_images_or_masks_is_named_as_dropped(content, tmp_path, capsys):
+    root = write_sample(tmp_path / "set", images=(4, 2, 2))
+    path = root / "test/_annotations.coco.json"
+    coco = json.loads(path.read_text())
+    boxes = [{**one, "segmentation": []} for one in coco["annotations"]]
+    path.write_text(json.dumps({**coco, "annotations": boxes, **content}))
+    assert main(["check", str(root), "--fix", str(tmp_path / "copy")]) == 0
+    assert "  test: no images or masks; the split is dropped" in capsys.readouterr().out
+    assert not (tmp_path / "copy/test").exists()
+    changes = json.loads((tmp_path / "copy/changes.json").read_text())
+    (change,) = [one for one in changes if one["file"] == str(path)]
+    assert (change["finding"], change["id"]) == ("test-left-out", "test")
+    assert change["change"] == "the split is left out: it has no images or masks"
+
+
 def test_validation_images_that_can_not_be_used_are_dropped_and_others_held_out(tmp_path, capsys):
     root = write_sample(tmp_path / "set", images=(10, 2, 0))
     for path in (root / "valid").glob("*.jpg"):
