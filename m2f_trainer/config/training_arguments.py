@@ -584,7 +584,7 @@ class TrainArguments(TrainingArguments):
     def _require_length(self) -> None:
         """A run makes at least one step: the Trainer would end without one, and save an untrained model."""
         epochs = vars(self)["num_train_epochs"]
-        if self.max_steps == 0 or self.max_steps < -1 or (not isinstance(epochs, str) and epochs <= 0):
+        if self.max_steps == 0 or self.max_steps < -1 or (isinstance(epochs, int | float) and epochs <= 0):
             raise RecipeError(
                 f"max_steps={self.max_steps}, num_train_epochs={epochs}: expected a run of at least one step. Give "
                 "num_train_epochs above 0, and max_steps of at least 1, or -1 to train by epochs."
@@ -607,16 +607,17 @@ class TrainArguments(TrainingArguments):
     def _follow_launcher(self) -> None:
         """Take the precision from `accelerate launch`, which passes its options and its file by the environment.
 
-        accelerate would follow them whatever the recipe says, so whatever contradicts the recipe is refused.
+        `bf16` or `fp16` of the recipe win. Otherwise accelerate would follow the environment whatever the recipe says,
+        so what contradicts the recipe is refused.
         """
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
         if self.bf16 is None and not self.fp16 and asked in ("bf16", "fp16"):
             self.bf16, self.fp16 = asked == "bf16", asked == "fp16"
-        own = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
-        if asked not in ("no", own):
+        if asked != "no" and not self.bf16 and not self.fp16:
             raise RecipeError(
                 f"ACCELERATE_MIXED_PRECISION={asked}, as accelerate launch or its file sets it, contradicts the "
-                f"recipe's mixed precision ({own}). Leave it out there, or set bf16 or fp16 in the recipe to match."
+                "recipe, which trains in float32. Leave it out there, or set bf16 or fp16 in the recipe (when a run is "
+                "resumed, with --allow_changes true)."
             )
         for variable, field in LAUNCHER_ENGINES.items():
             if os.environ.get(variable, "false").lower() in ("true", "1") and not vars(self)[field]:

@@ -36,11 +36,12 @@ _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _FOUR_CORNERS = ("rotation", "oriented_rectangle", "quadrilateral")
 _LARGEST = 1e6  # pixels; a coordinate beyond is a mistake
 _MIN_CORNERS = 12  # of a circle; larger circles have as many as labelme gives them
-_WRITE_IMAGES = (  # a program without double quotes
-    "import base64, json, pathlib as p;"
-    " [f.with_name(p.PureWindowsPath(d['imagePath']).name).write_bytes(base64.b64decode(d['imageData']))"
+_WRITE_IMAGES = (  # a program without double quotes; it overwrites nothing and follows no link
+    "import base64, json, os, pathlib as p;"
+    " [open(t, 'xb').write(base64.b64decode(d['imageData']))"
     " for f in p.Path('.').rglob('*.json') for d in [json.loads(f.read_text('utf-8'))]"
-    " if 'imageData' in d and d['imageData']]"
+    " if 'imageData' in d and d['imageData']"
+    " for t in [f.with_suffix(p.PureWindowsPath(d['imagePath']).suffix)] if not os.path.lexists(t)]"
 )
 
 
@@ -154,10 +155,13 @@ def _image_file(
     path = Path(os.path.normpath(beside.parent / written.replace("\\", "/")))
     absolute, around = (Path(os.path.abspath(one)) for one in (path, folder))  # noqa: PTH100 (keeps links)
     is_inside = absolute.is_relative_to(around)
-    if is_inside and os.path.isfile(path):  # noqa: PTH113 (False, not an error, for a name that is too long)
+    if is_inside and _is_file(path):
         return path
-    own = [beside.parent / base] if base and os.path.isfile(beside.parent / base) else []  # noqa: PTH113
-    choices, misplaced = own or places.find(base), places.find_in_other_splits(base)
+    choices, misplaced = places.find(base), places.find_in_other_splits(base)
+    near = [one for one in (beside.parent / base, *_written_image(has_data, beside, written)) if _is_file(one)][:1]
+    named = [one for one in choices if one not in near and one.parent.name == PureWindowsPath(written).parent.name]
+    if near and not named:
+        choices = near
     if len(choices) == 1:
         report("found-image", name, [beside.name], f"{beside}: {written!r} is read from {choices[0]}.")
         return choices[0]
@@ -180,6 +184,15 @@ def _image_file(
         return path
     report(kind, name, [beside.name], f"{beside}: {problem}")
     return None
+
+
+def _written_image(has_data: bool, path: Path, written: str) -> list[Path]:
+    """Where `_WRITE_IMAGES` writes the image of an annotation file that holds it."""
+    return [path.with_suffix(PureWindowsPath(written).suffix)] if has_data else []
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (False, not an error, for a name that is too long)
 
 
 def _objects(shapes: Sequence[Any], path: Path, report: Any) -> Iterator[tuple[str, dict[int, Entry]]]:

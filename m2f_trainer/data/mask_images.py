@@ -43,6 +43,7 @@ _SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of masks: formats that 
 _EXAMINED = 50  # masks that decide whether values are objects
 _MANY = 20  # semantic datasets rarely have more classes
 _FEWER_FLOATS = 2**24  # from which on floats of 32 bits lack whole numbers
+_LARGE_ID = 2**16  # from which on objects are renumbered, because a table of all ids takes too much memory
 _VOC_VOID = 255  # the value of the border around objects
 _CLASS = 1  # the id of the only class where masks have none
 
@@ -258,7 +259,8 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.N
     """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image.
 
     Alpha is dropped. Whole numbers may be stored as floating-point numbers, as ImageJ does. Pixels of the void border
-    around objects in masks with Pascal VOC's palette get the value 0; their number is the second result.
+    around objects in masks with Pascal VOC's palette get the value 0; their number is the second result. Where 255 is
+    the only value, it is that of objects.
 
     Raises:
         ImageError: it can't be read, has values that aren't whole numbers from 0, or a link leads out of the dataset
@@ -288,8 +290,10 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.N
         values = values[..., 0]
     if values.dtype.kind == "f":
         values = values.astype(np.int64)
-    void = (values == _VOC_VOID) & _has_voc_palette(image)
-    return np.where(void, 0, values) if void.any() else values, int(void.sum())
+    if not _has_voc_palette(image) or np.isin(values, (0, _VOC_VOID)).all():
+        return values, 0
+    void = values == _VOC_VOID
+    return np.where(void, 0, values), int(void.sum())
 
 
 def _has_voc_palette(image: Image.Image) -> bool:
@@ -340,8 +344,9 @@ def _check_instances(masks: Sequence[Path], files: SplitFiles) -> None:
         ids: list[int] = np.unique(values[values != 0]).tolist() if values.ndim == 2 else []
         if not ids:
             continue
-        numbers = np.where(values != 0, np.searchsorted(ids, values) + 1, 0)  # ids may be too large for a table
-        boxes = enumerate(ndimage.find_objects(numbers), start=1)
+        large = ids[-1] >= _LARGE_ID
+        numbers = np.where(values != 0, np.searchsorted(ids, values) + 1, 0) if large else values.astype(np.int32)
+        boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(numbers), 1) if box is not None]
         pieces = [ndimage.label(numbers[box] == number, np.ones((3, 3)))[1] for number, box in boxes]
         whole, total = whole + pieces.count(1), total + len(pieces)
         counts.add(len(ids))

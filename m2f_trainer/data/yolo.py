@@ -43,7 +43,7 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
     if path is None:
         return tuple(_splits_of_classes(root))
     content = read_yaml(path)
-    bases = [*([_place([root], content["path"])] if isinstance(content.get("path"), str) else ()), root]
+    bases = _bases(root, content.get("path"))
     found = []
     for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
@@ -54,6 +54,15 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
         else:
             logger.warning("%s: the test split %r doesn't exist and is left out", path, value)
     return tuple(found)
+
+
+def _bases(root: Path, value: object) -> list[Path]:
+    """The folders that paths of a data.yaml start from: that of its `path:`, if it is relative, then the dataset's.
+
+    An absolute `path:` is that of the dataset's folder, on this machine or on another one.
+    """
+    parts = _parts(value) if isinstance(value, str) and not PureWindowsPath(value).anchor else ()
+    return [root.joinpath(*parts), root] if parts and ".." not in parts and root.joinpath(*parts).is_dir() else [root]
 
 
 def _yaml_of_any_name(root: Path) -> Path | None:
@@ -96,13 +105,14 @@ def _split(bases: Sequence[Path], path: Path, split: str, values: Sequence[objec
 def _listed_images(bases: Sequence[Path], listing: Path) -> Iterator[Path]:
     """The images in a text file with one path a line; tools write other folders before those of the dataset."""
     root = bases[-1]
+    if not listing.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{listing}: the list of images leads out of {root}. Name a file inside it.")
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: can't be read ({error}). Replace the file.") from error
     for line in lines:
-        candidates = (base.joinpath(*ending) for ending in _endings(line) for base in bases)
-        file = next((one for one in candidates if one.is_file()), None)
+        file = next((one for one in _places(bases, line) if one.is_file()), None)
         if file is None or not file.resolve().is_relative_to(root.resolve()):
             raise DataError(f"{listing}: the image {line!r} isn't in {root}. Add it, or correct the line.")
         yield file
@@ -110,25 +120,38 @@ def _listed_images(bases: Sequence[Path], listing: Path) -> Iterator[Path]:
         raise DataError(f"{listing}: expected the path of an image in each line, found none. Add the images.")
 
 
-def _endings(value: str) -> Iterator[tuple[str, ...]]:
-    """The parts of a path without Roboflow's leading ../, and those of its endings, the longest first."""
-    path = PureWindowsPath(value)
-    parts = tuple(dropwhile("..".__eq__, path.relative_to(path.anchor).parts))
-    yield from (parts[start:] for start in range(len(parts) or 1))
-
-
 def _place(bases: Sequence[Path], value: str) -> Path:
-    """A file or folder of a data.yaml below the first folder of `bases` that has it; below the last one if none has.
+    """The first of `_places` that exists; without one, the path as it is written, below the last base if relative."""
+    found = (place for place in _places(bases, value) if place.exists())
+    return next(found, bases[-1] / (value if PureWindowsPath(value).anchor else Path(*_parts(value))))
 
-    Of an absolute path, as another machine wrote it, the longest ending that exists is taken, unless it lacks the
-    folder of the split.
+
+def _places(bases: Sequence[Path], value: str) -> Iterator[Path]:
+    """The places below the folders `bases` that a path of a data.yaml or of a list may mean, the most likely first.
+
+    Where its first folder isn't in the dataset, it may begin with folders of another machine: then its endings may be
+    meant, the longest first. They keep the folder that is named after a split, or `images` if there is none.
     """
-    whole, *others = _endings(value)
+    parts, root = _parts(value), Path(os.path.abspath(bases[-1]))  # noqa: PTH100 (keeps links)
     is_absolute = PureWindowsPath(value).anchor != ""
-    names_split = any(map(split_of, whole))
-    endings = [whole, *(one for one in others if is_absolute and (any(map(split_of, one)) or not names_split))]
-    found = (base.joinpath(*ending) for ending in endings for base in bases)
-    return next((one for one in found if one.exists()), bases[-1].joinpath(value if is_absolute else Path(*whole)))
+    for folder in (root, root.resolve()):
+        if is_absolute and Path(value).is_relative_to(folder):
+            yield bases[-1] / Path(value).relative_to(folder)
+    if not is_absolute:
+        yield from (base.joinpath(*parts) for base in bases)
+        if any((base / parts[0]).exists() for base in bases if parts):
+            return
+    of_split = any(map(split_of, parts[:-1]))
+    for start in range(0 if is_absolute else 1, len(parts)):
+        ending = parts[start:]
+        if any(map(split_of, ending)) if of_split else len(ending) > 1 and "images" in ending:
+            yield from (base.joinpath(*ending) for base in bases)
+
+
+def _parts(value: str) -> tuple[str, ...]:
+    """The parts of a path without its drive and Roboflow's leading ../."""
+    path = PureWindowsPath(value)
+    return tuple(dropwhile("..".__eq__, path.relative_to(path.anchor).parts))
 
 
 class BoundedLoader(yaml.SafeLoader):  # type: ignore[misc]
@@ -256,7 +279,8 @@ def label_folder(images: Path, root: Path) -> Path:
         for labels in named_folders(root.joinpath(*parts[:place]), ("labels",)):
             if (found := labels.joinpath(*parts[place + 1 :])).is_dir():
                 return found
-    return root.joinpath(*parts[: places[0]], "labels", *parts[places[0] + 1 :]) if places else images
+    exact = next((place for place in places if parts[place] == "images"), None)
+    return images if exact is None else root.joinpath(*parts[:exact], "labels", *parts[exact + 1 :])
 
 
 def _images_and_labels(files: SplitFiles) -> list[tuple[Path, Path]]:

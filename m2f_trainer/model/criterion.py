@@ -62,10 +62,15 @@ class LossSettings:
         """Raise ModelError for a value that the loss can't be computed with."""
         share = self.importance_sample_ratio
         for name, value, fits, expected in (
-            ("no_object_weight", self.no_object_weight, self.no_object_weight > 0, "more than 0"),
+            ("no_object_weight", self.no_object_weight, self.no_object_weight >= 0, "at least 0"),
             ("train_num_points", self.num_points, self.num_points >= 1, "at least 1"),
-            ("oversample_ratio", self.oversample_ratio, self.oversample_ratio >= 1, "at least 1"),
             ("importance_sample_ratio", share, 0 <= share <= 1, "between 0 and 1"),
+            (
+                "oversample_ratio",
+                self.oversample_ratio,
+                self.oversample_ratio >= share,
+                "importance_sample_ratio or more",
+            ),
         ):
             if not fits:
                 raise ModelError(f"{name} of the head's configuration: expected {expected}, got {value}")
@@ -152,8 +157,9 @@ class Criterion(nn.Module):
             mask, dice = self._mask_losses(embeddings, features, masks, matches, points)
             untouched = 0 * (embeddings.sum() + features.sum())  # gradients of 0 on a rank without objects
             count = divisors[0].clamp(min=1)
+            weight = divisors[1].clamp(min=torch.finfo(divisors.dtype).tiny)  # 0 with a no_object_weight of 0
             terms = {
-                "loss_cross_entropy": self.settings.class_weight * (entropy * weights).sum((1, 2)) / divisors[1],
+                "loss_cross_entropy": self.settings.class_weight * (entropy * weights).sum((1, 2)) / weight,
                 "loss_mask": self.settings.mask_weight * mask / count + untouched,
                 "loss_dice": self.settings.dice_weight * dice / count,
             }
@@ -165,7 +171,7 @@ class Criterion(nn.Module):
                 truth = best_overlaps(embeddings[-1][:, seen], features, masks, sampled, targets)
                 losses = F.binary_cross_entropy_with_logits(quality_logits.float(), truth, reduction="none")
                 share = losses.shape[1] / weights.shape[2]
-                quality = (losses * weights[-1][:, seen]).sum() / (share * divisors[1])
+                quality = (losses * weights[-1][:, seen]).sum() / (share * weight)
                 terms["loss_quality"] = self.settings.quality_weight * quality.unsqueeze(0)
             return terms
 

@@ -6,6 +6,7 @@ run reads the factors and keeps the base weights that it started from.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .build import load_backbone_weights
 from .mask2former import M2FConfig, M2FModel, backbone_of
 from .sources import ModelError, load_config, share_weights
 from .weights import BACKBONE
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 ATTENTION = frozenset({"attention", "attn"})
@@ -162,7 +165,15 @@ def _check_published(model: M2FModel) -> None:
         raise ModelError("an adapter needs a published backbone, and this one started with random weights")
     if config.init_from is None:
         return
-    published = load_pretrained(config.backbone_name, backbone_of(config)).state_dict()
+    try:
+        published = load_pretrained(config.backbone_name, backbone_of(config)).state_dict()
+    except (ModelError, OSError):
+        logger.warning(
+            "the adapter's base is not compared with %r, which could not be loaded: if it was trained in the model "
+            "that init_from names, the adapter does not fit the published backbone",
+            config.backbone_name,
+        )
+        return
     own = {name.replace(".base_layer.", "."): one for name, one in model.encoder.backbone.state_dict().items()}
     for name, tensor in published.items():
         if not name.endswith("mask_token") and not torch.equal(own[name].cpu(), tensor):

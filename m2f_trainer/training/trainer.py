@@ -27,7 +27,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate, object_counts
 from m2f_trainer.data.tiles import EvalTiles, TileOrder, TileTransform
 from m2f_trainer.distributed import from_main
-from m2f_trainer.errors import RecipeError
+from m2f_trainer.errors import CheckpointError, RecipeError
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.evaluation.thresholds import class_thresholds
@@ -125,7 +125,8 @@ class M2FTrainer(Trainer):
             self.remove_callback(stock)
         average = [Average(args.ema_decay)] if args.ema_decay is not None else []
         patience = args.early_stopping_patience
-        stopping = [EarlyStoppingCallback(patience)] if patience is not None else []
+        given = any(isinstance(one, EarlyStoppingCallback) for one in callbacks)
+        stopping = [EarlyStoppingCallback(patience)] if patience is not None and not given else []
         bars = console(bars=not arguments.disable_tqdm)
         for callback in [DataWait(), SeedEveryStep(), guard, NoStockUpload(), *stopping, *bars, *average]:
             self.add_callback(callback)
@@ -145,13 +146,15 @@ class M2FTrainer(Trainer):
             self.remove_callback(Clock)  # of an earlier call
             for clock in clock_of(self.args, self.begun):
                 self.add_callback(clock)
-        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
+        eval_on_start = self.args.eval_on_start
+        self.args.eval_on_start = eval_on_start and not resume_from_checkpoint
         log = logging.getLogger("transformers.trainer")
         log.addFilter(self.is_to_be_shown)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             log.removeFilter(self.is_to_be_shown)
+            self.args.eval_on_start = eval_on_start
 
     def is_to_be_shown(self, record: logging.LogRecord) -> bool:
         """Whether to show a warning of transformers: not that an epoch has no samples when a run has ended before it.
@@ -177,6 +180,19 @@ class M2FTrainer(Trainer):
             self.args.lr_scheduler_kwargs = given
             self.lr_scheduler = with_rate_shape(schedule, self.args, num_training_steps)  # type: ignore[assignment]
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's. Raises CheckpointError where an earlier version had other groups of parameters."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{checkpoint}: its optimizer has other groups of parameters than this version of m2f_trainer makes. "
+                f"Start a new run from its weights, with --init_from {checkpoint}, or resume it with the version that "
+                "wrote it."
+            ) from error
 
     def _load_callback_state(self) -> None:
         """As the Trainer's, which replaces callbacks by those of the checkpoint.
@@ -300,13 +316,18 @@ class M2FTrainer(Trainer):
         config.thresholds = class_thresholds(details, [category["id"] for category in config.categories or []])
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
-        """As the Trainer's, which keeps the loader of `eval_dataset` while its workers persist.
+        """As the Trainer's, which keeps the loader of the validation samples while its workers persist.
 
-        It would return that loader for any dataset that is given. The loader of a given one is not kept.
+        It would return that loader for any dataset that is given. The loader of another one is not kept, nor its
+        workers.
         """
-        if eval_dataset is None or isinstance(eval_dataset, str):
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
             return super().get_eval_dataloader(eval_dataset)
-        return self.get_test_dataloader(eval_dataset)
+        persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
+        try:
+            return self.get_test_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_persistent_workers = persistent
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the Trainer's, with a time limit, and with a dataset that reports the sample being loaded on errors.
@@ -361,7 +382,7 @@ def check_arguments(args: object, given: Mapping[str, object], splits: Sequence[
     """
     if not isinstance(args, TrainArguments):
         raise TypeError(f"args: expected m2f_trainer's TrainArguments, got {type(args).__name__}")
-    automatic = [name for name in options_of(TrainArguments) if vars(args)[name] == AUTO]
+    automatic = [name for name, row in options_of(TrainArguments).items() if row.auto and vars(args)[name] == AUTO]
     if automatic:
         raise RecipeError(
             f"{', '.join(automatic)}: expected a number, got auto, which only m2f train resolves. Give a number, or "

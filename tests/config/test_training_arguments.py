@@ -206,7 +206,9 @@ def test_accelerate_launch_sets_the_precision_and_contradicts_no_recipe(monkeypa
         assert (arguments.bf16, arguments.fp16, arguments.mixed_precision) == (bf16, fp16, asked)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert TrainArguments(bf16=True, **rest).bf16, "no is also what it passes where nothing was asked"
-    for asked, own in (("bf16", {"bf16": False}), ("fp16", {"bf16": True}), ("fp8", {})):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert TrainArguments(bf16=True, **rest).mixed_precision == "bf16", "a precision of the recipe wins"
+    for asked, own in (("bf16", {"bf16": False}), ("fp8", {"bf16": False})):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
         with pytest.raises(RecipeError, match=f"ACCELERATE_MIXED_PRECISION={asked}, .* contradicts the recipe"):
             TrainArguments(**own, **rest)

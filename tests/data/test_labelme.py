@@ -130,6 +130,14 @@ def test_an_image_beside_its_file_is_read_where_its_path_leads_elsewhere(tmp_pat
     assert [one.ids for one in examine(tmp_path / "set").findings if one.kind == "found-image"] == [["a.json"] * 2]
 
 
+def test_an_image_beside_its_file_and_one_in_the_folder_of_its_path_are_ambiguous(tmp_path):
+    root = labelme(tmp_path / "set", "a", image_path="..\\old\\images\\{}.png")
+    (root / "images").mkdir()
+    Image.fromarray(np.full_like(np.asarray(Image.open(root / "a.png")), 7)).save(root / "images/a.png")
+    with pytest.raises(DataError, match=r"may be .*set/a\.png, .*set/images/a\.png\. Correct `imagePath`"):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 def test_images_beside_the_named_folder_are_refused_with_the_folder_that_holds_both(tmp_path):
     root = labelme(tmp_path / "set/images", "ab", image_path="..\\images\\{}.png", folder="../labels").parent
     message = (

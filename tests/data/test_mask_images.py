@@ -22,6 +22,9 @@ def ids(count: int, dtype: type = np.uint8) -> np.ndarray:
     return values
 
 
+VOC_COLOURS = [[0, 0, 0], [128, 0, 0], *[[k, k, k] for k in range(2, 255)], [224, 224, 192]]
+
+
 def save(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
@@ -210,17 +213,29 @@ def test_values_that_are_no_ids_are_refused_with_the_file_and_the_value(folder, 
 
 def test_the_void_border_of_pascal_voc_is_no_object(tmp_path, caplog):
     root = masked(tmp_path / "set", (3, 5), mask="instances/{}.png")
-    colours = [[0, 0, 0], [128, 0, 0], *[[k, k, k] for k in range(2, 255)], [224, 224, 192]]
     for name, count in (("a", 3), ("b", 5)):
         values = ids(count)
         values[15] = 255
         image = Image.fromarray(values)
-        image.putpalette([value for colour in colours for value in colour] if name == "a" else [*range(256)] * 3)
+        image.putpalette([value for colour in VOC_COLOURS for value in colour] if name == "a" else [*range(256)] * 3)
         image.save(root / f"instances/{name}.png")
     rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
     assert [len(row["objects"]) for row in rows] == [3, 6], "255 of another palette may be an object"
     assert "void border of Pascal VOC in a mask (1), the first: " in caplog.text
     assert "a.png: 20 pixels of the value 255 in Pascal VOC's palette are taken as background" in caplog.text
+
+
+def test_255_is_an_object_where_it_is_the_only_value(tmp_path):
+    root = tmp_path / "set"
+    pictures(root, ["a/images/a.png", "b/images/b.png"])
+    for name in ("a", "b"):
+        for k in (1, 2):
+            (root / name / "masks").mkdir(exist_ok=True)
+            image = Image.fromarray(np.where(ids(2) == k, 255, 0).astype(np.uint8))
+            image.putpalette([value for c in VOC_COLOURS for value in c])
+            image.save(root / f"{name}/masks/{k}.png")
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert [len(row["objects"]) for row in rows] == [2, 2]
 
 
 def test_a_file_of_several_masks_is_refused(tmp_path):

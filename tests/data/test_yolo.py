@@ -224,6 +224,59 @@ def test_an_absolute_path_is_not_replaced_by_a_folder_of_all_splits(tmp_path):
         load_coco(root, cache_dir=tmp_path / "cache")
 
 
+def counts(root, tmp_path):
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    return {split: [len(row["objects"]) for row in rows] for split, rows in splits.items()}
+
+
+def test_the_datasets_own_folder_is_used_in_any_spelling_and_beside_a_copy_of_it(tmp_path, monkeypatch):
+    root = yolo(tmp_path / "set")
+    (root / "data.yaml").write_text(YAML.replace("path: .", f"path: {root}"))
+    shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", root, "link", "copy"):
+        assert counts(name, tmp_path) == {"train": [1, 0], "valid": [1, 0]}
+    (root / "data.yaml").write_text(f"train: {root}/images/train\nval: {root}/images/val\nnames: [cat, dog]\n")
+    for name in ("set", root, "link"):
+        assert counts(name, tmp_path) == {"train": [1, 0], "valid": [1, 0]}
+
+
+def test_a_path_of_another_machine_does_not_become_a_folder_of_all_splits(tmp_path, caplog):
+    root = yolo(tmp_path / "set")
+    (root / "data.yaml").write_text(f"{YAML}test: /content/ds/images\n")
+    assert counts(root, tmp_path) == {"train": [1, 0], "valid": [1, 0]}
+    assert "the test split '/content/ds/images' doesn't exist and is left out" in caplog.text
+    (root / "data.yaml").write_text("train: /home/a/images\nval: /home/b/images\nnames: [cat, dog]\n")
+    with pytest.raises(DataError, match="'/home/a/images' of 'train' leads out of"):
+        counts(root, tmp_path)
+
+
+def test_a_missing_image_of_a_list_is_not_replaced_by_another_of_its_name(tmp_path):
+    root = yolo(tmp_path / "set", yaml=YAML.replace("images/train", "train.txt"))
+    (root / "images/train/a.jpg").rename(root / "a.jpg")
+    (root / "train.txt").write_text("./images/train/a.jpg\n./images/train/b.png\n")
+    with pytest.raises(DataError, match=r"the image './images/train/a\.jpg' isn't in"):
+        counts(root, tmp_path)
+
+
+def test_a_list_outside_of_the_folder_is_not_read(tmp_path):
+    root = yolo(tmp_path / "set", yaml=YAML.replace("images/train", "images/../../secret.txt"))
+    (tmp_path / "secret.txt").write_text("password\n")
+    with pytest.raises(DataError, match="the list of images leads out of") as error:
+        counts(root, tmp_path)
+    assert "password" not in str(error.value)
+
+
+def test_labels_may_be_beside_the_images_of_a_folder_called_images_with_a_capital(tmp_path):
+    root = yolo(tmp_path / "set", yaml=YAML.replace("images", "Images"))
+    for split in ("train", "val"):
+        (root / "labels" / split / "a.txt").rename(root / "images" / split / "a.txt")
+    (root / "images").rename(root / "Images")
+    shutil.rmtree(root / "labels")
+    assert counts(root, tmp_path) == {"train": [1, 0], "valid": [1, 0]}
+
+
 @pytest.mark.parametrize("pattern", ["images/{}", "{}/images"])
 def test_a_split_may_have_several_folders_and_lists(pattern, tmp_path):
     root = yolo(tmp_path / "set", pattern=pattern)

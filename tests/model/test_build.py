@@ -193,7 +193,7 @@ def test_a_field_of_another_type_is_refused_with_its_name_also_in_a_file(tmp_pat
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("no_object_weight", 0.0, "more than 0"), ("oversample_ratio", 0.5, "at least 1"),
+        ("no_object_weight", -0.1, "at least 0"), ("oversample_ratio", 0.5, "importance_sample_ratio or more"),
         ("importance_sample_ratio", 1.5, "between 0 and 1"), ("train_num_points", 0, "at least 1"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The loss beyond its equality with transformers' (test_transformers_parity.py)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,10 +30,13 @@ def inputs(counts: list[int], dtype: torch.dtype = torch.float32) -> dict[str, A
     }
 
 
+@pytest.mark.parametrize("no_object_weight", [0.1, 0.0])
 @pytest.mark.parametrize("counts", [[0, 0], [0, 3], [9], [4, 0, 9]], ids=str)
-def test_any_number_of_objects_gives_finite_terms_and_gradients_everywhere(counts: list[int]) -> None:
+def test_any_number_of_objects_gives_finite_terms_and_gradients_everywhere(
+    counts: list[int], no_object_weight: float
+) -> None:
     given = inputs(counts)
-    terms = Criterion(3, SETTINGS)(**given)
+    terms = Criterion(3, replace(SETTINGS, no_object_weight=no_object_weight))(**given)
     assert all(term.shape == (2,) and term.isfinite().all() for term in terms.values())
     torch.stack(list(terms.values())).sum().backward()
     for name in ("embeddings", "features", "class_logits"):

@@ -182,7 +182,9 @@ def test_an_adapter_that_does_not_fit_its_configuration_is_refused(published: st
         load_adapter(tmp_path)
 
 
-def test_an_adapter_is_only_saved_where_its_backbone_can_be_loaded_again(published: str, tmp_path: Path) -> None:
+def test_an_adapter_is_only_saved_where_its_backbone_can_be_loaded_again(
+    published: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ModelError, match="needs a published backbone, and this one started with random weights"):
         save_adapter(adapted(), tmp_path / "random")
     frozen = tiny_model(published)
@@ -195,6 +197,11 @@ def test_an_adapter_is_only_saved_where_its_backbone_can_be_loaded_again(publish
     with pytest.raises(ModelError, match=r"differs from that of .*: it was trained there"):
         save_adapter(perturbed(tiny_model(published, init_from=str(tmp_path / "trained"))), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    away = perturbed(tiny_model(published, init_from=str(tmp_path / "frozen")))
+    away.config.backbone_name = str(tmp_path / "gone")
+    save_adapter(away, tmp_path / "away")
+    assert (tmp_path / "away/adapter_model.safetensors").is_file(), "it is not known that it differs"
+    assert "the adapter's base is not compared with" in caplog.text
 
 
 def test_adapters_that_read_other_layers_share_the_deepest_backbone(published: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The Trainer's seams, used from a notebook."""
 
+import gc
 import inspect
+import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import m2f_trainer
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -19,7 +21,7 @@ from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
-from m2f_trainer.errors import RecipeError, SharingError
+from m2f_trainer.errors import CheckpointError, RecipeError, SharingError
 from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.hub.upload import push
 from m2f_trainer.inference.predictor import Predictor
@@ -105,6 +107,7 @@ PRIVATE: dict[str, dict[str, object]] = {
     "_get_num_items_in_batch": {"self": EMPTY, "batch_samples": EMPTY, "device": EMPTY},
     "_get_grad_norm": {"self": EMPTY, "model": EMPTY, "grad_norm": None},
     "_load_callback_state": {"self": EMPTY},
+    "_load_optimizer_and_scheduler": {"self": EMPTY, "checkpoint": EMPTY},
 }  # fmt: skip
 
 
@@ -247,13 +250,19 @@ def test_a_notebook_trains_evaluates_and_predicts_with_the_public_names(tmp_path
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
+def children() -> set[int | None]:
+    """The processes that this one has started and that run."""
+    gc.collect()
+    return {one.pid for one in multiprocessing.active_children()}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_that_is_given_is_the_one_that_is_evaluated(tmp_path: Path, workers: int) -> None:
     """transformers keeps the loader of a dataset whose workers persist."""
     splits = load_coco(write_sample(tmp_path / "data", images=(3, 2, 0)))
     train, valid = (InstanceDataset(rows, EvalTransform(64, 64), categories_of(rows)) for rows in splits.values())
     arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=workers)
-    own = {"eval_dataset": valid, "compute_metrics": lambda found: {"images": len(found)}}
+    before, own = children(), {"eval_dataset": valid, "compute_metrics": lambda found: {"images": len(found)}}
     trainer = M2FTrainer(tiny_model(categories=[vars(one) for one in train.categories]), arguments, **own)
     assert trainer.evaluate()["eval_images"] == 2
     assert trainer.evaluate(train)["eval_images"] == 3
@@ -261,9 +270,10 @@ def test_a_dataset_that_is_given_is_the_one_that_is_evaluated(tmp_path: Path, wo
     assert trainer.evaluate()["eval_images"] == 2
     both = trainer.evaluate({"train": train, "valid": valid})
     assert (both["eval_train_images"], both["eval_valid_images"]) == (3, 2)
+    assert len(children() - before) == workers, "only those of the validation samples are kept"
 
 
-def notebook(folder: Path, **fields: Any) -> M2FTrainer:
+def notebook(folder: Path, callbacks: Sequence[TrainerCallback] = (), **fields: Any) -> M2FTrainer:
     """A trainer with a training and a validation split, as a notebook makes it."""
     data = load_coco(write_sample(folder / "data", images=(4, 1, 0)))
     categories = categories_of(data["train"])
@@ -273,6 +283,7 @@ def notebook(folder: Path, **fields: Any) -> M2FTrainer:
         TrainArguments(output_dir=str(folder / "run"), per_device_train_batch_size=2, **rest, **fields),
         train_dataset=InstanceDataset(data["train"], TrainTransform(64, 64), categories),
         eval_dataset=InstanceDataset(data["valid"], EvalTransform(64, 64), categories),
+        callbacks=callbacks,
     )
 
 
@@ -280,6 +291,25 @@ def test_early_stopping_works_in_a_notebook(tmp_path: Path) -> None:
     trainer = notebook(tmp_path, max_steps=8, checkpointing_steps=1, early_stopping_patience=1, learning_rate=0.0)
     trainer.train()
     assert trainer.state.global_step == 2, "the second figure equals the first"
+
+
+def test_early_stopping_that_a_notebook_gives_is_the_only_one(tmp_path: Path) -> None:
+    own = EarlyStoppingCallback(3)
+    trainer = notebook(tmp_path, [own], max_steps=2, early_stopping_patience=1)
+    assert [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)] == [own]
+
+
+def test_an_optimizer_with_other_groups_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Earlier versions decayed other parameters."""
+    trainer = notebook(tmp_path, max_steps=1, checkpointing_steps=1)
+    trainer.train()
+    file = tmp_path / "run" / "checkpoint-1" / "optimizer.pt"
+    state = torch.load(file)
+    state["param_groups"][0]["params"].pop()
+    torch.save(state, file)
+    message = r"checkpoint-1: its optimizer has other groups of parameters .* --init_from .*checkpoint-1"
+    with pytest.raises(CheckpointError, match=message):
+        notebook(tmp_path, max_steps=2, checkpointing_steps=1).train(str(file.parent))
 
 
 def test_minutes_work_in_a_notebook_and_count_from_each_call(tmp_path: Path) -> None:
@@ -290,6 +320,11 @@ def test_minutes_work_in_a_notebook_and_count_from_each_call(tmp_path: Path) -> 
         assert 0.6 <= time.monotonic() - begun < 30
         assert trainer.state.global_step >= 1
         assert "eval_map" in trainer.latest_metrics
+
+
+def test_a_run_may_resume_automatically(tmp_path: Path) -> None:
+    """As recipes/slurm.sh asks for it."""
+    assert notebook(tmp_path, resume_from_checkpoint="auto", max_steps=1).args.max_steps == 1
 
 
 def test_a_number_of_a_notebook_may_not_be_auto(tmp_path: Path) -> None:
