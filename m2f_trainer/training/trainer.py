@@ -211,9 +211,8 @@ class M2FTrainer(Trainer):
         self.args.restore_callback_states_from_checkpoint = restore
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                state.stateful_callbacks.setdefault(
-                    type(callback).__name__, {}
-                )  # otherwise the first save would raise KeyError
+                # without an entry, the first save would raise KeyError
+                state.stateful_callbacks.setdefault(type(callback).__name__, {})
             before = started.get(type(callback))
             if isinstance(callback, EarlyStoppingCallback) and isinstance(before, EarlyStoppingCallback):
                 callback.early_stopping_patience = before.early_stopping_patience
