@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from m2f_trainer.errors import printable
 from m2f_trainer.run_folder import write_atomically
+from m2f_trainer.viz.fonts import families, warn_of_boxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def bar_chart(rows: Sequence[tuple[str | tuple[str, ...], float]], value_format:
         plain_text(label, 20) if isinstance(label, str) else "\n".join(plain_text(line, 30) for line in label)
         for label, _ in rows
     ]
-    with _axes(0.15 + 0.2 * max(1, sum(1 + label.count("\n") for label in labels))) as (figure, axes):
+    with _axes(0.15 + 0.2 * max(1, sum(1 + label.count("\n") for label in labels)), labels) as (figure, axes):
         places, values = range(len(rows)), [value for _, value in rows]
         drawn = axes.barh(places, values, color=PALETTE[0], height=0.7)
         axes.bar_label(drawn, [value_format.format(value) for value in values], padding=2)
@@ -82,7 +83,7 @@ def line_chart(
         y_max: the end of the y axis; by default it follows from the values.
     """
     named = [name for name in series if name]
-    with _axes(2.2 + 0.2 * len(named)) as (figure, axes):
+    with _axes(2.2 + 0.2 * len(named), named) as (figure, axes):
         drawn = [
             axes.plot(*zip(*points, strict=True), color=series_color(index), marker="o" if len(points) < 30 else "")[0]
             for index, points in enumerate(series.values())
@@ -106,7 +107,7 @@ def matrix_chart(counts: Sequence[Sequence[int]], labels: Sequence[str], x_label
     from matplotlib.colors import to_rgba
 
     size = len(labels)
-    with _axes(min(WIDTH, 1.3 + 0.4 * size)) as (figure, axes):
+    with _axes(min(WIDTH, 1.3 + 0.4 * size), labels) as (figure, axes):
         strengths = [[0.04 + 0.8 * count / max(1, sum(row)) for count in row] for row in counts]
         axes.imshow([[to_rgba(PALETTE[0], alpha) for alpha in row] for row in strengths], aspect="auto")
         for row, values in enumerate(counts):
@@ -146,16 +147,21 @@ def to_svg(figure: Figure, key: str = "") -> str:
 
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG; return the path."""
+    from matplotlib.text import Text
+
     buffer = io.BytesIO()
     with _style({}):
         figure.savefig(buffer, format="png", dpi=250)
+    warn_of_boxes(text.get_text() for text in figure.findobj(Text))
     return write_atomically(path, buffer.getvalue())
 
 
 @contextmanager
-def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A new figure of `WIDTH` x `height` inches and its axes, to be filled within the context."""
-    with _style({}):
+def _axes(height: float, labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+    """A new figure of `WIDTH` x `height` inches, in fonts that have the labels, and its axes, to be filled within the
+    context.
+    """
+    with _style({"font.family": families(map(printable, labels))}):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -172,5 +178,5 @@ def _style(more: Mapping[str, Any]) -> Iterator[None]:
         parameters: Any = matplotlib.rcParams  # its keys are literals to mypy
         parameters.update(STYLE)
         parameters.update(more)
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # an emoji in a name is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # `warn_of_boxes` tells of those in a PNG
         yield

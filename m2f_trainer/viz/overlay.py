@@ -12,18 +12,18 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from m2f_trainer.errors import printable
 from m2f_trainer.masks.rle import Bitmap, Box, Size
 from m2f_trainer.run_folder import write_atomically
 from m2f_trainer.viz.charts import plain_text
+from m2f_trainer.viz.fonts import draw_text, text_size, warn_of_boxes
 
 Color: TypeAlias = tuple[int, int, int]
 Rectangle: TypeAlias = tuple[float, float, float, float]
@@ -91,6 +91,8 @@ def choose_style(
     """
     classes = sorted({*names, *category_ids})
     several = len(classes) > 1
+    if several:
+        warn_of_boxes(names.values())
     percents = ["" if math.isnan(score) else f"{100 * score:.0f}%" for score in scores]
     labels = _labels(category_ids, percents, names)
     own_colors = [color(index) for index in range(len(labels))]
@@ -112,8 +114,8 @@ def labels_fit(size: Size, boxes: NDArray[np.float64], category_ids: Sequence[in
     """
     if not len(boxes) or len(boxes) > MAX_LABELS:
         return not len(boxes)
-    font, labels = _font(size), _labels(category_ids, ["100%"] * len(boxes), names)
-    widths, heights = np.array([_label_size(label, font) for label in labels]).T
+    pixels, labels = _font_size(size), _labels(category_ids, ["100%"] * len(boxes), names)
+    widths, heights = np.array([_label_size(label, pixels) for label in labels]).T
     small_beside_objects = np.median(widths * heights) <= np.median(boxes[:, 2] * boxes[:, 3])
     covered = (widths * heights).sum() / (size[0] * size[1])
     return bool(small_beside_objects and covered <= MAX_COVERED and widths.max() < size[1])
@@ -168,12 +170,12 @@ def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
     """The image with a strip below it that names the colours; the image itself if the legend is empty."""
     if not legend:
         return image
-    font = load_font(float(np.clip(image.width / 50, 11, 18)))
-    side = math.ceil(_label_size("Ag", font)[1])  # of a colour's square
-    words = [_cut(name, font, image.width - 2 * side) for name in legend]
+    pixels = float(np.clip(image.width / 50, 11, 18))  # font size
+    side = math.ceil(_label_size("Ag", pixels)[1])  # of a colour's square
+    words = [_cut(name, pixels, image.width - 2 * side) for name in legend]
     places, x, y = [], side // 2, side // 2
     for word in words:
-        width = 1.5 * side + _label_size(word, font)[0] + side
+        width = 1.5 * side + _label_size(word, pixels)[0] + side
         if x + width > image.width and x > side // 2:
             x, y = side // 2, y + round(1.4 * side)
         places.append((x, y))
@@ -183,7 +185,7 @@ def add_legend(image: Image.Image, legend: Mapping[str, Color]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for word, ink, (left, top) in zip(words, legend.values(), places, strict=True):
         draw.rectangle((left, image.height + top, left + side, image.height + top + side), fill=ink)
-        draw.text((left + 1.5 * side, image.height + top), word, fill=(0, 0, 0), font=font)
+        draw_text(draw, (left + 1.5 * side, image.height + top), word, pixels, (0, 0, 0))
     return picture
 
 
@@ -205,35 +207,27 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return inside[1:-1, 1:-1]
 
 
-def _font(size: Size) -> ImageFont.FreeTypeFont:
-    """The font of labels on an image of (H, W)."""
-    return load_font(float(np.clip(min(size) / 32, 9, 32)))
+def _font_size(size: Size) -> float:
+    """The font size of labels on an image of (H, W), in pixels."""
+    return float(np.clip(min(size) / 32, 9, 32))
 
 
-@lru_cache(maxsize=16)
-def load_font(size: float) -> ImageFont.FreeTypeFont:
-    """matplotlib's DejaVu Sans, as in charts: it has Latin, Cyrillic, Greek and more; Pillow's own font has ASCII."""
-    from matplotlib import get_data_path  # importing it takes 0.2 s
-
-    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def _cut(name: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _cut(name: str, pixels: float, width: float) -> str:
     """The name in one line of at most `width` pixels, or one character."""
     lengths = range(min(len(name), LONGEST_NAME), 1, -1)
     cuts = (plain_text(name, length) for length in lengths)
-    return next((cut for cut in cuts if font.getlength(cut) <= width), plain_text(name, 1))
+    return next((cut for cut in cuts if text_size(cut, pixels)[0] <= width), plain_text(name, 1))
 
 
-def _label_size(label: str, font: ImageFont.FreeTypeFont) -> tuple[float, float]:
-    """Width and height of a label with its margin, in pixels."""
-    _, _, right, bottom = ImageDraw.Draw(Image.new("1", (1, 1))).textbbox((0, 0), label, font=font)
+def _label_size(label: str, pixels: float) -> tuple[float, float]:
+    """Width and height of a label with its margin, in pixels; `pixels` is the font size."""
+    right, bottom = text_size(label, pixels)
     return right + 4, bottom + 3
 
 
 def _write_labels(draw: ImageDraw.ImageDraw, objects: Sequence[tuple[Box, Color, str]], size: Size) -> None:
     """Write each label where it covers neither another label nor the centre of another object, else leave it out."""
-    font = _font(size)
+    pixels = _font_size(size)
     covered = np.zeros(size, np.uint16)  # (H, W): how many labels and centres lie on a pixel
     centres = [
         (min((y0 + y1) // 2, size[0] - 1), min((x0 + x1) // 2, size[1] - 1)) for (x0, y0, x1, y1), _, _ in objects
@@ -244,7 +238,7 @@ def _write_labels(draw: ImageDraw.ImageDraw, objects: Sequence[tuple[Box, Color,
         if not label or box[2] <= box[0]:
             continue
         covered[centre] -= 1  # a label may lie on its own object
-        places = _label_places(box, _label_size(label, font), size)
+        places = _label_places(box, _label_size(label, pixels), size)
         free = next((place for place in places if not covered[_pixels(place)].any()), None)
         covered[centre] += 1
         if free is None:
@@ -252,7 +246,7 @@ def _write_labels(draw: ImageDraw.ImageDraw, objects: Sequence[tuple[Box, Color,
         covered[_pixels(free)] += 1
         draw.rectangle(free, fill=ink)
         dark = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2] > 140
-        draw.text((free[0] + 2, free[1] + 1), label, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+        draw_text(draw, (free[0] + 2, free[1] + 1), label, pixels, (0, 0, 0) if dark else (255, 255, 255))
 
 
 def _label_places(box: Box, label: tuple[float, float], size: Size) -> list[Rectangle]:
