@@ -71,7 +71,9 @@ def devices() -> Iterator[tuple[str, str]]:
     """Name and description of the processors that torch can use here."""
     import torch
 
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    from m2f_trainer.config.cores import usable_cores
+
+    yield "cpu", f"{usable_cores()} usable of {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield "cuda", torch.version.cuda or "-"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)

@@ -12,10 +12,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from m2f_trainer.cli import check, convert, demo, env, evaluate, export, predict, push, report, serve, train
 from m2f_trainer.cli.console import say
+from m2f_trainer.config.cores import scheduled_cores, usable_cores
 from m2f_trainer.errors import M2FError, RunStopped, escape_controls
 from m2f_trainer.version import __version__
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options and arguments.command != "train":
         parser.error(f"{arguments.command} takes no {options[0]}; see m2f {arguments.command} --help")
     disable_progress_bars_without_terminal()
+    limit_threads()
     warnings.filterwarnings("ignore", message=r"Image size .* exceeds limit")  # Pillow's; our own message follows
     escape_unprintable_output()
     escape_logged_controls()
@@ -96,6 +99,15 @@ def disable_progress_bars_without_terminal() -> None:
     if not sys.stderr.isatty():
         for library in ("HUB", "DATASETS"):
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+
+
+def limit_threads(system: Path = Path("/")) -> None:
+    """Let libraries start as many threads as a CPU quota grants: they see the cores only, and more threads wait for
+    each other. OMP_NUM_THREADS stays as it is where it is set. `system` is the root of the file system.
+    """
+    cores = usable_cores(system)
+    if cores < scheduled_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def escape_unprintable_output() -> None:

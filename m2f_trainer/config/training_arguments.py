@@ -24,6 +24,7 @@ from transformers.integrations import integration_utils as loggers
 from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
 
 from m2f_trainer.config.bfloat16 import gpu_computes_in_bf16
+from m2f_trainer.config.cores import usable_cores
 from m2f_trainer.config.fields import Theme, check_ranges, option
 from m2f_trainer.distributed import leave_at_exit, start_group
 from m2f_trainer.errors import RecipeError
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 MUON = "muon"
 UNKNOWN = 10**9
 """The Trainer's max_steps in a run with max_minutes, which the clock ends."""
-
-USABLE_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-"""CPU cores that this process may use, which batch systems and containers limit."""
 
 SCHEDULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "polynomial": {"power": 0.9, "lr_end": 0.0},
@@ -364,7 +362,7 @@ class TrainArguments(TrainingArguments):
 
     per_device_eval_batch_size: int = option(4, "Evaluation images per device and forward pass.", "machine", at_least=1)
     dataloader_num_workers: int = option(
-        min(4, USABLE_CORES), "Processes per device that load and augment images.", "machine", at_least=0
+        min(4, usable_cores()), "Processes per device that load and augment images.", "machine", at_least=0
     )
     dataloader_persistent_workers: bool = option(True, "Keep these processes alive between epochs.", "machine")
     dataloader_timeout: int = option(

@@ -10,7 +10,9 @@ import pytest
 
 import m2f_trainer
 from m2f_trainer.cli import main as cli
+from m2f_trainer.config.cores import scheduled_cores
 from m2f_trainer.errors import DataError
+from tests.config.test_cores import system
 
 ORDERS = {
     "transformers first": "import transformers, m2f_trainer.model",
@@ -44,6 +46,23 @@ def test_a_closed_pipe_is_no_error() -> None:
         assert run.stderr is not None
         run.stdout.close()  # before anything is written: imports take seconds
         assert run.stderr.read() == b""
+
+
+@pytest.mark.skipif(scheduled_cores() == 1, reason="a quota of one core is no limit on one core")
+def test_under_a_cpu_quota_libraries_start_no_more_threads_than_it_grants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = "import torch; print(torch.get_num_threads())"
+    root = system(tmp_path, "0::/\n", {"cpu.max": "80000 100000\n"})
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cli.limit_threads(root)
+    assert python(threads) == "2", "what the user has set stands"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cli.limit_threads(tmp_path / "no quota")
+    assert "OMP_NUM_THREADS" not in os.environ
+    cli.limit_threads(root)
+    assert python(threads) == "1"
 
 
 @pytest.mark.parametrize("order", ORDERS)
