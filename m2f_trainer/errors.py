@@ -2,6 +2,7 @@
 
     M2FError
     ├── RecipeError          an invalid option or recipe file, or contradicting options
+    │   └── UsageError       a command line that no recipe could make valid
     ├── DataError            a dataset folder or annotation file that can't be used
     │   ├── EmptySplitError  a split without images, or with boxes only
     │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError, PixelRangeError)
@@ -24,11 +25,19 @@ from pathlib import Path
 
 
 class M2FError(Exception):
-    """Base class: the command line prints the message without a traceback and exits with a non-zero status."""
+    """Base class: the command line prints the message without a traceback and exits with `status`."""
+
+    status = 1
 
 
 class RecipeError(M2FError):
     """A recipe or option is invalid: unknown, duplicate, of the wrong type, or contradicting another."""
+
+
+class UsageError(RecipeError):
+    """An option on the command line is unknown, duplicate or of the wrong type."""
+
+    status = 2  # as argparse's
 
 
 class DataError(M2FError):

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_for_the_user(error):
             raise
         say(f"m2f {arguments.command}: {error}", stream="error")
-        return 1
+        return error.status if isinstance(error, M2FError) else 1
     return status or 0
 
 

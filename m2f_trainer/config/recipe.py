@@ -30,7 +30,7 @@ from m2f_trainer.config.typed_json import (
     read_object,
     takes_object,
 )
-from m2f_trainer.errors import ModelFolderError, RecipeError, check_model_path
+from m2f_trainer.errors import ModelFolderError, RecipeError, UsageError, check_model_path
 from m2f_trainer.model.backbones import BACKBONES, find_row, is_pyramidal, read_config, stride_of
 from m2f_trainer.model.mask2former import M2FConfig
 from m2f_trainer.model.neck import smallest_side
@@ -98,10 +98,13 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
 
     `choose`: where no file is named, it gets the options' values and returns further fields (default: none).
 
-    Raises RecipeError, or ModelFolderError where `init_from` names no model.
+    Raises UsageError for an invalid option, RecipeError, or ModelFolderError where `init_from` names no model.
     """
     path = find_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
-    given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
+    try:
+        given = checked(OptionParser().given(argv if path is None else argv[1:]), "on the command line")
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
     given = {**(kept_beside(given, read_recipe(path)) if path else {}), **given}
     given |= backbone_of_start(given)
     chosen = kept_beside(given, choose(given)) if choose and not path else {}

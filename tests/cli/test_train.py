@@ -98,7 +98,22 @@ def test_a_run_that_may_be_resumed_but_has_no_checkpoint_is_a_new_one(
     assert "Chosen for this dataset and machine" in capsys.readouterr().out
 
 
-def test_a_wrong_option_gives_one_message_and_no_traceback(capsys: Captured) -> None:
-    assert main(["train", "--bakcbone", "x"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("m2f train: Unknown option --bakcbone on the command line: the nearest is --backbone.")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--bakcbone x", "Unknown option --bakcbone on the command line: the nearest is --backbone."),
+        ("--seed x", "On the command line: argument --seed: invalid int value: 'x'."),
+        ("--seed 1 --seed 2", "--seed is given twice on the command line."),
+    ],
+)
+def test_a_wrong_option_is_wrong_usage_with_one_message_and_no_traceback(
+    options: str, message: str, capsys: Captured
+) -> None:
+    assert main(["train", *options.split()]) == 2, "as of other commands"
+    assert capsys.readouterr().err.startswith(f"m2f train: {message}")
+
+
+def test_a_wrong_option_in_a_recipe_is_an_error_of_that_file(capsys: Captured, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"bakcbone": "x"}')
+    assert main(["train", str(tmp_path / "recipe.json")]) == 1
+    assert "Unknown option bakcbone in " in capsys.readouterr().err
