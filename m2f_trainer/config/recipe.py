@@ -215,6 +215,7 @@ class OptionParser(HfArgumentParser):
             action.default = argparse.SUPPRESS
             if NoneType in get_args(hints()[action.dest]) and callable(action.type):
                 action.type = word_or("null", action.type, None)
+                action.choices = [*action.choices, None] if action.choices else None
             if hints()[action.dest] == bool | None:
                 action.nargs, action.const = "?", True
             if accepts_auto(action.dest) and callable(action.type):
@@ -237,7 +238,7 @@ class OptionParser(HfArgumentParser):
         namespace, rest = self.parse_known_args(list(argv))
         if rest:
             raise RecipeError(f"Expected --option value, got {rest[0]!r} on the command line.")
-        return vars(namespace)
+        return {name: None if value == [None] else value for name, value in vars(namespace).items()}  # a list's null
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for a value of the wrong type."""

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import get_scheduler
 
-from m2f_trainer.config.recipe import find_recipe, load_recipe, save_recipe
+from m2f_trainer.config.recipe import OptionParser, checked, find_recipe, hints, load_recipe, save_recipe
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.errors import ModelFolderError, RecipeError
 from tests.model.tiny import tiny_model
@@ -183,6 +184,15 @@ def test_a_wrong_type_in_json_is_refused(tmp_path: Path, values: dict[str, Any],
 def test_a_wrong_command_line_is_refused(options: list[str], expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
         load_recipe(options)
+
+
+def test_every_field_that_may_be_null_takes_null_as_an_option(tmp_path: Path) -> None:
+    saved = write(tmp_path, {"dataset_name": "coco", "neck": "plain", "lr_milestones": [0.5], "annotations": ["a=b"]})
+    recipe = load_recipe([saved, "--neck", "null", "--lr_milestones", "null", "--annotations", "null"])
+    assert (recipe.model.neck, recipe.train.lr_milestones, recipe.data.annotations) == (None, None, None)
+    nullable = [name for name, hint in hints().items() if NoneType in get_args(hint)]
+    options = [word for name in nullable for word in (f"--{name}", "null")]
+    assert checked(OptionParser().given(options), "on the command line") == dict.fromkeys(nullable)
 
 
 @pytest.mark.parametrize(
