@@ -10,11 +10,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +29,7 @@ from m2f_trainer.data.formats import Layout, contents, find_splits, read_optiona
 from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.problems import KINDS, Report, TrainingReport, raise_problem
 from m2f_trainer.data.reading import find_reading
-from m2f_trainer.data.splits import SplitAnnotations
+from m2f_trainer.data.splits import Entry, SplitAnnotations
 from m2f_trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ FEATURES = datasets.Features(
         ),
     }
 )
-_ROWS_PER_TABLE = 1000
+_ROWS_PER_TABLE, _BYTES_PER_TABLE = 1000, 2**27
 _ROW_FORMAT = "6"  # raise it when rows change, so that caches of older versions are not used
 _HELD_OUT = 5  # one image of this many is held out for validation
 
@@ -275,12 +274,25 @@ class CocoBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": split}) for name, split in splits.items()]
 
     def _generate_tables(self, split: SplitAnnotations) -> Iterator[tuple[int, pa.Table]]:
-        rows = split.rows(self.report)
-        for number in count():
-            batch = list(islice(rows, _ROWS_PER_TABLE))
-            if not batch:
-                return
+        for number, batch in enumerate(batches_of_rows(split.rows(self.report))):
             yield number, pa.Table.from_pylist(batch, schema=self.info.features.arrow_schema)
+
+
+def batches_of_rows(rows: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """The rows in lists of at most `_ROWS_PER_TABLE`, which end where the images inside them reach `_BYTES_PER_TABLE`.
+
+    The rows of a list are in memory at a time.
+    """
+    batch: list[Entry] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row["image"]["bytes"] or b"")
+        if len(batch) == _ROWS_PER_TABLE or size >= _BYTES_PER_TABLE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def used_categories(

@@ -2,7 +2,7 @@
 
 Shapes become objects as in labelme's own converter (labelme/examples/instance_segmentation/labelme2coco.py): polygons,
 rectangles, circles and masks are areas; shapes with the same label and `group_id` are one object. Rectangles of four
-corners, as newer versions and X-AnyLabeling write them, are polygons.
+corners, as newer versions and X-AnyLabeling write them, are polygons. An image without a file is read from `imageData`.
 """
 
 import base64
@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -36,13 +37,29 @@ _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _FOUR_CORNERS = ("rotation", "oriented_rectangle", "quadrilateral")
 _LARGEST = 1e6  # pixels; a coordinate beyond is a mistake
 _MIN_CORNERS = 12  # of a circle; larger circles have as many as labelme gives them
-_WRITE_IMAGES = (  # a program without double quotes; it overwrites nothing and follows no link
-    "import base64, json, os, pathlib as p;"
-    " [open(t, 'xb').write(base64.b64decode(d['imageData']))"
-    " for f in p.Path('.').rglob('*.json') for d in [json.loads(f.read_text('utf-8'))]"
-    " if 'imageData' in d and d['imageData']"
-    " for t in [f.with_suffix(p.PureWindowsPath(d['imagePath']).suffix)] if not os.path.lexists(t)]"
-)
+
+
+@dataclass(frozen=True)
+class LabelmeSplit(FolderSplit):
+    """A split of which some images are inside their annotation files: `inside` has these files, by image id."""
+
+    inside: Mapping[int, Path] = field(default_factory=dict)
+
+    def source(self, image: Entry) -> Entry:
+        """As of the other formats. An image inside its annotation file is read anew each time. Raises DataError."""
+        path = self.inside.get(image["id"])
+        return super().source(image) if path is None else image_inside(path)
+
+
+def image_inside(path: Path) -> Entry:
+    """The image that an annotation file holds as `imageData`, as `datasets.Image` stores it. Raises ImageError."""
+    try:
+        data = base64.b64decode(json.loads(path.read_text(encoding="utf-8-sig"))["imageData"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ImageError(
+            f"{path}: expected the image in base64 as `imageData` ({error}). Add the image file, or remove {path.name}."
+        ) from error
+    return {"path": str(path), "bytes": data}
 
 
 def find_labelme(root: Path) -> tuple[SplitFiles, ...]:
@@ -65,7 +82,7 @@ def _labels(path: Path) -> Iterator[str]:
             continue
 
 
-def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
+def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSplit:
     """Read and check one split; image and annotation ids count from 1 in the order of the file names.
 
     Raises:
@@ -77,13 +94,14 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
     places = ImageNames([folder], files.annotations, files.split, None, files.other_splits, files.follow_links)
     images: list[Entry] = []
     groups: dict[int, list[Entry]] = {}
+    inside: dict[int, Path] = {}
     left_out: list[int] = []
     number = 0
     for path in files.files:
         content = _read(path, name, report)
         if content is None:
             continue
-        image = _image(content, path, files, places, len(images) + 1, report)
+        image = _image(content, path, files, places, len(images) + 1, inside, report)
         if image is not None:
             images.append(image)
             groups[image["id"]] = []
@@ -102,7 +120,10 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> FolderSpl
             groups[image["id"]].append(entry)
     if not images:
         raise DataError(f"{name}: found no usable labelme file. Correct the files, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, folder, follow_links=files.follow_links, left_out=left_out)
+    links = files.follow_links
+    return LabelmeSplit(
+        name, tuple(images), groups, names, folder, follow_links=links, left_out=left_out, inside=inside
+    )
 
 
 def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
@@ -119,8 +140,15 @@ def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:
 
 
 def _image(
-    content: dict[str, Any], path: Path, files: SplitFiles, places: ImageNames, image_id: int, report: Report
+    content: dict[str, Any],
+    path: Path,
+    files: SplitFiles,
+    places: ImageNames,
+    image_id: int,
+    inside: dict[int, Path],
+    report: Report,
 ) -> Entry | None:
+    """The COCO entry of an image; None where it is reported. Adds an image inside its annotation file to `inside`."""
     folder, name, written = files.image_folders[0], str(files.annotations), content.get("imagePath")
     sides: list[Any] = [content.get("imageHeight"), content.get("imageWidth")]
     if not written or not is_text(written) or "\0" in written:
@@ -130,10 +158,18 @@ def _image(
     file = _image_file(written, bool(content.get("imageData")), path, files, places, report)
     if file is None:
         return None
+    if file == path:
+        try:
+            image_inside(path)
+        except ImageError as error:
+            report("bad-image", name, [path.name], str(error))
+            return None
+        inside[image_id], file = path, _of_same_name(path, written)
     image = {"id": image_id, "file_name": os.path.relpath(file, folder), "height": sides[0], "width": sides[1]}
     if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > max_pixels():
         try:
-            source = FolderSplit(name, (), {}, {}, folder, follow_links=files.follow_links).source(image)
+            split = LabelmeSplit(name, (), {}, {}, folder, follow_links=files.follow_links, inside=inside)
+            source = split.source(image)
             where = f"image {image_id} ({image['file_name']})"
             image["height"], image["width"] = size_in_frame(source, where, files.exif_frame, name, report)
         except ImageError as error:
@@ -148,8 +184,9 @@ def _image(
 def _image_file(
     written: str, has_data: bool, beside: Path, files: SplitFiles, places: ImageNames, report: Report
 ) -> Path | None:
-    """The path of an image: as written, relative to its annotation file, or that of the only image with its name; None
-    where there is none inside the folder, or where several or only another split have it.
+    """The path of an image: as written, relative to its annotation file, or that of the only image with its name;
+    `beside`, the annotation file, where it alone holds the image, decodable or not; None where there is none inside the
+    folder, or where several or only another split have it.
     """
     folder, name, base = files.image_folders[0], str(files.annotations), PureWindowsPath(written).name
     path = Path(os.path.normpath(beside.parent / written.replace("\\", "/")))
@@ -158,21 +195,18 @@ def _image_file(
     if is_inside and _is_file(path):
         return path
     choices, misplaced = places.find(base), places.find_in_other_splits(base)
-    near = [one for one in (beside.parent / base, *_written_image(has_data, beside, written)) if _is_file(one)][:1]
+    near = [one for one in (beside.parent / base, *[_of_same_name(beside, written)] * has_data) if _is_file(one)][:1]
     named = [one for one in choices if one not in near and one.parent.name == PureWindowsPath(written).parent.name]
     if near and not named:
         choices = near
     if len(choices) == 1:
         report("found-image", name, [beside.name], f"{beside}: {written!r} is read from {choices[0]}.")
         return choices[0]
+    if has_data:
+        report("image-inside", name, [beside.name], f"{beside}: found no file {written!r}; its `imageData` is read.")
+        return beside
     if choices:
         kind, problem = "ambiguous-image", f"{written!r} may be {listed(choices)}. Correct `imagePath`."
-    elif has_data:
-        kind = "missing-image"
-        problem = (
-            f"found no file {written!r}, its `imagePath`, but the image itself as `imageData`. Write such images beside"
-            f' their files: run, in {folder}, python -c "{_WRITE_IMAGES}"'
-        )
     elif misplaced:
         kind = "missing-image"
         problem = f"{written!r} is missing; {misplaced[0]} is in a folder of another split. Add the image."
@@ -186,9 +220,9 @@ def _image_file(
     return None
 
 
-def _written_image(has_data: bool, path: Path, written: str) -> list[Path]:
-    """Where `_WRITE_IMAGES` writes the image of an annotation file that holds it."""
-    return [path.with_suffix(PureWindowsPath(written).suffix)] if has_data else []
+def _of_same_name(path: Path, written: str) -> Path:
+    """The image file of an annotation file's own name, with the suffix of its `imagePath`."""
+    return path.with_suffix(PureWindowsPath(written).suffix)
 
 
 def _is_file(path: Path) -> bool:

@@ -347,6 +347,9 @@ KINDS: Mapping[str, Kind] = {
         "No other image file has this name in any spelling.",
         "written under the name of the file",
     ),
+    "image-inside": _note(
+        "image read from its annotation file", "No image file belongs to it.", "written as an image file"
+    ),
     "merged-entries": _note(
         "image listed more than once",
         "The entries name one file: their annotations belong to one image.",

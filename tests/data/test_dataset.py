@@ -1,11 +1,13 @@
 """COCO folders become rows with nothing lost, or are refused with file, id and remedy."""
 
+from collections.abc import Iterable
+
 import datasets
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from m2f_trainer.data.dataset import Category, categories_of, load_coco
+from m2f_trainer.data.dataset import Category, batches_of_rows, categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
@@ -100,3 +102,12 @@ def test_a_cache_that_can_not_be_written_is_named_with_the_variable_that_moves_i
     monkeypatch.setattr("m2f_trainer.data.dataset.os.access", lambda *_: False)  # datasets replaces the os of builders
     with pytest.raises(DataError, match=r"closed: .* can't be written \(permission denied\)"):
         load_coco(root)
+
+
+def test_rows_with_images_inside_are_written_in_lists_that_fit_in_memory() -> None:
+    def lengths(images: Iterable[bytes | None]) -> list[int]:
+        return [len(batch) for batch in batches_of_rows({"image": {"path": "a", "bytes": one}} for one in images)]
+
+    assert lengths([None] * 2001) == [1000, 1000, 1]
+    assert lengths([bytes(2**26)] * 5 + [None]) == [2, 2, 2], "128 MiB"
+    assert lengths([]) == []

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.formats import find_splits
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
-from m2f_trainer.errors import DataError, MissingImageError
+from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.exports import dump, pictures
 
@@ -148,21 +146,55 @@ def test_images_beside_the_named_folder_are_refused_with_the_folder_that_holds_b
     assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"]) == 2
 
 
-def test_images_that_only_the_files_hold_are_refused_with_a_command_that_writes_them(tmp_path):
+def put_inside(path, data=None):
+    """Move the image beside an annotation file into it; return the bytes of the image."""
+    image = path.with_suffix(".png").read_bytes()
+    path.with_suffix(".png").unlink()
+    text = base64.b64encode(image).decode() if data is None else data
+    path.write_text(json.dumps({**json.loads(path.read_text()), "imageData": text}))
+    return image
+
+
+def test_images_that_only_the_annotation_files_hold_are_read_from_these_and_counted(tmp_path, caplog):
     root = labelme(tmp_path / "set", "abcde", image_path="..\\photos\\{}.png")
-    for path in sorted(root.glob("*.json")):
-        image = path.with_suffix(".png")
-        data = base64.b64encode(image.read_bytes()).decode()
-        path.write_text(json.dumps({**json.loads(path.read_text()), "imageData": data}))
-        image.unlink()
-    with pytest.raises(
-        MissingImageError, match=r"a\.json: found no file .*a\.png'.*the image itself as `imageData`"
-    ) as error:
+    held = [put_inside(root / f"{name}.json") for name in "abd"]
+    (root / "b.json").write_text((root / "b.json").read_text().replace('"imageHeight": 16', '"imageHeight": null'))
+    splits = load_coco(root, cache_dir=tmp_path / "cache")
+    assert "image read from its annotation file (3), the first: " in caplog.text
+    rows = sorted((row for rows in splits.values() for row in rows), key=lambda row: row["image_id"])
+    assert [row["image"]["bytes"] for row in rows] == [held[0], held[1], None, held[2], None]
+    assert {(row["height"], row["width"], row["objects"][0]["area"]) for row in rows} == {(16, 20, 80)}
+    found = examine(root)
+    assert found.status == 0
+    assert [one.ids for one in found.findings if one.kind == "image-inside"] == [["a.json", "b.json", "d.json"]]
+    repair(found, tmp_path / "copy")
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "copy").rglob("*.png")}
+    assert [copied[f"{name}.png"] for name in "abd"] == held
+    assert examine(tmp_path / "copy").status == 0
+
+
+def test_an_image_file_is_read_instead_of_the_image_inside_an_annotation_file(tmp_path):
+    root = labelme(tmp_path / "set", "a", image_path="..\\photos\\{}.png")
+    image = put_inside(root / "a.json")
+    (root / "a.png").write_bytes(image)
+    (row,) = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert row["image"] == {"path": str(root.resolve() / "a.png"), "bytes": None}
+
+
+def test_an_image_inside_an_annotation_file_decides_between_files_of_its_name(tmp_path):
+    root = labelme(tmp_path / "set", "a", image_path="..\\photos\\{}.png")
+    pictures(root, ["first/a.png", "second/a.png"])
+    image = put_inside(root / "a.json")
+    (row,) = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    assert row["image"]["bytes"] == image
+
+
+@pytest.mark.parametrize("data", ["x", 3, {"a": 1}])
+def test_an_image_inside_an_annotation_file_that_is_no_base64_is_refused(data, tmp_path):
+    root = labelme(tmp_path / "set", "a")
+    put_inside(root / "a.json", data)
+    with pytest.raises(DataError, match=r"a\.json: expected the image in base64 as `imageData` \(.*Add the image file"):
         load_coco(root, cache_dir=tmp_path / "cache")
-    command = str(error.value).partition("run, in ")[2].partition(", python -c ")
-    subprocess.run([sys.executable, "-c", command[2].strip('"')], cwd=command[0], check=True)
-    assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"]) == 4
-    assert examine(root).status == 0
 
 
 def test_shapes_of_one_label_and_group_are_one_object(tmp_path):
