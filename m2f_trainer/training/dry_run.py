@@ -3,7 +3,6 @@
 First the memory estimate (`Memory`, `estimate`), then the plan (`Plan`, `plan`), then its text (`plan_text`).
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.backbones import ModelError, feature_maps, stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.training.callbacks.clock import TICKS
-from m2f_trainer.training.checkpointing.fingerprint import updates_per_epoch
+from m2f_trainer.training.checkpointing.fingerprint import length_in_steps, updates_per_epoch
 from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
 ADAM_MOMENTS = 2
@@ -184,8 +183,7 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
         for group in parameter_groups(model, rates_of(train))
     ]
     per_epoch = updates_per_epoch({**vars(train), "world_size": train.world_size, "train_images": images})
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * per_epoch)
-    steps = steps if train.max_minutes is None else TICKS
+    steps = length_in_steps(train, per_epoch) if train.max_minutes is None else TICKS
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)

@@ -59,6 +59,7 @@ from m2f_trainer.training.checkpointing.resume import (
     evaluation_owed,
     find_checkpoint,
     find_start,
+    has_ended,
     resume_callbacks,
     with_checkpoint_shape,
 )
@@ -107,6 +108,8 @@ def train(recipe: Recipe) -> dict[str, float]:
         if recipe.train.process_index == 0:
             report_licences(model)
         callbacks = [*run_callbacks(recipe.train), *resume_callbacks(start), stop]
+        views = None if has_ended(start, recipe.train, facts) else recipe.model.feature_cache
+        samples = with_feature_cache(samples, model, views, recipe.train)
         trainer = make_trainer(model, recipe, samples, data, facts, callbacks, begun)
         if checkpoint is None and recipe.train.overwrite_output_dir:
             from_main(partial(delete_former_run, Path(recipe.train.output_dir or ".")))
@@ -179,7 +182,7 @@ def make_trainer(
     trainer = M2FTrainer(
         model,
         recipe.train.for_trainer(),
-        train_dataset=with_feature_cache(samples, model, recipe.model.feature_cache, recipe.train),
+        train_dataset=samples,
         eval_dataset=eval_samples(data.valid, model.config, data.categories),
         callbacks=callbacks,
         fingerprint=facts,

@@ -310,3 +310,30 @@ def test_a_run_with_a_cache_ends_with_a_model_and_without_the_cache(tmp_path: Pa
     assert "eval_map" in figures
     assert (tmp_path / "run/model.safetensors").is_file()
     assert not (tmp_path / "run/feature_cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "longer"),
+    [
+        ({"max_steps": 2}, {"max_steps": 3}),
+        ({"max_steps": -1, "num_train_epochs": 1}, {"num_train_epochs": 2}),
+        ({"max_steps": -1, "max_minutes": 0.01}, {}),
+        ({"max_steps": 4, "early_stopping_patience": 1, "learning_rate": 0.0}, {"early_stopping_patience": 3}),
+    ],
+    ids=["steps", "epochs", "minutes", "patience"],
+)
+def test_a_finished_run_that_is_resumed_computes_no_features(
+    ending: dict[str, Any], longer: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"tune": "frozen", "feature_cache": 2, "lr_scheduler_type": "constant", "checkpointing_steps": 1}
+    recipe = [str(write_tiny(tmp_path, images=(4, 1, 0), **{**fields, **ending}))]
+    computed = "of backbone maps and pixels go to"
+    train(load_recipe(recipe))
+    assert caplog.text.count(computed) == 1
+    resumed = [*recipe, "--resume_from_checkpoint", "true"]
+    train(load_recipe(resumed))
+    assert caplog.text.count(computed) == 1
+    if longer:
+        options = {**longer, "allow_changes": True}
+        train(load_recipe([*resumed, *(word for name in options for word in (f"--{name}", str(options[name])))]))
+        assert caplog.text.count(computed) == 2, "a run that goes on needs them"

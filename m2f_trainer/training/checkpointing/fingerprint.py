@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
+from transformers import TrainingArguments
 
 from m2f_trainer.config.arguments import HEADS
 from m2f_trainer.config.fields import options_of
@@ -77,6 +78,11 @@ def updates_per_epoch(facts: Mapping[str, Any]) -> int:
     rounded: Callable[[float], int] = math.floor if facts["dataloader_drop_last"] else math.ceil
     of_a_rank = rounded(rounded(batches) / facts["world_size"])
     return max(math.ceil(of_a_rank / int(facts["gradient_accumulation_steps"])), 1)
+
+
+def length_in_steps(arguments: TrainingArguments, per_epoch: int) -> int:
+    """Optimizer steps of a run without max_minutes, counted as the Trainer does, of `per_epoch` steps an epoch."""
+    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def step_samples(facts: Mapping[str, Any]) -> int:

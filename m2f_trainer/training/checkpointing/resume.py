@@ -41,11 +41,13 @@ from m2f_trainer.run_folder import (
     read_json,
     write_atomically,
 )
+from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import (
     FIXED,
     differences,
     has_other_optimizer,
+    length_in_steps,
     same_sample,
     updates_per_epoch,
 )
@@ -315,9 +317,11 @@ class Resumed(TrainerCallback):
     ) -> None:
         """Recompute the intervals: the checkpoint's state holds those it was written with."""
         state.compute_steps(args, state.max_steps)
-        patience = args.early_stopping_patience if isinstance(args, TrainArguments) else None
-        if patience is not None and evaluations_without_gain(state) >= patience:
-            logger.warning("no further step: early stopping has ended this run (early_stopping_patience %d)", patience)
+        if isinstance(args, TrainArguments) and stopped_early(state, args):
+            logger.warning(
+                "no further step: early stopping has ended this run (early_stopping_patience %d)",
+                args.early_stopping_patience,
+            )
             state.max_steps = state.global_step  # `M2FTrainer` makes no step then
             control.should_evaluate = control.should_save = False  # they were set when the checkpoint was saved
 
@@ -333,10 +337,24 @@ class Resumed(TrainerCallback):
         self.start = None
 
 
-def evaluations_without_gain(state: TrainerState) -> int:
-    """The counter of early stopping in a loaded state."""
+def stopped_early(state: TrainerState, arguments: TrainArguments) -> bool:
+    """Whether the counter of early stopping in a loaded state has reached the patience."""
     saved = cast(dict[str, Any], state.stateful_callbacks).get(EarlyStoppingCallback.__name__, {})
-    return int(saved.get("attributes", {}).get("early_stopping_patience_counter", 0))
+    without_gain = int(saved.get("attributes", {}).get("early_stopping_patience_counter", 0))
+    return arguments.early_stopping_patience is not None and without_gain >= arguments.early_stopping_patience
+
+
+def has_ended(start: Path | None, arguments: TrainArguments, facts: Mapping[str, Any]) -> bool:
+    """Whether a run resumed from `start` makes no step: its steps, its minutes or its patience are used up."""
+    if start is None:
+        return False
+    state = TrainerState.load_from_json(str(start / STATE))
+    if arguments.restore_callback_states_from_checkpoint and stopped_early(state, arguments):
+        return True
+    if arguments.max_minutes is None:
+        return bool(state.global_step >= length_in_steps(arguments, updates_per_epoch(facts)))
+    clock = cast(dict[str, Any], state.stateful_callbacks).get(Clock.__name__, {})
+    return float(clock.get("args", {}).get("passed", 0)) >= 60 * arguments.max_minutes
 
 
 def evaluation_owed(start: Path) -> bool:
