@@ -119,12 +119,16 @@ def _characters(path: Path) -> frozenset[int]:
 
 @cache
 def _family(path: Path) -> str:
-    """The family of a font file, which is added to those that matplotlib knows: its list of fonts may be older."""
-    from matplotlib.font_manager import fontManager
+    """The family of a font file, which is added to those that matplotlib knows: its stored list may be older.
+
+    It is added as of normal weight, whatever the file says: matplotlib would warn of another one.
+    """
+    from matplotlib.font_manager import FontEntry, fontManager
     from matplotlib.ft2font import FT2Font
 
-    fontManager.addfont(str(path))
-    return FT2Font(str(path)).family_name
+    name = FT2Font(str(path)).family_name
+    fontManager.ttflist.append(FontEntry(fname=str(path), name=name, size="scalable"))
+    return name
 
 
 @lru_cache(maxsize=1024)

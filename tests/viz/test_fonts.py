@@ -51,7 +51,7 @@ def make_font(path: Path, characters: str) -> None:
     font.setupHorizontalMetrics({".notdef": (500, 0), "square": (1000, 0)})
     font.setupHorizontalHeader(ascent=1000, descent=0)
     font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
-    font.setupOS2(sTypoAscender=1000)
+    font.setupOS2(sTypoAscender=1000, usWeightClass=500)
     font.setupPost()
     path.parent.mkdir(parents=True, exist_ok=True)
     font.save(path)
