@@ -82,7 +82,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="results",
         choices=["results", "coco_dataset"],
-        help="coco_dataset also writes a COCO dataset with polygons, for CVAT or Label Studio [%(default)s]",
+        help="coco_dataset also writes a COCO dataset with polygons, for CVAT or Label Studio; it takes no videos "
+        "[%(default)s]",
     )
 
 

@@ -90,6 +90,7 @@ _OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the f
 
 logger = logging.getLogger(__name__)
 _warned: list[str] = []  # an image with few grey levels
+_SAMPLED = 10_000  # values of an image that are counted where few grey levels are left
 
 FEWEST_LEVELS = 64
 """Grey levels after conversion to 8 bits, below which another range of values is proposed."""
@@ -506,24 +507,44 @@ def scaled(values: npt.NDArray[Any], where: str, pixel_range: PixelRange) -> npt
                 f"{where}: expected values of 0 to 65535, got {values.min()} to {values.max()}. Give the values of"
                 " black and white as pixel_range."
             )
-        levels = int(values.max(initial=0) - values.min(initial=FULL_RANGE[1])) // 257 + 1
-        if levels < FEWEST_LEVELS and values.size and values.max() > values.min():
-            _warn_of_few_levels(where, levels)
-        return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
-    low, high = range_of(values) if pixel_range == "image" else pixel_range
-    steps = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / max(high - low, 1e-30))
-    return np.rint(np.clip(steps, 0, 255)).astype(np.uint8)
+        grey = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+    else:
+        low, high = range_of(values) if pixel_range == "image" else pixel_range
+        steps = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / max(high - low, 1e-30))
+        grey = np.rint(np.clip(steps, 0, 255)).astype(np.uint8)
+    if pixel_range != "image" and not _warned:
+        _warn_of_few_levels(values, grey, where, pixel_range or FULL_RANGE)
+    return grey
 
 
-def _warn_of_few_levels(where: str, levels: int) -> None:
-    """Log an image that is left with few grey levels: the first one of this process."""
-    if not _warned:
-        _warned.append(where)
+def _warn_of_few_levels(
+    values: npt.NDArray[Any], grey: npt.NDArray[np.uint8], where: str, pixel_range: tuple[float, float]
+) -> None:
+    """Log the first image of this process that has many different values, of which its range leaves few grey levels.
+
+    Of the data workers of a training, only the first one logs.
+    """
+    levels = np.count_nonzero(np.bincount(grey.reshape(-1)))
+    if levels >= FEWEST_LEVELS or values.size < FEWEST_LEVELS:
+        return
+    sample = values.flat[np.random.default_rng(0).integers(values.size, size=_SAMPLED)]
+    if len(np.unique(sample)) < FEWEST_LEVELS:
+        return  # such as a mask or a blank image
+    _warned.append(where)
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        own = range_of(values)
         logger.warning(
-            "%s: at the full range of 16 bits, about %d of 256 grey levels are left. Give the values of black and white"
-            " as pixel_range, or image to scale each image by itself.",
+            "%s: its values lie between %g and %g, of which the range from %g to %g leaves %d of 256 grey levels. Give"
+            " the values of black and white as pixel_range, such as --pixel_range %g,%g, or image to scale each image"
+            " by itself.",
             where,
+            *own,
+            *pixel_range,
             levels,
+            *own,
         )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from m2f_trainer.config.arguments import PixelRange
-from m2f_trainer.data.images import open_image
+from m2f_trainer.data.images import ImageSource, is_deep, open_image
 from m2f_trainer.errors import MaskError, needs
 from m2f_trainer.masks import rle
 from m2f_trainer.masks.rle import Bitmap, Box, Size
@@ -124,7 +124,7 @@ class Instances:
 
     def overlay(
         self,
-        image: Image.Image | str | Path,
+        image: ImageSource,
         names: Mapping[int, str] | None = None,
         *,
         boxes: bool = False,
@@ -136,14 +136,15 @@ class Instances:
         image names the classes that it shows. See `m2f_trainer.viz.overlay`.
 
         Args:
-            image: the original image, of the size that was predicted; or its path, read as a `Predictor` reads it.
+            image: the original image, of the size that was predicted; paths, bytes, arrays, and Pillow images of more
+                than 8 bits are read as a `Predictor` reads them.
             names: category id -> name, of all classes of the model; an id without a name is written as it is.
             boxes: draw the bounding boxes too.
             legend: add the strip where the colours need it; without it the result has the size of `image`.
 
         Raises:
             ValueError: the image has another size than the instances.
-            ImageError: the file can't be read.
+            ImageError: the image can't be read.
         """
         from m2f_trainer.viz.overlay import add_legend
 
@@ -152,7 +153,7 @@ class Instances:
 
     def drawn_on(
         self,
-        image: Image.Image | str | Path,
+        image: ImageSource,
         names: Mapping[int, str] | None = None,
         *,
         boxes: bool = False,
@@ -164,8 +165,9 @@ class Instances:
         """
         from m2f_trainer.viz.overlay import Shape, choose_style, draw_shapes
 
-        if not isinstance(image, Image.Image):
-            image = open_image(image, str(image), displayed=True, pixel_range=self.pixel_range)
+        if not isinstance(image, Image.Image) or is_deep(image):
+            where = str(image) if isinstance(image, (str, Path)) else "image"
+            image = open_image(image, where, displayed=True, pixel_range=self.pixel_range)
         if (image.height, image.width) != tuple(self.size):
             remedy = "Pass the original image, not a resized one."
             if (image.width, image.height) == tuple(self.size):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -49,7 +49,7 @@ class PredictOptions:
     tile       side of the tiles in pixels, 0 for whole images; None: as in the model's training
     overlap    fraction of a side that neighbouring tiles share; None: as in the model's training
     pixel_range  the recipe field; None: the model's own
-    dataset    also write the predictions as a COCO dataset
+    dataset    also write the predictions as a COCO dataset; not of videos
     precision  arithmetic of the model, as of `Predictor`
     """
 
@@ -66,6 +66,7 @@ class PredictOptions:
 def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options: PredictOptions | None = None) -> Path:
     """Predict every image and video, write `<name>.instances.png` or `.mp4` for each; return the folder.
 
+    An input that is named more than once is predicted once.
     If inputs can't be read, the others are predicted first, then an error lists those that failed.
 
     predictions.json is in COCO results form, with the dataset's own category ids; `image_id` counts the images (and
@@ -74,12 +75,13 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
 
     Raises:
         DataError: an input doesn't exist or contains no image
-        RecipeError: a tile has more pixels than an image may have
+        RecipeError: a tile has more pixels than an image may have, or a dataset is to be written of a video
         ImageError: inputs can't be read; the others were predicted; the message names each with its reason
     """
     options = options or PredictOptions()
     passed_over: Counter[str] = Counter()
-    paths = [path for source in inputs for path in find_inputs(source, options.recursive, passed_over)]
+    named = [path for source in inputs for path in find_inputs(source, options.recursive, passed_over)]
+    paths = _without_repeats(named)
     left_aside = describe_passed_over(passed_over)
     if not paths:
         where = ", ".join(map(str, inputs))
@@ -87,11 +89,21 @@ def predict_folder(model: str, inputs: Sequence[Path], output_dir: Path, options
         raise DataError(f"{where}: expected images or videos, found none{left_aside and f' ({left_aside})'}.{advice}")
     if left_aside:
         logger.warning("Passed over: %s.", left_aside)
+    if repeats := len(named) - len(paths):
+        logger.warning("%d repeated input(s) left out: each is predicted once.", repeats)
+    videos = [path for path in paths if is_video(path)]
+    if options.dataset and videos:
+        raise RecipeError(
+            f"{videos[0]}: --format coco_dataset takes image files, got {len(videos)} video(s), whose frames have none."
+            " Save the frames first, as by `ffmpeg -i VIDEO FOLDER/%06d.png`, and predict that folder."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    named = zip(paths, picture_names(paths), strict=True)
     predictor = Predictor.from_pretrained(model, precision=options.precision)
     version = model_version(model, predictor.model.config)
-    jobs = [Job(path, output_dir, name, _job_key(version, path, options)) for path, name in named]
+    jobs = [
+        Job(path, output_dir, name, _job_key(version, path, options))
+        for path, name in zip(paths, picture_names(paths), strict=True)
+    ]
     predictor.tiling = tiling_for(predictor, options)
     chosen = parse_pixel_range(options.pixel_range or "auto")
     predictor.pixel_range = predictor.pixel_range if chosen == "auto" else chosen
@@ -290,6 +302,14 @@ def find_inputs(source: Path, recursive: bool, passed_over: Counter[str]) -> Ite
         yield from (path for path in map(Path, matching) if _is_input(path, passed_over))
     else:
         raise DataError(f"{source}: expected an image, a folder of images or a pattern, found nothing. Check the path.")
+
+
+def _without_repeats(paths: Iterable[Path]) -> list[Path]:
+    """Each input once, in the order in which they are first named; a link of another file name is another input."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        first.setdefault(path.parent.resolve() / path.name, path)
+    return list(first.values())
 
 
 def picture_names(paths: Sequence[Path]) -> list[str]:

@@ -145,6 +145,10 @@ class Predictor:
             raise ArgumentError(f"images: expected several images, got one ({type(images).__name__}). Give a list.")
         if threshold != "auto" and (isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number))):
             raise ArgumentError(f'threshold: expected a number or "auto", got {threshold!r}.')
+        if threshold != "auto" and not threshold <= 1:  # nor NaN; below zero, empty masks are returned, too
+            raise ArgumentError(
+                f'threshold: expected a score of at most 1, or "auto", got {threshold!r}. 0.5 stands for 50%.'
+            )
         top_k = most_instances(self.model.config.num_queries) if top_k is None else top_k
         for name, value in (("batch_size", batch_size), ("top_k", top_k)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:

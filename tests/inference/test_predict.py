@@ -236,8 +236,37 @@ def test_hidden_files_and_folders_called_like_images_are_no_inputs(
 ) -> None:
     (photos / "._0.png").write_bytes(b"\x00\x05\x16\x07 what macOS leaves")
     (photos / "scans.png").mkdir()
-    predict_folder("m", [photos, photos / "*.png"], tmp_path / "out", PredictOptions(recursive=True))
-    assert predictor.seen == 8
+    for seen, source in ((4, photos), (8, photos / "*.png")):
+        predict_folder("m", [source], tmp_path / f"out{seen}", PredictOptions(recursive=True))
+        assert predictor.seen == seen
+
+
+def test_an_input_that_is_named_twice_is_predicted_once_and_counted(
+    predictor: type[Counting],
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(photos)
+    (tmp_path / "latest").symlink_to(photos)
+    (photos / "link.png").symlink_to("0.png")  # another file name, which has its own results
+    named = [Path("2.png"), photos, Path("2.png"), Path("[01].png"), photos / "../in/3.png", tmp_path / "latest/1.png"]
+    out = predict_folder("m", named, tmp_path / "out", PredictOptions(dataset=True))
+    assert predictor.seen == 5
+    assert "6 repeated input(s) left out: each is predicted once" in caplog.text
+    images = json.loads((out / "_annotations.coco.json").read_text(encoding="utf-8"))["images"]
+    assert [one["file_name"] for one in images] == ["2.png", "0.png", "1.png", "3.png", "link.png"]
+    assert len(json.loads((out / "predictions.json").read_text(encoding="utf-8"))) == 5
+
+
+def test_a_dataset_of_a_video_is_refused_at_once(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
+    (photos / "clip.mp4").write_bytes(b"any")
+    message = r"clip\.mp4: --format coco_dataset takes image files, got 1 video\(s\).*ffmpeg"
+    with pytest.raises(RecipeError, match=message):
+        predict_folder("m", [photos], tmp_path / "out", PredictOptions(dataset=True))
+    assert predictor.seen == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_video_gives_a_video_and_a_record_a_frame(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:

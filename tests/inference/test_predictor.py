@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,16 @@ def test_a_photo_given_by_its_path_is_drawn_on_as_it_was_predicted(
 def test_an_image_of_more_than_8_bits_is_drawn_on_as_it_was_predicted(
     kind: str, predictor: Predictor, tmp_path: Path
 ) -> None:
-    grey, path = np.asarray(picture())[..., 0], tmp_path / "photo.tif"
+    shown, path = picture().point(lambda value: value * 3 // 5), tmp_path / "photo.tif"  # black and grey
     scale = 1000 if kind == "uint16" else 0.5  # the values of black and white are 0 and this
-    Image.fromarray((grey / 255 * scale).astype(kind)).save(path)
+    Image.fromarray((np.asarray(shown)[..., 0] / 255 * scale).astype(kind)).save(path)
     predictor.pixel_range = (0.0, float(scale))
     (found,) = predictor(path, threshold=0)
-    drawn = np.asarray(found.best(9).above(0).overlay(path, predictor.names, legend=False))
-    np.testing.assert_array_equal(drawn, np.asarray(found.overlay(picture(), predictor.names, legend=False)))
+    expected = np.asarray(found.overlay(shown, predictor.names, legend=False))
+    with Image.open(path) as opened:
+        for image in (path, str(path), path.read_bytes(), opened, np.asarray(opened)):
+            drawn = found.best(9).above(0).overlay(image, predictor.names, legend=False)
+            np.testing.assert_array_equal(np.asarray(drawn), expected)
 
 
 def picture(height: int = 80, width: int = 60) -> Image.Image:
@@ -255,6 +259,12 @@ def test_wrong_starts_are_named(predictor: Predictor) -> None:
         next(predictor.stream("photo.jpg"))
 
 
+@pytest.mark.parametrize("threshold", [2, 50, float("nan"), np.float32(1.5)])
+def test_a_threshold_that_is_no_score_is_refused(threshold: float, predictor: Predictor) -> None:
+    with pytest.raises(ArgumentError, match=r"threshold: expected a score of at most 1, or \"auto\", got .*%"):
+        predictor(picture(), threshold=threshold)
+
+
 def test_arrays_of_more_bits_are_scaled_by_the_models_range(predictor: Predictor) -> None:
     pixels = np.asarray(picture())
     expected = predictor(pixels)[0].to_coco()
@@ -306,17 +316,81 @@ def test_bf16_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert not uses_bf16("float32", torch.device("cuda"))
 
 
-def test_an_image_that_keeps_few_grey_levels_is_reported_once(
-    predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def few_levels(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings about images with few grey levels."""
+    return [record.getMessage() for record in caplog.records if "grey levels" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "pixel_range", "message"),
+    [
+        (
+            "uint16",
+            16,
+            None,
+            "between 0 and 4080, of which the range from 0 to 65535 leaves 17 of .*--pixel_range 0,4080",
+        ),
+        (
+            "uint16",
+            2,
+            (0.0, 47200.0),
+            "between 0 and 510, of which the range from 0 to 47200 leaves 4 of 256 .*--pixel_range 0,510",
+        ),
+        (
+            "float32",
+            1 / 256,
+            (0.0, 47200.0),
+            "between 0 and 0.996094, of which the range from 0 to 47200 leaves 1 of 256 grey levels",
+        ),
+        (
+            "float32",
+            1,
+            (-900.0, -100.0),
+            "between 0 and 255, of which the range from -900 to -100 leaves 1 of 256 grey levels",
+        ),
+    ],
+)
+def test_an_image_of_which_the_range_leaves_few_grey_levels_is_reported_once(
+    kind: str,
+    scale: float,
+    pixel_range: tuple[float, float] | None,
+    message: str,
+    predictor: Predictor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("m2f_trainer.data.images._warned", [])
-    Image.fromarray((np.asarray(picture())[..., 0].astype(np.uint16)) * 16).save(tmp_path / "a.png")
-    predictor([tmp_path / "a.png"] * 3)
-    (line,) = [record.getMessage() for record in caplog.records if "grey levels are left" in record.getMessage()]
-    assert "a.png" in line
-    assert "pixel_range" in line
-    predictor.pixel_range = (0.0, 4080.0)
-    try:
-        assert predictor(tmp_path / "a.png")[0].to_coco() == predictor(picture())[0].to_coco()
-    finally:
-        predictor.pixel_range = None
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None], 80, axis=0)
+    Image.fromarray((ramp * np.float64(scale)).astype(kind)).save(tmp_path / "a.tif")
+    predictor.pixel_range = pixel_range
+    predictor([tmp_path / "a.tif"] * 3)
+    (line,) = few_levels(caplog)
+    assert re.search(rf"a\.tif: its values lie .*{message}", line), line
+    predictor.pixel_range = (0.0, 255.0 * scale)
+    assert predictor(tmp_path / "a.tif")[0].to_coco() == predictor(Image.fromarray(ramp))[0].to_coco()
+
+
+@pytest.mark.parametrize(
+    ("values", "pixel_range"),
+    [
+        (np.full((80, 60), 300, np.uint16), (0.0, 47200.0)),
+        (np.arange(4800, dtype=np.uint16).reshape(80, 60) % 9, (0.0, 47200.0)),
+        (np.asarray(np.arange(4800).reshape(80, 60) % 9 + 300, np.float32), (0.0, 1.0)),
+        (np.arange(4800, dtype=np.uint16).reshape(80, 60) // 1200 * 20000, None),
+        (np.arange(4800, dtype=np.uint16).reshape(80, 60) * 10, (0.0, 47200.0)),
+        (np.arange(4800, dtype=np.uint16).reshape(80, 60) // 4799 * 40000, "image"),
+    ],
+    ids=["constant", "labels", "blank", "mask", "of the range", "scaled by itself"],
+)
+def test_images_that_have_few_values_and_images_of_the_range_are_not_reported(
+    values: np.ndarray[Any, Any],
+    pixel_range: Any,
+    predictor: Predictor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("m2f_trainer.data.images._warned", [])
+    predictor.pixel_range = pixel_range
+    predictor(values)
+    assert few_levels(caplog) == []
