@@ -1,11 +1,13 @@
 """Run an exported model with only numpy, Pillow and a runtime: python predict_exported.py model.onnx IMAGE [...]
 
 The runtime is onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and model.aoti.pt2.
-Prints one JSON line per instance and writes IMAGE.instances.png. model.json describes the steps.
+Prints one JSON line per instance and writes IMAGE.instances.png beside it. model.json describes the steps.
 A service for a model without `tiles` in model.json needs nothing that follows `predict`."""
 
+import argparse
 import json
 import math
+import os
 import sys
 from itertools import chain, combinations, pairwise, product
 from pathlib import Path
@@ -244,15 +246,30 @@ def stitch(pieces, tiles):
     return Piece(-1, pieces[0].label, score, (x0, y0, x1, y1), mask, sum(areas))
 
 
-if __name__ == "__main__":
-    model = Path(sys.argv[1])
+def run(model, images):
     constants = json.loads(model.with_name("model.json").read_text())
     if "tiles" not in constants:
         sys.exit(f"{model} was exported by an older version, which did not write its tiles: export the model again")
     network = open_network(model, constants)
-    for path in map(Path, sys.argv[2:]):
+    for path in images:
         pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
         for number, (category, score, inside) in enumerate(predict(network, constants, image)):
-            print(json.dumps({"file": str(path), **category, "score": round(score, 4), "pixels": int(inside.sum())}))
+            found = {"file": str(path), **category, "score": round(score, 4), "pixels": int(inside.sum())}
+            print(json.dumps(found), flush=True)
             pixels[inside] = pixels[inside] // 2 + np.random.default_rng(number).integers(0, 128, 3, np.uint8)
-        Image.fromarray(pixels).save(path.with_suffix(".instances.png"))
+        picture = path.with_suffix(".instances.png")
+        try:
+            Image.fromarray(pixels).save(picture)
+        except OSError as error:
+            sys.exit(f"{picture} can't be written ({error}): copy the image to a folder that you can write to")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the exported file, beside its model.json")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    try:
+        run(**vars(parser.parse_args()))
+    except BrokenPipeError:  # what reads the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at exit
+        sys.exit(141)

@@ -193,18 +193,31 @@ def assert_equal(found: Iterable[tuple[dict[str, Any], float, NDArray[np.bool_]]
         assert (inside != expected.mask(index).astype(bool)).mean() < 1e-3
 
 
+def start_example(*arguments: object) -> subprocess.Popen[str]:
+    """Start the example as users do, without this package."""
+    command, environment = [sys.executable, str(EXAMPLE), *map(str, arguments)], {**os.environ, "PYTHONPATH": ""}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def run_example(path: Path, image: Path) -> list[dict[str, Any]]:
-    """Run the example as users do, without this package; return what it prints."""
-    command, environment = [sys.executable, str(EXAMPLE), str(path), str(image)], {**os.environ, "PYTHONPATH": ""}
-    run = subprocess.run(command, check=True, cwd=path.parent, env=environment, capture_output=True, text=True)
+    """Run the example; return what it prints."""
+    with start_example(path, image) as run:
+        out, errors = run.communicate()
+    assert run.returncode == 0, errors
     assert image.with_suffix(".instances.png").is_file()
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in out.splitlines()]
 
 
-def test_the_example_predicts_in_tiles_as_the_predictor_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[M2FModel, Path]:
+    """A model of tiles, and its exported file."""
     model = model_of(SMALL, tile_size=40, tile_overlap=0.25)
     model.config.thresholds = [0.05, 0.0, 0.1]
-    path = export_model(model, "torch", tmp_path, fixed_size=True)
+    return model, export_model(model, "torch", tmp_path_factory.mktemp("tiled"), fixed_size=True)
+
+
+def test_the_example_predicts_in_tiles_as_the_predictor_does(tiled: tuple[M2FModel, Path], tmp_path: Path) -> None:
+    model, path = tiled
     noise = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     (expected,) = Predictor(model)(tmp_path / "a.png")
@@ -216,6 +229,27 @@ def test_the_example_predicts_in_tiles_as_the_predictor_does(tmp_path: Path) -> 
     np.testing.assert_allclose(
         [one["pixels"] for one in found], [expected.mask(index).sum() for index in range(len(expected))], atol=2
     )
+
+
+def test_the_example_ends_with_a_message_and_not_with_a_traceback(tiled: tuple[M2FModel, Path], tmp_path: Path) -> None:
+    _, path = tiled
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.instances.png").mkdir()  # can't be written by any user
+    for arguments, status, message in (
+        (["--help"], 0, r"usage: predict_exported\.py \[-h\] model IMAGE \[IMAGE \.\.\.\]"),
+        ([path], 2, "the following arguments are required: IMAGE"),
+        ([path, tmp_path / "a.png"], 1, r"a\.instances\.png can't be written .*: copy the image to a folder"),
+    ):
+        with start_example(*arguments) as run:
+            out, errors = run.communicate()
+        assert run.returncode == status, errors
+        assert re.search(message, errors + out)
+        assert "Traceback" not in errors
+    with start_example(path, tmp_path / "a.png") as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait()) == ("", 141)
 
 
 class Colours(Runner):
