@@ -90,7 +90,7 @@ _OUTSIDE = 0.001  # the fraction of an image's pixels below its range, and the f
 
 logger = logging.getLogger(__name__)
 _warned: list[str] = []  # an image with few grey levels
-_SAMPLED = 10_000  # values of an image that are counted where few grey levels are left
+_SAMPLED = 10_000  # values of an image that are looked at first, whether few grey levels are left
 
 FEWEST_LEVELS = 64
 """Grey levels after conversion to 8 bits, below which another range of values is proposed."""
@@ -524,12 +524,12 @@ def _warn_of_few_levels(
 
     Of the data workers of a training, only the first one logs.
     """
-    levels = np.count_nonzero(np.bincount(grey.reshape(-1)))
-    if levels >= FEWEST_LEVELS or values.size < FEWEST_LEVELS:
+    places = np.random.default_rng(0).integers(max(values.size, 1), size=min(values.size, _SAMPLED))
+    if len(np.unique(grey.flat[places])) >= FEWEST_LEVELS or len(np.unique(values.flat[places])) < FEWEST_LEVELS:
+        return  # enough levels, or few values, such as of a mask or a blank image
+    levels = len(np.unique(grey))
+    if levels >= FEWEST_LEVELS:
         return
-    sample = values.flat[np.random.default_rng(0).integers(values.size, size=_SAMPLED)]
-    if len(np.unique(sample)) < FEWEST_LEVELS:
-        return  # such as a mask or a blank image
     _warned.append(where)
     from torch.utils.data import get_worker_info
 
