@@ -4,7 +4,7 @@ Only `find_splits` decides which files a dataset consists of; `Layout.describe` 
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ from m2f_trainer.data.layouts import (
 )
 from m2f_trainer.data.mask_images import find_mask_images, read_mask_images
 from m2f_trainer.data.metadata_jsonl import find_metadata, read_metadata
+from m2f_trainer.data.normalize import has_no_outline
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.splits import FolderSplit
 from m2f_trainer.data.yolo import find_yolo, label_folder, read_yolo, yolo_contents
@@ -243,20 +244,13 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
     """
     split = FORMATS[files.format].read(files, report)
     entries = [(image, entry) for image in split.images for entry in split.annotations[image["id"]]]
-    if entries and all(_has_no_outline(entry.get("segmentation")) for _, entry in entries):
+    if entries and all(has_no_outline(entry.get("segmentation")) for _, entry in entries):
         image, entry = entries[0]
         raise EmptySplitError(
             f"{split.full_name(entry, image)}: segmentation is empty, as in all {len(entries)} annotations: these are"
             f" boxes only. {ADD_OUTLINES}."
         )
     return split
-
-
-def _has_no_outline(segmentation: object) -> bool:
-    """Whether a segmentation is missing, [] or [[]]."""
-    if isinstance(segmentation, list):
-        return all(isinstance(part, Sequence) and not part for part in segmentation)
-    return not segmentation
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:

@@ -150,6 +150,13 @@ def usual_segmentation(segmentation: object, height: int, width: int, box: objec
     return kept, "stray-part" if len(kept) < len(parts) else "unusual-outline"
 
 
+def has_no_outline(segmentation: object) -> bool:
+    """Whether a segmentation is missing, [] or [[]]."""
+    if isinstance(segmentation, list):
+        return all(isinstance(part, Sequence) and not part for part in segmentation)
+    return not segmentation
+
+
 def flat_polygons(segmentation: object) -> list[Sequence[float]] | None:
     """The polygons of a segmentation in any spelling, each as [x, y, x, y, ...]; None if it isn't one of polygons."""
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str | bytes):

@@ -123,6 +123,13 @@ KINDS: Mapping[str, Kind] = {
         "removed",
         MaskError,
     ),
+    "no-mask": _error(
+        "object without a mask",
+        "Its `segmentation` is empty, and an object without a mask is learnt as background.",
+        f"{ADD_OUTLINES}, or leave out its image. Remove the annotation if there is no object.",
+        "removed: the object becomes background",
+        MaskError,
+    ),
     "bad-box": _error(
         "invalid `bbox`",
         "Box AP is computed from it.",

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from m2f_trainer.data.image_names import LINK_ADVICE
-from m2f_trainer.data.normalize import flat_polygons, number, usual_box, usual_segmentation
+from m2f_trainer.data.normalize import flat_polygons, has_no_outline, number, usual_box, usual_segmentation
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import Photo, Reading
 from m2f_trainer.errors import DataError, MaskError
@@ -144,7 +144,8 @@ class SplitAnnotations(ABC):
         try:
             counts = masks.to_counts(usual, height, width, name)
         except MaskError as error:
-            report("bad-mask", self.name, [entry["id"]], str(error), image["id"])
+            kind = "no-mask" if has_no_outline(segmentation) else "bad-mask"
+            report(kind, self.name, [entry["id"]], str(error), image["id"])
             return None
         report(kind, self.name, [entry["id"]], f"{name}: {rle.brief(segmentation)}.", image["id"])
         entry["segmentation"] = usual

@@ -27,7 +27,7 @@ _DUPLICATE_KINDS = ("duplicate-image", "leakage")
 _CONSEQUENCES = ("missing-split", "no-objects")  # which may be gone when other errors are corrected
 _KEEP_ORDER = ("test", "valid", "train")  # an image in several splits stays in the first of these
 _LOST_IMAGES = ("bad-image-entry", "missing-image", "bad-image", "wrong-image-size", "unsafe-path")
-_LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask")
+_LOST_OBJECTS = ("bad-annotation-entry", "bad-crowd", "orphan-annotation", "unknown-category", "bad-mask", "no-mask")
 _SAME_BOX = 0.02  # of the image's sides: how far the boxes of one object in two duplicates may lie apart
 _SAME_BOX_IOU = 0.5  # which these boxes have at least: those of small neighbours are close, too, but hardly overlap
 

@@ -47,6 +47,7 @@ def write_report(folders: Sequence[Path], output: Path, load_images: bool = Fals
 def _page(runs: Sequence[Run], load_images: bool) -> str:
     heading = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     details = {run.name: run.details for run in runs}
+    trained = [run for run in runs if run.recipe]
     return render_page(
         "report.html",
         script="sort.js",
@@ -54,8 +55,8 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
         heading=heading,
         summary=_runs_table(runs),
         dense=any("eval_unlimited_map" in run.figures for run in runs),
-        settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in runs]),
-        differences=_differences(runs),
+        settings=Table(["run", "backbone", "tuned", "input", "dataset"], [_settings(run) for run in trained]),
+        differences=_differences(trained),
         training=list(_training_charts(runs)),
         classes=_classes(runs[0].details) if len(runs) == 1 else _classes_compared(runs),
         score_charts=list(_score_charts(details)),
@@ -69,27 +70,52 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
-    """The figures of each run, without columns that no run has."""
+    """The figures of each run, without columns that no run has.
+
+    The columns on what was evaluated are left out where all rows are runs with the same values.
+    """
     shown = [key for key in SUMMARY if any(key in run.figures for run in runs)]
-    rows = [[run.name, *(percent(run.figures.get(key)) for key in shown), run.figures.get("step", "-")] for run in runs]
-    return Table(["run", *(SUMMARY[key] for key in shown), "step"], rows)
+    evaluated = [_evaluated(run) for run in runs]
+    scores = any("evaluated" in run.details for run in runs)
+    sources = [key for key in evaluated[0] if scores or len({one[key] for one in evaluated}) > 1]
+    rows: list[list[object]] = []
+    for run, source in zip(runs, evaluated, strict=True):
+        figures = (percent(run.figures.get(key)) for key in shown)
+        rows.append([run.name, *(source[key] for key in sources), *figures, run.figures.get("step", "-")])
+    return Table(["run", *sources, *(SUMMARY[key] for key in shown), "step"], rows)
+
+
+def _evaluated(run: Run) -> dict[str, str]:
+    """What the figures are of; "-" for the model of a run, which is its own, and for what the files don't tell."""
+    told = {"dataset": run.recipe.get("dataset_name"), "split": "valid"} if run.recipe else {}
+    told = run.details.get("evaluated", told)
+    return {
+        "model": _value(told.get("model")),
+        "dataset": _dataset(told.get("dataset")),
+        "split": _value(told.get("split")),
+        "images": str(len(run.details["images"])),
+    }
 
 
 def _settings(run: Run) -> list[str]:
     recipe = run.recipe
     size = f"{recipe['image_width']}x{recipe['image_height']}" if "image_width" in recipe else "-"
-    dataset = str(recipe.get("dataset_name") or "-").rstrip("/").rsplit("/", 1)[-1]
     backbone = str(recipe.get("backbone") or "-")
     if Path(backbone).is_absolute():
         backbone = Path(backbone).name
     if config := recipe.get("backbone_config"):  # a randomly initialised backbone of this configuration, instead
         architecture = config.get("model_type", "backbone") if isinstance(config, Mapping) else "backbone"
         backbone = f"{architecture}, randomly initialised"
-    return [run.name, backbone, str(recipe.get("tune", "-")), size, dataset]
+    return [run.name, backbone, str(recipe.get("tune", "-")), size, _dataset(recipe.get("dataset_name"))]
+
+
+def _dataset(name: object) -> str:
+    """The last part of a dataset's path or Hub id; "-" if there is none."""
+    return str(name or "-").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _differences(runs: Sequence[Run]) -> Table:
-    """The fields that affect the model and whose values differ between the runs."""
+    """The fields that affect the model and whose values differ between the runs, which may be none."""
     given = [model_fields(run.recipe) for run in runs]
     names = dict.fromkeys(name for one in given for name in one)
     rows = [
@@ -133,14 +159,20 @@ def _classes(details: Mapping[str, Any]) -> Table:
 
 
 def _classes_compared(runs: Sequence[Run]) -> Table:
+    """AP of each class and run, and its objects: in one column if all runs were scored on as many."""
     tables = [{row["name"]: row for row in run.details["classes"]} for run in runs]
     names = dict.fromkeys(name for one in tables for name in one)
+    objects = {name: [one[name]["objects"] for one in tables if name in one] for name in names}
+    if all(len(set(counts)) == 1 for counts in objects.values()):
+        heads = ["objects"]
+    else:
+        heads = [f"objects, {run.name}" for run in runs]
+        objects = {name: [one[name]["objects"] if name in one else "-" for one in tables] for name in names}
     rows = [
-        [name, max(one[name]["objects"] for one in tables if name in one)]
-        + [percent(one[name]["ap"] if name in one else None) for one in tables]
+        [name, *objects[name][: len(heads)], *(percent(one[name]["ap"] if name in one else None) for one in tables)]
         for name in names
     ]
-    return Table(["class", "objects", *(f"AP, {run.name}" for run in runs)], rows, sortable=True)
+    return Table(["class", *heads, *(f"AP, {run.name}" for run in runs)], rows, sortable=True)
 
 
 def _score_charts(details: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:

@@ -26,6 +26,7 @@ from m2f_trainer.masks.rle import (
     write_counts,
 )
 
+_ADD_MASK = "Add the polygon of the object, or leave out its image: an object without a mask is learnt as background."
 _MAX_SIDES_OUTSIDE = 10  # a polygon's coordinate may lie this many image sides outside; further out is a mistake
 _MAX_BOUNDARY = 4_000_000  # pixels on the boundary of one object; pycocotools takes 40 bytes for each
 
@@ -47,7 +48,7 @@ def to_counts(segmentation: object, height: int, width: int, where: str) -> str:
         return _counts_of_polygons(segmentation, height, width, where)
     raise MaskError(
         f"{where}: expected polygons [[x, y, ...]] or an RLE {{size, counts}} as `segmentation`, got"
-        f" {brief(segmentation)}. Add the polygon of the object, or remove the annotation."
+        f" {brief(segmentation)}. {_ADD_MASK}"
     )
 
 
@@ -71,7 +72,7 @@ def decode(counts: str | bytes, height: int, width: int, where: str = "RLE") -> 
 
 def _counts_of_polygons(polygons: Sequence[Any], height: int, width: int, where: str) -> str:
     if not polygons:
-        raise MaskError(f"{where}: the segmentation is empty. Add the polygon of the object, or remove the annotation.")
+        raise MaskError(f"{where}: the segmentation is empty. {_ADD_MASK}")
     reach = _MAX_SIDES_OUTSIDE * max(height, width)
     for i, part in enumerate(polygons):
         if not _is_packed(part, reach):

@@ -97,7 +97,8 @@ def evaluate_folder(
     figures = trainer.evaluate()
     if output_dir is not None and trainer.is_world_process_zero():
         write_metrics(figures, Path(output_dir, METRICS))
-        write_details(trainer.details, Path(output_dir, EVALUATION))
+        evaluated = {"model": model, "dataset": dataset, "split": split}
+        write_details({"evaluated": evaluated, **trainer.details}, Path(output_dir, EVALUATION))
         write_classes(trainer.details, Path(output_dir, CLASSES))
         write_plots(trainer.details, output_dir)
         write_predictions([one.best(LIMITS[-1]) for one in trainer.predictions], Path(output_dir, PREDICTIONS))

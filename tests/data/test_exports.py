@@ -14,6 +14,7 @@ from m2f_trainer.data.validate import check_dataset
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.doctor.scan import Settings
+from m2f_trainer.doctor.summary import summary_text
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.exports import EXPORTS, label_studio, pictures, vgg_own
@@ -145,8 +146,16 @@ def test_boxes_without_outlines_are_refused_and_left_out_by_the_fix(tmp_path):
     root = write(tmp_path / "set", content(annotation(1), annotation(2, segmentation=[])))
     with pytest.raises(DataError, match=r"annotation 2 .*segmentation is empty. Add the polygon"):
         load_coco(root, cache_dir=tmp_path / "cache")
+    (error,) = [one for one in examine(root, SETTINGS).findings if one.severity == "error"]
+    text = summary_text(examine(root, SETTINGS))
+    assert (error.kind, error.ids) == ("no-mask", [2])
+    assert "an object without a mask is learnt as background" in text
+    assert "leave out its image" in text
+    assert "pycocotools" not in text
     changes = repair(examine(root, SETTINGS), tmp_path / "corrected").changes
-    assert [one["id"] for one in changes if one["finding"] == "bad-mask"] == [2]
+    (change,) = [one for one in changes if one["finding"] == "no-mask"]
+    assert change["id"] == 2
+    assert change["change"] == "removed: the object becomes background"
 
 
 def test_a_name_is_only_looked_for_inside_the_dataset(tmp_path):

@@ -64,7 +64,7 @@ FAULTS = {
     "category unnamed": ("unknown-category", wrong(category=-1), {}, "row 1, object 1: category -1 isn't one of.*0, 1"),
     "crowd of two": ("bad-crowd", wrong(iscrowd=2), {}, "row 1, object 1: expected an `iscrowd` of 0 or 1, got 2"),
     "no polygon": ("bad-mask", wrong(segmentation=[[1.0, 2.0]]), {}, "row 1, object 1.*at least three points"),
-    "no mask": ("bad-mask", wrong(segmentation=None), {}, "row 1, object 1.*expected polygons"),
+    "no mask": ("no-mask", wrong(segmentation=None), {}, "row 1, object 1.*expected polygons"),
     "objects null": ("bad-annotation-entry", {"objects": None}, {}, "row 1: expected a list as objects, got a null"),
     "object null": ("bad-annotation-entry", {"objects": [None]}, {}, "row 1, object 0: expected an object, got a null"),
     "image null": ("bad-image", {"image": None, "objects": []}, {}, "row 1: expected an image with 'path' or 'bytes'"),

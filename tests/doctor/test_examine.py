@@ -102,6 +102,11 @@ def bad_mask(coco, folder):
 
 
 @plant
+def no_mask(coco, folder):
+    common(coco)[0]["segmentation"] = []
+
+
+@plant
 def bad_box(coco, folder):
     common(coco)[0]["bbox"] = [1, 2, 3]
 

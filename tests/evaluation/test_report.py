@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from m2f_trainer.cli import main as cli
-from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import ModelFolderError
 from m2f_trainer.evaluation.evaluator import Evaluator
@@ -23,21 +24,37 @@ EVIL = '<script>alert("1")</script>'
 
 
 class Reader(HTMLParser):
-    """Collects tags, addresses and text."""
+    """Collects tags, addresses, text, and the cells of tables."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
         self.words: list[str] = []
+        self.tables: list[list[list[str]]] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [value or "" for key, value in attrs if key in ("src", "href")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        if data.strip():
+            tag = next((tag for tag in reversed(self.tags) if tag in ("th", "td", "h1", "h2", "h3", "p")), None)
+            if tag in ("th", "td"):
+                self.tables[-1][-1][-1] += data
+
+    def table(self, column: str) -> dict[str, dict[str, str]]:
+        """The first table with this column, its first: row -> column -> cell."""
+        head, *rows = next(table for table in self.tables if table[0][0] == column)
+        return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write_run(folder: Path, data: Path, share: float = 1.0) -> Path:
+def write_run(folder: Path, data: Path, share: float = 1.0, split: str = "valid") -> Path:
     """A run's folder with the files that a report reads; with a `share` below 1 the first image has no predictions."""
-    rows = load_coco(data)["valid"]
+    rows = load_coco(data)[split]
     evaluator = Evaluator(rows)
     found = [one.above(0) for one in perfect(rows)]
     kept = [one if share == 1 else one.above(2) for one in found[:1]] + found[1:]
@@ -159,6 +176,73 @@ def test_the_settings_that_differ_between_runs_are_listed_and_no_others(data: Pa
     }
     alone = Reader(write_report(folders[:1], tmp_path / "page.html").read_text()).words
     assert "Settings that differ" not in alone
+
+
+def write_scores(folder: Path, data: Path, split: str, **evaluated: str) -> Path:
+    """The output of `m2f evaluate`, which has no recipe; without `evaluated`, as earlier versions wrote it."""
+    write_run(folder, data, split=split)
+    for name in ("recipe.json", "trainer_state.json"):
+        (folder / name).unlink()
+    if evaluated:
+        details = json.loads((folder / "evaluation.json").read_text())
+        write_details({"evaluated": {**evaluated, "split": split}, **details}, folder / "evaluation.json")
+    return folder
+
+
+def test_figures_of_another_split_or_dataset_are_named_as_such(data: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", data)
+    scores = write_scores(tmp_path / "b", data, "train", model="runs/<i>", dataset="/home/me/<u>/")
+    page = Reader(write_report([run, scores], tmp_path / "page.html").read_text())
+    rows = page.table("run")
+    on = [{name: row[name] for name in ("model", "split", "dataset", "images")} for row in (rows["a"], rows["b"])]
+    assert on == [
+        {"model": "-", "split": "valid", "dataset": data.name, "images": "4"},
+        {"model": "runs/<i>", "split": "train", "dataset": "<u>", "images": "2"},
+    ]
+    assert not {"i", "u"} & set(page.tags), "names are escaped"
+    expected = {
+        split: Counter(
+            one["category_id"] for row in load_coco(data)[split] for one in row["objects"] if not one["iscrowd"]
+        )
+        for split in ("valid", "train")
+    }
+    assert expected["valid"] != expected["train"]
+    names = {one.name: one.id for one in categories_of(load_coco(data)["train"])}
+    for name, row in page.table("class").items():
+        assert row["objects, a"] == str(expected["valid"][names[name]]), name
+        assert row["objects, b"] == str(expected["train"][names[name]]), name
+    alone = Reader(write_report([scores], tmp_path / "page.html").read_text()).table("run")
+    assert (alone["b"]["split"], alone["b"]["dataset"]) == ("train", "<u>")
+
+
+def test_what_was_evaluated_is_not_repeated_where_it_is_the_same(data: Path, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, data) for name in ("a", "b")]
+    page = Reader(write_report(runs, tmp_path / "page.html").read_text())
+    assert not {"model", "split", "dataset", "images"} & set(page.table("run")["a"])
+    assert all(list(row) == ["objects", "AP, a", "AP, b"] for row in page.table("class").values())
+
+
+def test_scores_of_an_earlier_version_are_not_taken_for_those_of_a_runs_split(data: Path, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a", data), write_scores(tmp_path / "b", data, "train")]
+    rows = Reader(write_report(folders, tmp_path / "page.html").read_text()).table("run")
+    assert [(row["split"], row["dataset"], row["images"]) for row in rows.values()] == [
+        ("valid", data.name, "4"),
+        ("-", "-", "2"),
+    ]
+
+
+def test_scores_without_a_recipe_have_no_settings(data: Path, tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "a", data), write_run(tmp_path / "c", data)
+    scores = write_scores(tmp_path / "b", data, "valid", model="a", dataset=str(data))
+    page = Reader(write_report([run, scores], tmp_path / "page.html").read_text())
+    assert "Settings that differ" not in page.words
+    settings = next(table for table in page.tables if table[0][:2] == ["run", "backbone"])
+    assert [row[0] for row in settings[1:]] == ["a"]
+    assert "Settings" not in Reader(write_report([scores], tmp_path / "page.html").read_text()).words
+    recipe = json.loads((other / "recipe.json").read_text())
+    (other / "recipe.json").write_text(json.dumps({**recipe, "learning_rate": 1e-3}))
+    page = Reader(write_report([run, scores, other], tmp_path / "page.html").read_text())
+    assert page.table("setting") == {"learning_rate": {"a": "-", "c": "0.001"}}
 
 
 def test_a_page_without_the_dataset_reports_that_it_is_missing(data: Path, tmp_path: Path) -> None:

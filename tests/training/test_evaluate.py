@@ -16,6 +16,7 @@ from torch import Tensor
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
+from m2f_trainer.evaluation.report import write_report
 from m2f_trainer.inference.predictor import Precision
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.run_folder import read_details, read_json, read_metrics
@@ -37,6 +38,17 @@ def test_evaluating_a_checkpoint_again_gives_the_figures_it_holds(
     assert read_metrics(tmp_path / "metrics.json")["eval_map"] == again["eval_map"]
     assert read_details(tmp_path)["errors"] == read_details(checkpoint)["errors"]
     assert (tmp_path / "classes.csv").read_text().startswith("id,name,ap,")
+
+
+def test_evaluation_json_holds_what_was_evaluated(finished_run: Path, tmp_path: Path) -> None:
+    model, data = str(finished_run / "run"), str(finished_run / "data")
+    evaluate_folder(model, data, "test", output_dir=tmp_path, batch_size=1)
+    details = read_details(tmp_path)
+    assert details["evaluated"] == {"model": model, "dataset": data, "split": "test"}
+    assert len(details["images"]) == len(load_coco(data)["test"])
+    page = write_report([finished_run / "run", tmp_path], tmp_path / "page.html").read_text()
+    assert "<td>test</td>" in page
+    assert "<td>valid</td>" in page
 
 
 def test_test_figures_are_of_the_test_split(finished_run: Path) -> None:

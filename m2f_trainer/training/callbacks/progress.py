@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from m2f_trainer.config.training_arguments import UNKNOWN, TrainArguments
 from m2f_trainer.evaluation.coco import metrics_table
+from m2f_trainer.training.checkpointing.fingerprint import step_samples, updates_per_epoch
 from m2f_trainer.training.data_workers import Watched
 from m2f_trainer.version import __version__
 
@@ -263,14 +264,15 @@ def rate_parts(state: TrainerState, each: float) -> list[str]:
 
 def size_of_run(args: TrainingArguments, state: TrainerState, samples: int, model: nn.Module) -> str:
     """Samples, batch, length and trained parameters of a run."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts = {**vars(args), "world_size": args.world_size, "train_images": samples}
     minutes = args.max_minutes if isinstance(args, TrainArguments) else None
-    epochs = state.max_steps * batch / max(samples, 1)
+    epochs = state.max_steps / updates_per_epoch(facts)
     length = f"{state.max_steps:,} steps, {epochs:.1f} epochs" if minutes is None else f"{minutes:g} minutes"
     sizes = [(parameter.numel() / 1e6, parameter.requires_grad) for parameter in model.parameters()]
     trained, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     return (
-        f"{samples:,} training samples, {batch} a step, {length}; {trained:.1f} M of {total:.1f} M parameters trained"
+        f"{samples:,} training samples, {step_samples(facts)} a step, {length}; "
+        f"{trained:.1f} M of {total:.1f} M parameters trained"
     )
 
 

@@ -16,8 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.distributed import any_rank
-from m2f_trainer.training.callbacks.progress import Bars, ClassTable, Cost, DataWait, Lines, SeedEveryStep, peak_memory
+from m2f_trainer.training.callbacks.progress import (
+    Bars,
+    ClassTable,
+    Cost,
+    DataWait,
+    Lines,
+    SeedEveryStep,
+    peak_memory,
+    size_of_run,
+)
 from tests.training.runs import ROOT, m2f, write_tiny
 
 
@@ -113,6 +123,23 @@ def test_a_line_shows_loss_rate_time_left_wait_and_memory(
     state.is_world_process_zero = False
     lines.on_log(NO, state, NO, logs={"loss": 1.0})
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "shown"),
+    [
+        ({}, 8, "4 a step, 8 steps, 1.0 epochs"),  # 7 steps of 4, one of 2
+        ({"gradient_accumulation_steps": 3}, 3, "12 a step, 3 steps, 1.0 epochs"),  # 3, 3 and 2 batches
+        ({"dataloader_drop_last": True}, 14, "4 a step, 14 steps, 2.0 epochs"),
+        ({}, 4, "4 a step, 4 steps, 0.5 epochs"),
+    ],
+)
+def test_an_epoch_whose_last_step_is_smaller_counts_as_one(
+    tmp_path: Path, options: dict[str, Any], steps: int, shown: str
+) -> None:
+    args = TrainArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, **options)
+    state: Any = SimpleNamespace(max_steps=steps)
+    assert size_of_run(args, state, 30, torch.nn.Linear(2, 2)).startswith(f"30 training samples, {shown}; ")
 
 
 def test_a_file_gets_lines_and_no_bars(tmp_path: Path) -> None:
