@@ -325,8 +325,7 @@ def make_room(maps: MapFiles) -> None:
 def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments) -> Iterator[Record]:
     """Run the backbone over this rank's share of all views; yield the maps of each, (C, h, w) each, and its sample.
 
-    In bfloat16, the type of the files, if the recipe has bf16 or the CPU is faster in it. Small images are batched
-    together.
+    Small images are batched together.
     """
     rank, _ = rank_and_world_size()
     todo = AllViews(dataset, maps.views, slice(rank, None, maps.parts))
@@ -334,13 +333,21 @@ def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
     workers = args.dataloader_num_workers
     loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=workers, collate_fn=_pack_and_collate)
-    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_is_faster_in_bf16())
     for packed, batch in loader:
-        pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
-            found = model.encoder.backbone_features(pixels)
+        found = features(model, batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device), args)
         for maps_of_one, sample in zip(zip(*found, strict=True), packed, strict=True):
             yield list(maps_of_one), sample
+
+
+@torch.no_grad()
+def features(model: M2FModel, pixels: Tensor, mask: Tensor, args: TrainArguments) -> Sequence[Tensor]:
+    """The backbone's maps (B, C, h, w) of images uint8 (B, 3, H, W) with pixel mask (B, H, W), all on the run's device.
+
+    In bfloat16, the type of the files, if the recipe has bf16 or the CPU is faster in it.
+    """
+    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_is_faster_in_bf16())
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
+        return model.encoder.backbone_features(model.normalise(pixels, mask))
 
 
 def _pack_and_collate(samples: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], dict[str, Any]]:
