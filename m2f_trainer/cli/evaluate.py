@@ -27,7 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_dataset_options(parser)
     add_range_option(parser, "as in the model's training")
     parser.add_argument(
-        "--split", default="valid", choices=["train", "valid", "test"], help="split to evaluate on [%(default)s]"
+        "--split",
+        choices=["train", "valid", "test"],
+        help="split to evaluate on [valid; of a dataset with one split that the model was not trained on: that one]",
     )
     parser.add_argument("--output_dir", type=Path, help="write metrics, predictions and charts to this folder")
     parser.add_argument(

@@ -136,7 +136,8 @@ class ModelArguments:
     feature_cache: int | None = option(
         None,
         "With tune frozen: precompute backbone features for N augmented views of each image and keep them on disk. "
-        "Steps are faster; only N augmentations of an image are ever seen. 0 turns it off.",
+        "Steps are faster; only N augmentations of an image are ever seen. A run ends with an error at its start if "
+        "this would take more than half of max_minutes. 0 turns it off.",
         "model",
         at_least=0,
         changes_results=True,

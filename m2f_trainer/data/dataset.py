@@ -128,8 +128,8 @@ def load_coco(
         root: a folder in one of the formats of `m2f_trainer.data.formats`, an annotation file or a data.yaml
         cache_dir: where the rows are cached; datasets' own cache by default
         annotations, images: annotation file and image folder by split, relative to `root`, instead of those found
-        hold_out: use a fifth of the training images as valid split if there is none; default: true unless
-            `annotations` are given
+        hold_out: use a fifth of the training images as valid split if there is none, as training does; default: true
+            unless `annotations` are given
         exif_frame: the frame of annotations whose sizes don't say it; an error where it is needed and "auto"
         pixel_range: for images of more than 8 bits; "auto": that of the training images
         follow_links: whether images may be links to files outside of the dataset folder
@@ -140,6 +140,7 @@ def load_coco(
     """
     layout = find_splits(root, annotations, images, exif_frame, follow_links)
     hold_out = not annotations if hold_out is None else hold_out
+    hold_out = hold_out and lacks_validation({files.split: files for files in layout.splits})
     builder = CocoBuilder(
         cache_dir=writable_cache(cache_dir),
         dataset_name="coco",
@@ -382,7 +383,7 @@ def warn_held_out(dataset: object, splits: Mapping[str, datasets.Dataset]) -> No
     valid = len(splits["valid"])
     logger.warning(
         "%s has no validation split: %d of its %d training images, chosen by a hash of the file name, are held out for"
-        " validation",
+        " validation where a model is trained on it",
         dataset,
         valid,
         valid + len(splits["train"]),

@@ -51,16 +51,16 @@ def load_dataset(
     pixel_range: PixelRange | Literal["auto"] = "auto",
     follow_links: bool = False,
     required: str = "",
+    hold_out: bool = True,
 ) -> datasets.DatasetDict:
     """The rows of a dataset on this machine, or of one on the Hub (`user/name`) or its downloaded folder.
-
-    Without a valid split, a fifth of the training images is held out as one.
 
     Args:
         name: a folder or file as of `load_coco`, or `user/name`
         annotations, images: annotation file and image folder of splits as SPLIT=PATH, instead of those found
         exif_frame, pixel_range, follow_links: how images are read, as of `load_coco`
         required: a split that may not be left out, as of `load_coco`
+        hold_out: use a fifth of the training images as valid split if there is none
 
     Raises:
         DataError: there is none, or it can't be used; the message names what is wrong and the remedy
@@ -71,14 +71,14 @@ def load_dataset(
             name,
             annotations=files,
             images=folders,
-            hold_out=True,
+            hold_out=hold_out,
             exif_frame=exif_frame,
             pixel_range=pixel_range,
             follow_links=follow_links,
             required=required,
         )
     check_no_files(name, files, folders)
-    return load_hub(str(name), exif_frame, pixel_range)
+    return load_hub(str(name), exif_frame, pixel_range, hold_out)
 
 
 def load_recipe_dataset(recipe: Mapping[str, Any]) -> datasets.DatasetDict:
@@ -121,6 +121,7 @@ def load_hub(
     name: str,
     exif_frame: ExifFrame = "auto",
     pixel_range: PixelRange | Literal["auto"] = "auto",
+    hold_out: bool = True,
     **options: Any,
 ) -> datasets.DatasetDict:
     """The splits of a Hub dataset as rows with embedded images; `options` go to `datasets.load_dataset`.
@@ -144,7 +145,8 @@ def load_hub(
                     features=row_features(categories),
                     gen_kwargs={"rows": _known_columns(rows), "reader": reader},
                 )
-    found = rows_with_validation(_with_reading(kept, exif_frame, pixel_range))
+    read = datasets.DatasetDict(_with_reading(kept, exif_frame, pixel_range))
+    found = rows_with_validation(read) if hold_out else read
     if len(found) > len(kept):
         warn_held_out(name, found)
     return found

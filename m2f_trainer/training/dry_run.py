@@ -20,6 +20,7 @@ from m2f_trainer.model.backbones import ModelError, feature_maps, stride_of
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
 from m2f_trainer.training.callbacks.clock import TICKS
 from m2f_trainer.training.checkpointing.fingerprint import length_in_steps, updates_per_epoch
+from m2f_trainer.training.feature_cache import features
 from m2f_trainer.training.optimizer import parameter_groups, rate_factors, rates_of
 
 ADAM_MOMENTS = 2
@@ -131,8 +132,11 @@ def example_inputs(size: Sequence[int], instances: int, device: torch.device, im
     }
 
 
-def seconds_per_step(model: M2FModel, train: TrainArguments, instances: int) -> float:
-    """Time of an optimizer step on this machine, measured with grey images, without data loading and the update.
+def seconds_per_step(
+    model: M2FModel, train: TrainArguments, instances: int, *, kept_features: bool
+) -> tuple[float, float]:
+    """Time of an optimizer step on this machine, measured with grey images, without data loading and the update; and
+    time of the features of an image, where they are kept (`feature_cache`) and not computed in the step, otherwise 0.
 
     One image is measured first. If a batch would take longer than `PATIENCE`, the time of one image is multiplied by
     the number of images.
@@ -141,28 +145,41 @@ def seconds_per_step(model: M2FModel, train: TrainArguments, instances: int) -> 
     mode, home = model.training, model.device
     cast(nn.Module, model).to(device).train()
 
-    def measure(images: int) -> float:
-        inputs = example_inputs(size, instances, device, images)
+    def measure(images: int) -> tuple[float, float]:
+        inputs: dict[str, Any] = dict(example_inputs(size, instances, device, images))
+        before = time.perf_counter()
+        if kept_features:
+            pixels = inputs["pixel_values"]
+            inputs["backbone_maps"] = features(model, pixels, torch.ones_like(pixels[:, 0], dtype=torch.bool), train)
+            synchronize()
         begun = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(train.bf16)):
             loss = model(**inputs).loss
         loss.backward()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        synchronize()
         model.zero_grad()
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun, (begun - before) / images
 
     with torch.random.fork_rng():
         measure(1)
-        batch, one = train.per_device_train_batch_size, measure(1)
-        took = measure(batch) if batch * one < PATIENCE else batch * one
+        batch, (one, of_features) = train.per_device_train_batch_size, measure(1)
+        took, of_features = measure(batch) if batch * one < PATIENCE else (batch * one, of_features)
     cast(nn.Module, model).train(mode).to(home)
-    return took * train.gradient_accumulation_steps
+    return took * train.gradient_accumulation_steps, of_features if kept_features else 0.0
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. `groups` are the optimizer's, with the number of values of each under "params"."""
+    """The plan of a run. `groups` are the optimizer's, with the number of values of each under "params".
+
+    `cache_seconds` is the time in which the features of a `feature_cache` are computed, before the first step.
+    """
 
     groups: list[dict[str, Any]]
     parameters: int
@@ -173,11 +190,12 @@ class Plan:
     steps_per_epoch: int
     steps: int
     step_seconds: float
+    cache_seconds: float
     train: TrainArguments
 
 
-def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) -> Plan:
-    """The plan of a run with `images` training images of `instances` objects each."""
+def plan(model: M2FModel, train: TrainArguments, images: int, instances: int, views: int = 0) -> Plan:
+    """The plan of a run with `images` training images of `instances` objects each; `views`: its `feature_cache`."""
     groups = [
         {**group, "params": sum(parameter.numel() for parameter in group["params"])}
         for group in parameter_groups(model, rates_of(train))
@@ -187,8 +205,9 @@ def plan(model: M2FModel, train: TrainArguments, images: int, instances: int) ->
     memory = estimate(model, instances, bf16=bool(train.bf16), averaged=train.ema_decay is not None)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(group["params"] for group in groups)
-    seconds = seconds_per_step(model, train, instances)
-    return Plan(groups, total, trained, memory, instances, images, per_epoch, max(steps, 1), seconds, train)
+    seconds, of_features = seconds_per_step(model, train, instances, kept_features=views > 0)
+    cache = of_features * views * images / train.world_size
+    return Plan(groups, total, trained, memory, instances, images, per_epoch, max(steps, 1), seconds, cache, train)
 
 
 def plan_text(plan: Plan) -> str:
@@ -229,10 +248,13 @@ def steps_text(plan: Plan) -> str:
 
 def time_text(plan: Plan) -> str:
     """The line on the time of the run."""
-    each = f"about {plan.step_seconds:.2g} s a step on this machine"
+    each, cache = f"about {plan.step_seconds:.2g} s a step on this machine", plan.cache_seconds
+    if cache:
+        each = f"about {tqdm.format_interval(cache)} for the features of feature_cache, then {each}"
     if plan.train.max_minutes is None:
-        return f"{each}, {tqdm.format_interval(plan.steps * plan.step_seconds)} in all, without data and evaluations"
-    steps = 60 * plan.train.max_minutes / plan.step_seconds
+        whole = tqdm.format_interval(cache + plan.steps * plan.step_seconds)
+        return f"{each}, {whole} in all, without data and evaluations"
+    steps = max(60 * plan.train.max_minutes - cache, 0) / plan.step_seconds
     return f"{each}, so about {steps:,.0f} steps or {steps / plan.steps_per_epoch:.1f} epochs"
 
 

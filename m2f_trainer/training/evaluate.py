@@ -1,18 +1,22 @@
 """Score a saved model on a split of a dataset: `m2f evaluate`."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, DatasetDict
 
 from m2f_trainer.config.arguments import ExifFrame, parse_pixel_range
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.dataset import Category
+from m2f_trainer.data.dataset import Category, lacks_validation
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.reading import model_range
 from m2f_trainer.data.validate import check_split, match_rows
+from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.coco import LIMITS
 from m2f_trainer.evaluation.plots import write_plots
@@ -22,6 +26,7 @@ from m2f_trainer.model.mask2former import load_model
 from m2f_trainer.run_folder import (
     CLASSES,
     EVALUATION,
+    FINGERPRINT,
     METRICS,
     PREDICTIONS,
     RECIPE,
@@ -33,10 +38,12 @@ from m2f_trainer.run_folder import (
     write_details,
     write_metrics,
 )
-from m2f_trainer.training.callbacks.progress import CPU
-from m2f_trainer.training.prepare import eval_samples
+from m2f_trainer.training.callbacks.progress import CPU, print_line
+from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
+from m2f_trainer.training.prepare import eval_samples, first_rows
 from m2f_trainer.training.trainer import M2FTrainer
 
+logger = logging.getLogger(__name__)
 BATCH = 4
 """Images or tiles of a forward pass where the model's training doesn't tell."""
 WORTH_WORKERS = 64  # images; with fewer, starting and ending worker processes takes longer than reading
@@ -45,7 +52,7 @@ WORTH_WORKERS = 64  # images; with fewer, starting and ending worker processes t
 def evaluate_folder(
     model: str,
     dataset: str,
-    split: str = "valid",
+    split: str | None = None,
     output_dir: Path | None = None,
     batch_size: int | None = None,
     annotations: Sequence[str] | None = None,
@@ -56,6 +63,8 @@ def evaluate_folder(
     follow_links: bool = False,
 ) -> dict[str, float]:
     """Score a saved model on a split with the code that scores it during training, and optionally write the results.
+
+    Prints the number of images and their split, which by default is that of `splits_to_score`.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
     predictions.json (COCO results form; the 100 best of each image, which the metrics count). `annotations`, `images`,
@@ -73,15 +82,16 @@ def evaluate_folder(
     check_model_path(model)
     loaded = load_model(model)
     chosen = model_range(loaded.config.pixel_range) or "auto" if pixel_range is None else parse_pixel_range(pixel_range)
-    splits = load_dataset(
+    load = partial(
+        load_dataset,
         dataset,
         annotations,
         images,
         exif_frame=exif_frame,
         pixel_range=chosen,
         follow_links=follow_links,
-        required=split,
     )
+    split, splits = splits_to_score(load, model, dataset) if split is None else (split, load(required=split))
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
     rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)
@@ -95,6 +105,8 @@ def evaluate_folder(
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
     trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
     figures = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        print_line(f"{len(splits[split]):,} image(s) of split {split!r}")
     if output_dir is not None and trainer.is_world_process_zero():
         write_metrics(figures, Path(output_dir, METRICS))
         evaluated = {"model": model, "dataset": dataset, "split": split}
@@ -103,6 +115,33 @@ def evaluate_folder(
         write_plots(trainer.details, output_dir)
         write_predictions([one.best(LIMITS[-1]) for one in trainer.predictions], Path(output_dir, PREDICTIONS))
     return figures
+
+
+def splits_to_score(load: Callable[..., DatasetDict], model: str, dataset: str) -> tuple[str, DatasetDict]:
+    """The split to score a model on where none is named, and the splits of the dataset; `load` is its `load_dataset`.
+
+    It is the valid split, held out of the training split as in training if there is none. Of a dataset with a single
+    split that the model was not trained on, all images are scored.
+    """
+    own = load(hold_out=False)
+    if not lacks_validation(own):
+        return "valid" if "valid" in own else next(iter(own)), own
+    divided = load()
+    if len(own) > 1 or was_trained_on(model, divided["train"]):
+        return "valid", divided
+    warn_on_main(
+        logger,
+        "%s has no record of a training on %s, so all its %s images are scored. Set --split valid to score the images "
+        "that a training holds out.",
+        model, dataset, f"{len(own['train']):,}",
+    )  # fmt: skip
+    return "train", own
+
+
+def was_trained_on(model: str, rows: Dataset) -> bool:
+    """Whether the record beside a model says that it was trained on the annotations of this training split."""
+    recorded = read_json(Path(model, FINGERPRINT)).get("train_data")
+    return recorded == annotations_digest(first_rows(rows, read_json(Path(model, RECIPE)).get("max_train_samples")))
 
 
 def evaluates_in_bf16(model: str, precision: Precision) -> bool:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from m2f_trainer.data.imbalance import RepeatedSamples
 from m2f_trainer.data.packed_samples import pack_sample, unpack_sample
 from m2f_trainer.data.reading import reading_of
 from m2f_trainer.distributed import from_main, rank_and_world_size, warn_on_main
-from m2f_trainer.errors import DataError
+from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
@@ -59,6 +59,9 @@ SPARE = 0.02  # fraction of the disk that is left free
 PIXELS_AT_ONCE = 2**18  # of small images, such as 16 of 128 x 128
 FIRST_LINE, OTHER_LINES = 5.0, 60.0
 """Seconds after which the progress of the computation is first printed, and between the other lines."""
+SHARE_OF_RUN = 0.5
+"""Largest share of max_minutes that the computation may take."""
+MEASURED = 0.25  # of that share: time of the measurement, at most `FIRST_LINE`
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class MapFiles:
     def read(self, record: int) -> list[Tensor]:
         """The maps of one record, bfloat16 (C, h, w) each."""
         part, row = record % self.parts, record // self.parts
-        shape = (self._rows(part), self.numbers)
+        shape = (self.rows(part), self.numbers)
         values = np.memmap(self.path(part), np.uint16, "r", shape=shape)[row]  # numpy has no bfloat16
         flat = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
         sizes = [math.prod(shape) for shape in self.shapes]
@@ -155,12 +158,12 @@ class MapFiles:
         """The sample of one record, without its maps."""
         part, row = record % self.parts, record // self.parts
         with self.samples_path(part).open("rb") as file:
-            file.seek(8 * (row - self._rows(part) - 1), os.SEEK_END)
+            file.seek(8 * (row - self.rows(part) - 1), os.SEEK_END)
             start, end = np.frombuffer(file.read(16), np.int64).tolist()
             file.seek(start)
             return unpack_sample(file.read(end - start))
 
-    def _rows(self, part: int) -> int:
+    def rows(self, part: int) -> int:
         """The number of records of a rank."""
         return len(range(part, self.images * self.views, self.parts))
 
@@ -215,7 +218,11 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
     """The dataset with its backbone maps, which are computed and stored in the run's folder if they are absent.
 
     `args` are the run's training arguments. The work is divided among the ranks, which may be on several nodes that
-    share the run's folder. Raises DataError if the disk is full.
+    share the run's folder.
+
+    Raises:
+        DataError: the disk is full
+        RecipeError: the work would take more than half of the run's max_minutes
     """
     transform: Any = dataset.transform
     folder = Path(str(args.output_dir), FEATURE_CACHE)
@@ -232,7 +239,9 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
     if found is None:
         from_main(partial(make_room, maps))
         computed = compute_maps(dataset, model, maps, args)
-        maps.write(rank, computed if rank else with_progress(computed, len(range(0, maps.images * views, parts))))
+        if rank == 0:
+            computed = with_progress(within_minutes(computed, maps, args.max_minutes), maps.rows(0))
+        maps.write(rank, computed)
         PartialState().wait_for_everyone()
         from_main(partial(write_json, folder / KEY, {**key, "name": name, "parts": parts}))
     return CachedViews(dataset, maps)
@@ -316,8 +325,7 @@ def make_room(maps: MapFiles) -> None:
 def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args: TrainArguments) -> Iterator[Record]:
     """Run the backbone over this rank's share of all views; yield the maps of each, (C, h, w) each, and its sample.
 
-    In bfloat16, the type of the files, if the recipe has bf16 or the CPU is faster in it. Small images are batched
-    together.
+    Small images are batched together.
     """
     rank, _ = rank_and_world_size()
     todo = AllViews(dataset, maps.views, slice(rank, None, maps.parts))
@@ -325,17 +333,65 @@ def compute_maps(dataset: InstanceDataset, model: M2FModel, maps: MapFiles, args
     batch_size = max(args.per_device_train_batch_size, PIXELS_AT_ONCE // math.prod(transform.size))
     workers = args.dataloader_num_workers
     loader: DataLoader[Any] = DataLoader(todo, batch_size, num_workers=workers, collate_fn=_pack_and_collate)
-    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_is_faster_in_bf16())
     for packed, batch in loader:
-        pixels = model.normalise(batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device))
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
-            found = model.encoder.backbone_features(pixels)
+        found = features(model, batch["pixel_values"].to(args.device), batch["pixel_mask"].to(args.device), args)
         for maps_of_one, sample in zip(zip(*found, strict=True), packed, strict=True):
             yield list(maps_of_one), sample
 
 
+@torch.no_grad()
+def features(model: M2FModel, pixels: Tensor, mask: Tensor, args: TrainArguments) -> Sequence[Tensor]:
+    """The backbone's maps (B, C, h, w) of images uint8 (B, 3, H, W) with pixel mask (B, H, W), all on the run's device.
+
+    In bfloat16, the type of the files, if the recipe has bf16 or the CPU is faster in it.
+    """
+    half = bool(args.bf16) or (args.device.type == "cpu" and cpu_is_faster_in_bf16())
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
+        return model.encoder.backbone_features(model.normalise(pixels, mask))
+
+
 def _pack_and_collate(samples: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], dict[str, Any]]:
     return [pack_sample(one) for one in samples], collate(samples)
+
+
+def within_minutes(
+    records: Iterable[Record], maps: MapFiles, minutes: float | None, now: Callable[[], float] = time.monotonic
+) -> Iterator[Record]:
+    """Yield the records of the main rank; measure some of them, and end the run if all take too much of `max_minutes`.
+
+    The measurement begins after the first batch, which waits for data workers to start. `now` is the clock of `Clock`.
+
+    Raises:
+        RecipeError: as `require_minutes`
+    """
+    if minutes is None:
+        yield from records
+        return
+    least = min(MEASURED * SHARE_OF_RUN * 60 * minutes, FIRST_LINE)
+    begun, is_measured = math.inf, False
+    for done, record in enumerate(records):
+        yield record
+        begun = min(begun, now())
+        passed = now() - begun
+        if done and passed >= least and not is_measured:
+            require_minutes(maps, passed / done, minutes)
+            is_measured = True
+
+
+def require_minutes(maps: MapFiles, each: float, minutes: float) -> None:
+    """Raise RecipeError if all views, at `each` seconds on the main rank, take more than `SHARE_OF_RUN` of the minutes.
+
+    A resumed run is compared with all its minutes, not with those that are left: it may have to compute views again.
+    """
+    limit, needed = 60 * minutes * SHARE_OF_RUN, each * maps.rows(0)
+    if needed > limit:
+        fitting, longer = int(maps.views * limit / needed), math.ceil(needed / SHARE_OF_RUN / 6) / 10
+        raise RecipeError(
+            f"feature_cache {maps.views}: expected that the features of {maps.images:,} images x {maps.views} views "
+            f"are computed in at most half of max_minutes, which is {minutes:g}. They would take {needed / 60:.1f} "
+            f"minutes, by the {each:.2g} s/view of the first ones. Set feature_cache to "
+            f"{f'{fitting} or 0' if fitting else '0'}, or max_minutes to {longer:g} or more."
+        )
 
 
 def with_progress(records: Iterable[Record], total: int) -> Iterator[Record]:

@@ -144,7 +144,8 @@ def dry_run(recipe: Recipe) -> str:
     recipe = with_class_weights(resolve_auto(recipe, samples, None), samples)
     require_batch(samples, recipe.train)
     model = build_recipe_model(recipe.model, recipe.data, data.categories)
-    return plan_text(plan(model, recipe.train, len(samples), max(1, round(samples.objects().mean()))))
+    instances, views = max(1, round(samples.objects().mean())), recipe.model.feature_cache or 0
+    return plan_text(plan(model, recipe.train, len(samples), instances, views))
 
 
 def resolve_auto(recipe: Recipe, samples: InstanceDataset, checkpoint: Path | None) -> Recipe:

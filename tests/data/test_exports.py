@@ -128,6 +128,8 @@ def test_a_hub_set_without_validation_has_the_same_images_held_out_for_training_
     splits = load_hub(folder, cache_dir=str(tmp_path / "cache"))
     check_dataset(splits)
     assert sorted(splits["train"]["image_id"][:] + splits["valid"]["image_id"][:]) == list(range(6))
+    undivided = load_hub(folder, hold_out=False, cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in undivided.items()} == {"train": 6}
     seen = examine(folder, SETTINGS).scans
     assert [scan.entry["id"] for scan in seen["valid"]] == splits["valid"]["image_id"][:]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from m2f_trainer.cli import main as cli
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.model.lora import set_tuning
-from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, image_bytes, plan
+from m2f_trainer.training.dry_run import activations, aligned_columns, estimate, image_bytes, plan, time_text
 from tests.model.test_families import family
 from tests.model.tiny import tiny_model
 from tests.training.runs import write_tiny
@@ -47,6 +48,24 @@ def test_a_dry_run_shows_groups_counts_steps_rates_and_memory_and_writes_nothing
     assert f"10 {top:.2e} 0.00e+00" in text, "at step 10 the head is warm, and the backbone is frozen"
     assert f"learning_rate {top}" in text
     assert "GB of memory per device" in text
+
+
+def test_a_dry_run_counts_the_time_of_a_feature_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4 images x 100,000 views, each of which a step does not compute again."""
+    recipe = write_tiny(tmp_path, tune="frozen", feature_cache=100_000, max_steps=-1, max_minutes=0.1)
+    assert cli.main(["train", str(recipe), "--dry_run"]) == 0
+    (whole,) = re.findall(
+        r"about (\S+) for the features of feature_cache, then .* so about 0 steps", capsys.readouterr().out
+    )
+    assert len(whole) >= len("01:00"), "more than the run's six seconds"
+    model = tiny_model()
+    set_tuning(model, "frozen")
+    train = TrainArguments(use_cpu=True, per_device_train_batch_size=2, max_steps=10)
+    few, many = (plan(model, train, images=5, instances=1, views=views) for views in (0, 3))
+    assert few.cache_seconds == 0 < many.cache_seconds < 60
+    text = time_text(replace(many, cache_seconds=75.0, step_seconds=0.5))
+    assert text.startswith("about 01:15 for the features of feature_cache, then about 0.5 s a step on this machine")
+    assert "machine, 01:20 in all" in text
 
 
 def test_half_epochs_make_as_many_steps_as_the_trainer_takes() -> None:

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
@@ -21,8 +22,9 @@ from m2f_trainer.inference.predictor import Precision
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.run_folder import read_details, read_json, read_metrics
 from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16
+from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
-from tests.training.runs import m2f
+from tests.training.runs import m2f, write_tiny
 
 
 @pytest.mark.parametrize("where", ["checkpoint-2", "checkpoint-4"])
@@ -73,9 +75,11 @@ def test_the_figures_of_a_run_are_not_replaced_by_those_of_another_split(finishe
     assert (finished_run / "run" / "metrics.json").read_bytes() == held
 
 
-def assert_pycocotools_figures(figures: Mapping[str, float], data: Path, results: list[dict[str, Any]]) -> None:
-    """AP and AR of a dataset's validation split are those of pycocotools for these results."""
-    truth = COCO(str(data / "valid" / "_annotations.coco.json"))
+def assert_pycocotools_figures(
+    figures: Mapping[str, float], data: Path, results: list[dict[str, Any]], split: str = "valid"
+) -> None:
+    """AP and AR of a dataset's split are those of pycocotools for these results."""
+    truth = COCO(str(data / split / "_annotations.coco.json"))
     scorer = COCOeval(truth, truth.loadRes(results), "segm")
     scorer.evaluate()
     scorer.accumulate()
@@ -89,6 +93,39 @@ def test_written_predictions_score_what_pycocotools_says(finished_run: Path, tmp
     results = json.loads((tmp_path / "predictions.json").read_text())
     assert results
     assert_pycocotools_figures(figures, finished_run / "data", results)
+
+
+def test_all_images_of_a_dataset_with_one_split_are_scored(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = str(finished_run / "run"), write_sample(tmp_path / "other", seed=1, images=(6, 0, 0))
+    file = data / "train" / "_annotations.coco.json"
+    figures = evaluate_folder(model, str(file), output_dir=tmp_path / "scores", batch_size=1)
+    results = json.loads((tmp_path / "scores" / "predictions.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2, 3, 4, 5, 6}
+    assert capsys.readouterr().out == "6 image(s) of split 'train'\n"
+    assert "has no record of a training on" in caplog.text
+    assert "so all its 6 images are scored" in caplog.text
+    assert_pycocotools_figures(figures, data, results, "train")
+    capsys.readouterr()
+    for split, images in (("train", 5), ("valid", 1)):
+        evaluate_folder(model, str(file), split, batch_size=1)
+        assert capsys.readouterr().out == f"{images} image(s) of split '{split}'\n"
+    evaluate_folder(model, str(write_sample(tmp_path / "last", images=(0, 0, 2))), batch_size=1)
+    assert capsys.readouterr().out == "2 image(s) of split 'test'\n"
+
+
+def test_a_model_is_scored_on_the_images_that_were_held_out_of_its_own_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(load_recipe([str(write_tiny(tmp_path, images=(10, 0, 0), max_steps=1, max_train_samples=3))]))
+    held = read_metrics(tmp_path / "run" / "metrics.json")
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    for data in ("data", "moved"):
+        capsys.readouterr()
+        again = evaluate_folder(str(tmp_path / "run"), str(tmp_path / data), batch_size=1)
+        assert capsys.readouterr().out == "2 image(s) of split 'valid'\n"
+        assert again["eval_mar_100"] == pytest.approx(held["eval_mar_100"], abs=1e-9)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

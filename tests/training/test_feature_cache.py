@@ -29,7 +29,14 @@ from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.model.lora import set_tuning
 from m2f_trainer.model.mask2former import M2FModel
 from m2f_trainer.training import feature_cache
-from m2f_trainer.training.feature_cache import AllViews, CachedViews, MapFiles, cache_key, with_cached_maps
+from m2f_trainer.training.feature_cache import (
+    AllViews,
+    CachedViews,
+    MapFiles,
+    cache_key,
+    with_cached_maps,
+    within_minutes,
+)
 from m2f_trainer.training.run import train
 from tests.data.test_packed_samples import sample_of
 from tests.model.pretend_device import DEVICE, Waits
@@ -37,7 +44,9 @@ from tests.model.tiny import VIT, tiny_model
 from tests.training.runs import write_tiny
 
 Arguments = namedtuple(
-    "Arguments", "output_dir device bf16 per_device_train_batch_size dataloader_num_workers", defaults=(False, 2, 0)
+    "Arguments",
+    "output_dir device bf16 per_device_train_batch_size dataloader_num_workers max_minutes",
+    defaults=(False, 2, 0, None),
 )
 
 
@@ -46,13 +55,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_coco(write_sample(tmp_path_factory.mktemp("data"), images=(3, 1, 1)))["train"]
 
 
-def both(rows: Any, folder: Path, views: int = 2) -> tuple[InstanceDataset, CachedViews, M2FModel]:
+def both(
+    rows: Any, folder: Path, views: int = 2, max_minutes: float | None = None
+) -> tuple[InstanceDataset, CachedViews, M2FModel]:
     """The samples as they are and with kept maps, and the model."""
     categories = categories_of(rows)
     model = tiny_model(categories=[vars(one) for one in categories]).train()
     set_tuning(model, "frozen")
     plain = InstanceDataset(rows, TrainTransform(64, 64, color_jitter=0.4, copy_paste=0.5), categories)
-    return plain, with_cached_maps(plain, model, views, Arguments(str(folder), torch.device("cpu"))), model
+    arguments = Arguments(str(folder), torch.device("cpu"), max_minutes=max_minutes)
+    return plain, with_cached_maps(plain, model, views, arguments), model
 
 
 def loss_of(model: M2FModel, dataset: InstanceDataset) -> Tensor:
@@ -236,6 +248,41 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
     with pytest.raises(DataError, match=r"feature_cache 2: 3 images x 2 views .* do not fit .*Lower feature_cache"):
         both(rows, tmp_path)
+
+
+def test_a_cache_that_takes_more_than_half_of_the_runs_minutes_is_refused_early(rows: Any, tmp_path: Path) -> None:
+    """3 x 20,000 views in 0.3 s would be 5 microseconds each."""
+    with pytest.raises(RecipeError, match=r"feature_cache 20000: .* half of max_minutes, which is 0\.01\. They would"):
+        both(rows, tmp_path, views=20_000, max_minutes=0.01)
+    assert list((tmp_path / "feature_cache").iterdir()) == []
+    _, kept, _ = both(rows, tmp_path, views=2, max_minutes=60)
+    assert kept.maps.path(0).stat().st_size == kept.maps.size
+
+
+def test_the_time_of_the_cache_is_measured_after_the_first_batch(tmp_path: Path) -> None:
+    """The first of six batches of four takes 10 s, each other one 2 s: half a second a view, 12 s for 24 views."""
+    seconds = [0.0]
+    maps = MapFiles(tmp_path, "maps", images=4, views=6, shapes=((1, 1, 1),), frame=(8, 6), parts=1)
+
+    def records() -> Iterator[tuple[list[Tensor], bytes]]:
+        for place in range(24):
+            seconds[0] += 0 if place % 4 else 2 if place else 10
+            yield [], b""
+
+    def written(minutes: float) -> int:
+        seconds[0] = 0
+        return len(list(within_minutes(records(), maps, minutes, lambda: seconds[0])))
+
+    assert written(0.4) == 24
+    with pytest.raises(RecipeError) as refused:
+        written(0.3)
+    assert str(refused.value).endswith(
+        "They would take 0.2 minutes, by the 0.5 s/view of the first ones. Set feature_cache to 4 or 0, or max_minutes "
+        "to 0.4 or more."
+    )
+    with pytest.raises(RecipeError, match=r"Set feature_cache to 0, or max_minutes to 0\.4 or more\."):
+        written(0.03)
+    assert seconds == [12.0], "after the second batch"
 
 
 def test_maps_written_are_maps_read(tmp_path: Path) -> None:
