@@ -2,7 +2,7 @@
 
     M2FError
     ├── RecipeError          an invalid option or recipe file, or contradicting options
-    │   └── UsageError       a command line that no recipe could make valid
+    │   └── UsageError       a command line that can't be parsed
     ├── DataError            a dataset folder or annotation file that can't be used
     │   ├── EmptySplitError  a split without images, or with boxes only
     │   ├── ImageError       an image that can't be used (MissingImageError, ImageSizeError, PixelRangeError)
@@ -35,7 +35,7 @@ class RecipeError(M2FError):
 
 
 class UsageError(RecipeError):
-    """An option on the command line is unknown, duplicate or of the wrong type."""
+    """The command line can't be parsed: an option is unknown, duplicate or of the wrong type."""
 
     status = 2  # as argparse's
 

@@ -33,10 +33,10 @@ def _quotas(system: Path) -> Iterator[float]:
     """The limits of the process's group and of those around it, of both versions of control groups."""
     mounts = system / "sys/fs/cgroup"
     try:
-        groups = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        groups = os.fsdecode((system / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:  # another system than Linux
         return
-    for controllers, path in (line.split(":", 2)[1:] for line in groups):
+    for controllers, path in (line.split(":", 2)[1:] for line in groups if line.count(":") > 1):
         if controllers and "cpu" not in controllers.split(","):
             continue
         group = PurePosixPath(path)

@@ -214,8 +214,10 @@ class OptionParser(HfArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
             if NoneType in get_args(hints()[action.dest]) and callable(action.type):
-                action.type = word_or("null", action.type, None)
-                action.choices = [*action.choices, None] if action.choices else None
+                if action.choices:
+                    action.choices = [*action.choices, "null"]  # None in `given`
+                else:
+                    action.type = word_or("null", action.type, None)
             if hints()[action.dest] == bool | None:
                 action.nargs, action.const = "?", True
             if accepts_auto(action.dest) and callable(action.type):
@@ -238,7 +240,11 @@ class OptionParser(HfArgumentParser):
         namespace, rest = self.parse_known_args(list(argv))
         if rest:
             raise RecipeError(f"Expected --option value, got {rest[0]!r} on the command line.")
-        return {name: None if value == [None] else value for name, value in vars(namespace).items()}  # a list's null
+        nullable = {name for name in vars(namespace) if NoneType in get_args(hints()[name])}
+        return {
+            name: None if name in nullable and value in ("null", [None]) else value
+            for name, value in vars(namespace).items()
+        }
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for a value of the wrong type."""

@@ -527,7 +527,7 @@ def _warn_of_few_levels(
     places = np.random.default_rng(0).integers(max(values.size, 1), size=min(values.size, _SAMPLED))
     if len(np.unique(grey.flat[places])) >= FEWEST_LEVELS or len(np.unique(values.flat[places])) < FEWEST_LEVELS:
         return  # enough levels, or few values, such as of a mask or a blank image
-    levels = len(np.unique(grey))
+    levels = np.count_nonzero(np.bincount(grey.reshape(-1)))
     if levels >= FEWEST_LEVELS:
         return
     _warned.append(where)

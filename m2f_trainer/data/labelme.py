@@ -54,12 +54,20 @@ class LabelmeSplit(FolderSplit):
 def image_inside(path: Path) -> Entry:
     """The image that an annotation file holds as `imageData`, as `datasets.Image` stores it. Raises ImageError."""
     try:
-        data = base64.b64decode(json.loads(path.read_text(encoding="utf-8-sig"))["imageData"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: it can no longer be read ({error}). Restore it, or remove it.") from error
+    return {"path": str(path), "bytes": _decoded(content, path)}
+
+
+def _decoded(content: Mapping[str, Any], path: Path) -> bytes:
+    """The bytes of the image in an annotation file. Raises ImageError."""
+    try:
+        return base64.b64decode(content["imageData"])
+    except (ValueError, TypeError, KeyError) as error:
         raise ImageError(
             f"{path}: expected the image in base64 as `imageData` ({error}). Add the image file, or remove {path.name}."
         ) from error
-    return {"path": str(path), "bytes": data}
 
 
 def find_labelme(root: Path) -> tuple[SplitFiles, ...]:
@@ -160,10 +168,11 @@ def _image(
         return None
     if file == path:
         try:
-            image_inside(path)
+            _decoded(content, path)
         except ImageError as error:
             report("bad-image", name, [path.name], str(error))
             return None
+        report("image-inside", name, [path.name], f"{path}: found no file {written!r}; its `imageData` is read.")
         inside[image_id], file = path, _of_same_name(path, written)
     image = {"id": image_id, "file_name": os.path.relpath(file, folder), "height": sides[0], "width": sides[1]}
     if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > max_pixels():
@@ -203,7 +212,6 @@ def _image_file(
         report("found-image", name, [beside.name], f"{beside}: {written!r} is read from {choices[0]}.")
         return choices[0]
     if has_data:
-        report("image-inside", name, [beside.name], f"{beside}: found no file {written!r}; its `imageData` is read.")
         return beside
     if choices:
         kind, problem = "ambiguous-image", f"{written!r} may be {listed(choices)}. Correct `imagePath`."

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import tee
 from pathlib import Path
 from typing import Literal
@@ -307,8 +308,9 @@ def find_inputs(source: Path, recursive: bool, passed_over: Counter[str]) -> Ite
 def _without_repeats(paths: Iterable[Path]) -> list[Path]:
     """Each input once, in the order in which they are first named; a link of another file name is another input."""
     first: dict[Path, Path] = {}
+    resolved = cache(Path.resolve)  # of each folder once
     for path in paths:
-        first.setdefault(path.parent.resolve() / path.name, path)
+        first.setdefault(resolved(path.parent) / path.name, path)
     return list(first.values())
 
 

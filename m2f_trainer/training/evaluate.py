@@ -127,14 +127,20 @@ def splits_to_score(load: Callable[..., DatasetDict], model: str, dataset: str) 
     if not lacks_validation(own):
         return "valid" if "valid" in own else next(iter(own)), own
     divided = load()
-    if len(own) > 1 or was_trained_on(model, divided["train"]):
+    if len(own) > 1 or ("valid" in divided and was_trained_on(model, divided["train"])):
         return "valid", divided
-    warn_on_main(
-        logger,
-        "%s has no record of a training on %s, so all its %s images are scored. Set --split valid to score the images "
-        "that a training holds out.",
-        model, dataset, f"{len(own['train']):,}",
-    )  # fmt: skip
+    images = f"{len(own['train']):,}"
+    if was_trained_on(model, own["train"]):
+        warn_on_main(
+            logger, "%s was trained on all %s images of %s: the figures don't hold for others.", model, images, dataset
+        )
+    else:
+        warn_on_main(
+            logger,
+            "%s has no record of a training on exactly the annotations of %s, so all %s images are scored. Set --split "
+            "valid to score those that a training holds out.",
+            model, dataset, images,
+        )  # fmt: skip
     return "train", own
 
 

@@ -18,7 +18,7 @@ def system(folder: Path, groups: str, files: dict[str, str]) -> Path:
     for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": files[name] for name in files}}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))
     return folder
 
 
@@ -35,8 +35,21 @@ def system(folder: Path, groups: str, files: dict[str, str]) -> Path:
         (V1, {"cpu/cpu.cfs_quota_us": "20000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.2),
         (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
         (V1, {"cpu/cpu.cfs_quota_us": "damaged\n"}, math.inf),
+        ("no group\n0::/a/b\udcff\n", {"cpu.max": "100000 100000\n"}, 1),
     ],
-    ids=["v2", "v2 max", "v2 root", "v2 parent", "v2 lowest", "v2 of the host", "v1", "v1 mount", "v1 none", "damaged"],
+    ids=[
+        "v2",
+        "v2 max",
+        "v2 root",
+        "v2 parent",
+        "v2 lowest",
+        "v2 of the host",
+        "v1",
+        "v1 mount",
+        "v1 none",
+        "damaged",
+        "undecodable",
+    ],
 )
 def test_the_quota_is_the_lowest_of_the_groups_around_a_process(
     groups: str, files: dict[str, str], quota: float, tmp_path: Path

@@ -195,6 +195,7 @@ def test_an_image_inside_an_annotation_file_that_is_no_base64_is_refused(data, t
     put_inside(root / "a.json", data)
     with pytest.raises(DataError, match=r"a\.json: expected the image in base64 as `imageData` \(.*Add the image file"):
         load_coco(root, cache_dir=tmp_path / "cache")
+    assert not [one for one in examine(root).findings if one.kind == "image-inside"]
 
 
 def test_shapes_of_one_label_and_group_are_one_object(tmp_path):

@@ -105,7 +105,7 @@ def test_all_images_of_a_dataset_with_one_split_are_scored(
     assert {result["image_id"] for result in results} == {1, 2, 3, 4, 5, 6}
     assert capsys.readouterr().out == "6 image(s) of split 'train'\n"
     assert "has no record of a training on" in caplog.text
-    assert "so all its 6 images are scored" in caplog.text
+    assert "so all 6 images are scored" in caplog.text
     assert_pycocotools_figures(figures, data, results, "train")
     capsys.readouterr()
     for split, images in (("train", 5), ("valid", 1)):
@@ -126,6 +126,17 @@ def test_a_model_is_scored_on_the_images_that_were_held_out_of_its_own_training(
         again = evaluate_folder(str(tmp_path / "run"), str(tmp_path / data), batch_size=1)
         assert capsys.readouterr().out == "2 image(s) of split 'valid'\n"
         assert again["eval_mar_100"] == pytest.approx(held["eval_mar_100"], abs=1e-9)
+
+
+def test_a_model_that_was_trained_on_all_images_of_a_dataset_is_said_to_be(
+    finished_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished_run / "data" / "train", tmp_path / "alone" / "train")
+    images = len(load_coco(finished_run / "data")["train"])
+    evaluate_folder(str(finished_run / "run"), str(tmp_path / "alone"), batch_size=1)
+    assert capsys.readouterr().out == f"{images} image(s) of split 'train'\n"
+    assert f"was trained on all {images} images of" in caplog.text
+    assert "no record" not in caplog.text
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
