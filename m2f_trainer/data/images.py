@@ -538,8 +538,7 @@ def _warn_of_few_levels(
         own = range_of(values)
         logger.warning(
             "%s: its values lie between %g and %g, of which the range from %g to %g leaves %d of 256 grey levels. Give"
-            " the values of black and white as pixel_range, such as --pixel_range %g,%g, or image to scale each image"
-            " by itself.",
+            " the values of black and white as pixel_range, such as %g,%g, or image to scale each image by itself.",
             where,
             *own,
             *pixel_range,

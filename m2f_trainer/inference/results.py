@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -108,7 +109,7 @@ def write_dataset(records: Sequence[Record], folder: Path, names: Mapping[int, s
 
 def _names_below(records: Sequence[Record]) -> list[str]:
     """Each file's path relative to the deepest folder that contains all of them, so that paths stay unique."""
-    paths = [Path(record.file_name).absolute() for record in records]
+    paths = [Path(os.path.normpath(Path(record.file_name).absolute())) for record in records]
     levels = zip(*(path.parent.parts for path in paths), strict=False)
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
     return [PurePath(*path.parts[shared:]).as_posix() for path in paths]

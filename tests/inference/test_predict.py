@@ -242,16 +242,13 @@ def test_hidden_files_and_folders_called_like_images_are_no_inputs(
 
 
 def test_an_input_that_is_named_twice_is_predicted_once_and_counted(
-    predictor: type[Counting],
-    photos: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    predictor: type[Counting], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(photos)
+    here = Path(os.path.relpath(photos))
     (tmp_path / "latest").symlink_to(photos)
     (photos / "link.png").symlink_to("0.png")  # another file name, which has its own results
-    named = [Path("2.png"), photos, Path("2.png"), Path("[01].png"), photos / "../in/3.png", tmp_path / "latest/1.png"]
+    two = here / "2.png"
+    named = [two, photos, two, here / "[01].png", photos / "../in/3.png", tmp_path / "latest/1.png"]
     out = predict_folder("m", named, tmp_path / "out", PredictOptions(dataset=True))
     assert predictor.seen == 5
     assert "6 repeated input(s) left out: each is predicted once" in caplog.text

@@ -328,13 +328,13 @@ def few_levels(caplog: pytest.LogCaptureFixture) -> list[str]:
             "uint16",
             16,
             None,
-            "between 0 and 4080, of which the range from 0 to 65535 leaves 17 of .*--pixel_range 0,4080",
+            "between 0 and 4080, of which the range from 0 to 65535 leaves 17 of .*pixel_range, such as 0,4080",
         ),
         (
             "uint16",
             2,
             (0.0, 47200.0),
-            "between 0 and 510, of which the range from 0 to 47200 leaves 4 of 256 .*--pixel_range 0,510",
+            "between 0 and 510, of which the range from 0 to 47200 leaves 4 of 256 .*pixel_range, such as 0,510",
         ),
         (
             "float32",
