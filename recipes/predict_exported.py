@@ -247,12 +247,19 @@ def stitch(pieces, tiles):
 
 
 def run(model, images):
-    constants = json.loads(model.with_name("model.json").read_text())
+    described = model.with_name("model.json")
+    for path in (model, described, *images):
+        if not path.is_file():
+            sys.exit(f"{path}: there is no such file")
+    constants = json.loads(described.read_text())
     if "tiles" not in constants:
         sys.exit(f"{model} was exported by an older version, which did not write its tiles: export the model again")
     network = open_network(model, constants)
     for path in images:
-        pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
+        try:
+            pixels = np.array(image := read_rgb(path, constants["preprocessing"]["pixel_range"]))
+        except (OSError, ValueError) as error:
+            sys.exit(f"{path} can't be read as an image: {error}")
         for number, (category, score, inside) in enumerate(predict(network, constants, image)):
             found = {"file": str(path), **category, "score": round(score, 4), "pixels": int(inside.sum())}
             print(json.dumps(found), flush=True)

@@ -31,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=["train", "valid", "test"],
         help="split to evaluate on [valid; of a dataset with one split that the model was not trained on: that one]",
     )
-    parser.add_argument("--output_dir", type=Path, help="write metrics, predictions and charts to this folder")
+    parser.add_argument(
+        "--output_dir", type=Path, help="write metrics, predictions, charts and pictures to this folder"
+    )
     parser.add_argument(
         "--batch_size",
         type=positive_int,

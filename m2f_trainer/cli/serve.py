@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from m2f_trainer.cli.console import add_limit_option, add_precision_option, positive_int, say
+from m2f_trainer.cli.console import add_limit_option, add_precision_option, add_range_option, positive_int, say
 from m2f_trainer.cli.predict import threshold
 
 SUMMARY = "a model as an HTTP server: images in, COCO results out"
@@ -78,6 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Label Studio server whose images are read, with the access token in the environment variable "
         "LABEL_STUDIO_API_KEY [none: its tasks must contain their images]",
     )
+    add_range_option(parser, "as in the model's training")
     add_limit_option(parser)
     add_precision_option(parser, "bf16 on GPUs that have it")
 
@@ -113,6 +114,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.host,
         arguments.port,
         options,
+        pixel_range=arguments.pixel_range,
         precision=arguments.precision,
         ready=announce,
     )

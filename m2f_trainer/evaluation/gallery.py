@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,13 @@ from m2f_trainer.data.hub_dataset import load_recipe_dataset
 from m2f_trainer.data.transforms import read_image
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.inference.instances import Instances, tight_boxes
-from m2f_trainer.run_folder import Run
-from m2f_trainer.viz.overlay import add_legend, labels_fit
+from m2f_trainer.run_folder import PICTURES, Run
+from m2f_trainer.viz.overlay import add_legend, labels_fit, save_image
 
 GAP = 6  # pixels between the two images
+SHOWN_PICTURES, PICTURE_SIDE = 3, 480  # of the worst and of the best images each; pixels of the longer side
+PICTURE = re.compile(rf"{PICTURES}/(worst|best)_\d\.jpg")
+"""Paths of `draw_pictures` in a folder."""
 
 
 def rows_of_run(run: Run) -> Dataset | None:
@@ -92,3 +97,22 @@ def pictures(
             name = str(row["image"].get("path") or one["image_id"]).replace("\\", "/").rsplit("/", 1)[-1]
             made.append((name, side_by_side(row, found, names, longest), one))
     return made
+
+
+def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) -> list[Path]:
+    """Write the worst and the best images, ground truth beside prediction, into the folder's `pictures/`.
+
+    Pictures of an earlier evaluation are removed. Returns the paths written. Raises ImageError where an image can't be
+    read.
+    """
+    categories = [Category(row["id"], row["name"]) for row in details.get("classes", [])]
+    written = []
+    for kind, entries in details.get("shown", {}).items():
+        for number, (_, image, _) in enumerate(
+            pictures(dataset, entries[:SHOWN_PICTURES], categories, PICTURE_SIDE), 1
+        ):
+            written.append(save_image(image, folder / PICTURES / f"{kind}_{number}.jpg", quality=85))
+    for path in (folder / PICTURES).glob("*.jpg"):
+        if PICTURE.fullmatch(f"{PICTURES}/{path.name}") and path not in written:
+            path.unlink()
+    return written

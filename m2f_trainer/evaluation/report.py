@@ -65,7 +65,7 @@ def _page(runs: Sequence[Run], load_images: bool) -> str:
             chart(f"Confusion, {name}", plots.confusion_chart(one), plots.confusion_caption(one))
             for name, one in details.items()
         ],
-        galleries=[_gallery(run, 6 if len(runs) == 1 else 3) if load_images else _stored_gallery(run) for run in runs],
+        galleries=[_gallery(run, 6 if len(runs) == 1 else 3, load_images) for run in runs],
     )
 
 
@@ -200,6 +200,7 @@ def _errors(details: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 NO_PICTURES = "the run's folder has none of this evaluation. m2f report --images draws them from the dataset."
+NO_PICTURES_OF_SCORES = "the folder has none. m2f evaluate --output_dir writes them."
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,14 @@ class Gallery:
     run: str
     photos: Mapping[str, Sequence[Photo]] = field(default_factory=dict)
     problem: str = ""
+
+
+def _gallery(run: Run, count: int, load_images: bool) -> Gallery:
+    """The pictures in the run's folder, or at most `count` of the worst and of the best images of its dataset.
+
+    A folder of `m2f evaluate` has no recipe, which would say how its dataset is read.
+    """
+    return _drawn_gallery(run, count) if load_images and run.recipe else _stored_gallery(run)
 
 
 def _stored_gallery(run: Run) -> Gallery:
@@ -227,11 +236,11 @@ def _stored_gallery(run: Run) -> Gallery:
                     return Gallery(run.name, problem=str(error))
                 photos.setdefault(kind, []).append(photo(image, path.name, (f"{kind} {number}", _quality(entry))))
     if not photos:
-        return Gallery(run.name, problem=NO_PICTURES)
+        return Gallery(run.name, problem=NO_PICTURES if run.recipe else NO_PICTURES_OF_SCORES)
     return Gallery(run.name, photos)
 
 
-def _gallery(run: Run, count: int) -> Gallery:
+def _drawn_gallery(run: Run, count: int) -> Gallery:
     """At most `count` of the worst and `count` of the best images, ground truth on the left."""
     rows = rows_of_run(run)
     if rows is None:

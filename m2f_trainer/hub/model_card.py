@@ -14,24 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData
 
 from m2f_trainer.config.recipe import model_fields
-from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.coco import percent
-from m2f_trainer.evaluation.gallery import pictures
+from m2f_trainer.evaluation.gallery import SHOWN_PICTURES
 from m2f_trainer.hub.licences import Origin, licence_chain, licence_fields
 from m2f_trainer.hub.markdown import escape, json_block, render_markdown, verbatim, without_folders
 from m2f_trainer.model.backbones import DINOV3, IMAGENET
 from m2f_trainer.run_folder import PICTURES, blame_damage, read_details, read_json, write_atomically
-from m2f_trainer.viz.overlay import save_image
 
 CARD = "README.md"
 SIGNATURE = "<!-- written by m2f_trainer, and written anew at each upload unless you change it: {} -->\n"
-PICTURE = re.compile(rf"{PICTURES}/(worst|best)_\d\.jpg")
-SHOWN_PICTURES, PICTURE_SIDE = 3, 480  # of the worst and of the best images each; pixels of the longer side
 FEW_OBJECTS = 20  # figures of a class with fewer objects are mostly chance
 GIBIBYTE = 2**30
 
@@ -266,25 +261,6 @@ def figure(value: float | None) -> str:
 
 
 # pictures
-
-
-def draw_pictures(folder: Path, dataset: Dataset, details: Mapping[str, Any]) -> list[Path]:
-    """Write the worst and the best images, ground truth beside prediction, into the folder's `pictures/`.
-
-    Pictures of an earlier evaluation are removed. Returns the paths written. Raises ImageError where an image can't be
-    read.
-    """
-    categories = [Category(row["id"], row["name"]) for row in details.get("classes", [])]
-    written = []
-    for kind, entries in details.get("shown", {}).items():
-        for number, (_, image, _) in enumerate(
-            pictures(dataset, entries[:SHOWN_PICTURES], categories, PICTURE_SIDE), 1
-        ):
-            written.append(save_image(image, folder / PICTURES / f"{kind}_{number}.jpg", quality=85))
-    for path in (folder / PICTURES).glob("*.jpg"):
-        if PICTURE.fullmatch(f"{PICTURES}/{path.name}") and path not in written:
-            path.unlink()
-    return written
 
 
 def picture_entries(folder: Path, details: Mapping[str, Any]) -> Iterator[dict[str, str]]:

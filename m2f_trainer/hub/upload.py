@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 
 from m2f_trainer.errors import SharingError, missing_path
-from m2f_trainer.evaluation.gallery import rows_of_run
+from m2f_trainer.evaluation.gallery import PICTURE, draw_pictures, rows_of_run
 from m2f_trainer.hub.licences import TERMS, Origin, agreements, legal_text, licence_chain
 from m2f_trainer.hub.markdown import without_folders
-from m2f_trainer.hub.model_card import CARD, PICTURE, CardOptions, draw_pictures, is_untouched, render_card, write_card
+from m2f_trainer.hub.model_card import CARD, CardOptions, is_untouched, render_card, write_card
 from m2f_trainer.model import mask2former
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
 from m2f_trainer.run_folder import PICTURES, load_run, read_details, read_json, write_atomically

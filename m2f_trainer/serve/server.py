@@ -10,6 +10,7 @@ from dataclasses import replace
 import uvicorn
 from fastapi import FastAPI
 
+from m2f_trainer.config.arguments import parse_pixel_range
 from m2f_trainer.inference.predictor import Precision, Predictor
 from m2f_trainer.serve.app import LOOPBACK, ServeOptions, create_app
 
@@ -20,6 +21,7 @@ def serve(
     port: int,
     options: ServeOptions,
     *,
+    pixel_range: str | None = None,
     precision: Precision = "auto",
     ready: Callable[[str], object] = lambda address: None,
 ) -> None:
@@ -30,6 +32,7 @@ def serve(
         host: the address to listen on.
         port: 0 for any that is free.
         options: where `host` is not a loopback address, `hosts` becomes None: any host name leads to the server.
+        pixel_range: the recipe field, by default the model's own.
         precision: as of `Predictor`.
         ready: called with the server's address as soon as clients can connect.
 
@@ -42,6 +45,8 @@ def serve(
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))  # before the model is loaded, which takes time
         predictor = Predictor.from_pretrained(model, precision=precision)
+        if (chosen := parse_pixel_range(pixel_range or "auto")) != "auto":
+            predictor.pixel_range = chosen
         app = create_app(predictor, options if host in LOOPBACK else replace(options, hosts=None))
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again when it has stopped
             signal.signal(number, lambda *_: None)

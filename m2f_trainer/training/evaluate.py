@@ -19,6 +19,7 @@ from m2f_trainer.data.validate import check_split, match_rows
 from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.coco import LIMITS
+from m2f_trainer.evaluation.gallery import draw_pictures
 from m2f_trainer.evaluation.plots import write_plots
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Precision, uses_bf16
@@ -66,12 +67,12 @@ def evaluate_folder(
 
     Prints the number of images and their split, which by default is that of `splits_to_score`.
 
-    `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG and
-    predictions.json (COCO results form; the 100 best of each image, which the metrics count). `annotations`, `images`,
-    `exif_frame` and `follow_links` are as of `load_dataset`; `pixel_range` is the recipe field, by default the model's
-    own. `precision` is as of `Predictor`. Where the model's recipe.json is beside it and it was trained on such a
-    device, "auto" is the precision of the training, and `batch_size`, the number of images or tiles of a forward pass,
-    is by default that of its evaluations; otherwise 4.
+    `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG, pictures/ (the worst
+    and the best images) and predictions.json (COCO results form; the 100 best of each image, which the metrics count).
+    `annotations`, `images`, `exif_frame` and `follow_links` are as of `load_dataset`; `pixel_range` is the recipe
+    field, by default the model's own. `precision` is as of `Predictor`. Where the model's recipe.json is beside it and
+    it was trained on such a device, "auto" is the precision of the training, and `batch_size`, the number of images or
+    tiles of a forward pass, is by default that of its evaluations; otherwise 4.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -94,16 +95,17 @@ def evaluate_folder(
     split, splits = splits_to_score(load, model, dataset) if split is None else (split, load(required=split))
     check_split(splits, split)
     categories = [Category(**c) for c in loaded.config.categories or []]
-    rows = eval_samples(match_rows(categories, splits[split]), loaded.config, categories)
+    rows = match_rows(categories, splits[split])
+    samples = eval_samples(rows, loaded.config, categories)
     arguments = TrainArguments(
         output_dir=str(output_dir or "."),
         per_device_eval_batch_size=batch_size or recipe_of_device(model).get("per_device_eval_batch_size", BATCH),
         report_to="none",
         bf16=evaluates_in_bf16(model, precision),
     )
-    if len(rows) < WORTH_WORKERS:
+    if len(samples) < WORTH_WORKERS:
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
-    trainer = M2FTrainer(loaded, arguments, eval_dataset=rows)
+    trainer = M2FTrainer(loaded, arguments, eval_dataset=samples)
     figures = trainer.evaluate()
     if trainer.is_world_process_zero():
         print_line(f"{len(splits[split]):,} image(s) of split {split!r}")
@@ -113,6 +115,7 @@ def evaluate_folder(
         write_details({"evaluated": evaluated, **trainer.details}, Path(output_dir, EVALUATION))
         write_classes(trainer.details, Path(output_dir, CLASSES))
         write_plots(trainer.details, output_dir)
+        draw_pictures(output_dir, rows, trainer.details)
         write_predictions([one.best(LIMITS[-1]) for one in trainer.predictions], Path(output_dir, PREDICTIONS))
     return figures
 

@@ -41,7 +41,7 @@ from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.encoder import Encoder
 from m2f_trainer.model.mask2former import M2FModel, backbone_of
-from m2f_trainer.run_folder import FEATURE_CACHE, write_json
+from m2f_trainer.run_folder import FEATURE_CACHE, read_json, write_json
 from m2f_trainer.training.callbacks.progress import print_line
 from m2f_trainer.training.checkpointing.fingerprint import annotations_digest
 
@@ -244,13 +244,13 @@ def with_cached_maps(dataset: InstanceDataset, model: M2FModel, views: int, args
         maps.write(rank, computed)
         PartialState().wait_for_everyone()
         from_main(partial(write_json, folder / KEY, {**key, "name": name, "parts": parts}))
+        from_main(partial(remove_others, folder, name))
     return CachedViews(dataset, maps)
 
 
 def stored_files(folder: Path, key: Mapping[str, Any]) -> tuple[str, int] | None:
     """`name` and `parts` of the `MapFiles` in a folder, if they are complete and have this key; None otherwise."""
-    path = folder / KEY
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(folder / KEY)
     return (found["name"], found["parts"]) if key.items() <= found.items() else None
 
 
@@ -303,12 +303,18 @@ def report_unseen_tiles(dataset: InstanceDataset, views: int) -> None:
 
 
 def make_room(maps: MapFiles) -> None:
-    """Remove former maps, and log the size of the new ones. Raises DataError if the disk has no room for them."""
-    shutil.rmtree(maps.folder, ignore_errors=True)
-    maps.folder.mkdir(parents=True)
-    disk = shutil.disk_usage(maps.folder)
-    room = disk.free - int(SPARE * disk.total)
+    """Log the size of new maps. Former ones are removed now only where the disk has no room for both.
+
+    Raises:
+        DataError: the disk has no room for the new ones
+    """
+    maps.folder.mkdir(parents=True, exist_ok=True)
+    remove_others(maps.folder, read_json(maps.folder / KEY).get("name"))
     needed = maps.images * maps.views * maps.view_size
+    if needed > free_bytes(maps.folder):
+        shutil.rmtree(maps.folder)
+        maps.folder.mkdir()
+    room = free_bytes(maps.folder)
     size = f"{maps.images} images x {maps.views} views x {maps.view_size / 1e6:.3g} MB = {needed / 1e9:.3g} GB"
     if needed > room:
         raise DataError(
@@ -317,8 +323,21 @@ def make_room(maps: MapFiles) -> None:
             "a larger disk, or feature_cache to 0"
         )
     logger.warning(
-        "feature_cache: %s of backbone maps and pixels go to %s (%.1f GB free)", size, maps.folder, disk.free / 1e9
+        "feature_cache: %s of backbone maps and pixels go to %s (%.1f GB can be used)", size, maps.folder, room / 1e9
     )
+
+
+def free_bytes(folder: Path) -> int:
+    """The bytes of a folder's disk that can be used."""
+    disk = shutil.disk_usage(folder)
+    return disk.free - int(SPARE * disk.total)
+
+
+def remove_others(folder: Path, name: str | None) -> None:
+    """Remove all maps except those of this name: former ones, and the rest of computations that were killed."""
+    for path in folder.iterdir():
+        if path.name != KEY and not (name and path.name.startswith(f"{name}-")):
+            path.unlink()
 
 
 @torch.no_grad()

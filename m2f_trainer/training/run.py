@@ -18,8 +18,9 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset
 from m2f_trainer.distributed import from_main, leave
 from m2f_trainer.errors import ImageError
+from m2f_trainer.evaluation.gallery import draw_pictures
 from m2f_trainer.hub.licences import commercial_warning, licence_chain
-from m2f_trainer.hub.model_card import CardOptions, draw_pictures, write_card
+from m2f_trainer.hub.model_card import CardOptions, write_card
 from m2f_trainer.hub.upload import Target, push
 from m2f_trainer.model.lora import lora_layers, save_adapter
 from m2f_trainer.model.mask2former import M2FModel

@@ -35,10 +35,10 @@ def test_the_options_are_passed_on(
     (tmp_path / "first").mkdir()
     arguments = ["--host", "::1", "--port", "80", "--threshold", "0.4", "--batch_size", "8", "--max_wait", "0.1"]
     arguments += ["--max_open", "9", "--max_bytes", "1000", "--label_studio_url", "http://ls:8080"]
-    assert main(["serve", model, *arguments, "--precision", "float32"]) == 0
+    assert main(["serve", model, *arguments, "--precision", "float32", "--pixel_range", "0,4095"]) == 0
     options = {"name": "first", "threshold": 0.4, "batch_size": 8, "max_wait": 0.1, "max_open": 9, "max_bytes": 1000}
     options["reader"] = ("http://ls:8080", "secret", 1000)
-    assert seen == [((model, "::1", 80, options), {"precision": "float32"})]
+    assert seen == [((model, "::1", 80, options), {"pixel_range": "0,4095", "precision": "float32"})]
     out = capsys.readouterr().out
     assert out == "first answers at http://[::1]:80/ (Ctrl-C stops it)\nStopped: all requests are answered.\n"
 

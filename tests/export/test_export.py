@@ -239,6 +239,9 @@ def test_the_example_ends_with_a_message_and_not_with_a_traceback(tiled: tuple[M
         (["--help"], 0, r"usage: predict_exported\.py \[-h\] model IMAGE \[IMAGE \.\.\.\]"),
         ([path], 2, "the following arguments are required: IMAGE"),
         ([path, tmp_path / "a.png"], 1, r"a\.instances\.png can't be written .*: copy the image to a folder"),
+        ([path, tmp_path / "b.png"], 1, r"b\.png: there is no such file"),
+        ([tmp_path / "model.onnx", tmp_path / "a.png"], 1, r"model\.onnx: there is no such file"),
+        ([path, path.with_name("model.json")], 1, r"model\.json can't be read as an image: cannot identify"),
     ):
         with start_example(*arguments) as run:
             out, errors = run.communicate()

@@ -15,8 +15,8 @@ from m2f_trainer.data.dataset import load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import SharingError
 from m2f_trainer.evaluation.evaluator import Evaluator
-from m2f_trainer.evaluation.gallery import ground_truth
-from m2f_trainer.hub.model_card import CardOptions, draw_pictures, is_untouched, write_card
+from m2f_trainer.evaluation.gallery import draw_pictures, ground_truth
+from m2f_trainer.hub.model_card import CardOptions, is_untouched, write_card
 from m2f_trainer.run_folder import write_details
 from tests.hub.folder import CONFIG, write_json, write_model
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -51,6 +52,22 @@ def test_evaluation_json_holds_what_was_evaluated(finished_run: Path, tmp_path: 
     page = write_report([finished_run / "run", tmp_path], tmp_path / "page.html").read_text()
     assert "<td>test</td>" in page
     assert "<td>valid</td>" in page
+
+
+def test_the_worst_and_the_best_images_of_an_evaluation_are_in_its_folder_and_its_report(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    evaluate_folder(str(finished_run / "run"), str(finished_run / "data"), "test", output_dir=tmp_path, batch_size=1)
+    drawn = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    shown = read_details(tmp_path)["shown"]
+    assert drawn == [f"{kind}_{k}.jpg" for kind in ("best", "worst") for k in range(1, len(shown[kind]) + 1)]
+    rows = {row["image_id"]: row for row in load_coco(finished_run / "data")["test"]}
+    row = rows[shown["worst"][0]["image_id"]]
+    with Image.open(tmp_path / "pictures" / "worst_1.jpg") as picture:
+        assert picture.width >= 2 * row["width"]  # ground truth beside prediction
+    for load_images in (False, True):
+        page = write_report([tmp_path], tmp_path / "page.html", load_images).read_text()
+        assert page.count("data:image/jpeg") + page.count("data:image/webp") == len(drawn)
 
 
 def test_test_figures_are_of_the_test_split(finished_run: Path) -> None:

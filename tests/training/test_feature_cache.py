@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
@@ -257,6 +258,34 @@ def test_a_cache_that_takes_more_than_half_of_the_runs_minutes_is_refused_early(
     assert list((tmp_path / "feature_cache").iterdir()) == []
     _, kept, _ = both(rows, tmp_path, views=2, max_minutes=60)
     assert kept.maps.path(0).stat().st_size == kept.maps.size
+
+
+def test_a_refused_cache_leaves_the_former_one_and_a_new_one_replaces_it(rows: Any, tmp_path: Path) -> None:
+    _, former, _ = both(rows, tmp_path, views=2)
+    (tmp_path / "feature_cache" / ".maps-killed-0.bf16").touch()
+    with pytest.raises(RecipeError, match="half of max_minutes"):
+        both(rows, tmp_path, views=20_000, max_minutes=0.01)
+    _, kept, _ = both(rows, tmp_path, views=2)
+    assert kept.maps == former.maps, "they are computed only once"
+    _, new, _ = both(rows, tmp_path, views=3)
+    assert {path.name for path in (tmp_path / "feature_cache").iterdir()} == {
+        "maps.json", new.maps.path(0).name, new.maps.samples_path(0).name
+    }  # fmt: skip
+
+
+def test_the_former_cache_goes_first_where_the_disk_has_no_room_for_both(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(rows, tmp_path, views=2)
+    usage, size = shutil.disk_usage, sum(path.stat().st_size for path in (tmp_path / "feature_cache").iterdir())
+
+    def small_disk(folder: Path) -> Any:
+        used = sum(path.stat().st_size for path in folder.iterdir())
+        return usage(folder)._replace(total=0, free=2 * size - used)
+
+    monkeypatch.setattr("shutil.disk_usage", small_disk)
+    _, new, _ = both(rows, tmp_path, views=3)
+    assert new.maps.path(0).is_file()
 
 
 def test_the_time_of_the_cache_is_measured_after_the_first_batch(tmp_path: Path) -> None:
