@@ -144,7 +144,22 @@ def has_targets(rows: datasets.Dataset) -> bool:
 
 
 def match_rows(known: Sequence[Category], rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with the category ids of a model, matched by name: exact first, then without regard to case.
+    """The rows with the category ids of a model, by `matched_ids`. Raises DataError as it does."""
+    ids = matched_ids(known, rows)
+    if all(key == new for key, new in ids.items()):
+        return rows
+    names = {category.id: category.name for category in known}
+    found = categories_of(rows)
+    categories = sorted((Category(ids[one.id], names.get(ids[one.id], one.name)) for one in found), key=lambda c: c.id)
+
+    def renumbered(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"objects": [{**one, "category_id": ids[one["category_id"]]} for one in row["objects"]]}
+
+    return rows.map(renumbered, features=row_features(categories))
+
+
+def matched_ids(known: Sequence[Category], rows: datasets.Dataset) -> dict[int, int]:
+    """The id in a model of each category of the rows, matched by name: exact first, then without regard to case.
 
     A class that the model doesn't have keeps its id if that is free. A number in place of a name matches by id.
 
@@ -168,14 +183,7 @@ def match_rows(known: Sequence[Category], rows: datasets.Dataset) -> datasets.Da
                 )
             new, free = free, free + 1
         ids[category.id] = category.id if new is None else new
-    if all(key == new for key, new in ids.items()):
-        return rows
-    categories = sorted((Category(ids[one.id], names.get(ids[one.id], one.name)) for one in found), key=lambda c: c.id)
-
-    def renumbered(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {"objects": [{**one, "category_id": ids[one["category_id"]]} for one in row["objects"]]}
-
-    return rows.map(renumbered, features=row_features(categories))
+    return ids
 
 
 def _id_by_name(known: Sequence[Category], category: Category) -> int | None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.dataset import Category, lacks_validation
 from m2f_trainer.data.hub_dataset import load_dataset
 from m2f_trainer.data.reading import model_range
-from m2f_trainer.data.validate import check_split, match_rows
+from m2f_trainer.data.validate import check_split, match_rows, matched_ids
 from m2f_trainer.distributed import warn_on_main
 from m2f_trainer.errors import RecipeError, check_model_path
 from m2f_trainer.evaluation.coco import LIMITS
@@ -68,11 +68,12 @@ def evaluate_folder(
     Prints the number of images and their split, which by default is that of `splits_to_score`.
 
     `output_dir` gets metrics.json, evaluation.json (read by reports), classes.csv, charts as PNG, pictures/ (the worst
-    and the best images) and predictions.json (COCO results form; the 100 best of each image, which the metrics count).
-    `annotations`, `images`, `exif_frame` and `follow_links` are as of `load_dataset`; `pixel_range` is the recipe
-    field, by default the model's own. `precision` is as of `Predictor`. Where the model's recipe.json is beside it and
-    it was trained on such a device, "auto" is the precision of the training, and `batch_size`, the number of images or
-    tiles of a forward pass, is by default that of its evaluations; otherwise 4.
+    and the best images) and predictions.json (COCO results form with the dataset's category ids; the 100 best of each
+    image, which the metrics count). The other files have the model's ids. `annotations`, `images`, `exif_frame` and
+    `follow_links` are as of `load_dataset`; `pixel_range` is the recipe field, by default the model's own. `precision`
+    is as of `Predictor`. Where the model's recipe.json is beside it and it was trained on such a device, "auto" is the
+    precision of the training, and `batch_size`, the number of images or tiles of a forward pass, is by default that of
+    its evaluations; otherwise 4.
 
     Raises:
         DataError: an unknown split, or categories of other names
@@ -116,7 +117,8 @@ def evaluate_folder(
         write_classes(trainer.details, Path(output_dir, CLASSES))
         write_plots(trainer.details, output_dir)
         draw_pictures(output_dir, rows, trainer.details)
-        write_predictions([one.best(LIMITS[-1]) for one in trainer.predictions], Path(output_dir, PREDICTIONS))
+        best = [one.best(LIMITS[-1]) for one in trainer.predictions]
+        write_predictions(best, matched_ids(categories, splits[split]), Path(output_dir, PREDICTIONS))
     return figures
 
 
@@ -174,7 +176,22 @@ def trained_on_cpu(model: str) -> bool:
     return named or read_json(Path(model, RECIPE)).get("use_cpu") is True
 
 
-def write_predictions(predictions: Sequence[Instances], path: Path) -> None:
-    """Write predictions in COCO results form."""
+def write_predictions(predictions: Sequence[Instances], model_ids: Mapping[int, int], path: Path) -> None:
+    """Write predictions in COCO results form, with the category ids of the dataset.
+
+    `model_ids` are those in the model of the dataset's categories. A class that the dataset lacks has its id in the
+    model; where that is another class of the dataset, its predictions are left out and their number is logged.
+    """
+    own = {new: key for key, new in model_ids.items()}
     results = [result for instances in predictions for result in instances.to_coco()]
-    write_atomically(path, json.dumps(results))
+    ids = {
+        key: own.get(key, key) for key in {one["category_id"] for one in results} if key in own or key not in model_ids
+    }
+    kept = [{**one, "category_id": ids[one["category_id"]]} for one in results if one["category_id"] in ids]
+    if len(kept) < len(results):
+        logger.warning(
+            "%s: %s prediction(s) of classes that the dataset lacks are left out, because their ids are those of other "
+            "classes there.",
+            path, f"{len(results) - len(kept):,}",
+        )  # fmt: skip
+    write_atomically(path, json.dumps(kept))

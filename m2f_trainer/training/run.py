@@ -218,7 +218,6 @@ def evaluate(trainer: M2FTrainer, test: InstanceDataset | None) -> dict[str, flo
     figures = dict(read_metrics(Path(best, METRICS)) if best else trainer.latest_metrics)
     if trainer.is_world_process_zero():
         details = read_details(Path(best)) if best else trainer.details
-        trainer.store_thresholds(details)
         write_details(details, Path(trainer.args.output_dir or ".", EVALUATION))
     if test is not None:
         figures |= trainer.predict(test, metric_key_prefix="test").metrics or {}

@@ -41,6 +41,7 @@ from m2f_trainer.run_folder import (
     FINGERPRINT,
     METRICS,
     PICKLED_ARGUMENTS,
+    read_details,
     write_details,
     write_json,
     write_metrics,
@@ -294,13 +295,18 @@ class M2FTrainer(Trainer):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         self.predictions, self.details = gather_predictions(self.predictions), {}
         figures = from_main(partial(self._score, dataset))
-        if metric_key_prefix == "eval":
+        if dataset is self.eval_dataset:
             self.store_thresholds(self.details)
         metrics = output.metrics or {}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.latest_metrics = {**metrics, "step": self.state.global_step}
         found: Any = self.predictions
         return output._replace(metrics=metrics, predictions=found)
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's, with the thresholds of the best checkpoint's evaluation."""
+        super()._load_best_model()
+        self.store_thresholds(read_details(str(self.state.best_model_checkpoint)))
 
     def _score(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Score the latest predictions, on the main process: the `Evaluator` of a large split takes time and memory."""

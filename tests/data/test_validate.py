@@ -159,7 +159,7 @@ def test_ranks_share_the_decoding_and_agree_on_what_is_wrong(tmp_path):
     ]
     for rank in ranks:
         rank.start()
-    reports = sorted(results.get(timeout=120) for _ in ranks)
+    reports = sorted(results.get(timeout=280) for _ in ranks)
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]

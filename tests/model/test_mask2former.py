@@ -124,7 +124,7 @@ def test_a_saved_folder_carries_its_code_to_a_process_without_the_package(tmp_pa
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOAD_ELSEWHERE, *map(str, (folder, pixels, result))]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=120)
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=280)
     assert torch.equal(torch.load(result), outputs(model, images()))
 
 

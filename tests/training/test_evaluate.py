@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -19,10 +20,11 @@ from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.evaluation.report import write_report
+from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Precision
 from m2f_trainer.model.mask2former import M2FModel, load_model
 from m2f_trainer.run_folder import read_details, read_json, read_metrics
-from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16
+from m2f_trainer.training.evaluate import evaluate_folder, evaluates_in_bf16, write_predictions
 from m2f_trainer.training.run import train
 from tests.model.tiny import tiny_model
 from tests.training.runs import m2f, write_tiny
@@ -186,6 +188,37 @@ def test_a_tiled_models_figures_are_pycocotools_own_at_the_images_size(tiled_run
     results = json.loads((tmp_path / "predictions.json").read_text())
     assert_pycocotools_figures(figures, tiled_run / "data", results)
     assert max(Counter(result["image_id"] for result in results).values()) <= 100
+
+
+def test_predictions_have_the_ids_of_the_dataset_whose_classes_are_matched_by_name(
+    tiled_run: Path, tmp_path: Path
+) -> None:
+    """The dataset numbers the model's classes otherwise."""
+    shutil.copytree(tiled_run / "data", tmp_path / "data")
+    path = tmp_path / "data/valid/_annotations.coco.json"
+    content = json.loads(path.read_text())
+    first, *others = ids = [one["id"] for one in content["categories"]]
+    new = dict(zip(ids, [max(ids) + 1, first, *others[1:]], strict=True))
+    content["categories"] = [{**one, "id": new[one["id"]]} for one in content["categories"]]
+    content["annotations"] = [{**one, "category_id": new[one["category_id"]]} for one in content["annotations"]]
+    path.write_text(json.dumps(content))
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "data" / split)
+    figures = evaluate_folder(str(tiled_run / "run"), str(tmp_path / "data"), "valid", tmp_path / "scores")
+    results = json.loads((tmp_path / "scores/predictions.json").read_text())
+    assert_pycocotools_figures(figures, tmp_path / "data", results)
+    assert {one["category_id"] for one in results} <= set(new.values())
+
+
+def test_predictions_of_a_class_that_the_dataset_lacks_never_get_the_id_of_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The dataset has the model's class 2 as class 1, and lacks the model's classes 1 and 7."""
+    ids, size = np.array([1, 2, 7]), {"size": [4, 4], "counts": b"04<"}
+    found = Instances(5, ids, np.full(3, 0.5), [size] * 3, np.zeros((3, 4)), (4, 4))
+    write_predictions([found], {1: 2}, tmp_path / "predictions.json")
+    assert [one["category_id"] for one in json.loads((tmp_path / "predictions.json").read_text())] == [1, 7]
+    assert "1 prediction(s) of classes that the dataset lacks are left out" in caplog.text
 
 
 def test_two_ranks_score_a_tiled_model_as_one_does(tiled_run: Path, tmp_path: Path) -> None:

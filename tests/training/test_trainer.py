@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import json
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ import torch
 from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import m2f_trainer
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -26,6 +34,7 @@ from m2f_trainer.evaluation.evaluator import Evaluator
 from m2f_trainer.hub.upload import push
 from m2f_trainer.inference.predictor import Predictor
 from m2f_trainer.model.mask2former import load_model
+from m2f_trainer.run_folder import EVALUATION
 from m2f_trainer.training.prepare import eval_samples
 from m2f_trainer.training.trainer import EMPTY_EPOCH, M2FTrainer, has_dense_images
 from tests.hub.loopback import hub_of_this_process
@@ -106,6 +115,7 @@ PRIVATE: dict[str, dict[str, object]] = {
     },
     "_get_num_items_in_batch": {"self": EMPTY, "batch_samples": EMPTY, "device": EMPTY},
     "_get_grad_norm": {"self": EMPTY, "model": EMPTY, "grad_norm": None},
+    "_load_best_model": {"self": EMPTY},
     "_load_callback_state": {"self": EMPTY},
     "_load_optimizer_and_scheduler": {"self": EMPTY, "checkpoint": EMPTY},
 }  # fmt: skip
@@ -226,6 +236,39 @@ def test_each_class_of_the_model_has_its_own_threshold_whatever_classes_were_sco
     trainer.save_model()
     expected = {**dict.fromkeys([one.id for one in categories], 0.5), first.id: 0.8999}
     assert Predictor.from_pretrained(str(tmp_path / "run")).thresholds() == expected
+
+
+class SureOfFirst(TrainerCallback):
+    """Writes an evaluation into the first checkpoint, in which every class is best above 0.9."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            path = Path(str(args.output_dir), "checkpoint-1", EVALUATION)
+            details = json.loads(path.read_text())
+            rows = [{**row, "threshold": 0.9, "kept": 1} for row in details["classes"]]
+            path.write_text(json.dumps({**details, "classes": rows}))
+
+
+def test_the_best_model_has_the_thresholds_of_its_own_evaluation(tmp_path: Path) -> None:
+    """Not those of the last step, nor of another dataset that is scored later."""
+    data = load_coco(write_sample(tmp_path / "data", images=(4, 2, 2)))
+    categories = categories_of(data["train"])
+    valid, test = (InstanceDataset(data[split], EvalTransform(64, 64), categories) for split in ("valid", "test"))
+    trainer = M2FTrainer(
+        tiny_model(categories=[vars(one) for one in categories]),
+        TrainArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, checkpointing_steps="1", use_cpu=True, report_to="none",
+            dataloader_num_workers=0,
+        ),
+        train_dataset=InstanceDataset(data["train"], TrainTransform(64, 64), categories),
+        eval_dataset=valid,
+        callbacks=[SureOfFirst()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1, "both have an AP of 0"
+    trainer.evaluate(test)
+    trainer.save_model()
+    assert set(Predictor.from_pretrained(str(tmp_path / "run")).thresholds().values()) == {0.8999}
 
 
 def test_a_notebook_trains_evaluates_and_predicts_with_the_public_names(tmp_path: Path) -> None:

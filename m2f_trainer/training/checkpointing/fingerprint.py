@@ -18,6 +18,11 @@ from m2f_trainer.data.reading import Reading
 
 FIXED = {*(name for name, row in rows().items() if row.defines_model), "categories", "engine"}
 """A checkpoint cannot be resumed with another value of these: a new run can start from its weights, with init_from."""
+SCORED_BY = frozenset({
+    "valid_data", "image_height", "image_width", "tile_size", "eval_tile_size", "tile_overlap", "matrix_nms",
+    "pixel_range", "exif_frame",
+})  # fmt: skip
+"""The same weights have other figures with another value of these."""
 
 
 def fingerprint(

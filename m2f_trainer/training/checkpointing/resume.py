@@ -45,6 +45,7 @@ from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.checkpointing.checkpoints import checkpoints, damage, was_evaluated
 from m2f_trainer.training.checkpointing.fingerprint import (
     FIXED,
+    SCORED_BY,
     differences,
     has_other_optimizer,
     length_in_steps,
@@ -280,8 +281,8 @@ def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any], ane
     """A folder with links to the checkpoint's files and a trainer state whose step is recounted for the new settings.
 
     If the step changes, logged figures are dropped, since they refer to the former count. The best checkpoint has the
-    path where it is now. It is dropped, and early stopping counts anew, if the step or the validation images have
-    changed, or if it is to be chosen `anew`.
+    path where it is now. It is dropped, and early stopping counts anew, if the step or what figures depend on
+    (`SCORED_BY`) has changed, or if it is to be chosen `anew`.
     """
     then = json.loads((checkpoint / FINGERPRINT).read_text(encoding="utf-8"))
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -290,7 +291,11 @@ def adapted_copy(checkpoint: Path, output_dir: Path, now: Mapping[str, Any], ane
     best = best_checkpoint(checkpoint, state)
     if best is not None:
         state |= {"best_model_checkpoint": str(best)}
-    if recounted or anew or then.get("valid_data") != now.get("valid_data"):
+    scored_by = SCORED_BY & set(differences(then, now))
+    if scored_by and state.get("best_global_step") is not None:
+        changed = ", ".join(sorted(scored_by))
+        logger.warning("earlier figures are no measure after a change of %s: the best is chosen anew", changed)
+    if recounted or anew or scored_by:
         state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
         state.get("stateful_callbacks", {}).pop(EarlyStoppingCallback.__name__, None)
     if recounted:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from m2f_trainer.run_folder import FINGERPRINT, METRICS, RECIPE, STATE
 from m2f_trainer.training import ema
 from m2f_trainer.training.checkpointing import resume
 from m2f_trainer.training.checkpointing.checkpoints import write_manifest
+from m2f_trainer.training.checkpointing.fingerprint import SCORED_BY
 from m2f_trainer.training.optimizer import Rates, parameter_groups
 from m2f_trainer.training.prepare import build_recipe_model
 from tests.model.tiny import CATEGORIES, VIT, tiny_model
@@ -103,12 +105,30 @@ def test_changed_settings_of_the_optimizer_apply_and_the_rate_is_logged(tmp_path
     assert schedule.get_last_lr() == pytest.approx([0.2, 0.2, 0.02, 0.02])
 
 
-def test_a_best_figure_of_other_validation_images_is_no_measure(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, 3, valid_data="old")
-    for data, best in (("old", 2), ("new", None)):
-        adapted = resume.adapted_copy(folder, tmp_path, {**FACTS, "valid_data": data})
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("valid_data", "old", "new"),
+        ("image_height", 128, 64),
+        ("matrix_nms", True, False),
+        ("tile_overlap", 0.3, 0.4),
+    ],
+)
+def test_a_best_figure_of_other_validation_images_or_another_evaluation_is_no_measure(
+    name: str, then: Any, now: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint(tmp_path, 3, **{name: then})
+    for value, best in ((then, 2), (now, None)):
+        assert "chosen anew" not in caplog.text
+        adapted = resume.adapted_copy(folder, tmp_path, {**FACTS, name: value})
         state = json.loads((adapted / STATE).read_text())
         assert (state["best_global_step"], state["log_history"]) == (best, [1])
+    assert f"no measure after a change of {name}: the best is chosen anew" in caplog.text
+
+
+def test_what_an_evaluation_depends_on_is_recorded_in_every_checkpoint(finished_run: Path) -> None:
+    recorded = json.loads((finished_run / "run" / "checkpoint-2" / FINGERPRINT).read_text())
+    assert set(recorded) >= SCORED_BY
 
 
 def test_another_runs_checkpoints_are_overwritten_only_when_asked_and_not_before_the_run_starts(tmp_path: Path) -> None:
