@@ -255,7 +255,7 @@ def run(model, images):
     constants = json.loads(described.read_text())
     tiles = constants.get("tiles", {})
     if tiles is not None and "candidates" not in tiles:
-        sys.exit(f"{model} was exported by an older version, which did not write all of `tiles`: export the model again")
+        sys.exit(f"{model} was exported by an older version, whose `tiles` are incomplete: export the model again")
     network = open_network(model, constants)
     for path in images:
         try:

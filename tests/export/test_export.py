@@ -262,7 +262,7 @@ def test_the_example_refuses_constants_of_older_versions(tiles: dict[str, Any], 
         (tmp_path / name).write_text(content)
     with start_example(tmp_path / "model.pt2", tmp_path / "a.png") as run:
         _, errors = run.communicate()
-    expected = "was exported by an older version, which did not write all of `tiles`: export the model again"
+    expected = "was exported by an older version, whose `tiles` are incomplete: export the model again"
     assert (run.returncode, errors) == (1, f"{tmp_path / 'model.pt2'} {expected}\n")
 
 
