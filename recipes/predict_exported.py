@@ -67,8 +67,8 @@ def resize(values, size):
     return values
 
 
-def find(network, constants, image, frame, scale):
-    """Yields (class, score, mask (H, W)) of the instances of an image or a tile, likeliest class first."""
+def find(network, constants, image, frame, lowest, scale):
+    """Yields (class, score, mask (H, W)) of the instances of a class above `lowest`, likeliest class first."""
     after = constants["postprocessing"]
     pixels, mask, (h, w) = prepare(image, frame, scale)
     classes, masks = network(pixels, mask)
@@ -76,7 +76,7 @@ def find(network, constants, image, frame, scale):
     pairs = (odds / odds.sum(1, keepdims=True))[:, :-1]  # the last column is no object
     best = np.argsort(-pairs, axis=None)[: after["top_k"]]
     for query, label in np.transpose(np.unravel_index(best, pairs.shape)):
-        if pairs[query, label] <= min(after["thresholds"]):
+        if pairs[query, label] <= lowest:
             return
         logits = resize(resize(masks[0, query], frame)[:h, :w], (image.height, image.width))
         inside = logits > after["mask_threshold"]
@@ -87,11 +87,11 @@ def find(network, constants, image, frame, scale):
 def predict(network, constants, image):
     """Yields (category, score, mask (H, W)) of the instances above their class's threshold."""
     before, after, tiles = constants["preprocessing"], constants["postprocessing"], constants["tiles"]
-    frame = before["image_height"], before["image_width"]
+    frame, lowest = (before["image_height"], before["image_width"]), min(after["thresholds"])
     if tiles:
-        found = find_in_tiles(network, constants, image, frame, tiles)
+        found = find_in_tiles(network, constants, image, frame, lowest, tiles)
     else:
-        found = find(network, constants, image, frame, min(frame[0] / image.height, frame[1] / image.width))
+        found = find(network, constants, image, frame, lowest, min(frame[0] / image.height, frame[1] / image.width))
     for label, score, inside in found:
         if score > after["thresholds"][label]:
             yield after["categories"][label], score, inside
@@ -115,12 +115,13 @@ class Piece(NamedTuple):
     area: int
 
 
-def find_in_tiles(network, constants, image, frame, rules):
+def find_in_tiles(network, constants, image, frame, lowest, rules):
     """As `find`, for an image that is predicted in tiles; best first."""
     size, pieces = (image.height, image.width), []
     tiles = lay_tiles(size, rules["side"], rules["overlap"])
+    lowest, scale = min(lowest, rules["candidates"]), min(frame) / rules["side"]
     for number, (tile, _) in enumerate(tiles):
-        for label, score, inside in find(network, constants, image.crop(tile), frame, min(frame) / rules["side"]):
+        for label, score, inside in find(network, constants, image.crop(tile), frame, lowest, scale):
             y, x = (np.flatnonzero(inside.any(axis)).tolist() for axis in (1, 0))
             mask = inside[y[0] : y[-1] + 1, x[0] : x[-1] + 1].copy()
             box = (tile[0] + x[0], tile[1] + y[0], tile[0] + x[-1] + 1, tile[1] + y[-1] + 1)
@@ -252,8 +253,9 @@ def run(model, images):
         if not path.is_file():
             sys.exit(f"{path}: there is no such file")
     constants = json.loads(described.read_text())
-    if "tiles" not in constants:
-        sys.exit(f"{model} was exported by an older version, which did not write its tiles: export the model again")
+    tiles = constants.get("tiles", {})
+    if tiles is not None and "candidates" not in tiles:
+        sys.exit(f"{model} was exported by an older version, whose `tiles` are incomplete: export the model again")
     network = open_network(model, constants)
     for path in images:
         try:

@@ -27,7 +27,7 @@ from m2f_trainer.export.openvino import compile_options, convert_onnx
 from m2f_trainer.export.quantize import CalibrationFrame, quantize_onnx
 from m2f_trainer.inference.postprocess import most_instances
 from m2f_trainer.inference.predictor import DEFAULT_THRESHOLD
-from m2f_trainer.inference.tiles import COVERED, CUT_SCORE, SAME_OBJECT
+from m2f_trainer.inference.tiles import CANDIDATES, COVERED, CUT_SCORE, SAME_OBJECT
 from m2f_trainer.model.backbones import stride_of
 from m2f_trainer.model.deformable_attention import exported_as
 from m2f_trainer.model.deformable_gather import attend_gather
@@ -317,6 +317,7 @@ def tile_constants(config: M2FConfig) -> dict[str, Any] | None:
     return {
         "side": tiling.side,
         "overlap": tiling.overlap,
+        "candidates": CANDIDATES,
         "same_object": SAME_OBJECT,
         "covered": COVERED,
         "cut_score": CUT_SCORE,
@@ -327,8 +328,8 @@ def tile_constants(config: M2FConfig) -> dict[str, Any] | None:
         "resize": "instead of preprocessing's, for tiles at the image's edges too: scale = min(image_height, "
         "image_width) / side; each side of the tile round(side x scale), at least 1; the same filter and padding",
         "prediction": "of each tile as of an image, with top_k for each tile. Its instances, called pieces, are those "
-        "with a mask whose class probability is above the lowest of `thresholds`; merged scores are compared with the "
-        "threshold of their class",
+        "with a mask whose class probability is above `candidates`, or above the lowest of `thresholds` if that is "
+        "lower; merged scores are compared with the threshold of their class",
         "merging": [
             "only pieces of one class are compared, at each step in descending order of score; a piece becomes an "
             "object unless its IoU with one of the objects so far exceeds same_object",

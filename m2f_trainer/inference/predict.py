@@ -28,6 +28,7 @@ from m2f_trainer.errors import DataError, ImageError, M2FError, MissingPackageEr
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.predictor import Precision, Predictor
 from m2f_trainer.inference.results import Record, load_records, record_of, save_records, write_dataset, write_results
+from m2f_trainer.inference.tiles import CANDIDATES
 from m2f_trainer.inference.video import VIDEOS, frame_rate, frames, write_video
 from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import max_pixels
@@ -170,8 +171,8 @@ class Job:
 def model_version(model: str, config: PreTrainedConfig) -> str:
     """A digest of what predictions depend on besides the input: name, configuration, and date or commit of weights."""
     dates = [file.stat().st_mtime_ns for file in sorted(Path(model).glob("model*.safetensors"))]
-    kept = "one object for each query"  # earlier versions kept 100, and their results are not reused
-    facts = [model, config.to_dict(), vars(config).get("_commit_hash"), dates, kept]
+    rules = ["one object for each query", CANDIDATES]  # results of versions with other rules are not reused
+    facts = [model, config.to_dict(), vars(config).get("_commit_hash"), dates, rules]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

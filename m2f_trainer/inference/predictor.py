@@ -25,7 +25,7 @@ from m2f_trainer.data.transforms import EvalTransform
 from m2f_trainer.errors import ArgumentError, DataError, ImageError, M2FError, MissingPackageError, check_model_path
 from m2f_trainer.inference.instances import Instances
 from m2f_trainer.inference.postprocess import most_instances, to_instances
-from m2f_trainer.inference.tiles import Merger
+from m2f_trainer.inference.tiles import CANDIDATES, Merger
 from m2f_trainer.inference.windows import windows_of
 from m2f_trainer.masks.rle import Size
 from m2f_trainer.model.mask2former import M2FModel, load_model
@@ -114,6 +114,7 @@ class Predictor:
         An image is a path, the bytes of a file, a binary file object, a Pillow image, an array (H, W) or (H, W, C), or
         a tensor (H, W) or (C, H, W). An array or tensor with four axes is a batch of images.
         "auto" uses the best threshold of each class on the validation images, which trained models store, or 0.5.
+        Instances of tiles are merged first: an object in several tiles is compared with the threshold as a whole.
 
         Raises:
             ImageError: an image can't be read.
@@ -165,8 +166,10 @@ class Predictor:
     ) -> Iterator[Instances]:
         lowest = self.thresholds() if threshold == "auto" else dict.fromkeys(self.category_ids, threshold)
         frames, merger = self.frames(images, unreadable), Merger(self.tiling) if self.tiling else None
+        least = min(lowest.values())
+        least = min(least, CANDIDATES) if merger else least
         while batch := list(islice(frames, batch_size)):
-            for frame, instances in zip(batch, self._predict(batch, min(lowest.values()), top_k), strict=True):
+            for frame, instances in zip(batch, self._predict(batch, least, top_k), strict=True):
                 whole = merger.add(instances, frame.tile, frame.size) if merger else instances
                 if whole is not None:
                     yield replace(whole.above(lowest), pixel_range=self.pixel_range)

@@ -34,7 +34,7 @@ CUT_SCORE = 0.3
 """Factor on the score of a cut piece without a partner."""
 
 CANDIDATES = 0.02
-"""In evaluation, only instances of tiles that score above this are merged; COCO keeps 100 per image."""
+"""Class probability above which instances of tiles are merged; a higher threshold of scores selects merged ones only."""
 
 _ENCODED_AT_ONCE = 1000
 

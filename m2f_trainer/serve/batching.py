@@ -48,9 +48,8 @@ class Batcher:
     """Predict images that arrive one by one in batches, in one thread.
 
     A batch is predicted as soon as `batch_size` images wait, or `max_wait` seconds after its first image arrived.
-    Images with different thresholds are predicted apart, because the merging of tiles depends on the threshold: an
-    image has the same instances in any company. An image whose future is cancelled is given up, between two batches of
-    tiles if they are being predicted.
+    Images with different thresholds are predicted apart, because `Predictor.stream` takes one. An image whose future is
+    cancelled is given up, between two batches of tiles if they are being predicted.
 
     Args:
         predictor: no other thread may predict with it until `close` returns.

@@ -255,6 +255,17 @@ def test_the_example_ends_with_a_message_and_not_with_a_traceback(tiled: tuple[M
         assert (run.stderr.read(), run.wait()) == ("", 141)
 
 
+@pytest.mark.parametrize("tiles", [{}, {"tiles": {"side": 64, "cut_score": 0.3}}])
+def test_the_example_refuses_constants_of_older_versions(tiles: dict[str, Any], tmp_path: Path) -> None:
+    """The former `tiles` had no `candidates`, and before them there were none."""
+    for name, content in (("model.pt2", ""), ("model.json", json.dumps(tiles)), ("a.png", "")):
+        (tmp_path / name).write_text(content)
+    with start_example(tmp_path / "model.pt2", tmp_path / "a.png") as run:
+        _, errors = run.communicate()
+    expected = "was exported by an older version, whose `tiles` are incomplete: export the model again"
+    assert (run.returncode, errors) == (1, f"{tmp_path / 'model.pt2'} {expected}\n")
+
+
 class Colours(Runner):
     """Finds discs by their colour: the query k is sure of the pixels of red value 20 k + 20, the surer the larger."""
 
@@ -281,15 +292,19 @@ def test_objects_that_seams_cut_are_merged_by_the_example_as_by_the_predictor(
         cy, cx, radius = rng.integers(size[0]), rng.integers(size[1]), rng.integers(4, 4 + min(size) // 4)
         pixels[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 20 + 20 * number
     model = Colours(model_of(SMALL, tile_size=side, tile_overlap=overlap, num_queries=12).config)
-    model.config.thresholds = [0.55, 0.5, 0.5]
-    constants = export_constants(model.config, "onnx", half=False, fixed_size=True)
 
     def network(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
         return [logits.numpy() for logits in model.run(torch.from_numpy(pixels), torch.from_numpy(mask))]
 
-    (expected,) = Predictor(model)(pixels)  # type: ignore[arg-type]
-    assert len(expected) > 3
-    assert_equal(example().predict(network, constants, Image.fromarray(pixels)), expected)
+    predictor = Predictor(model)  # type: ignore[arg-type]
+    (everything,) = predictor(pixels, threshold=0.5)
+    assert len(everything) > 3
+    middle = everything.scores.mean()  # above the scores of some pieces of objects that score higher
+    for model.config.thresholds in ([0.55, 0.5, 0.5], [middle, middle - 0.01, middle]):
+        constants = export_constants(model.config, "onnx", half=False, fixed_size=True)
+        (expected,) = predictor(pixels)
+        assert len(expected)
+        assert_equal(example().predict(network, constants, Image.fromarray(pixels)), expected)
 
 
 def random_pieces(tiles: Sequence[Tile], size: tuple[int, int], rng: np.random.Generator) -> list[Piece]:

@@ -321,7 +321,9 @@ def test_inputs_that_can_not_be_read_are_listed_and_the_rest_is_done(
     assert predictor.seen == 2
 
 
-def test_a_model_that_has_changed_predicts_again(predictor: type[Counting], photos: Path, tmp_path: Path) -> None:
+def test_a_model_or_merging_that_has_changed_predicts_again(
+    predictor: type[Counting], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predict_folder("m", [photos], tmp_path / "out")
     predict_folder("m", [photos], tmp_path / "out")
     assert predictor.seen == 4
@@ -332,6 +334,9 @@ def test_a_model_that_has_changed_predicts_again(predictor: type[Counting], phot
     assert (
         len({folder.model_version("m", M2FConfig(thresholds=[0.1])), folder.model_version("m", config), *changed}) == 4
     )
+    monkeypatch.setattr(folder, "CANDIDATES", 0.03)
+    predict_folder("m", [photos], tmp_path / "out")
+    assert predictor.seen == 8
 
 
 def test_every_format_that_pillow_opens_is_an_input_and_other_files_are_counted(

@@ -38,6 +38,23 @@ class BrightnessModel(torch.nn.Module):
         return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
 
 
+class UnevenModel(torch.nn.Module):
+    """Finds what is brighter than 60 in tiles of 80 pixels, as sure as the 70th column of the tile is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        frame = {"image_height": 80, "image_width": 80, "tile_size": 80, "tile_overlap": 0.3}
+        self.config = M2FConfig(categories=[{"id": 7, "name": "light"}], **frame)
+        self.device = torch.device("cpu")
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Mask2FormerForUniversalSegmentationOutput:
+        grey = pixel_values[:, 0].float()  # (B, H, W)
+        sure = (grey[:, 32, 70] / 255).clamp(1e-4, 1 - 1e-4)
+        classes = torch.stack([sure.log(), (1 - sure).log()], -1)[:, None]  # (B, 1, 2)
+        masks = (grey[:, None] > 60) * 40.0 - 20  # (B, 1, H, W)
+        return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+
+
 @pytest.fixture
 def predictor() -> Predictor:
     return Predictor(BrightnessModel())  # type: ignore[arg-type]
@@ -134,6 +151,21 @@ def test_a_threshold_keeps_what_is_above_it(predictor: Predictor) -> None:
     assert len(everything) == 2
     assert len(predictor(picture(), threshold=0.99999)[0]) == 0
     assert len(predictor(picture(), threshold=0.0, top_k=1)[0]) == 1
+
+
+def test_an_object_in_two_tiles_is_found_at_every_threshold_below_its_own_score() -> None:
+    """The tiles are columns 0 to 80 and 48 to 128, with cores that meet at 64; the object is columns 10 to 122."""
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[20:44, 10:110], pixels[20:44, 110:122] = 230, 115
+    predictor = Predictor(UnevenModel())  # type: ignore[arg-type]
+    score = ((64 - 10) * 230 / 255 + (122 - 64) * 115 / 255) / 112  # 0.668, of pieces of 0.902 and 0.451
+    for threshold in (0.0, 0.02, 0.3, 0.46, 0.66, 0.68):
+        (found,) = predictor(pixels, threshold=threshold)
+        predictor.model.config.thresholds = [threshold]
+        (by_default,) = predictor(pixels)
+        for one in (found, by_default):
+            assert one.scores.tolist() == pytest.approx([score] if threshold < score else [], abs=1e-5)
+            assert one.boxes.tolist() == ([[10, 20, 112, 24]] if threshold < score else [])
 
 
 @pytest.mark.parametrize(("queries", "most"), [(120, 120), (7, 14)])
