@@ -34,7 +34,7 @@ CUT_SCORE = 0.3
 """Factor on the score of a cut piece without a partner."""
 
 CANDIDATES = 0.02
-"""Class probability above which instances of tiles are merged; a higher threshold of scores selects merged ones only."""
+"""Class probability above which instances of tiles are merged; a higher threshold of scores applies to merged ones."""
 
 _ENCODED_AT_ONCE = 1000
 
