@@ -45,7 +45,7 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
     content = read_yaml(path)
     bases = _bases(root, content.get("path"))
     found = []
-    for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
+    for split, keys in (("train", ("train",)), ("valid", ("val", "valid", "validation")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
         if value is None:
             continue

@@ -41,6 +41,7 @@ def yolo(root: Path, label: str = LINE, yaml: str = YAML, pattern: str = "images
         (YAML, "images/{}"),
         ("train: ../train/images\nval: ../val/images\nnames:\n  0: cat\n  1: dog\n", "{}/images"),  # Roboflow
         ("train: train\nval: val\nnames: [cat, dog]\n", "{}/images"),
+        (YAML.replace("val:", "validation:"), "images/{}"),
     ],
 )
 def test_a_folder_becomes_rows_with_masks_in_pixels(yaml, pattern, tmp_path):
