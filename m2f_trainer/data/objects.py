@@ -1,7 +1,6 @@
 """The objects of an image as dataset rows have them: a list of objects, or an object of lists."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from m2f_trainer.data.normalize import is_text, type_name
@@ -20,7 +19,7 @@ def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> 
     values = [one.get(key) for key in keys]
     names = (value for value in values if isinstance(value, str) and is_text(value))
     numbers = (value for value in values if type(value) is int and abs(value) < 2**63)
-    return next(chain(names, numbers), None)
+    return next(names, next(numbers, None))
 
 
 def mixed_categories(where: str, number: int, name: str) -> DataError:
