@@ -60,8 +60,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    from m2f_trainer.doctor.examine import UNUSABLE, examine
+    from m2f_trainer.doctor.examine import CLEAN, UNUSABLE, examine
     from m2f_trainer.doctor.fix import can_be_corrected, suggested_folder
+    from m2f_trainer.doctor.model_input import given_fields
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
     from m2f_trainer.masks.rle import allow_pixels
@@ -89,9 +90,12 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         files += " --follow_links" * (arguments.follow_links and not fixed)
         files += f" --max_pixels {arguments.max_pixels}" * bool(arguments.max_pixels)
         dataset = shlex.quote(str(fixed or arguments.dataset)) + files
-        if fixed or not result.status:
-            recipe = f" {shlex.quote(str(arguments.recipe))}" if arguments.recipe else ""
-            suggest(f"m2f train{recipe} --dataset_name {dataset}")
+        if fixed or result.status == CLEAN:
+            if arguments.recipe and result.status == CLEAN:
+                suggest(f"m2f train {shlex.quote(str(arguments.recipe))} --dataset_name {dataset}")
+            else:
+                model = (f" --{name} {value or 'null'}" for name, value in given_fields(settings).items())
+                suggest(f"m2f train --dataset_name {dataset}{''.join(model)}")
         elif can_be_corrected(result):
             suggest(f"m2f check {dataset} --fix {shlex.quote(str(suggested_folder(result)))}")
     return result.status
@@ -132,8 +136,12 @@ def write_outputs(arguments: argparse.Namespace, result: "Examination") -> list[
 
 
 def write_recipe(path: Path, result: "Examination") -> str:
-    """Write the recipe for the training split and this machine; return the choices and their reasons as text."""
+    """Write the recipe for the training split and this machine, with the fields that are given; return them and the
+    choices as text, with their reasons.
+    """
+    from m2f_trainer.doctor.model_input import given_fields
     from m2f_trainer.doctor.recommend import (
+        Choice,
         as_recipe,
         choices_text,
         facts_of,
@@ -143,6 +151,8 @@ def write_recipe(path: Path, result: "Examination") -> str:
     )
     from m2f_trainer.run_folder import write_json
 
-    choices = recommend(facts_of(images_of_scans(result.scans["train"])), this_machine())
+    given = given_fields(result.settings)
+    choices = [Choice(name, value, "given") for name, value in given.items() if value]
+    choices += recommend(facts_of(images_of_scans(result.scans["train"])), this_machine(), given)
     write_json(path, as_recipe(choices))
     return f"recipe: {path}\n{choices_text(choices)}"

@@ -31,7 +31,7 @@ from m2f_trainer.data.dataset import (
 from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.normalize import type_name
-from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_name, category_of, split_objects
+from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, mixed_categories, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.data.splits import Entry, SplitAnnotations, pack_polygons
@@ -275,7 +275,7 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
     first = next(iter(splits.values()))
     if all(is_ours(rows) for rows in splits.values()):
         return stored_categories(first)
-    names = _label_names(first)
+    names, keys = _label_names(first)
     known, used = {*names, *names.values()}, set()
     for rows in splits.values():
         for row in rows.select_columns("objects"):
@@ -283,37 +283,33 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
                 objects = split_objects(row["objects"], name)
             except DataError:  # reported when the rows are read
                 continue
-            keys = (_category_key(one) for one in objects if isinstance(one, Mapping))
-            used |= {key for key in keys if key is not None and (not known or key in known)}
+            found = (category_of(one, keys) for one in objects if isinstance(one, Mapping))
+            used |= {category for category in found if category is not None and (not known or category in known)}
     numbers = {key for key in used if isinstance(key, int)}
     texts = sorted(key for key in used if isinstance(key, str))
     if numbers and texts and not names:
-        raise DataError(
-            f"{name}: some objects have a number as category, such as {min(numbers)}, and others only a name, such as"
-            f" {brief(texts[0])}. Give all a number, or all a name."
-        )
+        raise mixed_categories(name, min(numbers), texts[0])
     by_number = {key: names.get(key, str(key)) for key in numbers}
     ids = {text: key for key, text in names.items()} or dict(zip(texts, count(max(numbers, default=0) + 1)))
     by_number |= {ids[text]: text for text in texts}
     return tuple(Category(key, by_number[key]) for key in sorted(by_number))
 
 
-def _category_key(one: Mapping[str, Any]) -> int | str | None:
-    """The category of an object: its number, or its name if it has none."""
-    number = category_of(one)
-    return category_name(one) if number is None else number
+def _label_names(rows: datasets.Dataset) -> tuple[dict[int, str], Sequence[str]]:
+    """The names of categories by number, and the fields of an object that may hold its category.
 
-
-def _label_names(rows: datasets.Dataset) -> dict[int, str]:
-    """The names of a ClassLabel among the fields of objects, or of the categories stored with rows of ours."""
+    A ClassLabel among these fields has names, which are of its own numbers only: where there is one, no other field is
+    read. Otherwise names are those that are stored with rows of ours, or there are none.
+    """
     fields = rows.features["objects"]
     inner = fields.feature if isinstance(fields, datasets.List) else fields
     for key in CATEGORY_KEYS if isinstance(inner, dict) else ():
         feature = inner.get(key)
         feature = feature.feature if isinstance(feature, datasets.List) else feature
         if isinstance(feature, datasets.ClassLabel):
-            return dict(enumerate(feature.names))
-    return {one.id: one.name for one in stored_categories(rows)}
+            return dict(enumerate(feature.names)), (key,)
+    stored = {one.id: one.name for one in stored_categories(rows)}
+    return stored, ("category_id",) if stored else CATEGORY_KEYS
 
 
 def _row_reader(
@@ -321,10 +317,11 @@ def _row_reader(
 ) -> "RowReader":
     """The reader of a split, whose objects may have any class that its features name, or else `categories`."""
     ours = is_ours(rows)
-    names = {} if ours else _label_names(rows)
-    names = names or {category.id: category.name for category in categories}
+    names, keys = _label_names(rows)
+    if ours or not names:
+        names = {category.id: category.name for category in categories}
     ids = {text: key for key, text in names.items()}
-    return RowReader(f"{name}, split {split!r}", ours, names, ids, exif_frame)
+    return RowReader(f"{name}, split {split!r}", ours, names, ids, keys, exif_frame)
 
 
 def convert_rows(rows: Iterable[Mapping[str, Any]], reader: "RowReader") -> Iterator[Entry]:
@@ -377,6 +374,7 @@ class RowReader:
         ours: whether the rows were built by `load_coco`
         categories: names by id of the categories that objects may have
         ids: the ids of those that objects may have by name
+        keys: the fields of an object that may hold its category
         exif_frame: the frame of the annotations of rows that aren't ours
     """
 
@@ -384,6 +382,7 @@ class RowReader:
     ours: bool
     categories: Mapping[int, str]
     ids: Mapping[str, int]
+    keys: Sequence[str]
     exif_frame: ExifFrame = "auto"
 
     def convert(self, row: Mapping[str, Any], number: int) -> Entry:
@@ -481,8 +480,8 @@ class RowReader:
 
     def _category_of(self, one: Mapping[str, Any]) -> int | str | None:
         """The id of an object's category; a name without an id as it is."""
-        key = _category_key(one)
-        return self.ids.get(key, key) if isinstance(key, str) else key
+        category = category_of(one, self.keys)
+        return self.ids.get(category, category) if isinstance(category, str) else category
 
     def _object_problem(self, one: Any) -> tuple[str, str]:
         """The kind of problem and its message, "" for none."""
@@ -494,7 +493,7 @@ class RowReader:
             return "bad-annotation-entry", problem
         category = self._category_of(one)
         if category is None:
-            found = ", ".join(f"{key} {brief(one[key])}" for key in CATEGORY_KEYS if key in one) or sorted(one)
+            found = ", ".join(f"{key} {brief(one[key])}" for key in self.keys if key in one) or sorted(one)
             return "bad-annotation-entry", f"expected a whole number or a name as category, got {found}. Add one."
         if category not in self.categories:
             known = ", ".join(map(str, sorted(self.ids if isinstance(category, str) else self.categories)[:10]))

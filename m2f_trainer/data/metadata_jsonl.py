@@ -15,7 +15,7 @@ from typing import Any
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
 from m2f_trainer.data.normalize import is_text, type_name
-from m2f_trainer.data.objects import MASK_KEYS, category_name, category_of, split_objects
+from m2f_trainer.data.objects import MASK_KEYS, category_of, mixed_categories, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
@@ -84,8 +84,8 @@ def _class_names(path: Path) -> Iterator[str]:
             objects = split_objects(row["objects"], "") if isinstance(row, Mapping) and "objects" in row else []
         except DataError:  # reported when the rows are read
             continue
-        names = (category_name(one) for one in objects if isinstance(one, Mapping))
-        yield from (name for name in names if name is not None)
+        found = (category_of(one) for one in objects if isinstance(one, Mapping))
+        yield from (category for category in found if isinstance(category, str))
 
 
 def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -157,15 +157,22 @@ def _image(row: Any, path: Path, files: SplitFiles, image_id: int, where: str, r
 
 
 def _objects(row: Any, ids: Mapping[str, int], where: str, key: str, report: Any) -> Iterator[tuple[int, Entry]]:
-    """(category id, fields) of each object of a line; `key` is the line in findings."""
+    """(category id, fields) of each object of a line; `key` is the line in findings.
+
+    Raises:
+        DataError: an object has a number as category, and others of the dataset only a name
+    """
     try:
         objects = split_objects(row.get("objects") or [], where) if isinstance(row, Mapping) else []
     except DataError as error:
         report("bad-annotation-entry", ids=[key], message=str(error))
         return
     for index, one in enumerate(objects):
-        label = category_name(one) if isinstance(one, Mapping) else None
-        category = ids.get(label) if label is not None else category_of(one) if isinstance(one, Mapping) else None
+        category = category_of(one) if isinstance(one, Mapping) else None
+        if isinstance(category, str):
+            category = ids.get(category)
+        elif category is not None and ids:
+            raise mixed_categories(f"{where}, object {index}", category, next(iter(ids)))
         if category is None:
             found = f"a {type_name(one)}" if not isinstance(one, Mapping) else f"fields {', '.join(map(str, one))}"
             message = f"{where}, object {index}: expected a category, got {found}. Add one."

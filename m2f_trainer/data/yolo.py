@@ -22,7 +22,7 @@ from m2f_trainer.data.layouts import SplitFiles, named_folders, split_of
 from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import ADD_OUTLINES, Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
-from m2f_trainer.data.splits import Entry, FolderSplit
+from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
 from m2f_trainer.errors import DataError, EmptySplitError, ImageError, printable
 from m2f_trainer.masks import rle
 
@@ -45,7 +45,7 @@ def find_yolo(root: Path, path: Path | None = None) -> tuple[SplitFiles, ...]:
     content = read_yaml(path)
     bases = _bases(root, content.get("path"))
     found = []
-    for split, keys in (("train", ("train",)), ("valid", ("val", "valid")), ("test", ("test",))):
+    for split, keys in (("train", ("train",)), ("valid", ("val", "valid", "validation")), ("test", ("test",))):
         value = next((content[key] for key in keys if content.get(key)), None)
         if value is None:
             continue
@@ -225,7 +225,7 @@ def read_yolo(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
             sides = image["width"], image["height"]
             polygon = [fraction * sides[k % 2] for k, fraction in enumerate(fractions)]
             entry = {"id": number, "image_id": image["id"], "category_id": category, "segmentation": [polygon]}
-            groups[image["id"]].append(entry)
+            groups[image["id"]].append(pack_polygons(entry))
     if not images:
         raise DataError(f"{folder}: found no usable image. Replace the images, or remove the split.")
     return FolderSplit(

@@ -6,6 +6,7 @@ The copy is examined in a temporary folder first; if it has an error, nothing is
 import json
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,19 +203,8 @@ class _Plan:
         raw = {entry["id"]: entry for group in self._examination.splits[split].annotations.values() for entry in group}
         by_id = {int(scan.entry["id"]): scan for scan in scans}
         objects = {key: self._distinct(scan.objects) for key, scan in by_id.items()}
-        for first, other in self._duplicate_pairs(split, by_id):
-            moved = [
-                one for one in objects[other] if not self._is_among(one, by_id[other], objects[first], by_id[first])
-            ]
-            if moved and by_id[first].facts.digest != by_id[other].facts.digest:
-                continue  # its objects can't be moved to an image with other pixels: both stay
-            objects[first] += moved
-            gone = [one["id"] for one in objects.pop(other) if one not in moved]
-            what = f"removed: image {first} of {split!r} is the same"
-            what += f"; annotations moved to it: {listed([one['id'] for one in moved])}" if moved else ""
-            self._note(split, "duplicate-image", other, what)
-            for key in gone:
-                self._note(split, "duplicate-image", key, f"annotation removed: image {first} has the same object")
+        for group in self._examination.duplicates:
+            self._merge(split, sorted(key for name, key in group if name == split and key in by_id), by_id, objects)
         return {
             "images": [by_id[key].entry for key in objects],
             "annotations": [
@@ -232,17 +222,29 @@ class _Plan:
                 first.setdefault((one["counts"], self._category[one["category_id"]], one["iscrowd"]), one)
         return list(first.values())
 
-    def _duplicate_pairs(self, split: str, scans: Mapping[int, Scan]) -> Iterator[tuple[int, int]]:
-        """(image that is kept, its duplicate) by image id, within a split."""
-        for group in self._examination.duplicates:
-            first, *others = sorted(key for name, key in group if name == split and key in scans) or [0]
-            kept = {scans[first].facts.digest: first} if others else {}
-            for other in others:
-                same_pixels = kept.setdefault(scans[other].facts.digest, other)
-                if same_pixels != other:
-                    yield same_pixels, other
-                elif _same_in_detail(scans[first], scans[other]):
-                    yield first, other
+    def _merge(
+        self, split: str, group: Sequence[int], scans: Mapping[int, Scan], objects: dict[int, list[Entry]]
+    ) -> None:
+        """Remove images of a group that looks the same from `objects` by image id; their own objects are moved.
+
+        An image is removed for one with the same pixels, or for the first of the group if it is the same in detail and
+        has all of its objects: they can't be moved to an image with other pixels.
+        """
+        kept: dict[bytes, int] = {}
+        for other in group:
+            scan, digest = scans[other], scans[other].facts.digest
+            same = kept.get(digest, group[0])
+            moved = [one for one in objects[other] if not self._is_among(one, scan, objects[same], scans[same])]
+            if digest not in kept and (other == same or moved or not _same_in_detail(scans[same], scan)):
+                kept[digest] = other
+                continue
+            objects[same] += moved
+            gone = [one["id"] for one in objects.pop(other) if one not in moved]
+            what = f"removed: image {same} of {split!r} is the same"
+            what += f"; annotations moved to it: {listed([one['id'] for one in moved])}" if moved else ""
+            self._note(split, "duplicate-image", other, what)
+            for key in gone:
+                self._note(split, "duplicate-image", key, f"annotation removed: image {same} has the same object")
 
     def _is_among(self, one: Entry, scan: Scan, others: Sequence[Entry], of: Scan) -> bool:
         """Whether an object of an image is among the objects of its duplicate, perhaps at another scale."""
@@ -328,7 +330,12 @@ def _write_corrected(examination: Examination, split: str, content: Mapping[str,
             shutil.copyfile(source["path"], path)
         else:
             path.write_bytes(source["bytes"])
-    (folder / "_annotations.coco.json").write_text(json.dumps(content, default=list), encoding="utf-8")
+    (folder / "_annotations.coco.json").write_text(json.dumps(content, default=_as_json), encoding="utf-8")
+
+
+def _as_json(value: "bytes | array[float]") -> str | list[float]:
+    """The counts of an RLE or the numbers of a packed polygon, as a COCO file has them."""
+    return value.decode("ascii") if isinstance(value, bytes) else value.tolist()
 
 
 def _finding_changes(examination: Examination) -> Iterator[Change]:

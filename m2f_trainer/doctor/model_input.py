@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from m2f_trainer.data.geometry import resize_to_fit
 from m2f_trainer.data.problems import Report
@@ -39,19 +40,22 @@ class ModelInput:
         return f"{self.width}x{self.height}{tiles}"
 
 
-def model_input(settings: Settings, scans: Mapping[str, Sequence[Scan]]) -> ModelInput:
-    """The given sizes, or what `m2f train` without a recipe chooses for the training images on this machine.
+def given_fields(settings: Settings) -> dict[str, int | None]:
+    """The recipe fields that are given: one side stands for both, and sides without `tile_size` mean whole images."""
+    sides = [side for side in (settings.image_height, settings.image_width) if side is not None]
+    fields: dict[str, int | None] = {"tile_size": settings.tile_size} if sides or settings.tile_size else {}
+    if sides:
+        fields |= {"image_height": sides[0], "image_width": sides[-1]}
+    return fields | ({"num_queries": settings.num_queries} if settings.num_queries else {})
 
-    Images are not cut into tiles where the input's size is given without `tile_size`.
-    """
-    height, width, tile = settings.image_height, settings.image_width, settings.tile_size
-    if height is None and width is None:
+
+def model_input(settings: Settings, scans: Mapping[str, Sequence[Scan]]) -> ModelInput:
+    """The given sizes, or what `m2f train` without a recipe chooses for the training images on this machine."""
+    chosen: dict[str, Any] = {**given_fields(settings)}
+    if "image_height" not in chosen:
         images = scans.get("train") or [scan for found in scans.values() for scan in found]
-        given = {"tile_size": tile} if tile else {}
-        chosen = given | as_recipe(recommend(facts_of(images_of_scans(images)), this_machine(), given))
-        height, width, tile = chosen["image_height"], chosen["image_width"], chosen.get("tile_size")
-    sides = [side for side in (height, width) if side is not None]
-    return ModelInput(sides[0], sides[-1], tile, settings.num_queries)
+        chosen |= as_recipe(recommend(facts_of(images_of_scans(images)), this_machine(), chosen))
+    return ModelInput(chosen["image_height"], chosen["image_width"], chosen.get("tile_size"), settings.num_queries)
 
 
 def report_misfits(scans: Mapping[str, Sequence[Scan]], seen: ModelInput, report: Report) -> None:

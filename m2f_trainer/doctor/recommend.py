@@ -18,7 +18,7 @@ from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.bfloat16 import cpu_is_faster_in_bf16
 from m2f_trainer.config.recipe import backbone_layers, backbone_stride
 from m2f_trainer.doctor.scan import Scan
-from m2f_trainer.masks.rle import Size
+from m2f_trainer.masks.rle import Size, areas
 from m2f_trainer.model.backbones import BACKBONES
 
 Image = tuple[Size, list[tuple[int, float]]]
@@ -133,9 +133,14 @@ def this_machine() -> Machine:
 
 
 def images_of_rows(rows: Dataset) -> Iterator[Image]:
-    """The images of a split (rows of `m2f_trainer.data.dataset`); none is opened."""
+    """The images of a split (rows of `m2f_trainer.data.dataset`); none is opened.
+
+    Areas are those of the masks: exporters write other ones, such as 0.
+    """
     for row in rows.select_columns(["height", "width", "objects"]):
-        yield (row["height"], row["width"]), [(o["category_id"], o["area"]) for o in row["objects"] if not o["iscrowd"]]
+        size, targets = (row["height"], row["width"]), [one for one in row["objects"] if not one["iscrowd"]]
+        found = areas([{"size": size, "counts": one["counts"]} for one in targets])
+        yield size, [(one["category_id"], area) for one, area in zip(targets, found, strict=True)]
 
 
 def images_of_scans(scans: Iterable[Scan]) -> Iterator[Image]:
@@ -170,7 +175,8 @@ def facts_of(images: Iterable[Image]) -> Facts:
 def recommend(facts: Facts, machine: Machine, given: Mapping[str, Any] | None = None) -> list[Choice]:
     """Choose recipe fields for a dataset and a machine. Fields that are not listed keep their defaults.
 
-    `given`: fields that the user has set. They are kept, and nothing is chosen that contradicts them.
+    `given`: fields that the user has set. They are kept, and nothing is chosen that contradicts them. A `tile_size` of
+    None means whole images.
 
     Raises RecipeError or ModelError where the given backbone can't be read.
     """
@@ -179,7 +185,7 @@ def recommend(facts: Facts, machine: Machine, given: Mapping[str, Any] | None = 
     kept = {name for set_field, names in EXCLUDES.items() if given.get(set_field) is not None for name in names}
     named = {name: given[name] for name in ("backbone", "backbone_config") if name in given}
     model = ModelArguments(**({} if "backbone" in kept else {"backbone": backbone.value}) | named)
-    view = _input(facts, machine, backbone_stride(model), given.get("tile_size"))
+    view = _input(facts, machine, backbone_stride(model), given)
     cut = [] if machine.accelerator else _taps(model, as_recipe(view))
     choices = [backbone, *cut, *view, *_training(facts, machine, as_recipe(view) | dict(given))]
     if given.get("tune", "frozen") != "frozen":
@@ -236,12 +242,13 @@ def _taps(model: ModelArguments, view: Mapping[str, Any]) -> list[Choice]:
     return [Choice("pyramid_taps", taps, f"small objects need no deep features: half of {layers} layers is enough")]
 
 
-def _input(facts: Facts, machine: Machine, stride: int, tile_size: int | None) -> list[Choice]:
-    """Tiles or whole images, the size of the model's input, and the queries. `tile_size`: given by the user."""
+def _input(facts: Facts, machine: Machine, stride: int, given: Mapping[str, Any]) -> list[Choice]:
+    """Tiles or whole images, the size of the model's input, and the queries."""
+    tile_size, whole = given.get("tile_size"), "tile_size" in given and not given["tile_size"]
     tile = tile_size or max(4, round(TILE_IN_OBJECTS * facts.object_side / 8)) * 8
     found = f"objects of {facts.object_side:.0f} pixels, images of {facts.image_side:.0f}"
     choices = []
-    if tile_size or (tile < WORTH_TILES * facts.image_side and facts.large_side < tile / 2):
+    if tile_size or (not whole and tile < WORTH_TILES * facts.image_side and facts.large_side < tile / 2):
         side = _multiple(min(4 * tile, GPU_SIDE / 2) if machine.accelerator else CPU_SCALE * tile, stride)
         choices.append(Choice("tile_size", tile, f"{found}: train on tiles of each image"))
         reason = "tiles are enlarged, for finer outlines"

@@ -14,10 +14,10 @@ from m2f_trainer.data.splits import Entry, FolderSplit, SplitAnnotations, is_bru
 from m2f_trainer.doctor.duplicates import ImageFacts, read_facts
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.polygons import crosses_itself
+from m2f_trainer.masks.rle import areas
 
 _THREADS = 8  # Pillow decodes without Python's global lock
 _IMAGES_AT_ONCE = 64  # whose data is in memory
-_MASKS_AT_ONCE = 255  # pycocotools' area fails for more
 _USUAL_MODES = ("L", "RGB", "1")
 
 
@@ -135,12 +135,10 @@ def _measured(objects: Sequence[Entry], image: Entry) -> list[Entry]:
     if not objects:
         return []
     encoded = [{"size": [image["height"], image["width"]], "counts": one["counts"]} for one in objects]
-    parts = [encoded[start : start + _MASKS_AT_ONCE] for start in range(0, len(encoded), _MASKS_AT_ONCE)]
-    areas = [area for part in parts for area in coco_mask.area(part).tolist()]
     boxes = np.asarray(coco_mask.toBbox(encoded)).astype(int).tolist()
     return [
         {**one, "mask_area": area, "mask_box": box, "findings": []}
-        for one, area, box in zip(objects, areas, boxes, strict=True)
+        for one, area, box in zip(objects, areas(encoded), boxes, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from scipy.ndimage import minimum_filter1d
 
 from m2f_trainer.evaluation.coco import CocoMap
 from m2f_trainer.inference.instances import Instances
-from m2f_trainer.masks.rle import Bitmap, Box, box_area, box_of, intersection, paint, read_runs
+from m2f_trainer.masks.rle import Bitmap, Box, areas, box_area, box_of, intersection, paint, read_runs
 
 DILATION_RATIO = 0.02  # thickness of a boundary as a share of the image's diagonal
 
@@ -130,7 +130,7 @@ def _overlaps_of_image(
         image_id,
         predicted,
         scores[order],
-        np.array([coco_mask.area(mask) for mask in masks], np.float64),  # `area` of a list fails for 256 masks or more
+        np.array(areas(masks), np.float64),
         truth,
         np.array([one["area"] for one in objects], np.float64),
         crowd,

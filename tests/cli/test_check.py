@@ -1,15 +1,19 @@
 """`m2f check`: the exit status is the examination's, and the next step fits it."""
 
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from m2f_trainer.cli.main import main
+from m2f_trainer.cli.train import choose
 from m2f_trainer.config.recipe import load_recipe
 from m2f_trainer.data.problems import Finding
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor import examine, summary
+from tests.data.honest import dataset
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,31 @@ def test_a_recipe_for_the_dataset_is_written_with_reasons(
     assert f"recipe: {path}\n" in out
     assert out.endswith(f"Next:\n  m2f train {path} --dataset_name {data}\n")
     assert recipe.data.image_height == recipe.data.image_width
+
+
+def test_a_recipe_has_the_fields_that_are_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data, path = write_sample(tmp_path / "set", images=(4, 2, 0)), tmp_path / "recipe.json"
+    size = ["--image_height", "224", "--num_queries", "55"]
+    for tile in (64, None):
+        words = [*size, "--tile_size", "64"] if tile else size
+        assert main(["check", str(data), *words, "--recipe", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert re.search(r"\n  image_width +224 +given\n", told)
+        assert told.endswith(f"Next:\n  m2f train {path} --dataset_name {data}\n")
+        assert main(["check", str(data), *words]) == 0
+        suggested = capsys.readouterr().out.partition("Next:\n  m2f train ")[2]
+        for argv in ([str(path), "--dataset_name", str(data)], shlex.split(suggested)):
+            recipe = load_recipe(argv, choose)
+            assert (recipe.data.image_height, recipe.data.image_width, recipe.data.tile_size) == (224, 224, tile)
+            assert recipe.model.num_queries == 55
+
+
+def test_the_next_step_names_no_recipe_that_was_not_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = dataset(tmp_path / "set", lambda coco: coco["annotations"][0].update(category_id=9))
+    copy, path = tmp_path / "copy", tmp_path / "recipe.json"
+    assert main(["check", str(root), "--fix", str(copy), "--recipe", str(path)]) == 1
+    assert not path.exists()
+    assert capsys.readouterr().out.endswith(f"Next:\n  m2f train --dataset_name {copy}\n")
 
 
 def test_an_option_of_the_corrected_copy_needs_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

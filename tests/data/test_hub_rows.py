@@ -128,12 +128,32 @@ def test_categories_given_by_name_are_numbered_in_the_order_of_the_names(tmp_pat
 
 def test_objects_of_which_some_have_a_number_and_some_only_a_name_are_refused(tmp_path):
     fields = List({"category_id": Value("int64"), "category": Value("string"), "segmentation": POLYGONS})
-    objects = [{"category_id": 3, "category": "cat"}, {"category_id": None, "category": "dog"}]
+    objects = [{"category_id": 3, "category": None}, {"category_id": None, "category": "dog"}]
     row = {"image": picture(), "objects": [{**one, "segmentation": SQUARE} for one in objects]}
     features = datasets.Features({"image": datasets.Image(), "objects": fields})
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([row], features=features)})
     with pytest.raises(DataError, match="a number as category, such as 3, and others only a name, such as 'dog'"):
         load_hub(as_pushed(splits, tmp_path / "mixed"))
+
+
+@pytest.mark.parametrize("other", [LABEL, Value("string")], ids=["ClassLabel", "names"])
+def test_a_number_beside_a_class_with_a_name_is_not_taken_for_that_of_the_class(other, tmp_path):
+    """COCO's category ids start at 1, the numbers of a ClassLabel at 0."""
+    fields = List({"category_id": Value("int64"), "label": other, "segmentation": POLYGONS})
+    rows = [
+        {"image": picture(k), "objects": [{"category_id": number, "label": label, "segmentation": SQUARE}]}
+        for k, (number, label) in enumerate([(1, "cat"), (2, "dog"), (2, "dog")])
+    ]
+    features = datasets.Features({"image": datasets.Image(), "objects": fields})
+    parts = {"train": datasets.Dataset.from_list(rows, features=features)}
+    folder = as_pushed(datasets.DatasetDict({**parts, "valid": parts["train"]}), tmp_path / "set")
+    splits = load_hub(folder)
+    for split in splits.values():
+        names = {one.id: one.name for one in categories_of(split)}
+        assert [names[row["objects"][0]["category_id"]] for row in split] == ["cat", "dog", "dog"]
+    scans = examine(folder, Settings(64, 64)).scans["train"]
+    classes = [scan.split.categories[one["category_id"]] for scan in scans for one in scan.objects]
+    assert classes == ["cat", "dog", "dog"]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["splits", "one split"])

@@ -1,6 +1,7 @@
 """imagefolder datasets: metadata.jsonl with objects is read, in both spellings, with numbered or named categories."""
 
 import json
+import re
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_named_classes_are_numbered_over_all_splits(tmp_path, monkeypatch):
     assert [(one.id, one.name) for one in categories_of(splits["valid"])] == [(1, "cell"), (2, "spot")]
     assert splits["valid"][0]["objects"][0]["category_id"] == 2
     assert splits["valid"][0]["image"]["path"].endswith("validation/x.png")
+
+
+def test_numbered_categories_beside_named_ones_are_refused_with_line_and_object(tmp_path):
+    """Number 1 would be the first class in the order of the names."""
+    named = {**LISTS, "category": ["cell"]}
+    imagefolder(tmp_path / "set/train", named, named)
+    imagefolder(tmp_path / "set/valid", {**LISTS, "category": [1]}, names="xyz")
+    message = r"metadata.jsonl, line 1, object 0: some objects have a number .* as 1, and others only .* as 'cell'\."
+    with pytest.raises(DataError, match=message):
+        load_coco(tmp_path / "set", cache_dir=tmp_path / "cache")
+    assert any(re.search(message, one.message) for one in examine(tmp_path / "set").findings)
 
 
 @pytest.mark.parametrize("folders", [("train", "val"), ("Training", "test"), ("train", "validation")])
@@ -97,7 +109,7 @@ def test_images_outside_the_folder_are_refused(name, tmp_path):
         ('{"file_name": "a.png", "objects": {"category": [1, 2], "segmentation": []}}', "one value of each field"),
         ('{"file_name": "a.png", "objects": [{"segmentation": []}]}', "object 0: expected a category, got fields seg"),
         ('{"file_name": "a.png", "objects": [3]}', "object 0: expected a category, got a int"),
-        ('{"file_name": "a.png", "objects": [{"label": "x", "iscrowd": 2}]}', "expected an `iscrowd` of 0 or 1"),
+        ('{"file_name": "a.png", "objects": [{"label": 4, "iscrowd": 2}]}', "expected an `iscrowd` of 0 or 1"),
     ],
 )
 def test_a_faulty_line_is_refused_with_file_and_line(line, message, tmp_path):

@@ -19,8 +19,9 @@ def test_anything_else_is_refused(objects):
         split_objects(objects, "row 1")
 
 
-def test_the_category_is_the_first_number_under_any_of_its_names():
+def test_the_category_is_the_name_under_any_of_its_fields_or_else_the_number():
     assert category_of({"label": 3}) == 3
-    assert category_of({"category": "cell", "class": 0}) == 0
+    assert category_of({"category": 3, "class": "cell"}) == "cell"
+    assert category_of({"category": 3, "class": "cell"}, ["category"]) == 3
     assert category_of({"category": 2**70}) is None
     assert category_of({"category": True, "id": 7}) is None

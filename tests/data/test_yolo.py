@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from m2f_trainer.data.dataset import Category, categories_of, load_coco
 from m2f_trainer.data.validate import check_dataset
+from m2f_trainer.data.yolo import find_yolo, read_yolo
 from m2f_trainer.doctor.examine import examine
 from m2f_trainer.doctor.fix import repair
 from m2f_trainer.errors import DataError
@@ -41,6 +43,7 @@ def yolo(root: Path, label: str = LINE, yaml: str = YAML, pattern: str = "images
         (YAML, "images/{}"),
         ("train: ../train/images\nval: ../val/images\nnames:\n  0: cat\n  1: dog\n", "{}/images"),  # Roboflow
         ("train: train\nval: val\nnames: [cat, dog]\n", "{}/images"),
+        (YAML.replace("val:", "validation:"), "images/{}"),
     ],
 )
 def test_a_folder_becomes_rows_with_masks_in_pixels(yaml, pattern, tmp_path):
@@ -111,6 +114,18 @@ def test_a_faulty_label_is_refused_with_its_file_and_line(line, message, tmp_pat
     with pytest.raises(DataError, match=rf"labels/train/a\.txt, line 3: .*{message}"):
         load_coco(root, cache_dir=tmp_path / "cache")
     assert {finding.severity for finding in examine(root).findings} >= {"error"}
+
+
+def test_an_outline_takes_little_more_memory_than_its_numbers(tmp_path):
+    """8 bytes for each number; as a list of Python's floats it takes 32."""
+    count = 50_000
+    (files, _) = find_yolo(yolo(tmp_path, " ".join(["0", *["0.123456"] * count])))
+    tracemalloc.start()
+    split = read_yolo(files)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(split.annotations[1][0]["segmentation"][0]) == count
+    assert kept < 12 * count
 
 
 def test_numbers_in_every_usual_spelling_are_read(tmp_path):

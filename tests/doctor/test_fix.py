@@ -4,9 +4,11 @@ import json
 import re
 import shlex
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from m2f_trainer.cli.main import main
 from m2f_trainer.data.dataset import categories_of, load_coco
@@ -19,6 +21,7 @@ from m2f_trainer.doctor.scan import Settings
 from m2f_trainer.errors import DataError
 from tests.data.folders import annotation, content, needs_real_data, write
 from tests.data.honest import SQUARE, base, dataset, objects, picture
+from tests.data.test_hub_dataset import as_pushed
 from tests.doctor.test_examine import PLANTS, change, copied
 
 SETTINGS = Settings(64, 64)
@@ -219,6 +222,44 @@ def test_small_neighbours_in_two_files_with_the_same_pixels_all_stay(tmp_path):
     done = repair(examine(root, SETTINGS), tmp_path / "copy")
     assert done.counts["train"]["images"] == (3, 1)
     assert done.counts["train"]["objects"] == (30, 20), "all of image 1; those of image 2 are the same as in image 0"
+
+
+@pytest.mark.parametrize(("more", "kept"), [(False, {1: 1}), (True, {1: 1, 3: 3})], ids=["same objects", "others"])
+def test_copies_of_a_re_encoded_image_are_removed_with_it_or_merged(more, kept, tmp_path):
+    """Image 1 is a PNG, 2 the same as a JPEG, 3 and 4 are copies of 2, perhaps with objects that image 1 lacks."""
+    root, places = tmp_path / "set", {1: [9], 2: [9], 3: [9, 40] if more else [9], 4: [70] if more else [9]}
+    squares = [(k, [[x, 9, x + 20, 9, x + 20, 29, x, 29]]) for k, found in places.items() for x in found]
+    objects = [annotation(n, image_id=k, segmentation=one, bbox=None) for n, (k, one) in enumerate(squares)]
+    names = {1: "a.png", 2: "b.jpg", 3: "c.jpg", 4: "d.jpg"}
+    images = [{"id": k, "file_name": name, "height": 96, "width": 128} for k, name in names.items()]
+    write(root, content(*objects, images=images))
+    write(root, content(annotation(image_id=9), images=[{**images[0], "id": 9}]), "valid", (128, 96))
+    coarse = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    photo = Image.fromarray(coarse).resize((128, 96), Image.Resampling.BICUBIC)
+    photo.save(root / "train/a.png")
+    for name in ("b.jpg", "c.jpg", "d.jpg"):
+        photo.save(root / "train" / name, quality=92)
+    repair(examine(root, SETTINGS), tmp_path / "copy")
+    scans = examine(tmp_path / "copy", SETTINGS).scans["train"]
+    assert {scan.entry["id"]: len(scan.objects) for scan in scans} == kept
+
+
+def test_masks_that_a_hub_dataset_stores_as_pycocotools_encodes_them_are_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    bitmap = np.zeros((16, 20), dtype=np.uint8, order="F")
+    bitmap[3:11, 2:12] = 1
+    mask = {"size": datasets.List(datasets.Value("int64")), "counts": datasets.Value("binary")}
+    objects = datasets.List({"category": datasets.ClassLabel(names=["cell"]), "segmentation": mask})
+    noise = np.random.default_rng(0).integers(0, 255, (6, 16, 20, 3), dtype=np.uint8)
+    one = {"category": 0, "segmentation": coco_mask.encode(bitmap)}
+    rows = datasets.Dataset.from_list(
+        [{"image": Image.fromarray(image), "objects": [one]} for image in noise],
+        features=datasets.Features({"image": datasets.Image(), "objects": objects}),
+    )
+    repair(examine(as_pushed(datasets.DatasetDict({"train": rows}), tmp_path / "set"), SETTINGS), tmp_path / "copy")
+    files = [json.loads(file.read_text()) for file in (tmp_path / "copy").glob("*/_annotations.coco.json")]
+    copied = [found["segmentation"] for coco in files for found in coco["annotations"]]
+    assert copied == [{"size": [16, 20], "counts": one["segmentation"]["counts"].decode()}] * 6
 
 
 @pytest.mark.parametrize("remove", [False, True])

@@ -19,6 +19,7 @@ from m2f_trainer.doctor.recommend import (
     images_of_scans,
     recommend,
 )
+from tests.data.folders import annotation, content, write
 from tests.model.tiny import VIT
 
 LAPTOP, SERVER = Machine(accelerator=False, token=False), Machine(accelerator=True, token=True)
@@ -136,6 +137,13 @@ def test_given_fields_are_kept_and_nothing_contradicts_them() -> None:
     assert as_recipe(recommend(NUCLEI, LAPTOP, {"backbone": "dinov2-large"}))["pyramid_taps"] == [4, 8, 12]
 
 
+def test_a_tile_size_of_none_means_whole_images() -> None:
+    """Images of 320 pixels: 23 patches of 14 are 322."""
+    whole = as_recipe(recommend(NUCLEI, LAPTOP, {"tile_size": None}))
+    assert (whole["image_height"], whole["image_width"], whole["tune"]) == (322, 322, "frozen")
+    assert not whole.keys() & {"tile_size", "eval_tile_size", "pyramid_taps", "copy_paste"}
+
+
 def test_a_head_with_a_changed_setting_is_still_the_one_for_the_machine() -> None:
     assert as_recipe(recommend(NUCLEI, LAPTOP, {"head_config": {"encoder_layers": 1}}))["head"] == "light"
 
@@ -151,3 +159,9 @@ def test_objects_are_measured_in_pixels_of_the_original_image(tmp_path: Path) ->
     middle = len(areas) // 2
     expected = areas[middle] ** 0.5 if len(areas) % 2 else (areas[middle - 1] ** 0.5 + areas[middle] ** 0.5) / 2
     assert facts.object_side == pytest.approx(expected)
+
+
+def test_objects_of_rows_are_measured_by_their_masks_whatever_the_area_in_their_file(tmp_path: Path) -> None:
+    rows = load_coco(write(tmp_path / "set", content(annotation(area=0))), cache_dir=tmp_path / "cache")["train"]
+    assert rows[0]["objects"][0]["area"] == 0
+    assert facts_of(images_of_rows(rows)).object_side == pytest.approx(80**0.5)  # 10 x 8 pixels

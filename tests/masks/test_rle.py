@@ -48,6 +48,12 @@ def test_area_box_and_any_part_of_a_mask_are_those_of_its_bitmap() -> None:
         assert np.array_equal(rle.paint(runs, part, height), bitmap[height // 3 :, width // 3 :])
 
 
+def test_areas_of_any_number_of_masks_are_those_of_their_bitmaps() -> None:
+    bitmaps = random_masks(600)
+    assert rle.areas([coco_mask.encode(np.asfortranarray(one)) for one in bitmaps]) == [one.sum() for one in bitmaps]
+    assert rle.areas([]) == []
+
+
 def test_runs_of_changes_and_of_a_compressed_rle_are_the_same() -> None:
     for bitmap in random_masks():
         flat = np.concatenate([[0], bitmap.T.reshape(-1), [0]])
