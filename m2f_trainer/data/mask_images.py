@@ -256,7 +256,8 @@ def _objects_of(
 
 
 def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.NDArray[Any], int]:
-    """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image.
+    """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image,
+    with 0 as that of black where both occur.
 
     Alpha is dropped. Whole numbers may be stored as floating-point numbers, as ImageJ does. Pixels of the void border
     around objects in masks with Pascal VOC's palette get the value 0; their number is the second result. Where 255 is
@@ -290,10 +291,29 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.N
         values = values[..., 0]
     if values.dtype.kind == "f":
         values = values.astype(np.int64)
+    if image.mode == "P":
+        values = _with_black_as_zero(values, image)
     if not _has_voc_palette(image) or np.isin(values, (0, _VOC_VOID)).all():
         return values, 0
     void = values == _VOC_VOID
     return np.where(void, 0, values), int(void.sum())
+
+
+def _with_black_as_zero(indices: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[Any]:
+    """The indices (H, W) of a palette image, in which black and 0 change places where 0 has another colour.
+
+    Pillow's `quantize` sorts colours from light to dark. ImageJ's inverted palette is one for display: 0 stays as it
+    is.
+    """
+    colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    black = np.intersect1d(indices, np.flatnonzero(~colours.any(axis=1)))
+    is_inverted = np.array_equal(colours, np.repeat(np.arange(256)[::-1, None], 3, axis=1))
+    if not black.size or not colours[0].any() or is_inverted:
+        return indices
+    table = np.arange(256, dtype=np.uint8)
+    table[0] = black[0]
+    table[black] = 0
+    return table[indices]
 
 
 def _has_voc_palette(image: Image.Image) -> bool:
