@@ -310,10 +310,9 @@ def _with_black_as_zero(indices: npt.NDArray[Any], image: Image.Image) -> npt.ND
     is_inverted = np.array_equal(colours, np.repeat(np.arange(256)[::-1, None], 3, axis=1))
     if not black.size or not colours[0].any() or is_inverted:
         return indices
-    table = np.arange(256, dtype=np.uint8)
-    table[0] = black[0]
-    table[black] = 0
-    return table[indices]
+    new: npt.NDArray[Any] = np.arange(256, dtype=np.uint8)
+    new[0], new[black] = black[0], 0
+    return new.take(indices)
 
 
 def _has_voc_palette(image: Image.Image) -> bool:
