@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.files import file_parts
+from m2f_trainer.data.files import file_parts, file_state
 from m2f_trainer.data.image_names import (
     ImageNames,
     image_paths,
@@ -81,11 +81,11 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
 
 
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:
-    """Everything that the rows of a split depend on: the annotation file, and the names of the images."""
+    """Everything that the rows of a split depend on: the annotation file, and names and states of the images."""
     yield from file_parts(files.annotations)
     folders = [*files.image_folders, *([files.root] if files.root else [])]
     for path in sorted(path for folder in outermost(folders) for path in image_paths(folder, files.follow_links)):
-        yield os.fsencode(path)
+        yield os.fsencode(f"{path} {file_state(path)}")
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
