@@ -280,8 +280,8 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
     raise DataError(
         f"{path}: found no annotations; the folder holds {listing(path)}. Expected COCO JSON (one file, or one for each"
         " of train, valid and test), a data.yaml of YOLO, metadata.jsonl with objects, a labelme file for each image,"
-        " or masks/ beside images/. If the files have other places, give --annotations SPLIT=FILE and --images"
-        " SPLIT=FOLDER for each split."
+        " or masks/ beside images/ (as PNG or TIFF: JPEG changes their values). If the files have other places, give"
+        " --annotations SPLIT=FILE and --images SPLIT=FOLDER for each split."
     )
 
 

@@ -157,16 +157,20 @@ def _pair(
     Raises:
         DataError: two masks have the name of one image
     """
+    of_images = {(*_place(image.parent, root), image.stem) for image in images}
     by_name: dict[tuple[str, ...], list[Path]] = {}
     by_folder: dict[tuple[str, ...], list[Path]] = {}
-    for mask in masks:
-        by_name.setdefault((*_place(mask.parent, root), _mask_stem(mask)), []).append(mask)
-        by_folder.setdefault(_place(mask.parent, root), []).append(mask)
+    for mask in masks:  # an image's name is kept whole as that of a mask or its folder
+        place, parent = _place(mask.parent, root), mask.parent
+        whole = (*place, mask.stem)
+        by_name.setdefault(whole if whole in of_images else (*place, _mask_stem(mask)), []).append(mask)
+        folder = () if parent == root else (*_place(parent.parent, root), parent.name)
+        by_folder.setdefault(folder if folder in of_images else place, []).append(mask)
     beside = Counter(image.parent for image in images)
     found: dict[Path, tuple[list[Path], bool]] = {}
     for image in images:
         place, stem = _place(image.parent, root), _IMAGE_ENDING.sub("", image.stem)
-        same_name = by_name.get((*place, stem), [])
+        same_name = by_name.get((*place, image.stem)) or by_name.get((*place, stem), [])
         if len(same_name) > 1:
             names = ", ".join(map(str, same_name[:3]))
             raise DataError(f"{image}: found {len(same_name)} masks of its name: {names}. Keep one of them.")

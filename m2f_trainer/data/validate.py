@@ -1,7 +1,7 @@
 """Checks before training and evaluation: splits with objects, images that can be decoded, categories of the same names.
 
-Annotations are checked when the dataset is built. Images are decoded only if a file of the dataset has changed since the
-last check: a marker file beside the cached rows records path, size and modification time of each image file.
+Annotations are checked when the dataset is built. Images are decoded only if a file of the dataset has changed since
+the last check: a marker file beside the cached rows records path, size and modification time of each image file.
 """
 
 import contextlib

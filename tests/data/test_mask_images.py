@@ -64,6 +64,22 @@ def test_each_value_of_a_mask_is_an_object(image, mask, dtype, tmp_path):
         assert all(one["area"] == 9 for one in row["objects"])
 
 
+@pytest.mark.parametrize("image", [f"{{}}_{end}" for end in ("raw", "img", "image", "seg", "gt", "label", "mask")])
+@pytest.mark.parametrize("mask", ["{}", "{}_mask"])
+def test_a_mask_has_the_whole_name_of_its_image_or_that_with_an_ending(image, mask, tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 0), f"images/{image}.png", f"masks/{mask.format(image)}.png")
+    found = objects(load_coco(root, cache_dir=tmp_path / "cache")["train"])
+    assert list(map(len, found)) == [3, 5, 0]
+
+
+def test_a_mask_of_the_whole_name_of_an_image_is_no_other_images(tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 4))
+    masked(root, (4, 3, 6), "images/{}_seg.jpg", "masks/{}_seg.png")
+    rows = load_coco(root, cache_dir=tmp_path / "cache", hold_out=False)["train"]
+    found = {row["image"]["path"].rpartition("/")[2]: len(row["objects"]) for row in rows}
+    assert found == {"a.png": 3, "a_seg.jpg": 4, "b.png": 5, "b_seg.jpg": 3, "c.png": 4, "c_seg.jpg": 6}
+
+
 @pytest.mark.parametrize(
     ("image", "mask"),
     [
@@ -86,7 +102,7 @@ def test_one_mask_an_object_is_read(nested, tmp_path):
     root = tmp_path / "set"
     image, mask = ("stage1_train/{}/images/{}.png", "stage1_train/{}/masks/{}.png")
     image, mask = (image, mask) if nested else ("images/{1}.png", "masks/{0}/{1}.png")
-    for name in ("a1", "b2"):
+    for name in ("a1", "b2") if nested else ("image_1", "raw_1", "a_label"):
         pictures(root, [image.format(name, name)])
         for value in (1, 2, 3):
             save(root / mask.format(name, f"m{value}"), np.where(ids(3) == value, 255, 0).astype(np.uint8))
