@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.files import file_parts
+from m2f_trainer.data.files import file_parts, file_state
 from m2f_trainer.data.image_names import (
     ImageNames,
     image_paths,
@@ -28,7 +28,7 @@ from m2f_trainer.data.layouts import SplitFiles
 from m2f_trainer.data.normalize import LARGEST_ID, Ids, is_id, is_text, type_name, whole_number
 from m2f_trainer.data.problems import Report, kind_of, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
-from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
+from m2f_trainer.data.splits import Entry, FolderSplit, ImageEntries, pack_polygons
 from m2f_trainer.errors import DataError, EmptySplitError, ImageError
 from m2f_trainer.masks import rle
 
@@ -81,11 +81,11 @@ def read_annotations(files: SplitFiles, report: Report = raise_problem) -> Folde
 
 
 def coco_contents(files: SplitFiles) -> Iterator[bytes]:
-    """Everything that the rows of a split depend on: the annotation file, and the names of the images."""
+    """Everything that the rows of a split depend on: the annotation file, and names and states of the images."""
     yield from file_parts(files.annotations)
     folders = [*files.image_folders, *([files.root] if files.root else [])]
     for path in sorted(path for folder in outermost(folders) for path in image_paths(folder, files.follow_links)):
-        yield os.fsencode(path)
+        yield os.fsencode(f"{path} {file_state(path)}")
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
@@ -285,22 +285,14 @@ def _merged(
     images: list[Entry], paths: Mapping[int, Path], name: str, report: Report
 ) -> tuple[list[Entry], dict[int, int]]:
     """The first entry of each file, and a map: id of each further entry -> id of the first."""
-    first_of: dict[str, Entry] = {}
+    entries = ImageEntries(name, report)
     merged: dict[int, int] = {}
     for image in images:
-        path = os.path.normpath(paths.get(image["id"], Path(image["file_name"])))
-        first = first_of.setdefault(path, image)
-        if first is image:
-            continue
-        if (first["height"], first["width"]) != (image["height"], image["width"]):
-            problem = f"is the same file as image {first['id']} but has another size. Correct it."
-            report("bad-image-entry", name, [image["id"]], f"{name}: image {image['id']} {problem}")
-            continue
-        merged[image["id"]] = first["id"]
-        message = f"{name}: image {image['id']} is the same file as image {first['id']}, {image['file_name']}."
-        report("merged-entries", name, [image["id"]], message)
-    kept = {image["id"] for image in first_of.values()}
-    return [image for image in images if image["id"] in kept], merged
+        path = paths.get(image["id"], Path(image["file_name"]))
+        first = entries.add(image, path, f"{name}: image {image['id']}", image["id"])
+        if first not in (image, None):
+            merged[image["id"]] = first["id"]
+    return entries.images, merged
 
 
 def _check_categories(categories: list[Entry], used: set[int | None], name: str, report: Report) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, rebuilt only when its annotations change.
+"""A dataset folder as a typed, memory-mapped `datasets.DatasetDict`, rebuilt only when its files change.
 
 A row is one image: `image` {path, bytes}, `image_id`, `height`, `width` (original frame), `displayed` and `pixel_range`
 (how it is read, see `Reading`), and `objects`, one per annotation: `id`, `category_id` (the annotation file's own),
@@ -55,7 +55,7 @@ FEATURES = datasets.Features(
     }
 )
 _ROWS_PER_TABLE, _BYTES_PER_TABLE = 1000, 2**27
-_ROW_FORMAT = "6"  # raise it when rows change, so that caches of older versions are not used
+_ROW_FORMAT = "7"  # raise it when rows change, so that caches of older versions are not used
 _HELD_OUT = 5  # one image of this many is held out for validation
 
 
@@ -216,7 +216,7 @@ def _cache_name(root: str | Path) -> str:
 
 
 def _fingerprint(layout: tuple[SplitFiles, ...], settings: str) -> str:
-    """A hash of everything that the rows depend on: annotation contents, and the paths of annotations and images."""
+    """A hash of everything that the rows depend on: annotation contents, paths of annotations, states of images."""
     digest = hashlib.sha256(f"{_ROW_FORMAT} {settings}".encode())
     for files in layout:
         paths = [

@@ -95,17 +95,25 @@ def file_parts(path: Path) -> Iterator[bytes]:
         raise OSError(f"not a whole gzip file: {error}") from error
 
 
+def file_state(path: str | Path) -> tuple[int, int] | None:
+    """Size and modification time of a file; None for one that doesn't exist."""
+    try:
+        state = os.stat(path)  # noqa: PTH116 (called for every image)
+    except (OSError, ValueError):
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
 def kind_of_json(path: Path) -> str:
     """The kind of a JSON file by the keys that occur in it, "" if it is none of `JSON_KINDS` or can't be read."""
     try:
-        facts = path.stat()
-        return _kind_of_json(path, facts.st_size, facts.st_mtime_ns)
+        return _kind_of_json(path, file_state(path))
     except (OSError, DataError):
         return ""
 
 
 @lru_cache(maxsize=1 << 16)
-def _kind_of_json(path: Path, size: int, modified: int) -> str:
+def _kind_of_json(path: Path, state: tuple[int, int] | None) -> str:
     """The same, cached for a file of this size and time of modification."""
     missing = {key.encode() for _, keys in JSON_KINDS for key in keys}
     found: set[str] = set()

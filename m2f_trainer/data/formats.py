@@ -14,6 +14,7 @@ from m2f_trainer.data.coco_json import coco_contents, read_annotations
 from m2f_trainer.data.files import (
     NO_CATEGORIES,
     file_parts,
+    file_state,
     files_below,
     json_files,
     kind_of_json,
@@ -50,7 +51,7 @@ class Format(NamedTuple):
     Attributes:
         find: the splits of a folder, in the order train, valid, test; none if it isn't of this format
         read: read and check one split
-        contents: everything that the rows of a split depend on, as bytes, except image contents
+        contents: everything that the rows of a split depend on, as bytes, with size and time of images as their content
     """
 
     find: Callable[[Path], tuple[SplitFiles, ...]]
@@ -59,13 +60,13 @@ class Format(NamedTuple):
 
 
 def contents_of_many(files: SplitFiles) -> Iterator[bytes]:
-    """The contents of annotation files, and the names and sizes of all images, which are found by their names."""
+    """The contents of annotation files, and names and states of all images, which are found by their names."""
     for file in files.files:
         yield os.fsencode(file)
         yield from file_parts(file)
     for folder in files.image_folders:
         for image in files_below(folder, SUFFIXES):
-            yield os.fsencode(f"{image} {image.stat().st_size}")
+            yield os.fsencode(f"{image} {file_state(image)}")
 
 
 FORMATS: Mapping[str, Format] = {
@@ -254,7 +255,10 @@ def read_split(files: SplitFiles, report: Report = raise_problem) -> FolderSplit
 
 
 def contents(files: SplitFiles) -> Iterator[bytes]:
-    """Everything that the rows of a split depend on, as bytes, except image contents. Raises OSError, DataError."""
+    """Everything that the rows of a split depend on, as bytes; size and modification time stand for an image's content.
+
+    Raises OSError, DataError.
+    """
     return FORMATS[files.format].contents(files)
 
 
@@ -276,8 +280,8 @@ def _find(path: Path) -> tuple[SplitFiles, ...]:
     raise DataError(
         f"{path}: found no annotations; the folder holds {listing(path)}. Expected COCO JSON (one file, or one for each"
         " of train, valid and test), a data.yaml of YOLO, metadata.jsonl with objects, a labelme file for each image,"
-        " or masks/ beside images/. If the files have other places, give --annotations SPLIT=FILE and --images"
-        " SPLIT=FOLDER for each split."
+        " or masks/ beside images/ (as PNG or TIFF: JPEG changes their values). If the files have other places, give"
+        " --annotations SPLIT=FILE and --images SPLIT=FOLDER for each split."
     )
 
 

@@ -3,6 +3,7 @@
 Shapes become objects as in labelme's own converter (labelme/examples/instance_segmentation/labelme2coco.py): polygons,
 rectangles, circles and masks are areas; shapes with the same label and `group_id` are one object. Rectangles of four
 corners, as newer versions and X-AnyLabeling write them, are polygons. An image without a file is read from `imageData`.
+The objects of several JSON files that name one image belong to that image.
 """
 
 import base64
@@ -27,7 +28,7 @@ from m2f_trainer.data.layouts import SplitFiles, by_split
 from m2f_trainer.data.normalize import is_text
 from m2f_trainer.data.problems import Report, listed, raise_problem
 from m2f_trainer.data.reading import size_in_frame
-from m2f_trainer.data.splits import Entry, FolderSplit
+from m2f_trainer.data.splits import Entry, FolderSplit, ImageEntries
 from m2f_trainer.errors import DataError, ImageError, MaskError
 from m2f_trainer.masks import segmentation as masks
 from m2f_trainer.masks.rle import brief, max_pixels
@@ -100,7 +101,7 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
     names = dict(enumerate(files.classes, start=1))
     ids = {label: number for number, label in names.items()}
     places = ImageNames([folder], files.annotations, files.split, None, files.other_splits, files.follow_links)
-    images: list[Entry] = []
+    entries = ImageEntries(name, report)
     groups: dict[int, list[Entry]] = {}
     inside: dict[int, Path] = {}
     left_out: list[int] = []
@@ -109,11 +110,13 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
         content = _read(path, name, report)
         if content is None:
             continue
-        image = _image(content, path, files, places, len(images) + 1, inside, report)
+        image = _image(content, path, files, places, len(entries.images) + 1, inside, report)
         if image is not None:
-            images.append(image)
-            groups[image["id"]] = []
+            file = inside.get(image["id"], folder / image["file_name"])
+            image = entries.add(image, file, f"{path}: {image['file_name']}", path.name)
         image_id = None if image is None else image["id"]
+        if image is not None:
+            groups.setdefault(image["id"], [])
         for label, shapes in _objects(content["shapes"], path, partial(report, file=name, image=image_id)):
             try:
                 segmentation = None if image is None else _segmentation(shapes, image, path)
@@ -126,12 +129,10 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
                 continue
             entry = {"id": number, "image_id": image["id"], "category_id": ids[label], "segmentation": segmentation}
             groups[image["id"]].append(entry)
-    if not images:
+    if not entries.images:
         raise DataError(f"{name}: found no usable labelme file. Correct the files, or remove the split.")
-    links = files.follow_links
-    return LabelmeSplit(
-        name, tuple(images), groups, names, folder, follow_links=links, left_out=left_out, inside=inside
-    )
+    images, links = tuple(entries.images), files.follow_links
+    return LabelmeSplit(name, images, groups, names, folder, follow_links=links, left_out=left_out, inside=inside)
 
 
 def _read(path: Path, name: str, report: Report) -> dict[str, Any] | None:

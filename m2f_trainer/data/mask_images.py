@@ -157,16 +157,20 @@ def _pair(
     Raises:
         DataError: two masks have the name of one image
     """
+    of_images = {(*_place(image.parent, root), image.stem) for image in images}
     by_name: dict[tuple[str, ...], list[Path]] = {}
     by_folder: dict[tuple[str, ...], list[Path]] = {}
-    for mask in masks:
-        by_name.setdefault((*_place(mask.parent, root), _mask_stem(mask)), []).append(mask)
-        by_folder.setdefault(_place(mask.parent, root), []).append(mask)
+    for mask in masks:  # an image's name is kept whole as that of a mask or its folder
+        place, parent = _place(mask.parent, root), mask.parent
+        whole = (*place, mask.stem)
+        by_name.setdefault(whole if whole in of_images else (*place, _mask_stem(mask)), []).append(mask)
+        folder = () if parent == root else (*_place(parent.parent, root), parent.name)
+        by_folder.setdefault(folder if folder in of_images else place, []).append(mask)
     beside = Counter(image.parent for image in images)
     found: dict[Path, tuple[list[Path], bool]] = {}
     for image in images:
         place, stem = _place(image.parent, root), _IMAGE_ENDING.sub("", image.stem)
-        same_name = by_name.get((*place, stem), [])
+        same_name = by_name.get((*place, image.stem)) or by_name.get((*place, stem), [])
         if len(same_name) > 1:
             names = ", ".join(map(str, same_name[:3]))
             raise DataError(f"{image}: found {len(same_name)} masks of its name: {names}. Keep one of them.")
@@ -256,7 +260,8 @@ def _objects_of(
 
 
 def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.NDArray[Any], int]:
-    """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image.
+    """The values of a mask from 0, (H, W), or (H, W, C) where its channels differ; the indices of a palette image,
+    with 0 as that of black where both occur.
 
     Alpha is dropped. Whole numbers may be stored as floating-point numbers, as ImageJ does. Pixels of the void border
     around objects in masks with Pascal VOC's palette get the value 0; their number is the second result. Where 255 is
@@ -290,10 +295,28 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.N
         values = values[..., 0]
     if values.dtype.kind == "f":
         values = values.astype(np.int64)
+    if image.mode == "P":
+        values = _with_black_as_zero(values, image)
     if not _has_voc_palette(image) or np.isin(values, (0, _VOC_VOID)).all():
         return values, 0
     void = values == _VOC_VOID
     return np.where(void, 0, values), int(void.sum())
+
+
+def _with_black_as_zero(indices: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[Any]:
+    """The indices (H, W) of a palette image, in which black and 0 change places where 0 has another colour.
+
+    Pillow's `quantize` sorts colours from light to dark. ImageJ's inverted palette is one for display: 0 stays as it
+    is.
+    """
+    colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    black = np.intersect1d(indices, np.flatnonzero(~colours.any(axis=1)))
+    is_inverted = np.array_equal(colours, np.repeat(np.arange(256)[::-1, None], 3, axis=1))
+    if not black.size or not colours[0].any() or is_inverted:
+        return indices
+    new: npt.NDArray[Any] = np.arange(256, dtype=np.uint8)
+    new[0], new[black] = black[0], 0
+    return new.take(indices)
 
 
 def _has_voc_palette(image: Image.Image) -> bool:

@@ -1,5 +1,5 @@
 """Read imagefolder datasets: a metadata.jsonl beside the images, with a line `{"file_name": ..., "objects": ...}` for
-each image.
+each image. Lines of one image are merged.
 
 `objects` is a list of objects or an object of lists, as in Hugging Face datasets. An object has a category (a number or
 a name) and a segmentation in COCO's form.
@@ -18,7 +18,7 @@ from m2f_trainer.data.normalize import is_text, type_name
 from m2f_trainer.data.objects import MASK_KEYS, category_of, mixed_categories, split_objects
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
-from m2f_trainer.data.splits import Entry, FolderSplit, pack_polygons
+from m2f_trainer.data.splits import Entry, FolderSplit, ImageEntries, pack_polygons
 from m2f_trainer.errors import DataError, ImageError
 from m2f_trainer.masks.rle import brief
 
@@ -97,7 +97,7 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
     root, name = files.image_folders[0], str(files.annotations)
     names = dict(enumerate(files.classes, start=1))
     ids = {label: number for number, label in names.items()}
-    images: list[Entry] = []
+    entries = ImageEntries(name, report)
     groups: dict[int, list[Entry]] = {}
     left_out: list[int] = []
     number = 0
@@ -106,11 +106,13 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
             where = f"{path}, line {line}"
             if not path.is_relative_to(files.annotations) and _of_another_split(row, files.split):
                 continue
-            image = _image(row, path, files, len(images) + 1, where, report)
+            image = _image(row, path, files, len(entries.images) + 1, where, report)
             if image is not None:
-                images.append(image)
-                groups[image["id"]] = []
+                shown = f"{where}: {image['file_name']}"
+                image = entries.add(image, root / image["file_name"], shown, f"{path.name}:{line}")
             image_id = None if image is None else image["id"]
+            if image is not None:
+                groups.setdefault(image["id"], [])
             of_line = partial(report, file=name, image=image_id)
             for category, one in _objects(row, ids, where, f"{path.name}:{line}", of_line):
                 number += 1
@@ -123,9 +125,10 @@ def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSp
                     one["segmentation"] = {"size": [image["height"], image["width"]], "counts": one["segmentation"]}
                 entry = {"id": number, "image_id": image["id"], "category_id": category, **one}
                 groups[image["id"]].append(pack_polygons(entry))
-    if not images:
+    if not entries.images:
         raise DataError(f"{name}: found no usable line in {_NAME}. Correct it, or remove the split.")
-    return FolderSplit(name, tuple(images), groups, names, root, follow_links=files.follow_links, left_out=left_out)
+    images = tuple(entries.images)
+    return FolderSplit(name, images, groups, names, root, follow_links=files.follow_links, left_out=left_out)
 
 
 def _of_another_split(row: Any, split: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from m2f_trainer.data.image_names import LINK_ADVICE
 from m2f_trainer.data.normalize import flat_polygons, has_no_outline, number, usual_box, usual_segmentation
-from m2f_trainer.data.problems import Report, raise_problem
+from m2f_trainer.data.problems import Key, Report, raise_problem
 from m2f_trainer.data.reading import Photo, Reading
 from m2f_trainer.errors import DataError, MaskError
 from m2f_trainer.masks import rle
@@ -249,6 +249,39 @@ class FolderSplit(SplitAnnotations):
     @cached_property
     def _root(self) -> str:
         return os.path.realpath(self.folder)
+
+
+@dataclass
+class ImageEntries:
+    """The image entries of a split while it is read, one for each file: further entries of a file become its first.
+
+    Attributes:
+        name: the split in messages and findings
+        images: the first entries, in the order in which they were added
+    """
+
+    name: str
+    report: Report
+    images: list[Entry] = field(default_factory=list)
+    _by_path: dict[str, Entry] = field(default_factory=dict)
+
+    def add(self, image: Entry, path: Path, where: str, key: Key) -> Entry | None:
+        """The first entry of an image's file, which may be `image` itself; None where the two sizes differ.
+
+        `where` is the entry in messages, `key` in findings.
+        """
+        first = self._by_path.setdefault(os.path.normpath(path), image)
+        if first is image:
+            self.images.append(image)
+            return image
+        message, sizes = f"{where} is the same file as image {first['id']}", [(first["width"], first["height"])]
+        sizes.append((image["width"], image["height"]))
+        if sizes[0] != sizes[1]:
+            found = "{}x{} instead of {}x{} pixels".format(*sizes[1], *sizes[0])
+            self.report("bad-image-entry", self.name, [key], f"{message} but has another size, {found}. Correct it.")
+            return None
+        self.report("merged-entries", self.name, [key], f"{message}, {first['file_name']}.")
+        return first
 
 
 def resolve_inside(folder: Path, name: str, where: str, follow_links: bool = False) -> str:

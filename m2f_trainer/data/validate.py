@@ -1,12 +1,11 @@
 """Checks before training and evaluation: splits with objects, images that can be decoded, categories of the same names.
 
-Annotations are checked when the dataset is built. Images are decoded only if they have changed since the last check: a
-marker file beside the cached rows records path, size and modification time of each image file.
+Annotations are checked when the dataset is built. Images are decoded only if a file of the dataset has changed since
+the last check: a marker file beside the cached rows records path, size and modification time of each image file.
 """
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from m2f_trainer.data.categories import normalized_name
 from m2f_trainer.data.dataset import Category, categories_of, row_features
+from m2f_trainer.data.files import file_state
 from m2f_trainer.data.problems import LISTED
 from m2f_trainer.data.transforms import read_image
 from m2f_trainer.distributed import from_every_rank, from_main, rank_and_world_size
@@ -99,7 +99,7 @@ def _marker(rows: datasets.Dataset) -> Path | None:
     cache_files = [file["filename"] for file in rows.cache_files]
     if not cache_files:
         return None
-    digest = hashlib.sha256(repr([(path, _file_state(path)) for path in cache_files]).encode())
+    digest = hashlib.sha256(repr([(path, file_state(path)) for path in cache_files]).encode())
     embedded = all(chunk.field("bytes").null_count == 0 for chunk in rows.data.column("image").chunks)
     columns = ["image_id", "height", "width"] + ["image"] * (not embedded)  # the data itself is never read
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
@@ -107,17 +107,8 @@ def _marker(rows: datasets.Dataset) -> Path | None:
             digest.update(repr(list(row.values())).encode())
         for chunk in table["image"].chunks if not embedded else ():
             for path in chunk.field("path").to_pylist():
-                digest.update(repr((path, _file_state(path))).encode())
+                digest.update(repr((path, file_state(path or ""))).encode())
     return Path(cache_files[0]).parent / f"images-{digest.hexdigest()[:32]}.checked"
-
-
-def _file_state(path: str | None) -> tuple[int, int] | None:
-    """Size and modification time of a file; None for one that doesn't exist."""
-    try:
-        state = os.stat(path or "")  # noqa: PTH116 (called for every image)
-    except (OSError, ValueError):
-        return None
-    return state.st_size, state.st_mtime_ns
 
 
 def image_problems(rows: datasets.Dataset) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from m2f_trainer.config.arguments import ExifFrame
-from m2f_trainer.data.files import files_below, subfolders, visible
+from m2f_trainer.data.files import file_state, files_below, subfolders, visible
 from m2f_trainer.data.images import SUFFIXES
 from m2f_trainer.data.layouts import SplitFiles, named_folders, split_of
 from m2f_trainer.data.normalize import is_text
@@ -311,10 +311,10 @@ def _check_outlines(labels: Path, paths: Sequence[Path]) -> None:
 
 
 def yolo_contents(files: SplitFiles) -> Iterator[bytes]:
-    """All content that the rows depend on: data.yaml, names and file sizes of the images, and the labels."""
+    """All content that the rows depend on: data.yaml, names and states of the images, and the labels."""
     yield files.annotations.read_bytes()
     for path, label in _images_and_labels(files):
-        yield os.fsencode(f"{path} {path.stat().st_size}")
+        yield os.fsencode(f"{path} {file_state(path)}")
         yield label.read_bytes() if label.is_file() else b""
 
 

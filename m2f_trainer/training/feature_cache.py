@@ -33,6 +33,7 @@ from tqdm import tqdm
 from m2f_trainer.config.bfloat16 import cpu_is_faster_in_bf16
 from m2f_trainer.config.training_arguments import TrainArguments
 from m2f_trainer.data.collate import InstanceDataset, collate
+from m2f_trainer.data.files import file_state
 from m2f_trainer.data.imbalance import RepeatedSamples
 from m2f_trainer.data.packed_samples import pack_sample, unpack_sample
 from m2f_trainer.data.reading import reading_of
@@ -283,8 +284,7 @@ def images_digest(rows: datasets.Dataset) -> str:
         for chunk in table["image"].chunks:
             sizes = pc.binary_length(chunk.field("bytes")).to_pylist()
             for size, path in zip(sizes, chunk.field("path").to_pylist(), strict=True):
-                state = os.stat(path) if size is None else None  # noqa: PTH116 (called for every image)
-                total.update(repr((state.st_size, state.st_mtime_ns) if state else size).encode())
+                total.update(repr(file_state(path) if size is None else size).encode())
     return total.hexdigest()
 
 

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 
 from m2f_trainer.data.dataset import Category, batches_of_rows, categories_of, load_coco
 from m2f_trainer.data.synthetic import write_sample
+from m2f_trainer.data.validate import check_split
 from m2f_trainer.errors import DataError
 from m2f_trainer.masks import segmentation as masks
 from tests.data.folders import REAL, SQUARE, annotation, content, needs_real_data, write
@@ -76,6 +77,14 @@ def test_the_cache_is_used_until_the_annotation_file_changes(tmp_path):
     assert first.cache_files == again.cache_files
     write(root, content(annotation(), annotation(2)))
     assert len(load_coco(root, cache_dir=tmp_path / "cache")["train"][0]["objects"]) == 2
+
+
+def test_sizes_that_the_annotations_lack_are_read_anew_where_an_image_is_replaced(tmp_path):
+    for size in ((20, 16), (40, 32)):
+        root = write(tmp_path / "set", content(images=[{"id": 1, "file_name": "a.png"}]), size=size)
+        splits = load_coco(root, cache_dir=tmp_path / "cache")
+        assert (splits["train"][0]["width"], splits["train"][0]["height"]) == size
+        check_split(splits, "train")
 
 
 def test_one_id_with_two_names_is_refused(tmp_path):

@@ -279,6 +279,34 @@ def test_files_in_no_folder_of_a_split_are_refused_beside_others(tmp_path):
         find_splits(tmp_path / "set")
 
 
+def by_two_annotators(root):
+    """Images a and b with a file of each of two annotators."""
+    labelme(root, "ab", shape("cell"), image_path="../{}.png", folder="anna")
+    moved = [[x + 8, y] for x, y in POLYGON]
+    return labelme(root, "ab", shape("spot", moved), image_path="../{}.png", folder="ben")
+
+
+def test_files_of_one_image_are_one_image_with_all_their_objects(tmp_path, caplog):
+    rows = load_coco(by_two_annotators(tmp_path / "set"), cache_dir=tmp_path / "cache")["train"]
+    assert [row["image"]["path"][-5:] for row in rows] == ["a.png", "b.png"]
+    for row in rows:
+        assert [(one["category_id"], one["bbox"]) for one in row["objects"]] == [
+            (1, [2, 3, 10, 8]),
+            (2, [10, 3, 10, 8]),
+        ]
+    assert "image listed more than once (2), the first: " in caplog.text
+    assert "ben/a.json: a.png is the same file as image 1, a.png" in caplog.text
+
+
+def test_files_of_one_image_with_two_sizes_are_refused(tmp_path):
+    root = by_two_annotators(tmp_path / "set")
+    path = root / "ben/b.json"
+    path.write_text(path.read_text().replace('"imageWidth": 20', '"imageWidth": 10'))
+    expected = r"ben/b\.json: b\.png is the same file as image 2 but has another size, 10x16 instead of 20x16 pixels"
+    with pytest.raises(DataError, match=expected):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 def test_the_cache_follows_the_files(tmp_path):
     root = labelme(tmp_path / "set", "a")
     assert len(objects_of(root, tmp_path)) == 1

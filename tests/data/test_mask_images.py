@@ -64,6 +64,22 @@ def test_each_value_of_a_mask_is_an_object(image, mask, dtype, tmp_path):
         assert all(one["area"] == 9 for one in row["objects"])
 
 
+@pytest.mark.parametrize("image", [f"{{}}_{end}" for end in ("raw", "img", "image", "seg", "gt", "label", "mask")])
+@pytest.mark.parametrize("mask", ["{}", "{}_mask"])
+def test_a_mask_has_the_whole_name_of_its_image_or_that_with_an_ending(image, mask, tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 0), f"images/{image}.png", f"masks/{mask.format(image)}.png")
+    found = objects(load_coco(root, cache_dir=tmp_path / "cache")["train"])
+    assert list(map(len, found)) == [3, 5, 0]
+
+
+def test_a_mask_of_the_whole_name_of_an_image_is_no_other_images(tmp_path):
+    root = masked(tmp_path / "set", (3, 5, 4))
+    masked(root, (4, 3, 6), "images/{}_seg.jpg", "masks/{}_seg.png")
+    rows = load_coco(root, cache_dir=tmp_path / "cache", hold_out=False)["train"]
+    found = {row["image"]["path"].rpartition("/")[2]: len(row["objects"]) for row in rows}
+    assert found == {"a.png": 3, "a_seg.jpg": 4, "b.png": 5, "b_seg.jpg": 3, "c.png": 4, "c_seg.jpg": 6}
+
+
 @pytest.mark.parametrize(
     ("image", "mask"),
     [
@@ -86,7 +102,7 @@ def test_one_mask_an_object_is_read(nested, tmp_path):
     root = tmp_path / "set"
     image, mask = ("stage1_train/{}/images/{}.png", "stage1_train/{}/masks/{}.png")
     image, mask = (image, mask) if nested else ("images/{1}.png", "masks/{0}/{1}.png")
-    for name in ("a1", "b2"):
+    for name in ("a1", "b2") if nested else ("image_1", "raw_1", "a_label"):
         pictures(root, [image.format(name, name)])
         for value in (1, 2, 3):
             save(root / mask.format(name, f"m{value}"), np.where(ids(3) == value, 255, 0).astype(np.uint8))
@@ -236,6 +252,47 @@ def test_255_is_an_object_where_it_is_the_only_value(tmp_path):
             image.save(root / f"{name}/masks/{k}.png")
     rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
     assert [len(row["objects"]) for row in rows] == [2, 2]
+
+
+def test_black_is_the_background_of_palette_images_of_ids(tmp_path):
+    """Pillow's `quantize` gives the index 0 to the lightest colour, here an object."""
+    root = masked(tmp_path / "set", (3, 5, 4), mask="instances/{}.png")
+    for name, count in zip("abc", (3, 5, 4), strict=True):
+        image = Image.fromarray(ids(count) * 40).quantize(count + 1)
+        assert np.asarray(image)[15, 19] != 0, "the background"
+        image.save(root / f"instances/{name}.png")
+    for found, count in zip(objects(load_coco(root, cache_dir=tmp_path / "cache")["train"]), (3, 5, 4), strict=True):
+        assert {bitmap.tobytes() for bitmap in found} == {
+            (ids(count) == value).astype(np.uint8).tobytes() for value in range(1, count + 1)
+        }
+
+
+PALETTES = {
+    "quantize": lambda mask: mask.quantize(2),
+    "adaptive": lambda mask: mask.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2),
+    "red and black": lambda mask: with_palette(mask.point(lambda value: value == 0), [255, 0, 0, 0, 0, 0]),
+    "two blacks": lambda mask: with_palette(mask.point(lambda value: 0 if value else 2), [0, 9, 0, *[0] * 6]),
+    "black and white": lambda mask: with_palette(mask.point(bool), [0, 0, 0, 255, 255, 255]),
+    "ImageJ, inverted": lambda mask: with_palette(mask, [255 - k // 3 for k in range(768)]),
+}
+
+
+def with_palette(image, colours):
+    image.putpalette(colours)
+    return image
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_black_is_the_background_of_palette_images_of_one_object(name, tmp_path):
+    root = tmp_path / "set"
+    pictures(root, ["images/a.png"])
+    for value in (1, 2):
+        (root / "masks/a").mkdir(parents=True, exist_ok=True)
+        image = PALETTES[name](Image.fromarray(np.where(ids(2) == value, 255, 0).astype(np.uint8)))
+        assert image.mode == "P"
+        image.save(root / f"masks/a/{value}.png")
+    (found,) = objects(load_coco(root, cache_dir=tmp_path / "cache")["train"])
+    assert np.array_equal(found, [ids(2) == value for value in (1, 2)])
 
 
 def test_a_file_of_several_masks_is_refused(tmp_path):

@@ -142,6 +142,45 @@ def test_lines_without_objects_are_images_without_objects(tmp_path):
     assert [len(row["objects"]) for row in rows] == [0, 1, 1, 1, 1, 1]
 
 
+def by_lines(root, *lines):
+    """A metadata.jsonl of (image, x) in which each line has one square, which is moved by x."""
+    root.mkdir(parents=True, exist_ok=True)
+    square = [[[value + x * (k % 2 == 0) for k, value in enumerate(SQUARE)]] for _, x in lines]
+    rows = [
+        {"file_name": name, "objects": [{"label": "cell", "polygons": polygon}]}
+        for (name, _), polygon in zip(lines, square, strict=True)
+    ]
+    pictures(root, sorted({name.removeprefix("./") for name, _ in lines}))
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_lines_of_one_image_are_one_image_with_all_their_objects(tmp_path, caplog):
+    root = tmp_path / "set"
+    by_lines(root / "train", ("a.png", 0), ("b.png", 0), ("./a.png", 5), ("a.png", 8))
+    by_lines(root / "val", ("c.png", 0))
+    rows = load_coco(root, cache_dir=tmp_path / "cache")["train"]
+    found = {row["image"]["path"][-5:]: [one["bbox"] for one in row["objects"]] for row in rows}
+    assert len(rows) == 2
+    assert found == {"a.png": [[x, 3, 10, 8] for x in (2, 7, 10)], "b.png": [[2, 3, 10, 8]]}
+    assert "image listed more than once (2), the first: " in caplog.text
+    assert "line 3: train/./a.png is the same file as image 1, train/a.png" in caplog.text
+    examination = examine(root)
+    notes = {one.kind: one.ids for one in examination.findings if one.severity == "note"}
+    assert notes == {"merged-entries": ["metadata.jsonl:3", "metadata.jsonl:4"]}
+    repair(examination, tmp_path / "copy")
+    copy = load_coco(tmp_path / "copy", cache_dir=tmp_path / "cache")["train"]
+    assert sorted(len(row["objects"]) for row in copy) == [1, 3]
+
+
+def test_no_image_of_several_lines_is_both_trained_on_and_held_out(tmp_path):
+    lines = [(f"{name}.png", x) for name in "abcdefghijkl" for x in (0, 4, 8)]
+    splits = load_coco(by_lines(tmp_path / "set", *lines), cache_dir=tmp_path / "cache")
+    train, valid = ({row["image"]["path"] for row in splits[name]} for name in ("train", "valid"))
+    assert (len(train), len(valid)) == (10, 2)
+    assert not train & valid
+
+
 def test_the_objects_of_an_unreadable_image_are_counted(tmp_path):
     two = {key: value * 2 for key, value in LISTS.items()} | {"segmentation": [[SQUARE], [[0, 0, 5, 0, 5, 5]]]}
     for split, names in (("train", "abc"), ("val", "xy")):

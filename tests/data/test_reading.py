@@ -206,6 +206,36 @@ def test_the_range_of_the_training_images_is_found_and_keeps_their_levels(low, h
     assert is_on_object(row)
 
 
+def as_form(root: Path, form: str) -> Path:
+    """A dataset of `deep_dataset` in another format, with the same annotations."""
+    if form == "imagefolder":
+        objects = [{"category": "cell", "segmentation": CORNER}]
+        lines = [json.dumps({"file_name": path.name, "objects": objects}) for path in (root / "images").iterdir()]
+        (root / "images/metadata.jsonl").write_text("\n".join(lines))
+    if form == "YOLO":
+        (root / "data.yaml").write_text("train: images\nval: images\nnames: [cell]\n")
+        (root / "labels").mkdir()
+        for path in (root / "images").iterdir():
+            (root / f"labels/{path.stem}.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5")
+    if form != "COCO":
+        (root / "annotations.json").unlink()
+    return root
+
+
+@pytest.mark.parametrize("form", ["COCO", "imagefolder", "YOLO"])
+def test_the_range_is_found_anew_where_images_are_replaced_by_others_of_the_same_names_and_bytes(form, tmp_path):
+    root = as_form(deep_dataset(tmp_path / "set", [ramp(0, 4000)] * 5, "tif"), form)
+    first, again = (load_coco(root, cache_dir=tmp_path / "cache")["train"] for _ in range(2))
+    assert first.cache_files == again.cache_files
+    assert reading_of(first[0]).pixel_range == pytest.approx((0, 4000), abs=40)
+    for path in sorted((root / "images").glob("*.tif")):
+        size = path.stat().st_size
+        Image.fromarray(ramp(0, 4000) * 16).save(path)
+        assert path.stat().st_size == size
+    row = load_coco(root, cache_dir=tmp_path / "cache")["train"][0]
+    assert reading_of(row).pixel_range == pytest.approx((0, 64000), abs=640)
+
+
 def test_two_numbers_percentiles_or_the_full_range_are_used_as_given(tmp_path):
     values = ramp(0, 4094)
     root = deep_dataset(tmp_path / "set", [values, values // 8, values, values, values])
