@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
         say(f"{arguments.format_help()}\n{help_of_fields()}")
         return
     from m2f_trainer.config.recipe import load_recipe
+    from m2f_trainer.training.checkpointing.resume import recipe_to_resume
 
-    recipe = load_recipe(options, choose)
+    recipe = load_recipe(options, choose, recipe_to_resume)
     if arguments.dry_run:
         from m2f_trainer.training.run import dry_run
 

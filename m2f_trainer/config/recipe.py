@@ -93,10 +93,15 @@ class Recipe:
     train: TrainArguments
 
 
-def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> Recipe:
+def load_recipe(
+    argv: Sequence[str],
+    choose: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    find_resumed: Callable[[Mapping[str, Any]], Path | None] = lambda given: None,
+) -> Recipe:
     """`[RECIPE.json] [--field value ...]` -> a checked recipe; options override the file.
 
     `choose`: where no file is named, it gets the options' values and returns further fields (default: none).
+    `find_resumed`: it gets the values and returns the recipe of the checkpoint that they resume (default: a new run).
 
     Raises UsageError for an invalid option, RecipeError, or ModelFolderError where `init_from` names no model.
     """
@@ -106,7 +111,7 @@ def load_recipe(argv: Sequence[str], choose: Callable[[Mapping[str, Any]], Mappi
     except RecipeError as error:
         raise UsageError(str(error)) from error
     given = {**(kept_beside(given, read_recipe(path)) if path else {}), **given}
-    given |= backbone_of_start(given)
+    given |= backbone_of_start(given, find_resumed)
     chosen = kept_beside(given, choose(given)) if choose and not path else {}
     return build_recipe({**chosen, **given})
 
@@ -132,9 +137,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return checked(without_deletion(read_object(path), path), f"in {path}")
 
 
-def backbone_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
+def backbone_of_start(
+    values: Mapping[str, Any], find_resumed: Callable[[Mapping[str, Any]], Path | None]
+) -> dict[str, Any]:
     """`backbone`, or `backbone_config` where it began with random weights, of the model that `init_from` names.
 
+    Those of a resumed run come from the recipe of its checkpoint: the model may be gone.
     Empty if one of the two is given, for checkpoints of the original script, which keep their own, and beside a
     `head_checkpoint`, which contradicts `init_from`.
 
@@ -144,6 +152,9 @@ def backbone_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
     start = values.get("init_from")
     if not start or any(values.get(name) for name in ("backbone", "backbone_config", "head_checkpoint")):
         return {}
+    resumed = find_resumed(values)
+    if resumed is not None:
+        return {name: value for name, value in read_recipe(resumed).items() if name in ("backbone", "backbone_config")}
     check_model_path(start)
     try:
         config = load_config(start)

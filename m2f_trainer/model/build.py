@@ -26,7 +26,7 @@ from .backbones import (
 )
 from .mask2former import M2FConfig, M2FModel, backbone_of, load_model
 from .neck import SCRIPT_NECKS, smallest_side
-from .sources import check_limits, strict_message, with_floats
+from .sources import check_limits, load_config, load_weights, strict_message, with_floats
 from .weights import Head, load_head, load_model_weights, own_head_fields, read_head
 
 
@@ -99,6 +99,37 @@ def build_model(
     if head is not None:
         load_head(model, head)
     return model
+
+
+def resume_model(checkpoint: str, *, has_weights: bool = True, **config_fields: Any) -> M2FModel:
+    """The model of a run's checkpoint, to go on training it. Nothing that the run began with is read.
+
+    has_weights      whether to read the weights, too; otherwise they are random
+    config_fields    fields of `M2FConfig` that replace those of the checkpoint
+
+    Raises ModelError when a field doesn't fit the model.
+    """
+    config = load_config(checkpoint)
+    if not isinstance(config, M2FConfig):
+        raise ModelError(f"{checkpoint!r} holds a {config.model_type!r} model, not one of m2f_trainer's")
+    for name, value in _checked_fields(config_fields).items():
+        setattr(config, name, value)
+    _check_size(config)
+    model = M2FModel(config)
+    if has_weights:  # `from_pretrained` alone would let unused parameters be trained
+        model.load_state_dict(load_weights(M2FModel, checkpoint, config=config).state_dict())
+    return model
+
+
+def load_base_weights(model: M2FModel, init_from: str | None) -> None:
+    """Fill the backbone with the weights that it began with: those of `init_from`, or the pretrained ones.
+
+    A backbone without a name keeps its weights: it began with random ones. Raises ModelError.
+    """
+    if init_from:
+        load_model_weights(model, load_model(init_from))
+    elif model.config.backbone_name:
+        load_backbone_weights(model)
 
 
 def _is_converted(source: M2FModel) -> bool:

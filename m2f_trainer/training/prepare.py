@@ -30,17 +30,22 @@ from m2f_trainer.data.tiles import EvalTiles, TileTransform, TrainTiles, tiling_
 from m2f_trainer.data.transforms import EvalTransform, TrainTransform
 from m2f_trainer.data.validate import check_dataset, has_targets
 from m2f_trainer.distributed import warn_on_main
-from m2f_trainer.errors import DataError, RecipeError, check_model_path
+from m2f_trainer.errors import DataError, ModelFolderError, RecipeError, check_model_path, mistyped_path
 from m2f_trainer.evaluation.evaluator import Evaluator
-from m2f_trainer.model.build import build_model
+from m2f_trainer.model.build import build_model, load_base_weights, resume_model
 from m2f_trainer.model.lora import LoraSettings, set_tuning
 from m2f_trainer.model.mask2former import M2FConfig, M2FModel
+from m2f_trainer.model.sources import ModelError
 from m2f_trainer.run_folder import RECIPE
 from m2f_trainer.training.feature_cache import with_cached_maps
 
 logger = logging.getLogger(__name__)
 NAMED = 5
 """Maximum number of samples that a message names."""
+CHANGEABLE = {
+    "tile_size", "tile_overlap", "pixel_range", "class_weights", "discrimination_weight", "matrix_nms",
+}  # fmt: skip
+"""Fields of `M2FConfig`, besides the image size, of the recipe of a resumed run; no weight depends on them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Data:
 
 
 def check_sources(model: ModelArguments) -> None:
-    """Raise ModelFolderError for a mistyped path of a model to start from."""
+    """Raise ModelFolderError for a mistyped path of a model that a new run starts from."""
     for source in (model.init_from, model.head_checkpoint):
         if source is not None:
             check_model_path(source)
@@ -185,29 +190,69 @@ def augmentation_seed(train: TrainArguments) -> int:
     return train.seed if train.data_seed is None else train.data_seed
 
 
-def build_recipe_model(model: ModelArguments, data: DataArguments, categories: Sequence[Category]) -> M2FModel:
-    """The model of a recipe, with its backbone frozen, with LoRA layers or fully trainable according to `tune`."""
+def build_recipe_model(
+    model: ModelArguments, data: DataArguments, categories: Sequence[Category], checkpoint: Path | None = None
+) -> M2FModel:
+    """The model of a recipe, with its backbone frozen, with LoRA layers or fully trainable according to `tune`.
+
+    That of a resumed run comes from its `checkpoint`; only `CHANGEABLE` fields follow the recipe.
+    """
     pixel_range = parse_pixel_range(data.pixel_range)
-    built = build_model(
-        model.backbone_config or model.backbone,
-        [vars(category) for category in categories],
-        image_size=(data.image_height, data.image_width),
-        taps=model.pyramid_taps or (),
-        head_checkpoint=model.head_checkpoint,
-        init_from=model.init_from,
-        num_queries=model.num_queries,
-        tile_size=data.eval_tile_size or data.tile_size,
-        tile_overlap=data.tile_overlap,
-        pixel_range=None if pixel_range == "auto" else pixel_range,
-        drop_path=model.drop_path,
-        rope_rescale=model.rope_rescale,
-        class_weights=weights_of_classes(model.class_weights, categories),
+    fields = {
+        "tile_size": data.eval_tile_size or data.tile_size,
+        "tile_overlap": data.tile_overlap,
+        "pixel_range": None if pixel_range == "auto" else pixel_range,
+        "class_weights": weights_of_classes(model.class_weights, categories),
         **head_settings(model),
-    )
+    }
+    if checkpoint is not None:
+        sides = {"image_height": data.image_height, "image_width": data.image_width}
+        kept = {name: value for name, value in fields.items() if name in CHANGEABLE}
+        built = resume_model(str(checkpoint), has_weights=model.tune != "lora", **sides, **kept)
+        if model.tune == "lora":
+            load_lora_base(built, model.init_from, checkpoint)
+    else:
+        built = build_model(
+            model.backbone_config or model.backbone,
+            [vars(category) for category in categories],
+            image_size=(data.image_height, data.image_width),
+            taps=model.pyramid_taps or (),
+            head_checkpoint=model.head_checkpoint,
+            init_from=model.init_from,
+            num_queries=model.num_queries,
+            drop_path=model.drop_path,
+            rope_rescale=model.rope_rescale,
+            **fields,
+        )
     lora = LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout, mlp="mlp" in model.lora_targets)
     set_tuning(built, model.tune, lora)
     built.model.pixel_level_module.decoder.recompute_feed_forward = model.recompute_feed_forward
     return built
+
+
+def load_lora_base(built: M2FModel, init_from: str | None, checkpoint: Path) -> None:
+    """Fill the backbone of a resumed run with the weights that its LoRA matrices are added to.
+
+    A checkpoint holds them only with the matrices merged in, so they are read from where the run began. Raises
+    ModelFolderError where they are no longer there.
+    """
+    recorded = built.config.init_from if init_from else built.config.backbone_name
+    source = init_from or built.config.backbone_name
+    try:
+        if init_from or Path(source).is_absolute():
+            problem = mistyped_path(source)
+            if problem:
+                raise ModelFolderError(problem)
+        load_base_weights(built, init_from)
+    except (ModelError, ModelFolderError) as error:
+        option = "init_from" if init_from else "backbone"
+        then = f" ({recorded} when the run began)" if recorded and recorded != source else ""
+        remedy = ", or give its new place with --init_from" if init_from else ""
+        raise ModelFolderError(
+            f"{checkpoint} can't be resumed without {option} {source}{then}. With tune lora, a checkpoint holds the "
+            "weights of the backbone with the LoRA matrices merged in; the weights that the matrices are added to are "
+            f"read from there. Put it back{remedy}. It could not be read: {error}"
+        ) from error
 
 
 def head_settings(model: ModelArguments) -> dict[str, Any]:

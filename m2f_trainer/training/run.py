@@ -62,7 +62,6 @@ from m2f_trainer.training.checkpointing.resume import (
     find_start,
     has_ended,
     resume_callbacks,
-    with_checkpoint_shape,
 )
 from m2f_trainer.training.data_workers import translate_errors
 from m2f_trainer.training.dry_run import plan, plan_text
@@ -95,6 +94,8 @@ def train(recipe: Recipe) -> dict[str, float]:
     begin(recipe)
     with StopOnSignal() as stop, run_lock(Path(recipe.train.output_dir or "."), held=recipe.train.process_index == 0):
         checkpoint = from_main(partial(find_checkpoint, recipe.train))
+        if checkpoint is None:
+            check_sources(recipe.model)
         recipe = with_checkpoint_range(recipe, checkpoint)
         data = load_data(recipe.data)
         recipe = with_pixel_range(recipe, data.pixel_range)
@@ -105,7 +106,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         report_overfull(samples, recipe.model.num_queries)
         facts = fingerprint(recipe, data.train, data.valid, data.categories, len(samples))
         start = from_main(partial(find_start, checkpoint, recipe.train, facts))
-        model = build_recipe_model(with_checkpoint_shape(recipe.model, start), recipe.data, data.categories)
+        model = build_recipe_model(recipe.model, recipe.data, data.categories, checkpoint)
         if recipe.train.process_index == 0:
             report_licences(model)
         callbacks = [*run_callbacks(recipe.train), *resume_callbacks(start), stop]
@@ -127,18 +128,18 @@ def train(recipe: Recipe) -> dict[str, float]:
 
 
 def begin(recipe: Recipe) -> None:
-    """Start the process group, check packages and the model's sources, and set memory allocation and the seed."""
+    """Start the process group, check packages, and set memory allocation and the seed."""
     recipe.train.start_process_group()
     recipe.train.require_packages()
     if recipe.train.device.type == "cpu":
         keep_freed_memory()
-    check_sources(recipe.model)
     set_seed(recipe.train.seed)
 
 
 def dry_run(recipe: Recipe) -> str:
     """What `train` would do, as text; nothing is trained or written."""
     begin(recipe)
+    check_sources(recipe.model)
     data = load_data(recipe.data)
     recipe = with_pixel_range(recipe, data.pixel_range)
     samples = train_samples(data.train, recipe.data, augmentation_seed(recipe.train), data.categories)

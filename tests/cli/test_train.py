@@ -1,6 +1,7 @@
 """`m2f train`: from command line to recipe to run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from m2f_trainer.config.recipe import load_recipe, save_recipe
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.run_folder import RECIPE
 from tests.cli.stand_in import stand_in
-from tests.model.tiny import VIT
+from tests.model.tiny import VIT, tiny_model
 
 Captured = pytest.CaptureFixture[str]
 
@@ -86,6 +87,28 @@ def test_a_resumed_run_without_a_recipe_keeps_that_of_its_checkpoint(
     step = 2 if resume.endswith("2") else 10
     message = f"No recipe is given. The run goes on with that of its checkpoint, runs/a/checkpoint-{step}/recipe.json\n"
     assert capsys.readouterr().out.startswith(message)
+
+
+@pytest.mark.parametrize("resume", ["true", "auto"])
+def test_a_command_with_init_from_is_repeated_to_resume_where_that_model_is_gone(
+    resume: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The backbone, which the command does not give, is that of the checkpoint's recipe."""
+    seen = []
+    stand_in(monkeypatch, "m2f_trainer.training.run", train=seen.append)
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("runs/first")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"dataset_name": "coco", "image_height": 64, "image_width": 64}))
+    command = ["train", str(recipe), "--init_from", "runs/first", "--output_dir", "runs/a", "--resume_from_checkpoint"]
+    assert main([*command, "auto"]) == 0
+    (tmp_path / "runs/a/checkpoint-2").mkdir(parents=True)
+    save_recipe(seen[0], tmp_path / "runs/a/checkpoint-2" / RECIPE)
+    shutil.rmtree("runs/first")
+    assert main([*command, resume]) == 0
+    first, again = (json.loads(json.dumps(vars(recipe.model))) for recipe in seen)  # as fingerprints have them
+    assert again == first
+    assert again["backbone_config"]["hidden_size"] == 32
 
 
 def test_a_run_that_may_be_resumed_but_has_no_checkpoint_is_a_new_one(

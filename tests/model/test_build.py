@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel
 
 from m2f_trainer.data.dataset import Category
 from m2f_trainer.model.backbones import ModelError, read_config
-from m2f_trainer.model.build import build_model
+from m2f_trainer.model.build import build_model, load_base_weights, resume_model
 from m2f_trainer.model.lora import save_adapter, set_tuning
 from m2f_trainer.model.mask2former import load_model
 from tests.model.published import MetaViT
@@ -113,6 +114,37 @@ def test_a_new_run_from_a_model_needs_no_folder_of_its_backbone(tmp_path: Path) 
     new = tiny_model(str(tmp_path / "backbone"), image_size=(56, 56), init_from=str(tmp_path / "run"))
     assert all(torch.equal(tensor, old.state_dict()[key]) for key, tensor in new.state_dict().items())
     assert new.config.backbone_name == old.config.backbone_name
+
+
+def test_the_model_of_a_resumed_run_is_that_of_its_checkpoint_with_the_same_parameters_trained(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "first")
+    old = tiny_model(init_from=str(tmp_path / "first"))
+    old.save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    new = resume_model(str(tmp_path / "second"), image_height=32, class_weights=[1, 2])
+    assert all(torch.equal(tensor, old.state_dict()[key]) for key, tensor in new.state_dict().items())
+    trained, trained_before = ([(key, one.requires_grad) for key, one in of.named_parameters()] for of in (new, old))
+    assert trained == trained_before
+    assert (new.config.image_height, new.config.class_weights) == (32, [1.0, 2.0])
+    assert new.config.init_from == str(tmp_path / "first")
+    with pytest.raises(ModelError, match="image_height 60: this backbone needs a multiple of 8"):
+        resume_model(str(tmp_path / "second"), image_height=60)
+
+
+@pytest.mark.parametrize("source", ["init_from", "backbone"])
+def test_a_model_with_lora_gets_the_backbone_that_it_began_with(source: str, tmp_path: Path) -> None:
+    published = AutoModel.from_config(AutoConfig.for_model(**DINOV2))
+    published.save_pretrained(tmp_path / "backbone")
+    first = tiny_model(str(tmp_path / "backbone"), image_size=(56, 56))
+    if source == "init_from":
+        torch.nn.init.ones_(next(first.encoder.backbone.parameters()))
+    first.save_pretrained(tmp_path / "first")
+    init_from = str(tmp_path / "first") if source == "init_from" else None
+    resumed = resume_model(str(tmp_path / "first"), has_weights=False)
+    load_base_weights(resumed, init_from)
+    base = resumed.encoder.backbone.state_dict()
+    wanted = first.encoder.backbone.state_dict()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in base.items() if "mask_token" not in key)
 
 
 def test_a_folder_that_weights_started_from_is_remembered_by_its_full_path(

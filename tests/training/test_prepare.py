@@ -10,12 +10,14 @@ from transformers import AutoImageProcessor, Mask2FormerConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from m2f_trainer.cli import main as cli
-from m2f_trainer.config.arguments import HEADS, ModelArguments
+from m2f_trainer.config.arguments import HEADS, DataArguments, ModelArguments
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.dataset import Category, load_coco
 from m2f_trainer.errors import DataError, RecipeError
 from m2f_trainer.export.export import export_constants
 from m2f_trainer.inference.predictor import Predictor
+from m2f_trainer.model.backbones import taps_of
+from m2f_trainer.model.mask2former import backbone_of
 from m2f_trainer.training.auto import with_pixel_range
 from m2f_trainer.training.prepare import (
     augmentation_seed,
@@ -30,7 +32,7 @@ from m2f_trainer.training.prepare import (
     train_samples,
 )
 from tests.data.test_reading import deep_dataset, ramp
-from tests.model.tiny import DINOV2, tiny_model
+from tests.model.tiny import CATEGORIES, DINOV2, VIT, tiny_model
 from tests.training.runs import write_dense, write_tiny
 
 
@@ -198,6 +200,22 @@ def test_a_head_is_that_of_the_source_unless_it_is_named() -> None:
     assert "hidden_dim" not in head_settings(ModelArguments(head_checkpoint="run"))
     assert head_settings(ModelArguments(init_from="run", head_config={"hidden_dim": 64}))["hidden_dim"] == 64
     assert head_settings(ModelArguments(init_from="run", head="original"))["hidden_dim"] == 256
+
+
+def test_a_resumed_run_has_the_layers_and_the_head_of_its_checkpoint_not_those_of_the_same_name_today(
+    tmp_path: Path,
+) -> None:
+    old = tiny_model(taps=(2,), neck="adapter", encoder_layers=2, no_object_weight=0.2)
+    old.save_pretrained(tmp_path)
+    recipe = ModelArguments(head="light", backbone_config=VIT, tune="full", discrimination_weight=1.0)
+    data = DataArguments(dataset_name="any", image_height=32, image_width=64, tile_overlap=0.4, pixel_range="0,9")
+    resumed = build_recipe_model(recipe, data, [Category(**one) for one in CATEGORIES], tmp_path)
+    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in resumed.state_dict().items())
+    assert taps_of(backbone_of(resumed.config)) == (2,)
+    config = resumed.config
+    assert (config.no_object_weight, config.discrimination_weight, config.quality_weight) == (0.2, 1.0, 0.0)
+    assert (config.image_height, config.image_width, config.tile_overlap) == (32, 64, 0.4)
+    assert (config.pixel_range, config.matrix_nms) == ((0.0, 9.0), True)
 
 
 def test_models_of_dense_images_may_be_selected_by_the_figure_without_cocos_limit(tmp_path: Path) -> None:

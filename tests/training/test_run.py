@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoBackbone, TrainerCallback
 
 from m2f_trainer.config.recipe import load_recipe
-from m2f_trainer.data.dataset import load_coco
+from m2f_trainer.data.dataset import categories_of, load_coco
 from m2f_trainer.data.images import open_image
-from m2f_trainer.errors import CheckpointError, DataError, RecipeError
+from m2f_trainer.errors import CheckpointError, DataError, ModelFolderError, RecipeError
 from m2f_trainer.evaluation.thresholds import class_thresholds
 from m2f_trainer.inference.predict import PredictOptions, predict_folder
 from m2f_trainer.inference.predictor import Predictor
@@ -28,6 +29,7 @@ from m2f_trainer.run_folder import read_details, read_metrics
 from m2f_trainer.training import run, trainer
 from m2f_trainer.training.callbacks.clock import Clock
 from m2f_trainer.training.evaluate import evaluate_folder
+from m2f_trainer.training.prepare import build_recipe_model
 from m2f_trainer.training.run import train
 from tests.training.runs import TINY, m2f, write_tiny
 
@@ -285,6 +287,59 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(finished_run: Path
         assert torch.equal(resumed[name], tensor), name
 
 
+def write_start(folder: Path) -> Path:
+    """A model for `write_tiny`'s runs, and the backbone that it was built on, in a folder of its own."""
+    AutoBackbone.from_config(read_config(TINY["backbone_config"])).save_pretrained(folder / "backbone")
+    fields = {"backbone": str(folder / "backbone"), "backbone_config": None}
+    recipe = load_recipe([str(write_tiny(folder, **fields))])
+    categories = categories_of(load_coco(folder / "data")["train"])
+    build_recipe_model(recipe.model, recipe.data, categories).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize(("tune", "option"), [("full", "init_from"), ("frozen", "head_checkpoint")])
+def test_a_run_is_resumed_exactly_without_the_models_that_it_began_with(tune: str, option: str, tmp_path: Path) -> None:
+    start = write_start(tmp_path / "start")
+    fields = {option: str(start / "model"), "backbone": str(start / "backbone"), "backbone_config": None, "tune": tune}
+    train(load_recipe([str(write_tiny(tmp_path, images=(4, 1, 0), **fields))]))
+    shutil.rmtree(start)
+    half, whole, again = (tmp_path / name for name in ("run/checkpoint-2", "run/checkpoint-4", "again"))
+    options = ["--output_dir", str(again), "--resume_from_checkpoint", str(half)]
+    train(load_recipe([str(half / "recipe.json"), *options]))
+    weights = load_file(again / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(weights[name], one) for name, one in load_file(whole / "model.safetensors").items())
+    assert (again / "checkpoint-4" / "config.json").read_text() == (whole / "config.json").read_text()
+    assert json.loads((whole / "config.json").read_text())[option] == str(start / "model"), "for the licence chain"
+
+
+@pytest.mark.parametrize("option", ["init_from", "backbone"])
+def test_a_lora_run_that_is_resumed_needs_the_weights_that_its_matrices_are_added_to(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints hold them with the matrices merged in. A path may be relative to where the run began."""
+    start = write_start(tmp_path / "start")
+    monkeypatch.chdir(tmp_path)
+    fields = {"backbone": str(start / "backbone"), "backbone_config": None, "tune": "lora", "lora_rank": 2}
+    if option == "init_from":
+        fields |= {"init_from": "start/model"}
+    train(load_recipe([str(write_tiny(tmp_path, images=(4, 1, 0), **fields))]))
+    half, whole, again = (tmp_path / name for name in ("run/checkpoint-2", "run/checkpoint-4", "again"))
+    command = [str(half / "recipe.json"), "--output_dir", str(again), "--resume_from_checkpoint", str(half)]
+    moved = start.rename(tmp_path / "moved")
+    for folder in (tmp_path, moved):
+        monkeypatch.chdir(folder)
+        with pytest.raises(ModelFolderError) as refused:
+            train(load_recipe(command))
+        message = str(refused.value)
+        gone = f"start/model ({start}/model when the run began)" if option == "init_from" else f"{start}/backbone"
+        assert message.startswith(f"{half} can't be resumed without {option} {gone}. With tune lora, a checkpoint")
+        assert ("give its new place with --init_from" in message) is (option == "init_from")
+    if option == "init_from":
+        train(load_recipe([*command, "--init_from", str(moved / "model")]))
+        weights = load_file(again / "checkpoint-4" / "model.safetensors")
+        assert all(torch.equal(weights[name], one) for name, one in load_file(whole / "model.safetensors").items())
+
+
 def test_a_tiled_model_predicts_in_its_tiles_unless_others_are_given(tiled_run: Path, tmp_path: Path) -> None:
     def found(name: str, **options: Any) -> Any:
         out = predict_folder(
@@ -383,8 +438,6 @@ def test_the_folder_works_in_transformers_pipeline_without_the_package(finished_
 
 
 def test_a_dataset_without_a_valid_split_is_refused_before_training(tmp_path: Path) -> None:
-    import shutil
-
     recipe = write_tiny(tmp_path)
     shutil.rmtree(tmp_path / "data" / "valid")
     done = m2f("train", recipe)

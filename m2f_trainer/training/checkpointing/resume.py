@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from m2f_trainer.config.arguments import ModelArguments
 from m2f_trainer.config.recipe import rows
 from m2f_trainer.config.training_arguments import TrainArguments, resume_of
 from m2f_trainer.errors import CheckpointError, ModelFolderError
 from m2f_trainer.hub.model_card import CARD, is_untouched
-from m2f_trainer.model.backbones import taps_of
-from m2f_trainer.model.mask2former import M2FConfig, backbone_of
-from m2f_trainer.model.weights import own_head_fields
 from m2f_trainer.run_folder import (
     FINGERPRINT,
     MANIFEST,
@@ -252,21 +247,6 @@ def selects_by_other(checkpoint: Path, arguments: TrainArguments) -> bool:
         return False
     logger.warning("the best checkpoint was chosen by %s and is chosen anew by %s", was[0], now[0])
     return True
-
-
-def with_checkpoint_shape(model: ModelArguments, checkpoint: Path | None) -> ModelArguments:
-    """The model's fields, with the backbone layers and the head's shape of the checkpoint where the recipe has none.
-
-    Earlier versions had other defaults and other layers in a head of the same name.
-    """
-    if checkpoint is None:
-        return model
-    config = M2FConfig.from_pretrained(checkpoint)
-    shape = own_head_fields(config)
-    shape.pop("num_queries")  # always in the recipe
-    given = model.head_config if isinstance(model.head_config, dict) else {}
-    taps = list(taps_of(backbone_of(config))) or None
-    return replace(model, pyramid_taps=model.pyramid_taps or taps, head_config={**shape, **given})
 
 
 def resume_callbacks(start: Path | None) -> list[TrainerCallback]:

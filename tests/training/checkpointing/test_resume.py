@@ -1,7 +1,6 @@
 """Which checkpoint a run resumes from, and whether its settings are the same."""
 
 import json
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState
 
-from m2f_trainer.config.arguments import DataArguments, ModelArguments
 from m2f_trainer.config.training_arguments import TrainArguments
-from m2f_trainer.data.dataset import Category
 from m2f_trainer.errors import CheckpointError
 from m2f_trainer.run_folder import FINGERPRINT, METRICS, RECIPE, STATE
 from m2f_trainer.training import ema
@@ -20,8 +17,7 @@ from m2f_trainer.training.checkpointing import resume
 from m2f_trainer.training.checkpointing.checkpoints import write_manifest
 from m2f_trainer.training.checkpointing.fingerprint import SCORED_BY
 from m2f_trainer.training.optimizer import Rates, parameter_groups
-from m2f_trainer.training.prepare import build_recipe_model
-from tests.model.tiny import CATEGORIES, VIT, tiny_model
+from tests.model.tiny import tiny_model
 
 FACTS = {
     "train_images": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1,
@@ -242,27 +238,6 @@ def test_the_adapted_checkpoint_recounts_its_step_and_links_the_other_files(tmp_
     assert (state["global_step"], state["epoch"], state["best_global_step"]) == (12, 1.2, None)
     assert (adapted / "optimizer.pt").read_bytes() == b"1"
     assert json.loads((folder / STATE).read_text())["global_step"] == 6
-
-
-def test_a_resumed_run_reads_the_layers_of_its_checkpoint_not_the_new_default(tmp_path: Path) -> None:
-    tiny_model(taps=(2,)).save_pretrained(tmp_path)
-    assert resume.with_checkpoint_shape(ModelArguments(), tmp_path).pyramid_taps == [2]
-    assert resume.with_checkpoint_shape(ModelArguments(pyramid_taps=[1]), tmp_path).pyramid_taps == [1]
-    assert resume.with_checkpoint_shape(ModelArguments(), None).pyramid_taps is None
-
-
-def test_a_resumed_run_has_the_head_of_its_checkpoint_not_that_of_the_same_name_today(tmp_path: Path) -> None:
-    old = tiny_model(neck="adapter", encoder_layers=2)
-    old.save_pretrained(tmp_path)
-    recipe = ModelArguments(head="light", backbone_config=VIT)
-    data = DataArguments(dataset_name="any", image_height=64, image_width=64)
-    categories = [Category(**one) for one in CATEGORIES]
-    resumed = build_recipe_model(resume.with_checkpoint_shape(recipe, tmp_path), data, categories)
-    shapes = {name: tensor.shape for name, tensor in old.state_dict().items() if "queries" not in name}
-    assert {name: one.shape for name, one in resumed.state_dict().items() if name in shapes} == shapes
-    changed = resume.with_checkpoint_shape(replace(recipe, head_config={"encoder_layers": 1}), tmp_path)
-    assert isinstance(changed.head_config, dict)
-    assert changed.head_config["encoder_layers"] == 1
 
 
 def test_an_average_that_is_given_up_on_resume_leaves_the_weights_it_was_made_of(tmp_path: Path) -> None:
