@@ -139,6 +139,8 @@ def write_recipe(path: Path, result: "Examination") -> str:
     """Write the recipe for the training split and this machine, with the fields that are given; return them and the
     choices as text, with their reasons.
     """
+    from m2f_trainer.config.arguments import ModelArguments
+    from m2f_trainer.config.recipe import backbone_stride
     from m2f_trainer.doctor.model_input import given_fields
     from m2f_trainer.doctor.recommend import (
         Choice,
@@ -151,8 +153,15 @@ def write_recipe(path: Path, result: "Examination") -> str:
     )
     from m2f_trainer.run_folder import write_json
 
-    given = given_fields(result.settings)
-    choices = [Choice(name, value, "given") for name, value in given.items() if value]
-    choices += recommend(facts_of(images_of_scans(result.scans["train"])), this_machine(), given)
+    given, facts = given_fields(result.settings), facts_of(images_of_scans(result.scans["train"]))
+    patch = backbone_stride(ModelArguments(backbone=as_recipe(recommend(facts, this_machine(), given))["backbone"]))
+    choices = []
+    for name, value in given.items():
+        if name in ("image_height", "image_width") and value and value % patch:
+            given[name] = max(patch, round(value / patch) * patch)
+            choices.append(Choice(name, given[name], f"given: {value}; the backbone needs a multiple of {patch}"))
+        elif value:
+            choices.append(Choice(name, value, "given"))
+    choices += recommend(facts, this_machine(), given)
     write_json(path, as_recipe(choices))
     return f"recipe: {path}\n{choices_text(choices)}"

@@ -31,7 +31,15 @@ from m2f_trainer.data.dataset import (
 from m2f_trainer.data.images import image_header
 from m2f_trainer.data.layouts import SPLITS, split_paths
 from m2f_trainer.data.normalize import type_name
-from m2f_trainer.data.objects import CATEGORY_KEYS, MASK_KEYS, category_of, mixed_categories, split_objects
+from m2f_trainer.data.objects import (
+    CATEGORY_KEYS,
+    MASK_KEYS,
+    category_of,
+    mixed_categories,
+    split_objects,
+    with_one_only,
+)
+from m2f_trainer.data.objects import Category as NameAndNumber
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.data.splits import Entry, SplitAnnotations, pack_polygons
@@ -276,23 +284,27 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
     if all(is_ours(rows) for rows in splits.values()):
         return stored_categories(first)
     names, keys = _label_names(first)
-    known, used = {*names, *names.values()}, set()
-    for rows in splits.values():
-        for row in rows.select_columns("objects"):
-            try:
-                objects = split_objects(row["objects"], name)
-            except DataError:  # reported when the rows are read
-                continue
-            found = (category_of(one, keys) for one in objects if isinstance(one, Mapping))
-            used |= {category for category in found if category is not None and (not known or category in known)}
-    numbers = {key for key in used if isinstance(key, int)}
-    texts = sorted(key for key in used if isinstance(key, str))
-    if numbers and texts and not names:
-        raise mixed_categories(name, min(numbers), texts[0])
-    by_number = {key: names.get(key, str(key)) for key in numbers}
-    ids = {text: key for key, text in names.items()} or dict(zip(texts, count(max(numbers, default=0) + 1)))
-    by_number |= {ids[text]: text for text in texts}
-    return tuple(Category(key, by_number[key]) for key in sorted(by_number))
+    found = {category for rows in splits.values() for category in _used_categories(rows, keys)}
+    if names:
+        ids = {text: key for key, text in names.items()}
+        used = {number if text is None else ids.get(text) for text, number in found}
+        return tuple(Category(key, names[key]) for key in sorted(names) if key in used)
+    unnamed, numberless = with_one_only(found)
+    if unnamed and numberless:
+        raise mixed_categories(name, unnamed[0], numberless[0])
+    if unnamed:
+        return tuple(Category(key, str(key)) for key in sorted({key for _, key in found if key is not None}))
+    return tuple(map(Category, count(1), sorted({text for text, _ in found if text is not None})))
+
+
+def _used_categories(rows: datasets.Dataset, keys: Sequence[str]) -> Iterator[NameAndNumber]:
+    """The category of each object, from the fields `keys`."""
+    for row in rows.select_columns("objects"):
+        try:
+            objects = split_objects(row["objects"], "")
+        except DataError:  # reported when the rows are read
+            continue
+        yield from (category_of(one, keys) for one in objects if isinstance(one, Mapping))
 
 
 def _label_names(rows: datasets.Dataset) -> tuple[dict[int, str], Sequence[str]]:
@@ -309,7 +321,7 @@ def _label_names(rows: datasets.Dataset) -> tuple[dict[int, str], Sequence[str]]
         if isinstance(feature, datasets.ClassLabel):
             return dict(enumerate(feature.names)), (key,)
     stored = {one.id: one.name for one in stored_categories(rows)}
-    return stored, ("category_id",) if stored else CATEGORY_KEYS
+    return stored, ("category_id",) if stored and "category_id" in inner else CATEGORY_KEYS
 
 
 def _row_reader(
@@ -480,8 +492,10 @@ class RowReader:
 
     def _category_of(self, one: Mapping[str, Any]) -> int | str | None:
         """The id of an object's category; a name without an id as it is."""
-        category = category_of(one, self.keys)
-        return self.ids.get(category, category) if isinstance(category, str) else category
+        name, number = category_of(one, self.keys)
+        if name is not None and name in self.ids:
+            return self.ids[name]
+        return name if number is None else number
 
     def _object_problem(self, one: Any) -> tuple[str, str]:
         """The kind of problem and its message, "" for none."""

@@ -104,6 +104,7 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
     entries = ImageEntries(name, report)
     groups: dict[int, list[Entry]] = {}
     inside: dict[int, Path] = {}
+    doubtful: dict[Path, Path] = {}  # images that a file names beside which lies an image of its own name, this one
     left_out: list[int] = []
     number = 0
     for path in files.files:
@@ -113,6 +114,16 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
         image = _image(content, path, files, places, len(entries.images) + 1, inside, report)
         if image is not None:
             file = inside.get(image["id"], folder / image["file_name"])
+            own = _of_same_name(path, image["file_name"])
+            is_other = path != file and os.path.normpath(own) != os.path.normpath(file) and _is_file(own)
+            if entries.has(file) and (is_other or file in doubtful):
+                beside = doubtful.get(file, own)
+                problem = f"{file} is named by another file, too, and {beside} lies beside it. Correct `imagePath`."
+                report("ambiguous-image", name, [path.name], f"{path}: {problem}")
+                image = None
+            elif is_other:
+                doubtful[file] = own
+        if image is not None:
             image = entries.add(image, file, f"{path}: {image['file_name']}", path.name)
         image_id = None if image is None else image["id"]
         if image is not None:

@@ -304,15 +304,20 @@ def read_mask(path: Path, root: Path, follow_links: bool = False) -> tuple[npt.N
 
 
 def _with_black_as_zero(indices: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[Any]:
-    """The indices (H, W) of a palette image, in which black and 0 change places where 0 has another colour.
+    """The indices (H, W) of a palette image, in which black and 0 change places where 0 has another colour and black
+    more pixels.
 
-    Pillow's `quantize` sorts colours from light to dark. ImageJ's inverted palette is one for display: 0 stays as it
-    is.
+    Pillow's `quantize` sorts colours from light to dark. ImageJ's inverted palette is one for display, and a
+    transparent 0 is no object: it stays as it is.
     """
     colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
     black = np.intersect1d(indices, np.flatnonzero(~colours.any(axis=1)))
     is_inverted = np.array_equal(colours, np.repeat(np.arange(256)[::-1, None], 3, axis=1))
-    if not black.size or not colours[0].any() or is_inverted:
+    opacity = image.info.get("transparency")  # of each index, or the one that is transparent
+    is_clear = opacity == 0 or (isinstance(opacity, bytes) and opacity[:1] == bytes(1))
+    if not black.size or not colours[0].any() or is_inverted or is_clear:
+        return indices
+    if np.isin(indices, black).sum() <= (indices == 0).sum():
         return indices
     new: npt.NDArray[Any] = np.arange(256, dtype=np.uint8)
     new[0], new[black] = black[0], 0

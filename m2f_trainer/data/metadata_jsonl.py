@@ -15,7 +15,7 @@ from typing import Any
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
 from m2f_trainer.data.normalize import is_text, type_name
-from m2f_trainer.data.objects import MASK_KEYS, category_of, mixed_categories, split_objects
+from m2f_trainer.data.objects import MASK_KEYS, Category, category_of, mixed_categories, split_objects, with_one_only
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit, ImageEntries, pack_polygons
@@ -34,8 +34,10 @@ def find_metadata(root: Path) -> tuple[SplitFiles, ...]:
         DataError: some files or images are in folders of splits and some are not, or two files are in one split
     """
     files = [path for path in files_below(root, (".jsonl",)) if path.name.lower() == _NAME and _has_objects(path)]
-    classes = sorted({name for path in files for name in _class_names(path)}) if files else []
-    found = by_split(root, files, "imagefolder", tuple(classes))
+    used = {category for path in files for category in _categories(path)}
+    unnamed, numberless = with_one_only(used)
+    classes = {name for name, _ in used if name is not None} if numberless or not unnamed else set()
+    found = by_split(root, files, "imagefolder", tuple(sorted(classes)))
     return tuple(_by_image_names(found[0])) if len(files) == 1 else found
 
 
@@ -77,15 +79,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, None
 
 
-def _class_names(path: Path) -> Iterator[str]:
-    """The categories that are given by name."""
+def _categories(path: Path) -> Iterator[Category]:
+    """Name and number of each object's category."""
     for _, row in _rows(path):
         try:
             objects = split_objects(row["objects"], "") if isinstance(row, Mapping) and "objects" in row else []
         except DataError:  # reported when the rows are read
             continue
-        found = (category_of(one) for one in objects if isinstance(one, Mapping))
-        yield from (category for category in found if isinstance(category, str))
+        yield from (category_of(one) for one in objects if isinstance(one, Mapping))
 
 
 def read_metadata(files: SplitFiles, report: Report = raise_problem) -> FolderSplit:
@@ -171,11 +172,10 @@ def _objects(row: Any, ids: Mapping[str, int], where: str, key: str, report: Any
         report("bad-annotation-entry", ids=[key], message=str(error))
         return
     for index, one in enumerate(objects):
-        category = category_of(one) if isinstance(one, Mapping) else None
-        if isinstance(category, str):
-            category = ids.get(category)
-        elif category is not None and ids:
-            raise mixed_categories(f"{where}, object {index}", category, next(iter(ids)))
+        label, number = category_of(one) if isinstance(one, Mapping) else (None, None)
+        if ids and label is None and number is not None:
+            raise mixed_categories(f"{where}, object {index}", number, next(iter(ids)))
+        category = ids.get(label or "") if ids else number
         if category is None:
             found = f"a {type_name(one)}" if not isinstance(one, Mapping) else f"fields {', '.join(map(str, one))}"
             message = f"{where}, object {index}: expected a category, got {found}. Add one."

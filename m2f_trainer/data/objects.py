@@ -1,6 +1,6 @@
 """The objects of an image as dataset rows have them: a list of objects, or an object of lists."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from m2f_trainer.data.normalize import is_text, type_name
@@ -11,15 +11,27 @@ CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "cl
 MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 
 
-def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> int | str | None:
-    """The category of an object: its name, or its number of 64 bits if it has no name; None if it has neither.
+Category = tuple[str | None, int | None]
+"""Name and number of an object's category; None for what it lacks."""
 
-    keys: the fields of an object that may hold its category
-    """
+
+def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> Category:
+    """The category of an object from the fields `keys`: a name that isn't blank, and a number of 64 bits."""
     values = [one.get(key) for key in keys]
-    names = (value for value in values if isinstance(value, str) and is_text(value))
+    names = (str(value) for value in values if is_text(value) and str(value).strip())
     numbers = (value for value in values if type(value) is int and abs(value) < 2**63)
-    return next(names, next(numbers, None))
+    return next(names, None), next(numbers, None)
+
+
+def with_one_only(categories: Iterable[Category]) -> tuple[list[int], list[str]]:
+    """The numbers of categories without a name, and the names of those without a number.
+
+    Without the former, names are a dataset's categories; otherwise numbers, unless there are some of both: see
+    `mixed_categories`.
+    """
+    found = set(categories)
+    unnamed = sorted(number for name, number in found if name is None and number is not None)
+    return unnamed, sorted(name for name, number in found if number is None and name is not None)
 
 
 def mixed_categories(where: str, number: int, name: str) -> DataError:

@@ -265,6 +265,10 @@ class ImageEntries:
     images: list[Entry] = field(default_factory=list)
     _by_path: dict[str, Entry] = field(default_factory=dict)
 
+    def has(self, path: Path) -> bool:
+        """Whether there is an entry of this file."""
+        return os.path.normpath(path) in self._by_path
+
     def add(self, image: Entry, path: Path, where: str, key: Key) -> Entry | None:
         """The first entry of an image's file, which may be `image` itself; None where the two sizes differ.
 

@@ -121,15 +121,16 @@ def resume_model(checkpoint: str, *, has_weights: bool = True, **config_fields: 
     return model
 
 
-def load_base_weights(model: M2FModel, init_from: str | None) -> None:
-    """Fill the backbone with the weights that it began with: those of `init_from`, or the pretrained ones.
+def load_base_weights(model: M2FModel, init_from: str | None, backbone: str | None = None) -> None:
+    """Fill the backbone with the weights that it began with: those of `init_from`, or pretrained ones.
 
-    A backbone without a name keeps its weights: it began with random ones. Raises ModelError.
+    These are `backbone`'s, by default those that the configuration names; a backbone without a name keeps its weights,
+    because it began with random ones. Raises ModelError.
     """
     if init_from:
         load_model_weights(model, load_model(init_from))
-    elif model.config.backbone_name:
-        load_backbone_weights(model)
+    elif backbone or model.config.backbone_name:
+        load_backbone_weights(model, backbone)
 
 
 def _is_converted(source: M2FModel) -> bool:
@@ -183,9 +184,12 @@ def _absolute_source(name: str) -> str:
     return str(Path(name).resolve()) if name not in BACKBONES and Path(name).exists() else name
 
 
-def load_backbone_weights(model: M2FModel) -> None:
-    """Fill the backbone with the pretrained weights that the configuration names. Raises ModelError."""
-    pretrained = load_pretrained(model.config.backbone_name, backbone_of(model.config))
+def load_backbone_weights(model: M2FModel, source: str | None = None) -> None:
+    """Fill the backbone with the pretrained weights of a source, by default the one that the configuration names.
+
+    Raises ModelError.
+    """
+    pretrained = load_pretrained(source or model.config.backbone_name, backbone_of(model.config))
     model.encoder.backbone.load_state_dict(pretrained.state_dict())
 
 

@@ -116,9 +116,9 @@ def evaluate_folder(
         write_details({"evaluated": evaluated, **trainer.details}, Path(output_dir, EVALUATION))
         write_classes(trainer.details, Path(output_dir, CLASSES))
         write_plots(trainer.details, output_dir)
-        draw_pictures(output_dir, rows, trainer.details)
         best = [one.best(LIMITS[-1]) for one in trainer.predictions]
         write_predictions(best, matched_ids(categories, splits[split]), Path(output_dir, PREDICTIONS))
+        draw_pictures(output_dir, rows, trainer.details)
     return figures
 
 

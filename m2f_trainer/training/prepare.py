@@ -210,7 +210,7 @@ def build_recipe_model(
         kept = {name: value for name, value in fields.items() if name in CHANGEABLE}
         built = resume_model(str(checkpoint), has_weights=model.tune != "lora", **sides, **kept)
         if model.tune == "lora":
-            load_lora_base(built, model.init_from, checkpoint)
+            load_lora_base(built, model, checkpoint)
     else:
         built = build_model(
             model.backbone_config or model.backbone,
@@ -230,20 +230,21 @@ def build_recipe_model(
     return built
 
 
-def load_lora_base(built: M2FModel, init_from: str | None, checkpoint: Path) -> None:
+def load_lora_base(built: M2FModel, model: ModelArguments, checkpoint: Path) -> None:
     """Fill the backbone of a resumed run with the weights that its LoRA matrices are added to.
 
-    A checkpoint holds them only with the matrices merged in, so they are read from where the run began. Raises
-    ModelFolderError where they are no longer there.
+    A checkpoint holds them only with the matrices merged in, so they are read from where the run began: from the folder
+    that the recipe names, or where it was then. Raises ModelFolderError where they are no longer there.
     """
-    recorded = built.config.init_from if init_from else built.config.backbone_name
-    source = init_from or built.config.backbone_name
+    init_from, recorded = model.init_from, built.config.init_from if model.init_from else built.config.backbone_name
+    named = None if model.backbone_config or not Path(model.backbone).exists() else model.backbone
+    source = init_from or named or built.config.backbone_name
     try:
         if init_from or Path(source).is_absolute():
             problem = mistyped_path(source)
             if problem:
                 raise ModelFolderError(problem)
-        load_base_weights(built, init_from)
+        load_base_weights(built, init_from, named)
     except (ModelError, ModelFolderError) as error:
         option = "init_from" if init_from else "backbone"
         then = f" ({recorded} when the run began)" if recorded and recorded != source else ""

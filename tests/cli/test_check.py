@@ -1,5 +1,6 @@
 """`m2f check`: the exit status is the examination's, and the next step fits it."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from m2f_trainer.cli.main import main
 from m2f_trainer.cli.train import choose
-from m2f_trainer.config.recipe import load_recipe
+from m2f_trainer.config.arguments import ModelArguments
+from m2f_trainer.config.recipe import backbone_stride, load_recipe
 from m2f_trainer.data.problems import Finding
 from m2f_trainer.data.synthetic import write_sample
 from m2f_trainer.doctor import examine, summary
@@ -81,6 +83,18 @@ def test_a_recipe_has_the_fields_that_are_given(capsys: pytest.CaptureFixture[st
             recipe = load_recipe(argv, choose)
             assert (recipe.data.image_height, recipe.data.image_width, recipe.data.tile_size) == (224, 224, tile)
             assert recipe.model.num_queries == 55
+
+
+def test_a_recipe_has_sides_that_its_backbone_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data, path = write_sample(tmp_path / "set", images=(4, 2, 0)), tmp_path / "recipe.json"
+    assert main(["check", str(data), "--image_height", "128", "--image_width", "256", "--recipe", str(path)]) == 0
+    written = json.loads(path.read_text())
+    patch = backbone_stride(ModelArguments(backbone=written["backbone"]))
+    sides = written["image_height"], written["image_width"]
+    assert [side % patch for side in sides] == [0, 0]
+    assert [abs(side - given) * 2 <= patch for side, given in zip(sides, (128, 256), strict=True)] == [True, True]
+    if patch == 14:
+        assert "given: 128; the backbone needs a multiple of 14" in capsys.readouterr().out
 
 
 def test_the_next_step_names_no_recipe_that_was_not_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -156,6 +156,35 @@ def test_a_number_beside_a_class_with_a_name_is_not_taken_for_that_of_the_class(
     assert classes == ["cat", "dog", "dog"]
 
 
+def test_rows_of_ours_whose_objects_were_given_names_keep_their_classes(tmp_path):
+    rows = load_coco(write_sample(tmp_path / "sample", images=(4, 2, 0)))["train"]
+    names = {one.id: one.name for one in categories_of(rows)}
+
+    def named(row):
+        return {"objects": [{"category": names[one["category_id"]], "counts": one["counts"]} for one in row["objects"]]}
+
+    fields = {**rows.features, "objects": List({"category": Value("string"), "counts": Value("string")})}
+    changed = rows.map(named, features=datasets.Features(fields))
+    split = load_hub(as_pushed(datasets.DatasetDict({"train": changed, "valid": changed}), tmp_path / "set"))["train"]
+    found = {one.id: one.name for one in categories_of(split)}
+    expected = [[names[one["category_id"]] for one in row["objects"]] for row in rows]
+    assert [[found[one["category_id"]] for one in row["objects"]] for row in split] == expected
+
+
+@pytest.mark.parametrize("label", ["", "occluded"])
+def test_numbers_of_all_objects_count_before_a_text_of_some(label, tmp_path):
+    fields = List({"category_id": Value("int64"), "label": Value("string"), "segmentation": POLYGONS})
+    rows = [
+        {"image": picture(k), "objects": [{"category_id": k + 1, "label": text, "segmentation": SQUARE}]}
+        for k, text in enumerate([label, None])
+    ]
+    features = datasets.Features({"image": datasets.Image(), "objects": fields})
+    parts = {"train": datasets.Dataset.from_list(rows, features=features)}
+    split = load_hub(as_pushed(datasets.DatasetDict({**parts, "valid": parts["train"]}), tmp_path / "set"))["train"]
+    assert [(one.id, one.name) for one in categories_of(split)] == [(1, "1"), (2, "2")]
+    assert [row["objects"][0]["category_id"] for row in split] == [1, 2]
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["splits", "one split"])
 def test_a_folder_of_save_to_disk_is_refused_with_a_way_out_that_works(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -307,6 +307,17 @@ def test_files_of_one_image_with_two_sizes_are_refused(tmp_path):
         load_coco(root, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("stale", "image"), [("b", "a"), ("a", "b")], ids=["the second", "the first"])
+def test_a_file_that_names_the_image_of_another_and_has_its_own_beside_it_is_refused(stale, image, tmp_path):
+    """Such as the copy of a file whose `imagePath` was not changed."""
+    root = labelme(labelme(tmp_path / "set", "a"), "b")
+    path = root / f"{stale}.json"
+    path.write_text(path.read_text().replace(f"{stale}.png", f"{image}.png"))
+    expected = rf"{image}\.png is named by another file, too, and .*{stale}\.png lies beside it\. Correct `imagePath`"
+    with pytest.raises(DataError, match=expected):
+        load_coco(root, cache_dir=tmp_path / "cache")
+
+
 def test_the_cache_follows_the_files(tmp_path):
     root = labelme(tmp_path / "set", "a")
     assert len(objects_of(root, tmp_path)) == 1

@@ -273,12 +273,17 @@ PALETTES = {
     "red and black": lambda mask: with_palette(mask.point(lambda value: value == 0), [255, 0, 0, 0, 0, 0]),
     "two blacks": lambda mask: with_palette(mask.point(lambda value: 0 if value else 2), [0, 9, 0, *[0] * 6]),
     "black and white": lambda mask: with_palette(mask.point(bool), [0, 0, 0, 255, 255, 255]),
+    "black and transparent": lambda mask: with_palette(mask.point(bool), [255, 255, 255, 0, 0, 0], clear=0),
+    "MorphoLibJ": lambda mask: with_palette(mask.point(bool), [255] * 3 + [k // 3 for k in range(765)]),
     "ImageJ, inverted": lambda mask: with_palette(mask, [255 - k // 3 for k in range(768)]),
 }
 
 
-def with_palette(image, colours):
+def with_palette(image, colours, clear=None):
+    """The image with a palette, in which the index `clear` is transparent."""
     image.putpalette(colours)
+    if clear is not None:
+        image.info["transparency"] = clear
     return image
 
 

@@ -19,9 +19,9 @@ def test_anything_else_is_refused(objects):
         split_objects(objects, "row 1")
 
 
-def test_the_category_is_the_name_under_any_of_its_fields_or_else_the_number():
-    assert category_of({"label": 3}) == 3
-    assert category_of({"category": 3, "class": "cell"}) == "cell"
-    assert category_of({"category": 3, "class": "cell"}, ["category"]) == 3
-    assert category_of({"category": 2**70}) is None
-    assert category_of({"category": True, "id": 7}) is None
+def test_the_category_is_name_and_number_under_any_of_its_fields():
+    assert category_of({"label": 3}) == (None, 3)
+    assert category_of({"category": 3, "class": "cell"}) == ("cell", 3)
+    assert category_of({"category": 3, "class": "cell"}, ["category"]) == (None, 3)
+    assert category_of({"category": 2**70, "label": " "}) == (None, None)
+    assert category_of({"category": True, "id": 7}) == (None, None)

@@ -340,6 +340,25 @@ def test_a_lora_run_that_is_resumed_needs_the_weights_that_its_matrices_are_adde
         assert all(torch.equal(weights[name], one) for name, one in load_file(whole / "model.safetensors").items())
 
 
+def test_a_lora_run_is_resumed_in_another_place_with_a_backbone_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project's folder is moved; the recipe's path is relative to it."""
+    project = tmp_path / "project"
+    start = write_start(project / "start")
+    monkeypatch.chdir(project)
+    fields = {"backbone": "start/backbone", "backbone_config": None, "tune": "lora", "lora_rank": 2}
+    train(load_recipe([str(write_tiny(project, images=(4, 1, 0), **fields))]))
+    whole = load_file(project / "run" / "checkpoint-4" / "model.safetensors")
+    monkeypatch.chdir(project.rename(tmp_path / "moved"))
+    assert not start.exists()
+    half = Path("run/checkpoint-2").resolve()
+    moved = ["--dataset_name", "data", "--output_dir", "again", "--resume_from_checkpoint", str(half)]
+    train(load_recipe([str(half / "recipe.json"), *moved]))
+    weights = load_file("again/checkpoint-4/model.safetensors")
+    assert all(torch.equal(weights[name], one) for name, one in whole.items())
+
+
 def test_a_tiled_model_predicts_in_its_tiles_unless_others_are_given(tiled_run: Path, tmp_path: Path) -> None:
     def found(name: str, **options: Any) -> Any:
         out = predict_folder(
