@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from m2f_trainer.doctor.examine import CLEAN, UNUSABLE, examine
     from m2f_trainer.doctor.fix import can_be_corrected, suggested_folder
     from m2f_trainer.doctor.model_input import given_fields
+    from m2f_trainer.doctor.recommend import as_recipe, given_choices, this_machine
     from m2f_trainer.doctor.scan import Settings
     from m2f_trainer.doctor.summary import summary_text, to_json
     from m2f_trainer.masks.rle import allow_pixels
@@ -94,8 +95,10 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             if arguments.recipe and result.status == CLEAN:
                 suggest(f"m2f train {shlex.quote(str(arguments.recipe))} --dataset_name {dataset}")
             else:
-                model = (f" --{name} {value or 'null'}" for name, value in given_fields(settings).items())
-                suggest(f"m2f train --dataset_name {dataset}{''.join(model)}")
+                given = given_fields(settings)
+                fields = {**given, **as_recipe(given_choices(given, this_machine()))}
+                words = (f" --{name} {'null' if value is None else value}" for name, value in fields.items())
+                suggest(f"m2f train --dataset_name {dataset}{''.join(words)}")
         elif can_be_corrected(result):
             suggest(f"m2f check {dataset} --fix {shlex.quote(str(suggested_folder(result)))}")
     return result.status
@@ -139,29 +142,21 @@ def write_recipe(path: Path, result: "Examination") -> str:
     """Write the recipe for the training split and this machine, with the fields that are given; return them and the
     choices as text, with their reasons.
     """
-    from m2f_trainer.config.arguments import ModelArguments
-    from m2f_trainer.config.recipe import backbone_stride
     from m2f_trainer.doctor.model_input import given_fields
     from m2f_trainer.doctor.recommend import (
-        Choice,
         as_recipe,
         choices_text,
         facts_of,
+        given_choices,
         images_of_scans,
         recommend,
         this_machine,
     )
     from m2f_trainer.run_folder import write_json
 
-    given, facts = given_fields(result.settings), facts_of(images_of_scans(result.scans["train"]))
-    patch = backbone_stride(ModelArguments(backbone=as_recipe(recommend(facts, this_machine(), given))["backbone"]))
-    choices = []
-    for name, value in given.items():
-        if name in ("image_height", "image_width") and value and value % patch:
-            given[name] = max(patch, round(value / patch) * patch)
-            choices.append(Choice(name, given[name], f"given: {value}; the backbone needs a multiple of {patch}"))
-        elif value:
-            choices.append(Choice(name, value, "given"))
-    choices += recommend(facts, this_machine(), given)
+    given, machine = given_fields(result.settings), this_machine()
+    choices = given_choices(given, machine)
+    facts = facts_of(images_of_scans(result.scans["train"]))
+    choices += recommend(facts, machine, {**given, **as_recipe(choices)})
     write_json(path, as_recipe(choices))
     return f"recipe: {path}\n{choices_text(choices)}"

@@ -34,12 +34,12 @@ from m2f_trainer.data.normalize import type_name
 from m2f_trainer.data.objects import (
     CATEGORY_KEYS,
     MASK_KEYS,
+    CategoryFields,
     category_of,
     mixed_categories,
     split_objects,
     with_one_only,
 )
-from m2f_trainer.data.objects import Category as NameAndNumber
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import ASK_FRAME, Reading, common_range, reading_of, size_in_frame, spaced
 from m2f_trainer.data.splits import Entry, SplitAnnotations, pack_polygons
@@ -297,7 +297,7 @@ def _all_categories(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[
     return tuple(map(Category, count(1), sorted({text for text, _ in found if text is not None})))
 
 
-def _used_categories(rows: datasets.Dataset, keys: Sequence[str]) -> Iterator[NameAndNumber]:
+def _used_categories(rows: datasets.Dataset, keys: Sequence[str]) -> Iterator[CategoryFields]:
     """The category of each object, from the fields `keys`."""
     for row in rows.select_columns("objects"):
         try:

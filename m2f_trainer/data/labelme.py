@@ -104,7 +104,7 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
     entries = ImageEntries(name, report)
     groups: dict[int, list[Entry]] = {}
     inside: dict[int, Path] = {}
-    doubtful: dict[Path, Path] = {}  # images that a file names beside which lies an image of its own name, this one
+    others: dict[Path, Path] = {}
     left_out: list[int] = []
     number = 0
     for path in files.files:
@@ -114,17 +114,13 @@ def read_labelme(files: SplitFiles, report: Report = raise_problem) -> LabelmeSp
         image = _image(content, path, files, places, len(entries.images) + 1, inside, report)
         if image is not None:
             file = inside.get(image["id"], folder / image["file_name"])
-            own = _of_same_name(path, image["file_name"])
-            is_other = path != file and os.path.normpath(own) != os.path.normpath(file) and _is_file(own)
-            if entries.has(file) and (is_other or file in doubtful):
-                beside = doubtful.get(file, own)
-                problem = f"{file} is named by another file, too, and {beside} lies beside it. Correct `imagePath`."
+            other = _other_image(path, file, entries.has(file), others)
+            if other is not None:
+                problem = f"{file} is also named by another file, and there is {other}, too. Correct `imagePath`."
                 report("ambiguous-image", name, [path.name], f"{path}: {problem}")
                 image = None
-            elif is_other:
-                doubtful[file] = own
-        if image is not None:
-            image = entries.add(image, file, f"{path}: {image['file_name']}", path.name)
+            else:
+                image = entries.add(image, file, f"{path}: {image['file_name']}", path.name)
         image_id = None if image is None else image["id"]
         if image is not None:
             groups.setdefault(image["id"], [])
@@ -238,6 +234,18 @@ def _image_file(
         return path
     report(kind, name, [beside.name], f"{beside}: {problem}")
     return None
+
+
+def _other_image(path: Path, file: Path, is_repeated: bool, others: dict[Path, Path]) -> Path | None:
+    """The image that an annotation file, or the former one of the same image, may show instead of the image `file` that
+    it names: the one of its own name. Such a file may be a copy whose `imagePath` was not changed.
+
+    None where `file` is named for the first time, which is noted in `others`.
+    """
+    own = _of_same_name(path, str(file))
+    if path != file and os.path.normpath(own) != os.path.normpath(file) and _is_file(own):
+        others.setdefault(file, own)
+    return others.get(file) if is_repeated else None
 
 
 def _of_same_name(path: Path, written: str) -> Path:

@@ -15,7 +15,14 @@ from typing import Any
 from m2f_trainer.data.files import files_below
 from m2f_trainer.data.layouts import SPLITS, SplitFiles, by_split, split_of
 from m2f_trainer.data.normalize import is_text, type_name
-from m2f_trainer.data.objects import MASK_KEYS, Category, category_of, mixed_categories, split_objects, with_one_only
+from m2f_trainer.data.objects import (
+    MASK_KEYS,
+    CategoryFields,
+    category_of,
+    mixed_categories,
+    split_objects,
+    with_one_only,
+)
 from m2f_trainer.data.problems import Report, raise_problem
 from m2f_trainer.data.reading import size_in_frame
 from m2f_trainer.data.splits import Entry, FolderSplit, ImageEntries, pack_polygons
@@ -79,7 +86,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, None
 
 
-def _categories(path: Path) -> Iterator[Category]:
+def _categories(path: Path) -> Iterator[CategoryFields]:
     """Name and number of each object's category."""
     for _, row in _rows(path):
         try:

@@ -11,11 +11,11 @@ CATEGORY_KEYS = ("category_id", "category", "categories", "label", "labels", "cl
 MASK_KEYS = ("segmentation", "segmentations", "segments", "polygons", "counts")
 
 
-Category = tuple[str | None, int | None]
+CategoryFields = tuple[str | None, int | None]
 """Name and number of an object's category; None for what it lacks."""
 
 
-def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> Category:
+def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> CategoryFields:
     """The category of an object from the fields `keys`: a name that isn't blank, and a number of 64 bits."""
     values = [one.get(key) for key in keys]
     names = (str(value) for value in values if is_text(value) and str(value).strip())
@@ -23,7 +23,7 @@ def category_of(one: Mapping[str, Any], keys: Sequence[str] = CATEGORY_KEYS) -> 
     return next(names, None), next(numbers, None)
 
 
-def with_one_only(categories: Iterable[Category]) -> tuple[list[int], list[str]]:
+def with_one_only(categories: Iterable[CategoryFields]) -> tuple[list[int], list[str]]:
     """The numbers of categories without a name, and the names of those without a number.
 
     Without the former, names are a dataset's categories; otherwise numbers, unless there are some of both: see

@@ -193,6 +193,19 @@ def recommend(facts: Facts, machine: Machine, given: Mapping[str, Any] | None = 
     return [choice for choice in choices if choice.field not in kept | given.keys()]
 
 
+def given_choices(given: Mapping[str, Any], machine: Machine) -> list[Choice]:
+    """The fields that the user has set, except None; sides are rounded to a multiple of the backbone's patch size."""
+    patch = backbone_stride(ModelArguments(backbone=_backbone(machine).value))
+    choices = []
+    for name, value in given.items():
+        if name in ("image_height", "image_width") and value % patch:
+            rounded = max(patch, round(value / patch) * patch)
+            choices.append(Choice(name, rounded, f"given: {value}; the backbone needs a multiple of {patch}"))
+        elif value is not None:
+            choices.append(Choice(name, value, "given"))
+    return choices
+
+
 EXCLUDES = {
     "backbone_config": ("backbone",),
     "init_from": ("backbone", "pyramid_taps", "head"),

@@ -95,6 +95,8 @@ def test_a_recipe_has_sides_that_its_backbone_takes(capsys: pytest.CaptureFixtur
     assert [abs(side - given) * 2 <= patch for side, given in zip(sides, (128, 256), strict=True)] == [True, True]
     if patch == 14:
         assert "given: 128; the backbone needs a multiple of 14" in capsys.readouterr().out
+    assert main(["check", str(data), "--image_height", "128", "--image_width", "256"]) == 0
+    assert f" --image_height {sides[0]} --image_width {sides[1]}\n" in capsys.readouterr().out
 
 
 def test_the_next_step_names_no_recipe_that_was_not_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_a_file_that_names_the_image_of_another_and_has_its_own_beside_it_is_ref
     root = labelme(labelme(tmp_path / "set", "a"), "b")
     path = root / f"{stale}.json"
     path.write_text(path.read_text().replace(f"{stale}.png", f"{image}.png"))
-    expected = rf"{image}\.png is named by another file, too, and .*{stale}\.png lies beside it\. Correct `imagePath`"
+    expected = rf"{image}\.png is also named by another file, and there is .*{stale}\.png, too\. Correct `imagePath`"
     with pytest.raises(DataError, match=expected):
         load_coco(root, cache_dir=tmp_path / "cache")
 

@@ -14,14 +14,7 @@ import torch
 from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import m2f_trainer
 from m2f_trainer.config.training_arguments import TrainArguments
@@ -241,7 +234,7 @@ def test_each_class_of_the_model_has_its_own_threshold_whatever_classes_were_sco
 class SureOfFirst(TrainerCallback):
     """Writes an evaluation into the first checkpoint, in which every class is best above 0.9."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             path = Path(str(args.output_dir), "checkpoint-1", EVALUATION)
             details = json.loads(path.read_text())
